@@ -1,0 +1,1 @@
+"""Measurements beside the library: the multilingual training job, the peers, and the timing suites."""

@@ -1,0 +1,140 @@
+"""Batches: which words a step trains on, put together and routed in the loader's processes.
+
+What a step trains on follows from seed and step alone: every epoch is a permutation of its own, cut into batches. So a
+resumed run, or one with another number of loader processes, meets the same words.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import celmoe
+from benchmarks.multilingual.interrupts import interrupts_ignored
+from benchmarks.multilingual.words import WordTable
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """B words of all languages, mixed.
+
+    ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language; ``cuts``
+    int64 [B, 2], characters to take off in front and behind; ``languages`` are the names behind ``plan``, for readers
+    that route by strings.
+    """
+
+    characters: torch.Tensor
+    targets: torch.Tensor
+    cuts: torch.Tensor
+    languages: list[str]
+    plan: celmoe.RoutingPlan
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        return Batch(
+            characters=self.characters.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            cuts=self.cuts.to(device, non_blocking=True),
+            languages=self.languages,
+            plan=self.plan.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; the loader calls this."""
+        return Batch(
+            characters=self.characters.pin_memory(),
+            targets=self.targets.pin_memory(),
+            cuts=self.cuts.pin_memory(),
+            languages=self.languages,
+            plan=self.plan.pin_memory(),
+        )
+
+
+class Collator:
+    """From row numbers to a batch: the loader's ``collate_fn``, where the routing is compiled too."""
+
+    def __init__(self, words: WordTable, languages: Sequence[str], compiler: celmoe.RoutingCompiler) -> None:
+        self._words = words
+        self._languages = np.array(languages, dtype=object)
+        self._compiler = compiler
+
+    def __call__(self, rows: torch.Tensor) -> Batch:
+        """Rows [B] -> the batch of those words, in that order."""
+        languages = self._languages[self._words.language_ids[rows].numpy()].tolist()
+        return Batch(
+            characters=self._words.characters[rows].int(),
+            targets=self._words.targets[rows].long(),
+            cuts=self._words.cuts[rows].long(),
+            languages=languages,
+            # The upper levels follow from each language expert's parent.
+            plan=self._compiler({"language": languages}),
+        )
+
+
+class TrainingSteps(Dataset[torch.Tensor]):
+    """Item ``step`` is the row numbers [B] that this step trains on; an epoch's last, smaller batch is left out."""
+
+    def __init__(self, word_count: int, batch_size: int, seed: int) -> None:
+        self.batch_size = min(batch_size, word_count)
+        self._word_count = word_count
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass over the words."""
+        return self._word_count // self.batch_size
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self._seed, epoch])
+            self._permutation = torch.from_numpy(generator.permutation(self._word_count))
+            self._epoch = epoch
+        return self._permutation[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def _ignore_interrupts(worker_id: int) -> None:
+    del worker_id
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def training_batches(
+    steps: TrainingSteps, collator: Collator, first: int, last: int, workers: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """The batches of steps ``first`` up to ``last``.
+
+    Workers are spawned, since forking a process that runs torch's threads is not safe; the words are shared memory.
+    """
+    # With no automatic batching an item is a whole batch's row numbers, which is what reaches collate_fn.
+    collate = cast("Callable[[list[Any]], Any]", collator)
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, last),
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=device.type == "cuda",
+    )
+    with interrupts_ignored():
+        batches = iter(loader)
+    for batch in batches:
+        yield batch.to(device)
+
+
+def all_batches(words: WordTable, collator: Collator, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """All words once, in the table's order, in this process."""
+    for rows in torch.arange(len(words)).split(batch_size):
+        yield collator(rows).to(device)

@@ -1,0 +1,121 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.multilingual.rules import EditRule
+from benchmarks.multilingual.training import Contender, Progress
+from benchmarks.multilingual.words import Vocabulary
+
+FORMAT = 1
+FILE_NAME = "checkpoint.pt"
+
+
+class CheckpointError(Exception):
+    """There is no checkpoint to go on from, or it belongs to another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What must not change between a run and its resumption."""
+
+    languages: tuple[str, ...]
+    batch_size: int
+    seed: int
+
+
+def _vocabulary_state(vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "languages": vocabulary.languages,
+        "characters": vocabulary.characters,
+        "rules": [rule.to_text() for rule in vocabulary.rules],
+        "candidates": vocabulary.candidates,
+    }
+
+
+def save_checkpoint(
+    folder: Path, identity: RunIdentity, vocabulary: Vocabulary, contenders: Sequence[Contender], progress: Progress
+) -> Path:
+    """Write the checkpoint in one step; an interrupted write leaves the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "format": FORMAT,
+        "identity": {
+            "languages": list(identity.languages),
+            "batch_size": identity.batch_size,
+            "seed": identity.seed,
+        },
+        "vocabulary": _vocabulary_state(vocabulary),
+        "progress": progress.state_dict(),
+        "contenders": {
+            each.name: {
+                "network": each.network.state_dict(),
+                "optimizer": each.optimizer.state_dict(),
+                "seconds": each.seconds,
+            }
+            for each in contenders
+        },
+        "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+    path = folder / FILE_NAME
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+    return path
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint's content, on the CPU.
+
+    Raises:
+        CheckpointError: There is none, or it is of another format.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        raise CheckpointError(f"'--resume' must find a checkpoint in the report folder (got none in {str(folder)!r})")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its layers below do
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"'--resume' must find a whole checkpoint (got {str(path)!r}: {reason})") from error
+    if (found := state.get("format")) != FORMAT:
+        raise CheckpointError(
+            f"'--resume' must find a checkpoint of format {FORMAT} (got format {found!r} in {str(path)!r})"
+        )
+    return state
+
+
+def identity_of(state: dict[str, Any]) -> RunIdentity:
+    """Which run wrote the checkpoint."""
+    found = state["identity"]
+    return RunIdentity(languages=tuple(found["languages"]), batch_size=found["batch_size"], seed=found["seed"])
+
+
+def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[Contender]) -> Progress:
+    """Put the checkpoint's state into networks, optimizers and random generators.
+
+    Raises:
+        CheckpointError: The words that the run was made from have changed since.
+    """
+    if state["vocabulary"] != _vocabulary_state(vocabulary):
+        raise CheckpointError("'--resume' must find the words that the checkpoint was trained on (got another sample)")
+    for each in contenders:
+        saved = state["contenders"][each.name]
+        each.network.load_state_dict(saved["network"])
+        each.optimizer.load_state_dict(saved["optimizer"])
+        each.seconds = saved["seconds"]
+    torch.set_rng_state(state["random"]["cpu"])
+    if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return Progress.from_state(state["progress"])
+
+
+def rules_of(state: dict[str, Any]) -> list[EditRule]:
+    """The rules that a checkpoint's head chooses from, in the order of its rows."""
+    return [EditRule.from_text(text) for text in state["vocabulary"]["rules"]]

@@ -1,0 +1,225 @@
+"""``--compare``: the same steps with our engines, with celmoe-vp 1.1.4 and with the reference loop, side by side.
+
+Every system has a network of its own, made from one seed, and takes the same steps on the same batches; the order
+within a step rotates, so that none always runs on the caches that another one left. Ours are given plans that the
+loader compiled, the peer is given strings, as its users do; what compiling costs stands beside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from rich.table import Table
+
+import celmoe
+from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps
+from benchmarks.multilingual.console import Reporter
+from benchmarks.multilingual.corpus import TRAIN
+from benchmarks.multilingual.job import Data, make_compiler, prepare_data, resolve_identity
+from benchmarks.multilingual.languages import FAMILY_OF
+from benchmarks.multilingual.losses import Losses, LossWeights
+from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, Lemmatizer, NetworkSettings
+from benchmarks.multilingual.options import Options
+from benchmarks.multilingual.report import write_json
+from benchmarks.multilingual.training import Contender, Deadline, make_contender, train_step
+from benchmarks.peers import PeerUnavailableError, load_peer
+from celmoe.engines import AUTO, ENGINES
+from celmoe.reference import reference_forward
+
+PEER_VERSION = "1.1.4"
+PEER = f"celmoe-vp {PEER_VERSION}"
+REFERENCE = "celmoe.reference"
+BARE = "no hierarchy"
+STEPS = 30
+REFERENCE_STEPS = 5
+# The first steps pay for allocation and warming up; they train, but are not timed.
+UNTIMED_STEPS = 2
+RATE = 1e-3
+
+
+class StringRoutedLemmatizer(Lemmatizer):
+    """Routes by strings at every level, which is what the peer understands."""
+
+    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
+        """Hidden [B, D] through the peer's experts."""
+        families = [FAMILY_OF[language] for language in batch.languages]
+        output: celmoe.CELMoEOutput = self.hierarchy(hidden, routing={FAMILY: families, LANGUAGE: batch.languages})
+        return output
+
+
+class ReferenceLemmatizer(Lemmatizer):
+    """Runs the experts by the library's own oracle."""
+
+    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
+        """Hidden [B, D] through plain Python loops."""
+        return reference_forward(self.hierarchy, hidden, routing=batch.plan)
+
+
+class BareLemmatizer(Lemmatizer):
+    """Leaves the hierarchy out: what is left of a step is what no engine can make faster."""
+
+    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
+        """Hidden [B, D] as it is."""
+        levels = {level: celmoe.LevelOutput(level, hidden, batch.languages) for level in LEVELS}
+        return celmoe.CELMoEOutput(levels, hidden)
+
+
+@dataclass
+class Timed:
+    """One system: its training, its step times in seconds, and for how many steps it takes part."""
+
+    contender: Contender
+    most_steps: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The system's name."""
+        return self.contender.name
+
+    @property
+    def step_seconds(self) -> float:
+        """Median over the timed steps."""
+        return median(self.seconds[UNTIMED_STEPS:] or self.seconds)
+
+
+def _systems(data: Data, options: Options, seed: int, steps: int, reporter: Reporter) -> list[Timed]:
+    settings = NetworkSettings()
+    timed: list[Timed] = []
+
+    def add(name: str, network: Lemmatizer, losses: Losses, most_steps: int) -> None:
+        network.to(options.device)
+        timed.append(Timed(make_contender(name, network, losses), most_steps))
+
+    for engine in [options.engine] if options.engine != AUTO else list(ENGINES):
+        torch.manual_seed(seed)
+        network = Lemmatizer(data.vocabulary, settings, engine=engine)
+        add(f"celmoe {engine}", network, Losses(network, LossWeights()), steps)
+    try:
+        peer = load_peer(PEER_VERSION)
+    except PeerUnavailableError as error:
+        reporter.fail(f"WITHOUT THE PEER, which is what this comparison is for: {error}")
+    else:
+        torch.manual_seed(seed)
+        routed = StringRoutedLemmatizer(data.vocabulary, settings, library=peer)
+        add(PEER, routed, Losses(routed, LossWeights(), library=peer), steps)
+    for name, kind, most in ((REFERENCE, ReferenceLemmatizer, REFERENCE_STEPS), (BARE, BareLemmatizer, steps)):
+        torch.manual_seed(seed)
+        other = kind(data.vocabulary, settings)
+        add(name, other, Losses(other, LossWeights()), min(most, steps))
+    return timed
+
+
+def _parameters(timed: Timed) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in timed.contender.network.named_parameters()}
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Over all parameters, absolute; both must have the same names."""
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def _take_steps(
+    systems: Sequence[Timed], batches: Sequence[Batch], seed: int, deadline: Deadline, reporter: Reporter
+) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
+    """Train all systems; returns the parameters of each after the reference's last step and after its own last one."""
+    after: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
+    device = next(systems[0].contender.network.parameters()).device
+    with reporter.bar("comparing", len(batches)) as bar:
+        for step, batch in enumerate(batches):
+            if deadline.passed() and step > REFERENCE_STEPS:
+                break
+            for place in range(len(systems)):
+                timed = systems[(step + place) % len(systems)]
+                if step >= timed.most_steps:
+                    continue
+                # The same random numbers for each, should anything draw them.
+                torch.manual_seed(seed + step)
+                _wait_for(device)
+                started = time.perf_counter()
+                train_step(timed.contender, batch, RATE, read=False)
+                _wait_for(device)
+                timed.seconds.append(time.perf_counter() - started)
+            if step + 1 == min(REFERENCE_STEPS, len(batches)):
+                after |= {(timed.name, step + 1): _parameters(timed) for timed in systems}
+            bar.move_to(step + 1)
+    return after | {(timed.name, len(timed.seconds)): _parameters(timed) for timed in systems}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare(options: Options, reporter: Reporter) -> int:
+    """Print the comparison and write it to ``comparison.json``; returns the exit code."""
+    deadline = Deadline(time.monotonic() + options.minutes * 60)
+    identity = resolve_identity(options, None)
+    data = prepare_data(identity.languages, reporter)
+    compiler = make_compiler(data)
+    collator = Collator(data.tables[TRAIN], data.vocabulary.languages, compiler)
+    rows = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
+    count = options.steps or STEPS
+    batches = [collator(rows[step]).to(options.device) for step in range(count)]
+    compile_seconds = _time_compiling(compiler, batches)
+    systems = _systems(data, options, identity.seed, count, reporter)
+    after = _take_steps(systems, batches, identity.seed, deadline, reporter)
+    base = systems[0]
+    bare = next(timed for timed in systems if timed.name == BARE)
+    table = Table(title=f"Training steps of {rows.batch_size:,} words, {len(identity.languages)} languages")
+    for heading in ("system", "steps", "ms a step", "words/s", "hierarchy's share", f"difference from {base.name}"):
+        table.add_column(heading, justify="left" if heading == "system" else "right")
+    facts = []
+    for timed in systems:
+        steps = len(timed.seconds)
+        # The bare network's experts are never trained, so that its parameters say nothing.
+        known = timed is not bare and timed is not base and (base.name, steps) in after
+        difference = largest_difference(after[base.name, steps], after[timed.name, steps]) if known else None
+        share = 1 - bare.step_seconds / timed.step_seconds
+        speed = rows.batch_size / timed.step_seconds
+        table.add_row(
+            timed.name,
+            str(steps),
+            f"{1000 * timed.step_seconds:.1f}",
+            f"{speed:,.0f}",
+            "" if timed is bare else f"{share:.0%}",
+            "" if difference is None else f"{difference:.1e}",
+        )
+        facts.append(
+            {
+                "system": timed.name,
+                "steps": steps,
+                "milliseconds_a_step": 1000 * timed.step_seconds,
+                "words_per_second": speed,
+                "hierarchy_share": None if timed is bare else share,
+                "largest_parameter_difference": difference,
+            }
+        )
+    reporter.say(table)
+    reporter.say(
+        f"medians of interleaved steps, {torch.get_num_threads()} threads, {options.device}; compiling a batch's plan "
+        f"takes {1000 * compile_seconds:.2f} ms, in the loader"
+    )
+    content = {
+        "threads": torch.get_num_threads(),
+        "device": str(options.device),
+        "batch_size": rows.batch_size,
+        "compile_milliseconds": 1000 * compile_seconds,
+        "systems": facts,
+    }
+    write_json(options.report / "comparison.json", content)
+    return 0
+
+
+def _time_compiling(compiler: celmoe.RoutingCompiler, batches: Sequence[Batch]) -> float:
+    seconds = []
+    for batch in batches:
+        started = time.perf_counter()
+        compiler({LANGUAGE: batch.languages})
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)

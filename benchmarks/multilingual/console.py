@@ -1,0 +1,72 @@
+"""The one place that writes to the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from benchmarks.multilingual.training import StepResult
+
+
+class Bar:
+    """A live progress bar with a line of figures behind it."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def move_to(self, done: int, total: int | None = None, figures: str | None = None) -> None:
+        """Show how far things are; ``total`` and ``figures`` stay as they were where they are not given."""
+        self._progress.update(self._task, completed=done)
+        if total is not None:
+            self._progress.update(self._task, total=total)
+        if figures is not None:
+            self._progress.update(self._task, figures=figures)
+
+    def advance(self, figures: str = "") -> None:
+        """One more is done."""
+        self._progress.update(self._task, advance=1, figures=figures)
+
+
+class Reporter:
+    """Lines, tables and bars for the reader; errors go to the other stream."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        # Outside a terminal a table must not be cut to eighty columns.
+        self._console = console or Console(highlight=False)
+        if console is None and not self._console.is_terminal:
+            self._console = Console(highlight=False, width=120)
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str | RenderableType) -> None:
+        """One line, or one table."""
+        self._console.print(text, markup=False) if isinstance(text, str) else self._console.print(text)
+
+    def fail(self, text: str) -> None:
+        """One line about what went wrong."""
+        self._errors.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Bar]:
+        """A bar that lives as long as the block."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            yield Bar(progress, progress.add_task(title, total=total, figures=""))
+
+
+def step_figures(results: Mapping[str, StepResult], speeds: Mapping[str, float]) -> str:
+    """``experts: loss 1.23, accuracy 61.2 %, 8,100 words/s | universal: ...``."""
+    parts = [
+        f"{name}: loss {result.terms['global.rule']:.3f}, accuracy {result.accuracy:.1%}, {speeds[name]:,.0f} words/s"
+        for name, result in results.items()
+    ]
+    return " | ".join(parts)

@@ -1,0 +1,188 @@
+"""The words: read from the installed package simplemma, sampled, split by lemma and cached.
+
+simplemma ships one dictionary a language, form -> lemma (54 languages, 37.9 million pairs). We draw at most
+`FORMS_PER_LANGUAGE` pairs of each, uniformly and with a fixed seed, and keep them as the dictionary gives them: pairs
+whose lemma equals the form included, case untouched. The cap is what balances the languages: all but the smallest
+few give equally many pairs, the smallest give all they have.
+
+The split is by lemma: a stable hash of the case-folded lemma decides, so that no lemma is on two sides, neither
+within a language nor between two languages that share the word.
+
+What is cached is derived from data under licences of their own (see ``notes/data.md``): it stays in the user's cache.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import compress
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+from simplemma.strategies.dictionaries.dictionary_factory import SUPPORTED_LANGUAGES, DefaultDictionaryFactory
+
+from benchmarks.multilingual.interrupts import interrupts_ignored
+from benchmarks.multilingual.rules import FIELD_SEPARATOR, EditRule, find_rule
+
+FORMAT = 1
+FORMS_PER_LANGUAGE = 40_000
+TRAIN, VALIDATION, TEST = 0, 1, 2
+# Percent of the lemmas; the rest trains.
+VALIDATION_SHARE = 4
+TEST_SHARE = 8
+BUILDERS = 2
+
+LINE = "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageSample:
+    """The sampled pairs of one language. N pairs, U distinct edit rules.
+
+    ``forms`` and ``lemmas`` are aligned [N]; ``rules`` [U] are distinct; ``rule_ids`` int32 [N] points into them;
+    ``split`` uint8 [N] is TRAIN, VALIDATION or TEST. ``dictionary_size`` counts the pairs that were drawn from.
+    """
+
+    language: str
+    forms: list[str]
+    lemmas: list[str]
+    rules: list[EditRule]
+    rule_ids: npt.NDArray[np.int32]
+    split: npt.NDArray[np.uint8]
+    dictionary_size: int
+
+
+def split_of(lemma: str) -> int:
+    """On which side every form of this lemma is."""
+    share = crc32(lemma.casefold().encode()) % 100
+    if share < TEST_SHARE:
+        return TEST
+    return VALIDATION if share < TEST_SHARE + VALIDATION_SHARE else TRAIN
+
+
+def known_languages() -> list[str]:
+    """The languages that the installed simplemma has dictionaries for, sorted."""
+    return sorted(SUPPORTED_LANGUAGES)
+
+
+def cache_path(folder: Path, language: str, cap: int) -> Path:
+    """The file of one language's sample; its name holds everything that the content depends on."""
+    return folder / f"{language}-simplemma-{version('simplemma')}-cap-{cap}-format-{FORMAT}.npz"
+
+
+def draw_sample(language: str, cap: int) -> LanguageSample:
+    """At most ``cap`` pairs of this language's dictionary, in its own order."""
+    dictionary = DefaultDictionaryFactory(1).get_dictionary(language)
+    size = len(dictionary)
+    chosen = np.zeros(size, dtype=bool)
+    chosen[np.random.default_rng(crc32(language.encode())).permutation(size)[:cap]] = True
+    forms: list[str] = []
+    lemmas: list[str] = []
+    # Looking up only the chosen forms spares decoding the millions of others.
+    for form in compress(dictionary, chosen.tolist()):
+        lemma = dictionary[form]
+        if not any(mark in text for mark in (LINE, FIELD_SEPARATOR) for text in (form, lemma)):
+            forms.append(form)
+            lemmas.append(lemma)
+    ids: dict[EditRule, int] = {}
+    rule_ids = [ids.setdefault(find_rule(form, lemma), len(ids)) for form, lemma in zip(forms, lemmas, strict=True)]
+    return LanguageSample(
+        language=language,
+        forms=forms,
+        lemmas=lemmas,
+        rules=list(ids),
+        rule_ids=np.array(rule_ids, dtype=np.int32),
+        split=np.array([split_of(lemma) for lemma in lemmas], dtype=np.uint8),
+        dictionary_size=size,
+    )
+
+
+def _pack(texts: Sequence[str]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(LINE.join(texts).encode(), dtype=np.uint8)
+
+
+def _unpack(blob: npt.NDArray[np.uint8]) -> list[str]:
+    return blob.tobytes().decode().split(LINE)
+
+
+def save_sample(sample: LanguageSample, path: Path) -> None:
+    """Write the file in one step, so that an interrupted or a second run never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as part:
+        try:
+            np.savez(
+                part,
+                forms=_pack(sample.forms),
+                lemmas=_pack(sample.lemmas),
+                rules=_pack([rule.to_text() for rule in sample.rules]),
+                rule_ids=sample.rule_ids,
+                split=sample.split,
+                dictionary_size=np.array(sample.dictionary_size),
+            )
+            part.close()
+            Path(part.name).replace(path)
+        except BaseException:
+            part.close()
+            Path(part.name).unlink(missing_ok=True)
+            raise
+
+
+def load_sample(language: str, path: Path) -> LanguageSample:
+    """What `save_sample` wrote."""
+    with np.load(path) as arrays:
+        return LanguageSample(
+            language=language,
+            forms=_unpack(arrays["forms"]),
+            lemmas=_unpack(arrays["lemmas"]),
+            rules=[EditRule.from_text(text) for text in _unpack(arrays["rules"])],
+            rule_ids=arrays["rule_ids"],
+            split=arrays["split"],
+            dictionary_size=int(arrays["dictionary_size"]),
+        )
+
+
+def _build(language: str, cap: int, path: Path) -> str:
+    save_sample(draw_sample(language, cap), path)
+    return language
+
+
+def build_missing(
+    languages: Sequence[str], cap: int, folder: Path, on_built: Callable[[str], None], builders: int = BUILDERS
+) -> None:
+    """Draw and cache the samples that are not there yet, several languages at a time.
+
+    A dictionary is only ever in the memory of the process that draws from it. Processes are spawned: forking one that
+    already runs torch's threads is not safe. The largest files go first, so that none is left over at the end.
+    """
+    missing = [language for language in languages if not cache_path(folder, language, cap).exists()]
+    if len(missing) <= 1 or builders <= 1:
+        for language in missing:
+            on_built(_build(language, cap, cache_path(folder, language, cap)))
+        return
+    # Known to be the largest dictionaries by far; the order is a matter of speed alone.
+    missing.sort(key=lambda language: (language not in {"sw", "pl", "fi", "et", "hu"}, language))
+    others = active_children()
+    with ProcessPoolExecutor(builders, mp_context=get_context("spawn")) as pool:
+        with interrupts_ignored():
+            jobs = [pool.submit(_build, language, cap, cache_path(folder, language, cap)) for language in missing]
+        try:
+            for job in as_completed(jobs):
+                on_built(job.result())
+        except BaseException:
+            # Nobody who has pressed Ctrl-C wants to wait for the five million words of Swahili.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                if child not in others:
+                    child.terminate()
+            raise
+
+
+def load_corpus(languages: Sequence[str], cap: int, folder: Path) -> list[LanguageSample]:
+    """The cached samples of these languages, in their order; `build_missing` has made them."""
+    return [load_sample(language, cache_path(folder, language, cap)) for language in languages]

@@ -1,0 +1,95 @@
+"""The report folder: the table as CSV and JSON, decoded examples, and what the figures are drawn from."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.multilingual.evaluation import Example, LanguageScore, macro_mean
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """One table as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_json(path: Path, content: object) -> None:
+    """One value as a readable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def accuracy_table(scores: Sequence[LanguageScore], systems: Sequence[str]) -> Table:
+    """Test accuracy by family and language, every system in a column, the best of a row in bold."""
+    table = Table(title="Lemmas right, in percent of test words (no test lemma was seen in training)")
+    for heading in ("family", "language", "code"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("test words", "reachable", *systems):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for family, members in groupby(scores, key=lambda score: score.family):
+        rows = list(members)
+        for place, score in enumerate(rows):
+            names = (family if place == 0 else "", score.name, score.language)
+            table.add_row(
+                *names,
+                f"{score.test_words:,}",
+                f"{score.coverage:.1%}",
+                *_marked([score.accuracy[system] for system in systems]),
+                end_section=place + 1 == len(rows) == 1,
+            )
+        if len(rows) > 1:
+            means = [macro_mean(rows, system) for system in systems]
+            table.add_row("", "mean of family", "", "", "", *_marked(means), style="dim", end_section=True)
+    means = [macro_mean(scores, system) for system in systems]
+    words = sum(score.test_words for score in scores)
+    table.add_row("all", "mean over languages", "", f"{words:,}", "", *_marked(means))
+    return table
+
+
+def _marked(values: Sequence[float]) -> list[str]:
+    best = max(values)
+    return [f"[bold]{value:.1%}[/bold]" if value == best else f"{value:.1%}" for value in values]
+
+
+def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
+    """``accuracy.csv`` and ``accuracy.json``; the latter says how the run was made, too."""
+    header = ["family", "language", "name", "train_words", "test_words", "coverage", *systems]
+    rows = [
+        [
+            score.family,
+            score.language,
+            score.name,
+            score.train_words,
+            score.test_words,
+            f"{score.coverage:.4f}",
+            *(f"{score.accuracy[system]:.4f}" for system in systems),
+        ]
+        for score in scores
+    ]
+    write_csv(folder / "accuracy.csv", header, rows)
+    content = {
+        "run": run,
+        "macro_mean": {system: macro_mean(scores, system) for system in systems},
+        "languages": [asdict(score) for score in scores],
+    }
+    write_json(folder / "accuracy.json", content)
+
+
+def write_examples(folder: Path, examples: Sequence[Example], systems: Sequence[str]) -> None:
+    """``examples.csv``: form, true lemma, and what each system made of the form."""
+    header = ["language", "form", "true_lemma", *systems]
+    rows = [
+        [each.language, each.form, each.lemma, *(each.predicted[system] for system in systems)] for each in examples
+    ]
+    write_csv(folder / "examples.csv", header, rows)

@@ -1,0 +1,251 @@
+"""Training several networks side by side on the same batches, with a schedule that can shrink to fit the clock.
+
+Every step trains every contender on the same words. So they are trained equally long by construction, one loader feeds
+them all, and an interrupted run leaves them at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import celmoe
+from benchmarks.multilingual.batches import Batch
+from benchmarks.multilingual.losses import Losses
+from benchmarks.multilingual.network import Lemmatizer, rule_targets
+
+LEARNING_RATE = 8e-3
+WEIGHT_DECAY = 0.01
+WARM_UP_STEPS = 40
+FINAL_SHARE = 0.02
+CLIP_NORM = 1.0
+# How often, in steps, the clock is asked whether the plan still fits.
+REVISION_INTERVAL = 10
+
+
+@dataclass
+class Contender:
+    """One network in training. ``seconds`` is what its own share of the steps has taken."""
+
+    name: str
+    network: Lemmatizer
+    losses: Losses
+    optimizer: torch.optim.Optimizer
+    seconds: float = 0.0
+
+
+def make_contender(name: str, network: Lemmatizer, losses: Losses) -> Contender:
+    """A network with its optimizer: AdamW, weight decay on the matrices alone."""
+    matrices = [each for each in network.parameters() if each.ndim > 1]
+    vectors = [each for each in network.parameters() if each.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    # One kernel for all parameters, where the device has it: a language expert's are too small for one each.
+    fused = matrices[0].device.type in {"cpu", "cuda"}
+    return Contender(name, network, losses, torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=fused))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One contender's step: ``loss`` is the weighted total, ``terms`` its parts, ``accuracy`` on the batch."""
+
+    loss: float
+    terms: dict[str, float]
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What is drawn later: one contender at one step."""
+
+    step: int
+    contender: str
+    loss: float
+    accuracy: float
+    words_per_second: float
+    validation_accuracy: float | None = None
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Progress:
+    """Where training stands, and what it has seen.
+
+    ``planned_steps`` are what the options ask for, ``total_steps`` what the clock leaves of them (all, where it is not
+    ``clocked``); ``expert_load`` counts words by ``level/expert``.
+    """
+
+    planned_steps: int
+    total_steps: int
+    clocked: bool = True
+    step: int = 0
+    curve: list[CurvePoint] = field(default_factory=list)
+    expert_load: Counter[str] = field(default_factory=Counter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values only, so that checkpoints load with ``weights_only=True``."""
+        return {
+            "planned_steps": self.planned_steps,
+            "total_steps": self.total_steps,
+            "clocked": self.clocked,
+            "step": self.step,
+            "curve": [asdict(point) for point in self.curve],
+            "expert_load": dict(self.expert_load),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """What `state_dict` wrote."""
+        return cls(
+            planned_steps=state["planned_steps"],
+            total_steps=state["total_steps"],
+            clocked=state["clocked"],
+            step=state["step"],
+            curve=[CurvePoint(**point) for point in state["curve"]],
+            expert_load=Counter(state["expert_load"]),
+        )
+
+
+def learning_rate(step: int, total_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to `FINAL_SHARE`."""
+    warm_up = min(WARM_UP_STEPS, max(1, total_steps // 5))
+    if step < warm_up:
+        return LEARNING_RATE * (step + 1) / warm_up
+    done = (step - warm_up) / max(1, total_steps - warm_up)
+    return LEARNING_RATE * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def accuracy_of(logits: list[torch.Tensor], batch: Batch) -> float:
+    """Share of the batch whose highest score is the right rule."""
+    right = [scores.argmax(-1).eq(wanted) for scores, wanted in zip(logits, rule_targets(batch), strict=True)]
+    return torch.cat(right).float().mean().item()
+
+
+def train_step(contender: Contender, batch: Batch, rate: float, *, read: bool) -> StepResult | None:
+    """One optimizer step; what came out is only read from the device where somebody asks."""
+    for group in contender.optimizer.param_groups:
+        group["lr"] = rate
+    output = contender.network(batch)
+    bundle: celmoe.LossBundle = contender.losses(output, batch)
+    contender.optimizer.zero_grad(set_to_none=True)
+    bundle.total.backward()
+    nn.utils.clip_grad_norm_(contender.network.parameters(), CLIP_NORM)
+    contender.optimizer.step()
+    if not read:
+        return None
+    return StepResult(bundle.total.item(), bundle.as_dict(), accuracy_of(contender.losses.logits, batch))
+
+
+class Deadline:
+    """The moment by which training has to be over, and how many steps still fit."""
+
+    def __init__(self, ends_at: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ends_at = ends_at
+        self._clock = clock
+
+    def passed(self) -> bool:
+        """Whether no further step may begin."""
+        return self._clock() >= self._ends_at
+
+    def steps_that_fit(self, seconds_per_step: float) -> int:
+        """How many more steps end in time."""
+        return max(0, int((self._ends_at - self._clock()) / seconds_per_step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watchers:
+    """Who is told, and who may stop the training."""
+
+    on_step: Callable[[int, Mapping[str, StepResult], Mapping[str, float]], None]
+    validate: Callable[[Contender], float]
+    on_validated: Callable[[CurvePoint], None]
+    stop_requested: Callable[[], bool]
+
+
+def _count_load(load: Counter[str], plan: celmoe.RoutingPlan) -> None:
+    for level in plan.levels.values():
+        load.update({f"{level.name}/{name}": words for name, words in zip(level.experts, level.counts, strict=True)})
+
+
+def train(
+    contenders: list[Contender],
+    batches: Iterator[Batch],
+    progress: Progress,
+    deadline: Deadline | None,
+    watchers: Watchers,
+    *,
+    read_every: int = 5,
+    validations: int = 10,
+) -> bool:
+    """Train until the schedule's end; False where somebody asked to stop before it.
+
+    The number of steps is planned before the first one, and follows from options alone. Only a machine that is too slow
+    for the plan takes the deadline's word: then the schedule gets shorter, so that the learning rate still comes down
+    to its end in time.
+    """
+    # When the latest steps began. The first batch is not waited for in here: starting the loader's processes says
+    # nothing about the steps to come.
+    begun: deque[float] = deque(maxlen=2 * REVISION_INTERVAL)
+    validate_every = max(1, progress.planned_steps // validations)
+    for batch in batches:
+        begun.append(time.monotonic())
+        if progress.step >= progress.total_steps or (deadline is not None and deadline.passed()):
+            break
+        if watchers.stop_requested():
+            return False
+        rate = learning_rate(progress.step, progress.total_steps)
+        last = progress.step + 1 == progress.total_steps
+        validate = last or (progress.step + 1) % validate_every == 0
+        read = validate or progress.step % read_every == 0
+        results: dict[str, StepResult] = {}
+        speeds: dict[str, float] = {}
+        for contender in contenders:
+            started = time.perf_counter()
+            contender.network.train()
+            result = train_step(contender, batch, rate, read=read)
+            spent = time.perf_counter() - started
+            contender.seconds += spent
+            speeds[contender.name] = len(batch) / spent
+            if result is not None:
+                results[contender.name] = result
+        progress.step += 1
+        _count_load(progress.expert_load, batch.plan)
+        _record(contenders, progress, results, speeds, watchers, validate=validate)
+        watchers.on_step(progress.step, results, speeds)
+        if deadline is not None and len(begun) >= REVISION_INTERVAL and progress.step % REVISION_INTERVAL == 0:
+            fitting = progress.step + deadline.steps_that_fit((time.monotonic() - begun[0]) / len(begun))
+            progress.total_steps = min(progress.planned_steps, fitting)
+    return True
+
+
+def _record(
+    contenders: list[Contender],
+    progress: Progress,
+    results: Mapping[str, StepResult],
+    speeds: Mapping[str, float],
+    watchers: Watchers,
+    *,
+    validate: bool,
+) -> None:
+    for contender in contenders:
+        if contender.name not in results:
+            continue
+        result = results[contender.name]
+        point = CurvePoint(
+            step=progress.step,
+            contender=contender.name,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            words_per_second=speeds[contender.name],
+            validation_accuracy=watchers.validate(contender) if validate else None,
+            terms=result.terms,
+        )
+        progress.curve.append(point)
+        if validate:
+            watchers.on_validated(point)

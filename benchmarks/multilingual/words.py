@@ -1,0 +1,154 @@
+"""The corpus as tensors: characters seen from both ends of a word, and which of a language's rules is right.
+
+Axes: N words, W characters of a window, L languages, K candidate rules of one language.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.multilingual.corpus import TRAIN, LanguageSample
+from benchmarks.multilingual.rules import EditRule
+
+RULES = 4_000
+CHARACTERS = 1_000
+# Rules touch the ends, so a word is read from both: its first and its last characters, overlapping in short words.
+HEAD_CHARACTERS = 8
+TAIL_CHARACTERS = 12
+WINDOW = HEAD_CHARACTERS + TAIL_CHARACTERS
+# What a window can't see can't be told apart either.
+LONGEST_CUTS = (HEAD_CHARACTERS, TAIL_CHARACTERS)
+
+# Stands before the first and after the last character: where it begins, the word ends.
+OUTSIDE_ID = 0
+UNKNOWN_ID = 1
+FIRST_CHARACTER_ID = 2
+
+# The target of a word whose rule is not among its language's candidates: never trained, always counted as wrong.
+NO_RULE = -1
+
+_CODE_POINTS = 0x110000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What the network knows before training: characters, and for each language the rules it may choose from.
+
+    ``characters`` are in the order of their ids (from `FIRST_CHARACTER_ID`), most frequent first; ``rules`` likewise;
+    ``candidates`` [L][K] are positions in ``rules``, ascending, seen with that language in training.
+    """
+
+    languages: list[str]
+    characters: str
+    rules: list[EditRule]
+    candidates: list[list[int]]
+
+    @property
+    def character_count(self) -> int:
+        """Rows of an embedding table for the characters, the special ids included."""
+        return FIRST_CHARACTER_ID + len(self.characters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordTable:
+    """The words of one split. ``characters`` int16 [N, W]; ``language_ids`` int16 [N]; ``targets`` int32 [N].
+
+    A target is a position among the candidates of the word's language, or `NO_RULE`. ``cuts`` int8 [N, 2] are how many
+    characters the word's rule takes off in front and behind, at most `LONGEST_CUTS`; every word has them, whether its
+    rule is a candidate or not. ``positions`` int32 [N] is where the word stands in its language's sample.
+    """
+
+    characters: torch.Tensor
+    language_ids: torch.Tensor
+    targets: torch.Tensor
+    cuts: torch.Tensor
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def share_memory(self) -> WordTable:
+        """The same table, readable by the loader's processes without a copy."""
+        for tensor in (self.characters, self.language_ids, self.targets, self.cuts, self.positions):
+            tensor.share_memory_()
+        return self
+
+
+def _code_points(forms: Sequence[str]) -> npt.NDArray[np.uint32]:
+    return np.frombuffer("".join(forms).encode("utf-32-le"), dtype=np.uint32)
+
+
+def build_vocabulary(samples: Sequence[LanguageSample]) -> Vocabulary:
+    """The most frequent characters and rules of the training words, over all languages together."""
+    characters = np.zeros(_CODE_POINTS, dtype=np.int64)
+    rules: Counter[EditRule] = Counter()
+    for sample in samples:
+        trained = sample.split == TRAIN
+        codes = _code_points([form for form, kept in zip(sample.forms, trained.tolist(), strict=True) if kept])
+        found, times = np.unique(codes, return_counts=True)
+        characters[found] += times
+        rule_times = np.bincount(sample.rule_ids[trained], minlength=len(sample.rules)).tolist()
+        rules.update({rule: times for rule, times in zip(sample.rules, rule_times, strict=True) if times})
+    # Ties are broken by the character and the rule themselves, so that the order of the languages decides nothing.
+    order = np.argsort(-characters, kind="stable")[: min(CHARACTERS, int((characters > 0).sum()))]
+    frequent = sorted(rules.items(), key=lambda item: (-item[1], item[0]))[:RULES]
+    ids = {rule: position for position, (rule, _) in enumerate(frequent)}
+    candidates = []
+    for sample in samples:
+        seen = np.unique(sample.rule_ids[sample.split == TRAIN]).tolist()
+        candidates.append(sorted(ids[sample.rules[each]] for each in seen if sample.rules[each] in ids))
+    return Vocabulary(
+        languages=[sample.language for sample in samples],
+        characters="".join(map(chr, order.tolist())),
+        rules=[rule for rule, _ in frequent],
+        candidates=candidates,
+    )
+
+
+def encode_forms(forms: Sequence[str], vocabulary: Vocabulary) -> npt.NDArray[np.int16]:
+    """[N, W] character ids: the first characters, then the last ones, each side flush with its end of the word."""
+    lookup = np.full(_CODE_POINTS, UNKNOWN_ID, dtype=np.int16)
+    known = _code_points([vocabulary.characters])
+    lookup[known] = np.arange(FIRST_CHARACTER_ID, FIRST_CHARACTER_ID + len(known))
+    # One row more than the text, so that a place outside of every word has something to point at.
+    ids = np.append(lookup[_code_points(forms)], np.int16(OUTSIDE_ID))
+    lengths = np.fromiter(map(len, forms), dtype=np.int64, count=len(forms))
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    head = np.arange(HEAD_CHARACTERS)
+    tail = np.arange(-TAIL_CHARACTERS, 0)
+    at_head = np.where(head < lengths[:, None], starts[:, None] + head, len(ids) - 1)
+    at_tail = np.where(-tail <= lengths[:, None], ends[:, None] + tail, len(ids) - 1)
+    windows: npt.NDArray[np.int16] = ids[np.concatenate((at_head, at_tail), axis=1)]
+    return windows
+
+
+def build_table(samples: Sequence[LanguageSample], vocabulary: Vocabulary, split: int) -> WordTable:
+    """The words of this split, language after language."""
+    rule_ids = {rule: position for position, rule in enumerate(vocabulary.rules)}
+    characters, languages, targets, cuts, positions = [], [], [], [], []
+    for language_id, sample in enumerate(samples):
+        chosen = np.flatnonzero(sample.split == split)
+        local = {rule: position for position, rule in enumerate(vocabulary.candidates[language_id])}
+        target_of_rule = np.array(
+            [local.get(rule_ids.get(rule, NO_RULE), NO_RULE) for rule in sample.rules], dtype=np.int32
+        )
+        characters.append(encode_forms([sample.forms[each] for each in chosen.tolist()], vocabulary))
+        languages.append(np.full(len(chosen), language_id, dtype=np.int16))
+        cuts_of_rule = np.array([(rule.strip_prefix, rule.strip_suffix) for rule in sample.rules])
+        targets.append(target_of_rule[sample.rule_ids[chosen]])
+        cuts.append(np.minimum(cuts_of_rule, LONGEST_CUTS).astype(np.int8)[sample.rule_ids[chosen]])
+        positions.append(chosen.astype(np.int32))
+    return WordTable(
+        characters=torch.from_numpy(np.concatenate(characters)),
+        language_ids=torch.from_numpy(np.concatenate(languages)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        cuts=torch.from_numpy(np.concatenate(cuts)),
+        positions=torch.from_numpy(np.concatenate(positions)),
+    )

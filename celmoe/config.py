@@ -1,0 +1,224 @@
+"""What a user declares: experts, levels, and the hierarchy they make.
+
+Fields are checked whenever they are set; how levels and experts fit together is checked when a model or a compiler is
+built from the config (`enabled_levels`), so that an empty config may still be filled first.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+
+from .errors import ConfigError, ConfigTypeError, listed, nearest
+
+FUSION_TYPES = ("learned", "position_aware")
+
+
+def require_finite(name: str, value: object) -> None:
+    """Refuse what is no finite number.
+
+    Raises:
+        ConfigTypeError, ConfigError: It is no number, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ConfigTypeError(f"{name!r} must be a number (got {value!r})")
+    if not math.isfinite(value):
+        raise ConfigError(f"{name!r} must be finite (got {value!r})")
+
+
+def _check_type(name: str, value: object, kind: type, words: str) -> None:
+    if not isinstance(value, kind):
+        raise ConfigTypeError(f"{name!r} must be {words} (got {value!r})")
+
+
+def _check_name(name: str, value: object) -> None:
+    _check_type(name, value, str, "a string")
+    if not value:
+        raise ConfigError(f"{name!r} must be a non-empty string (got '')")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ConfigTypeError(f"{name!r} must be an integer (got {value!r})")
+    if value < 1:
+        raise ConfigError(f"{name!r} must be at least 1 (got {value!r})")
+
+
+@dataclass
+class ExpertConfig:
+    """One expert of a level.
+
+    Attributes:
+        name: A label; the key in `HierarchyLevelConfig.experts` is what routes and checkpoints use.
+        loss_weight: Weighs the losses that this expert returns, in `LossBundle.total`.
+        stop_gradient_from_parent: Detaches the expert's input. Read at every call.
+        metadata: Handed to the expert factory.
+        gradient_scale: Scales the gradient that flows from this expert into its input: 0 or below detaches, 1 or above
+            passes. ``None``, which is not given, leaves it to `stop_gradient_from_parent`; a number decides over the
+            flag. Read at every call.
+        parent: The expert of the level directly above, for samples whose upper route is left out.
+    """
+
+    name: str
+    loss_weight: float = 1.0
+    stop_gradient_from_parent: bool = False
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    _: KW_ONLY
+    gradient_scale: float | None = None
+    parent: str | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        match name:
+            case "name":
+                _check_type(name, value, str, "a string")
+            case "loss_weight":
+                require_finite(name, value)
+            case "stop_gradient_from_parent":
+                _check_type(name, value, bool, "a bool")
+            case "metadata":
+                if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                    raise ConfigTypeError(
+                        f"'metadata' must be a mapping (got {value!r}); celmoe-vp 3.0.0 had gradient_scale in this "
+                        f"place, which is keyword-only here: gradient_scale={value!r}"
+                    )
+                _check_type(name, value, Mapping, "a mapping")
+            case "gradient_scale":
+                if value is not None:
+                    require_finite(name, value)
+            case "parent":
+                if value is not None:
+                    _check_name(name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def input_gradient_scale(self) -> float:
+        """What the gradient into the expert's input is multiplied by, from 0.0 (detached) to 1.0 (untouched)."""
+        scale = self.gradient_scale
+        if scale is None:
+            return 0.0 if self.stop_gradient_from_parent else 1.0
+        return min(max(scale, 0.0), 1.0)
+
+
+@dataclass
+class HierarchyLevelConfig:
+    """One level: its experts by name, in the order in which they are built and numbered.
+
+    Attributes:
+        name: The level's name in routes, outputs and checkpoints.
+        experts: The experts by name.
+        fallback_expert: Takes the samples of a level that the routing leaves out. Read at every call.
+        enabled: Whether models and compilers built from now on have this level.
+    """
+
+    name: str
+    experts: dict[str, ExpertConfig]
+    fallback_expert: str | None = None
+    enabled: bool = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        match name:
+            case "name":
+                _check_name(name, value)
+            case "experts":
+                _check_type(name, value, Mapping, "a mapping of names to ExpertConfig")
+            case "fallback_expert":
+                if value is not None:
+                    _check_name(name, value)
+            case "enabled":
+                _check_type(name, value, bool, "a bool")
+        super().__setattr__(name, value)
+
+
+@dataclass
+class CELMoEConfig:
+    """The hierarchy, from the first level that sees the hidden states to the last.
+
+    Attributes:
+        hidden_size: Width D of the last axis of the hidden states.
+        levels: The levels in order.
+        use_learned_fusion: ``False`` fuses by the plain mean of the levels, without parameters.
+        fusion_dropout: Dropout rate of the built-in fusions.
+        fusion_type: ``"learned"`` or ``"position_aware"``.
+        fusion_max_positions: Positions that the position-aware fusion has a bias for.
+    """
+
+    hidden_size: int
+    levels: list[HierarchyLevelConfig] = field(default_factory=list)
+    use_learned_fusion: bool = True
+    fusion_dropout: float = 0.1
+    _: KW_ONLY
+    fusion_type: str = "learned"
+    fusion_max_positions: int = 512
+
+    def __setattr__(self, name: str, value: object) -> None:
+        match name:
+            case "hidden_size" | "fusion_max_positions":
+                _check_count(name, value)
+            case "levels":
+                if isinstance(value, str):
+                    raise ConfigTypeError(f"'levels' must be a list of HierarchyLevelConfig (got {value!r})")
+                _check_type(name, value, Sequence, "a list of HierarchyLevelConfig")
+            case "use_learned_fusion":
+                _check_type(name, value, bool, "a bool")
+            case "fusion_dropout":
+                if isinstance(value, str):
+                    raise ConfigTypeError(
+                        f"'fusion_dropout' must be a number (got {value!r}); celmoe-vp 3.0.0 had fusion_type in this "
+                        f"place, which is keyword-only here: fusion_type={value!r}"
+                    )
+                require_finite(name, value)
+                if not 0.0 <= value <= 1.0:  # type: ignore[operator]  # require_finite has seen that it is a number
+                    raise ConfigError(f"'fusion_dropout' must be between 0 and 1 (got {value!r})")
+            case "fusion_type":
+                if value not in FUSION_TYPES:
+                    raise ConfigError(f"'fusion_type' must be one of {listed(FUSION_TYPES)} (got {value!r})")
+        super().__setattr__(name, value)
+
+
+def enabled_levels(config: CELMoEConfig) -> list[HierarchyLevelConfig]:
+    """The enabled levels, once it is certain that levels, experts and parents fit together.
+
+    Raises:
+        ConfigTypeError: A level is no `HierarchyLevelConfig`, an expert no `ExpertConfig`, a name no string.
+        ConfigError: No enabled level, a level without experts, an empty name, two enabled levels of one name, or a
+            parent that the level above does not have.
+    """
+    _check_type("config", config, CELMoEConfig, "a CELMoEConfig")
+    above: HierarchyLevelConfig | None = None
+    for position, level in enumerate(config.levels):
+        _check_type(f"levels[{position}]", level, HierarchyLevelConfig, "a HierarchyLevelConfig")
+        _check_experts(level, above)
+        above = level
+    levels = [level for level in config.levels if level.enabled]
+    if not levels:
+        got = f"{len(config.levels)}, all disabled" if config.levels else "none"
+        raise ConfigError(f"'levels' must hold at least one enabled level (got {got})")
+    names = [level.name for level in levels]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"'levels' must have distinct names (got {listed(twice)} more than once)")
+    return levels
+
+
+def _check_experts(level: HierarchyLevelConfig, above: HierarchyLevelConfig | None) -> None:
+    where = f"levels[{level.name!r}].experts"
+    if level.enabled and not level.experts:
+        raise ConfigError(f"{where!r} must hold at least one expert (got none)")
+    for name, expert in level.experts.items():
+        _check_type(f"a name in {where}", name, str, "a string")
+        if not name:
+            raise ConfigError(f'"a name in {where}" must be a non-empty string (got {name!r})')
+        _check_type(f"{where}[{name!r}]", expert, ExpertConfig, "an ExpertConfig")
+        if expert.parent is None:
+            continue
+        if above is None:
+            raise ConfigError(
+                f"'parent' of expert {name!r} in level {level.name!r} must be None, for there is no level above "
+                f"(got {expert.parent!r})"
+            )
+        if expert.parent not in above.experts:
+            raise ConfigError(
+                f"'parent' of expert {name!r} in level {level.name!r} must be an expert of level {above.name!r} "
+                f"(got {expert.parent!r}; {nearest(expert.parent, above.experts)})"
+            )

@@ -1,0 +1,160 @@
+"""Moving rows: dispatch into expert order and out to the experts, combine back into batch order.
+
+Both are permutations, so each one's backward is the other: one ``index_select`` by the inverse permutation for a whole
+level. That is O(rows), deterministic, without atomic adds, native on every device, and differentiable again.
+
+Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present.
+
+Blocks handed to experts are private: an expert that works in place reaches neither the caller's tensor, nor another
+expert's rows, nor anything that autograd saved. That is why rows that already stand in expert order are still copied,
+though never gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from .plan import LevelPlan
+
+Blocks: TypeAlias = Sequence[torch.Tensor]
+
+
+class _Dispatch(torch.autograd.Function):
+    """``[B, ...]`` to P blocks of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.order, ctx.inverse, ctx.counts, ctx.trailing = order, inverse, counts, rows.shape[1:]
+        # The zeros for a block without a gradient are made below, where all blocks are joined anyway.
+        ctx.set_materialize_grads(False)
+        return tuple(_cut(rows.index_select(0, order), counts))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None, None, None, None
+        blocks = [
+            some.new_zeros((count, *ctx.trailing)) if grad is None else grad
+            for grad, count in zip(grads, ctx.counts, strict=True)
+        ]
+        return _gather_blocks(blocks, ctx.order, ctx.inverse, ctx.counts), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(_cut(tangents[0].index_select(0, ctx.order), ctx.counts))
+
+
+class _Combine(torch.autograd.Function):
+    """P blocks of rows to ``[B, ...]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int], *blocks: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.order, ctx.inverse, ctx.counts = order, inverse, counts
+        return torch.cat(blocks).index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, None, *_scatter_rows(grads[0], ctx.order, ctx.inverse, ctx.counts)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        blocks = [tangent for tangent in tangents if tangent is not None]
+        return torch.cat(blocks).index_select(0, ctx.inverse)
+
+
+# Function.apply looks for function transforms before it goes on to its base's; `_records` has looked already, and a
+# small batch is made of such calls.
+_apply_dispatch = super(torch.autograd.Function, _Dispatch).apply
+_apply_combine = super(torch.autograd.Function, _Combine).apply
+
+
+def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
+    """One private block of rows for each expert present.
+
+    Args:
+        rows: ``[B, ...]`` in batch order.
+        plan: The level's plan, on the rows' device.
+
+    Returns:
+        P tensors ``[counts[p], ...]``, rows in ascending batch order.
+    """
+    if rows.layout != torch.strided:
+        return [rows.index_select(0, positions) for positions in plan.order.split(list(plan.counts))]
+    if plan.is_sorted:
+        return _cut(rows.clone(memory_format=torch.contiguous_format), plan.counts)
+    return _scatter_rows(rows, plan.order, plan.inverse, plan.counts)
+
+
+def relay(blocks: Blocks, plan: LevelPlan) -> Blocks:
+    """The blocks of one level, cut anew for the level below where both have the same order: a copy, but no gather.
+
+    Args:
+        blocks: What the experts of the level above gave.
+        plan: The plan of the level below; `follows_previous` holds.
+    """
+    return _cut(torch.cat(tuple(blocks)), plan.counts)
+
+
+def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
+    """The experts' rows back in batch order.
+
+    Args:
+        blocks: P tensors ``[counts[p], ...]`` of one dtype.
+        plan: The level's plan, on the blocks' device.
+
+    Returns:
+        ``[B, ...]``, contiguous.
+    """
+    if len(blocks) == 1:
+        # It may be the expert's own parameter, buffer or cache: what the caller does to a level's output must not
+        # reach it. Several blocks are copied by joining them.
+        return blocks[0].clone(memory_format=torch.contiguous_format)
+    if plan.is_sorted:
+        return torch.cat(tuple(blocks)).contiguous()
+    return _gather_blocks(blocks, plan.order, plan.inverse, plan.counts)
+
+
+def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
+    if len(counts) == 1:
+        return (sorted_rows,)
+    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(sorted_rows):
+        # Neither vmap, nor the older one behind autograd's `is_grads_batched`, has a rule for the call below.
+        return [block.clone() for block in sorted_rows.split(list(counts))]
+    # Unsafe is what PyTorch calls a split whose parts are no views to autograd and count their versions apart: with a
+    # shared counter, in-place work on one block would invalidate what autograd saved of all the others. Nothing reads
+    # `sorted_rows` but these blocks, so nothing is at risk.
+    return torch.unsafe_split_with_sizes(sorted_rows, counts)
+
+
+def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
+    if _records(rows):
+        return cast(Blocks, _apply_dispatch(rows, order, inverse, counts))
+    return _cut(rows.index_select(0, order), counts)
+
+
+def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    if _records(*blocks):
+        return cast(torch.Tensor, _apply_combine(order, inverse, counts, *blocks))
+    return torch.cat(tuple(blocks)).index_select(0, inverse)
+
+
+def _records(*inputs: torch.Tensor) -> bool:
+    """Whether one of the Functions is to stand in the autograd graph.
+
+    Function transforms (``torch.func``) and tracing take plain operators only; they get the same result with PyTorch's
+    own backward.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in inputs)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
+    )

@@ -1,0 +1,109 @@
+"""What celmoe raises: every class is a `CELMoEError` and the builtin that celmoe-vp's callers catch.
+
+CELMoEError
+|- ConfigError        ValueError    a value or the structure of a config
+|- ConfigTypeError    TypeError     a config field, or what a factory returned, of the wrong kind
+|- EngineError        ValueError    an engine that does not exist
+|- UnknownLevelError  KeyError      a level that the config does not have
+|- UnknownExpertError KeyError      an expert that its level does not have
+|- MissingRouteError  KeyError      a level that is neither routed nor can be inferred
+|- RouteLengthError   ValueError    routes that are not one a sample
+|- RouteIdError       ValueError    an id that is no position in the level's experts
+|- RouteTypeError     TypeError     routes of the wrong kind
+|- PlanError          ValueError    a plan of another model or batch
+|- InputError         ValueError    a tensor of the wrong shape or device
+|- InputTypeError     TypeError     an argument that is no tensor
+|- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
+'- ResultTypeError    TypeError     what an expert returned is no ExpertResult
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+_SHOWN = 8
+
+
+class CELMoEError(Exception):
+    """Base of everything that celmoe itself raises."""
+
+
+class ConfigError(CELMoEError, ValueError):
+    """A config holds a value that is out of range, or levels and experts that do not fit together."""
+
+
+class ConfigTypeError(CELMoEError, TypeError):
+    """A config field, or what the expert factory returned, is of the wrong kind."""
+
+
+class EngineError(CELMoEError, ValueError):
+    """The engine asked for does not exist."""
+
+
+class _LookupError(CELMoEError, KeyError):
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would put a sentence in quotes.
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownLevelError(_LookupError):
+    """A level was named that the config does not have."""
+
+
+class UnknownExpertError(_LookupError):
+    """An expert was named that its level does not have."""
+
+
+class MissingRouteError(_LookupError):
+    """A level was left out of the routing, and nothing says which expert its samples take."""
+
+
+class RouteLengthError(CELMoEError, ValueError):
+    """Routes that are not one a sample, or a batch whose size nothing tells."""
+
+
+class RouteIdError(CELMoEError, ValueError):
+    """A route id is no position in its level's experts."""
+
+
+class RouteTypeError(CELMoEError, TypeError):
+    """Routes are of the wrong kind: neither names nor integer ids."""
+
+
+class PlanError(CELMoEError, ValueError):
+    """A plan was made for other levels, other experts, or another batch size."""
+
+
+class InputError(CELMoEError, ValueError):
+    """Hidden, mask, context or fusion input has the wrong shape or lies on the wrong device."""
+
+
+class InputTypeError(CELMoEError, TypeError):
+    """Hidden or mask is no tensor."""
+
+
+class ResultError(CELMoEError, ValueError):
+    """An expert returned rows of the wrong shape, dtype or device."""
+
+
+class ResultTypeError(CELMoEError, TypeError):
+    """An expert returned something else than an `ExpertResult` that holds a tensor."""
+
+
+def listed(names: Iterable[object]) -> str:
+    """The names, quoted and cut after a few: ``'a', 'b', … (12 in all)``."""
+    all_names = [repr(name) for name in names]
+    if len(all_names) <= _SHOWN:
+        return ", ".join(all_names) or "none"
+    return f"{', '.join(all_names[:_SHOWN])}, … ({len(all_names)} in all)"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names that look like ``name``, as a half-sentence; all of them where none does."""
+    names = list(known)
+    folded = {candidate.casefold(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)
+    if close:
+        return f"nearest: {listed(folded[match] for match in close)}"
+    return f"known: {listed(names)}"

@@ -1,0 +1,69 @@
+"""The contract between the library and a user's experts: what an expert is given, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Shared(Generic[Value]):
+    """A context value that every expert sees whole, even where its first axis has the batch's length by chance.
+
+    Experts see the bare value. Example: ``context={"table": Shared(table), "lengths": lengths}``.
+    """
+
+    value: Value
+
+
+ExpertMetadata: TypeAlias = Mapping[str, object]
+ExpertContextMap: TypeAlias = Mapping[str, object]
+# Any value is legal at run time; the names are those that celmoe-vp's callers annotate with.
+ExpertContext: TypeAlias = torch.Tensor | ExpertContextMap | Shared[object] | None
+ExpertAux: TypeAlias = dict[str, object]
+
+
+@dataclass
+class ExpertBatch:
+    """What one expert is given: its own samples, in ascending batch order.
+
+    Attributes:
+        hidden: ``[N, ...]``, the rows of its N samples. They are the expert's own memory: working in place is allowed.
+        context: The context with its batch-aligned tensors cut to these samples, the rest as it was passed.
+        mask: ``[N, ...]``, the mask's rows, or ``None``.
+        state: ``{"level": ..., "expert": ...}``.
+    """
+
+    hidden: torch.Tensor
+    context: ExpertContext = None
+    mask: torch.Tensor | None = None
+    state: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class ExpertResult:
+    """What one expert gives back.
+
+    Attributes:
+        hidden: The samples' new rows, of the shape that they came in.
+        losses: Losses by name, any number of them.
+        aux: Anything else the expert wants to hand to the caller.
+    """
+
+    hidden: torch.Tensor
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    aux: ExpertAux = field(default_factory=dict)
+
+
+class ExpertModule(nn.Module):
+    """Base class for experts; any ``nn.Module`` with this ``forward`` will do."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        """Run on the samples in ``batch``."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(batch) -> ExpertResult")

@@ -1,0 +1,120 @@
+"""How each level runs and why, as a table for people and as a dict for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+
+from torch import nn
+
+from .names import NamedModules
+from .plan import LevelPlan
+
+_HEADINGS = {
+    "level": "level",
+    "engine": "engine",
+    "experts": "experts",
+    "present": "present",
+    "rows": "rows/expert (min median max)",
+    "parameters": "parameters",
+    "megabytes": "MB present",
+    "why": "why",
+}
+
+
+@dataclass(frozen=True)
+class LevelExplanation:
+    """One level's line.
+
+    Attributes:
+        level: The level's name.
+        engine: The engine that runs its experts.
+        num_experts: Experts E of the level.
+        num_present: Experts P in the plan, or ``None`` without one.
+        rows_per_expert: Least, median and most samples of a present expert, or ``None``.
+        num_parameters: Parameters of all the level's experts, shared ones counted once.
+        present_bytes: Bytes of the present experts' parameters; of all experts' without a plan.
+        why: Why this engine, and which copies of rows the plan saves.
+    """
+
+    level: str
+    engine: str
+    num_experts: int
+    num_present: int | None
+    rows_per_expert: tuple[int, float, int] | None
+    num_parameters: int
+    present_bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """All levels' lines; ``str()`` gives the table.
+
+    Attributes:
+        levels: One line a level, in order.
+    """
+
+    levels: tuple[LevelExplanation, ...]
+
+    def as_dict(self) -> dict[str, dict[str, object]]:
+        """The lines as plain data, by level."""
+        return {line.level: dataclasses.asdict(line) for line in self.levels}
+
+    def __str__(self) -> str:
+        rows = [tuple(_HEADINGS.values()), *(_cells(line) for line in self.levels)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def explain_level(level: str, modules: NamedModules, engine: str, plan: LevelPlan | None) -> LevelExplanation:
+    """One level's line; runs no expert."""
+    present = list(modules) if plan is None else list(plan.experts)
+    why = "runs any module, one present expert after another"
+    rows = None
+    if plan is not None and plan.counts:
+        rows = (min(plan.counts), float(statistics.median(plan.counts)), max(plan.counts))
+        why = f"{why}; {_movement(plan)}"
+    return LevelExplanation(
+        level=level,
+        engine=engine,
+        num_experts=len(modules),
+        num_present=None if plan is None else len(plan.experts),
+        rows_per_expert=rows,
+        num_parameters=sum(parameter.numel() for parameter in modules.parameters()),
+        present_bytes=sum(parameter.nbytes for parameter in _distinct(modules[name] for name in present)),
+        why=why,
+    )
+
+
+def _movement(plan: LevelPlan) -> str:
+    if len(plan.counts) == 1:
+        return "one expert present, no gather"
+    if plan.is_sorted:
+        return "batch already in expert order, no gather"
+    if plan.follows_previous:
+        return "same order as the level above, no gather between"
+    return "one gather each way"
+
+
+def _distinct(modules: object) -> list[nn.Parameter]:
+    found: dict[int, nn.Parameter] = {}
+    for module in modules:  # type: ignore[attr-defined]
+        found.update((id(parameter), parameter) for parameter in module.parameters())
+    return list(found.values())
+
+
+def _cells(line: LevelExplanation) -> tuple[str, ...]:
+    rows = "-" if line.rows_per_expert is None else "{} {:g} {}".format(*line.rows_per_expert)
+    return (
+        line.level if line.level.isprintable() else repr(line.level),
+        line.engine,
+        str(line.num_experts),
+        "-" if line.num_present is None else str(line.num_present),
+        rows,
+        f"{line.num_parameters:,}",
+        f"{line.present_bytes / 1e6:.2f}",
+        line.why,
+    )

@@ -1,0 +1,191 @@
+"""The model: levels of named experts in sequence, and a fusion of what each level gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .compiler import RoutingCompiler
+from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
+from .context import ContextRows
+from .engines import ENGINES, resolve_engine
+from .errors import ConfigTypeError, InputError, InputTypeError
+from .experts import ExpertContext, ExpertMetadata
+from .explain import Explanation, explain_level
+from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
+from .level import LevelInput, present_experts, run_level
+from .names import NamedModules
+from .outputs import CELMoEOutput
+from .plan import RoutingPlan
+from .routing import Routing
+
+
+class HierarchicalCELMoE(nn.Module):
+    """Route every sample by name through one expert a level, and fuse the levels.
+
+    Args:
+        config: Levels and experts are read now; the gradient, weight and fallback fields at every call.
+        expert_factory: Makes each expert: ``factory(level_name, expert_name, metadata) -> nn.Module``, called in level
+            order, then expert order, before the fusion is made.
+        fusion_module: Takes the list of the levels' hidden states in place of the built-in fusion.
+        engine: ``"auto"`` or the name of an engine; see `engines.ENGINES`.
+
+    Attributes:
+        config: The config.
+        levels: The enabled levels' configs.
+        level_modules: The experts: ``level_modules[level][expert]``.
+        fusion: The fusion module.
+        engine: The engine that runs the experts.
+
+    Raises:
+        ConfigError, ConfigTypeError: The config is not sound, or the factory returned no module.
+        EngineError: No engine has this name.
+
+    Example::
+
+        experts = {"de": ExpertConfig("de"), "fr": ExpertConfig("fr")}
+        config = CELMoEConfig(64, [HierarchyLevelConfig("language", experts)])
+        model = HierarchicalCELMoE(config, lambda level, expert, metadata: MyExpert())
+        output = model(hidden, routing={"language": ["de", "fr", "de"]})
+    """
+
+    def __init__(
+        self,
+        config: CELMoEConfig,
+        expert_factory: Callable[[str, str, ExpertMetadata], nn.Module],
+        fusion_module: nn.Module | None = None,
+        *,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.engine = resolve_engine(engine)
+        self.config = config
+        self.levels: list[HierarchyLevelConfig] = enabled_levels(config)
+        if not callable(expert_factory):
+            raise ConfigTypeError(f"'expert_factory' must be callable (got {expert_factory!r})")
+        self._compiler = RoutingCompiler(config)
+        self.level_modules = NamedModules(
+            {
+                level.name: NamedModules(
+                    {
+                        name: _made(expert_factory, level.name, name, expert.metadata)
+                        for name, expert in level.experts.items()
+                    }
+                )
+                for level in self.levels
+            }
+        )
+        self.fusion = build_fusion(config, len(self.levels), fusion_module)
+
+    def compile_routing(
+        self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None
+    ) -> RoutingPlan:
+        """Compile the routing of one batch; see `RoutingCompiler.__call__`."""
+        return self._compiler(routing, batch_size)
+
+    def explain(self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None) -> Explanation:
+        """How each level would run, as a table; runs no expert.
+
+        Args:
+            routing: A plan or routing to tell the rows of each expert; without one, only the levels are told.
+            batch_size: As for `compile_routing`.
+        """
+        plan = None if routing is None and batch_size is None else self._compiler(routing, batch_size)
+        return Explanation(
+            tuple(
+                explain_level(
+                    level.name,
+                    cast(NamedModules, self.level_modules[level.name]),
+                    self.engine,
+                    None if plan is None else plan.levels[level.name],
+                )
+                for level in self.levels
+            )
+        )
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        routing: Routing | RoutingPlan | None = None,
+        context: ExpertContext = None,
+        mask: torch.Tensor | None = None,
+    ) -> CELMoEOutput:
+        """Run the batch through all levels.
+
+        Args:
+            hidden: ``[B, D]`` or ``[B, S, D]``, or any trailing shape that experts and fusion take.
+            routing: A plan, or what `compile_routing` takes.
+            context: Whatever experts want to see; batch-aligned tensors in it are cut to each expert's samples.
+            mask: ``[B, ...]``, cut likewise.
+
+        Raises:
+            InputError, InputTypeError: Hidden, mask or context do not fit together.
+            PlanError: The plan was made for another config or batch size.
+            ResultError, ResultTypeError: What an expert returned does not fit.
+            CELMoEError: What `compile_routing` raises.
+        """
+        self._check_hidden(hidden)
+        batch_size = hidden.shape[0]
+        _check_mask(mask, hidden)
+        context_rows = ContextRows(context, batch_size, hidden.device)
+        plan = self._plan(routing, hidden)
+        modules, engine = self.level_modules, ENGINES[self.engine]
+        experts = [
+            present_experts(cast(NamedModules, modules[level.name]), plan.levels[level.name]) for level in self.levels
+        ]
+
+        output = CELMoEOutput({}, hidden)
+        given = LevelInput(hidden, None, context_rows, mask)
+        for level, present in zip(self.levels, experts, strict=True):
+            level_output, blocks = run_level(level, present, engine, given, plan)
+            output.levels[level.name] = level_output
+            output.losses.update(level_output.losses)
+            output.loss_weights.update(level_output.loss_weights)
+            given = LevelInput(level_output.hidden, blocks, context_rows, mask)
+        output.fused_hidden = self.fusion([level.hidden for level in output.levels.values()])
+        return output
+
+    def extra_repr(self) -> str:
+        """The engine, in the model's repr."""
+        return f"engine={self.engine!r}"
+
+    def _plan(self, routing: Routing | RoutingPlan | None, hidden: torch.Tensor) -> RoutingPlan:
+        plan = self._compiler.compile(routing, hidden.shape[0], told_by="'hidden'")
+        return plan if plan.device == hidden.device else plan.to(hidden.device, non_blocking=True)
+
+    def _check_hidden(self, hidden: Any) -> None:
+        if not isinstance(hidden, torch.Tensor):
+            raise InputTypeError(f"'hidden' must be a tensor (got {type(hidden).__name__})")
+        if hidden.dim() == 0:
+            raise InputError("'hidden' must have the samples for its first axis (got a tensor of no axes)")
+        # A subclass may take other widths than the fusion that it is made from.
+        if type(self.fusion) in (LearnedFusion, PositionAwareFusion):
+            cast(LearnedFusion, self.fusion).check_hidden(hidden.shape)
+
+
+def _made(
+    factory: Callable[[str, str, ExpertMetadata], nn.Module], level: str, name: str, metadata: ExpertMetadata
+) -> nn.Module:
+    module = factory(level, name, metadata)
+    if not isinstance(module, nn.Module):
+        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+        raise ConfigTypeError(
+            f"'expert_factory' must return a torch.nn.Module (got {got} for expert {name!r} of level {level!r})"
+        )
+    return module
+
+
+def _check_mask(mask: Any, hidden: torch.Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise InputTypeError(f"'mask' must be a tensor (got {type(mask).__name__})")
+    if mask.dim() == 0 or mask.shape[0] != hidden.shape[0]:
+        raise InputError(
+            f"'mask' must have one row for each of the {hidden.shape[0]} samples (got shape {tuple(mask.shape)})"
+        )
+    if mask.device != hidden.device:
+        raise InputError(f"'mask' must be on {hidden.device}, where 'hidden' is (got {mask.device})")

@@ -1,0 +1,154 @@
+"""One level of the hierarchy: dispatch its rows, run its experts, combine what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from .config import HierarchyLevelConfig
+from .context import ContextRows
+from .dispatch import Blocks, combine, dispatch, relay
+from .engines import Engine
+from .errors import UnknownExpertError, nearest
+from .experts import ExpertBatch, ExpertResult
+from .names import NamedModules, name_key
+from .outputs import LevelOutput
+from .plan import LevelPlan, RoutingPlan
+
+
+class LevelInput(NamedTuple):
+    """What a level is given.
+
+    Attributes:
+        hidden: ``[B, ...]`` in batch order: the caller's rows, or the level above's.
+        blocks: The same rows as the experts of the level above gave them, where the two levels' orders are one.
+        context: The batch's context.
+        mask: ``[B, ...]`` or ``None``.
+    """
+
+    hidden: torch.Tensor
+    blocks: Blocks | None
+    context: ContextRows
+    mask: torch.Tensor | None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, with its gradient multiplied by ``scale``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: torch.Tensor, _scale: float) -> torch.Tensor:
+        # Not `view_as`: autograd refuses in-place work on a view made inside a Function.
+        return rows.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, float], _output: torch.Tensor) -> None:
+        ctx.scale = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] * ctx.scale, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, tangents[0] * ctx.scale)
+
+
+def present_experts(modules: NamedModules, plan: LevelPlan) -> list[nn.Module]:
+    """The modules of the experts present, as they are now: any may have been replaced.
+
+    Raises:
+        UnknownExpertError: One has been removed since the model was built.
+    """
+    try:
+        return [modules[name] for name in plan.experts]
+    except KeyError as error:
+        name = str(error.args[0])
+        raise UnknownExpertError(
+            f'"level_modules[{plan.name!r}]" must hold the experts routed to (got no {name!r}; '
+            f"{nearest(name, modules)})"
+        ) from None
+
+
+def run_level(
+    config: HierarchyLevelConfig, experts: Sequence[nn.Module], engine: Engine, given: LevelInput, plan: RoutingPlan
+) -> tuple[LevelOutput, Blocks]:
+    """Run one level.
+
+    Args:
+        config: The level's config.
+        experts: The modules of the experts present.
+        engine: What runs them.
+        given: What the level is given.
+        plan: The batch's plan.
+
+    Returns:
+        Its output, and the same rows as its experts gave them.
+    """
+    level_plan = plan.levels[config.name]
+    make_routes = partial(plan.routes, config.name)
+    if not experts:
+        empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
+        return LevelOutput.with_deferred_routes(config.name, empty, make_routes), ()
+    scales = [config.experts[name].input_gradient_scale for name in level_plan.experts]
+    results = engine(experts, _expert_batches(given, level_plan, scales))
+    blocks = _promoted([result.hidden for result in results])
+    output = LevelOutput.with_deferred_routes(config.name, combine(blocks, level_plan), make_routes)
+    _collect(output, config, level_plan.experts, results)
+    return output, blocks
+
+
+def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> Iterator[ExpertBatch]:
+    """The batch of each expert present, in order."""
+    # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
+    is_detached = not any(scales)
+    if given.blocks is not None and plan.follows_previous and not plan.is_sorted:
+        blocks = relay([block.detach() for block in given.blocks] if is_detached else given.blocks, plan)
+    else:
+        blocks = dispatch(given.hidden.detach() if is_detached else given.hidden, plan)
+    mask_blocks = None if given.mask is None else dispatch(given.mask, plan)
+    aligned_blocks = [dispatch(tensor, plan) for tensor in given.context.aligned]
+    for index, name in enumerate(plan.experts):
+        yield ExpertBatch(
+            _with_gradient_scaled(blocks[index], scales[index]),
+            given.context.build([aligned[index] for aligned in aligned_blocks]),
+            None if mask_blocks is None else mask_blocks[index],
+            {"level": plan.name, "expert": name},
+        )
+
+
+def _with_gradient_scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+    if scale == 1.0:
+        return rows
+    if scale == 0.0:
+        return rows.detach()
+    if rows.requires_grad and torch.is_grad_enabled():
+        return cast(torch.Tensor, _ScaleGradient.apply(rows, scale))
+    return rows
+
+
+def _promoted(blocks: Sequence[torch.Tensor]) -> Blocks:
+    """The blocks in the dtype that all of theirs promote to."""
+    dtypes = {block.dtype for block in blocks}
+    if len(dtypes) == 1:
+        return blocks
+    dtype = reduce(torch.promote_types, dtypes)
+    return [block.to(dtype) for block in blocks]
+
+
+def _collect(
+    output: LevelOutput, config: HierarchyLevelConfig, names: Sequence[str], results: Sequence[ExpertResult]
+) -> None:
+    """Put the experts' losses, their weights and aux into the level's output."""
+    for name, result in zip(names, results, strict=True):
+        for loss, value in result.losses.items():
+            key = f"{name_key(config.name)}.{name_key(name)}.{loss}"
+            output.losses[key] = value
+            output.loss_weights[key] = config.experts[name].loss_weight
+        if result.aux:
+            output.aux[name] = result.aux

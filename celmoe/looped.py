@@ -1,0 +1,66 @@
+"""The engine that runs a level's experts one after another.
+
+It is right for any module, and reproduces celmoe-vp bit for bit, dropout's random stream included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .errors import CELMoEError, ResultError, ResultTypeError
+from .experts import ExpertBatch, ExpertResult
+
+
+def run_looped(experts: Sequence[nn.Module], batches: Iterator[ExpertBatch]) -> list[ExpertResult]:
+    """Run each expert on its batch, in order.
+
+    Args:
+        experts: The P experts present.
+        batches: Their batches.
+
+    Returns:
+        P results, each checked to hold rows of the shape and device that went in.
+
+    Raises:
+        ResultTypeError, ResultError: What an expert returned is no such result. Anything that an expert raises passes
+            through, with a note that names the expert.
+    """
+    results = []
+    for expert, batch in zip(experts, batches, strict=True):
+        given = batch.hidden
+        shape, device, dtype = given.shape, given.device, given.dtype
+        level, name = batch.state["level"], batch.state["expert"]
+        try:
+            result = expert(batch)
+        except Exception as error:
+            error.add_note(f"celmoe: raised by expert {name!r} of level {level!r} on {shape[0]} samples")
+            raise
+        if fault := _fault(result, shape, device, dtype):
+            what, rule, kind = fault
+            raise kind(f"'{what}' of expert {name!r} of level {level!r} must {rule}")
+        results.append(result)
+    return results
+
+
+def _fault(
+    result: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
+) -> tuple[str, str, type[CELMoEError]] | None:
+    """What is wrong with a result, the rule that it breaks, and the error to raise."""
+    if not isinstance(result, ExpertResult):
+        return "result", f"be an ExpertResult (got {type(result).__name__})", ResultTypeError
+    hidden, losses = result.hidden, result.losses
+    if not isinstance(hidden, torch.Tensor):
+        return "result.hidden", f"be a tensor (got {type(hidden).__name__})", ResultTypeError
+    if not isinstance(losses, Mapping):
+        return "result.losses", f"be a mapping (got {type(losses).__name__})", ResultTypeError
+    if hidden.shape != shape:
+        rule = f"have the shape of its input, {tuple(shape)} (got {tuple(hidden.shape)})"
+        return "result.hidden", rule, ResultError
+    if hidden.device != device:
+        return "result.hidden", f"be on {device}, where its input is (got {hidden.device})", ResultError
+    if hidden.dtype != dtype and not (hidden.is_floating_point() or hidden.is_complex()):
+        return "result.hidden", f"have a floating-point dtype (got {hidden.dtype})", ResultError
+    return None

@@ -1,0 +1,189 @@
+"""Losses of many scopes, gathered into one weighted total."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from .config import require_finite
+from .errors import InputError, InputTypeError, UnknownLevelError, nearest
+from .experts import ExpertContext
+from .outputs import CELMoEOutput, LevelOutput
+
+LossMap: TypeAlias = Mapping[str, torch.Tensor]
+LossResult: TypeAlias = torch.Tensor | LossMap
+LossCallable: TypeAlias = Callable[[CELMoEOutput, object | None, ExpertContext], LossResult]
+LevelLossCallable: TypeAlias = Callable[[LevelOutput, CELMoEOutput, object | None, ExpertContext], LossResult]
+BridgeLossCallable: TypeAlias = Callable[
+    [LevelOutput, LevelOutput, CELMoEOutput, object | None, ExpertContext], LossResult
+]
+
+
+@dataclass
+class LossTerm:
+    """One loss: its name, a scalar tensor, its weight in the total, and where it comes from.
+
+    ``scope`` is ``"expert"``, ``"global"``, a level's name, or ``"<parent>-><child>"``.
+    """
+
+    name: str
+    value: torch.Tensor
+    weight: float = 1.0
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        _require_weight(self.weight)
+        if not isinstance(self.value, torch.Tensor):
+            if not isinstance(self.value, numbers.Real):
+                raise InputTypeError(f"'value' of loss {self.name!r} must be a tensor or a number (got {self.value!r})")
+            self.value = torch.as_tensor(self.value)
+
+
+class LossBundle:
+    """Loss terms in the order in which they were added.
+
+    Args:
+        terms: The first terms.
+    """
+
+    def __init__(self, terms: list[LossTerm] | None = None) -> None:
+        self.terms = list(terms) if terms is not None else []
+
+    def add(self, name: str, value: torch.Tensor, weight: float = 1.0, scope: str = "global") -> None:
+        """Append a term.
+
+        Args:
+            name: Its name in `as_dict`.
+            value: A scalar; a plain number is made a tensor.
+            weight: A finite number, or a tensor, which may be learned.
+            scope: Where it comes from.
+
+        Raises:
+            ConfigError, ConfigTypeError: The weight is not finite, or no number.
+            InputTypeError: The value is neither tensor nor number.
+        """
+        self.terms.append(LossTerm(name, value, weight, scope))
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The weighted sum of all terms; differentiable.
+
+        Raises:
+            ValueError: There is no term.
+        """
+        if not self.terms:
+            raise ValueError("'terms' must hold at least one loss term (got none)")
+        total = self.terms[0].value.new_zeros(())
+        for term in self.terms:
+            total = total + (term.value if _is_one(term.weight) else term.weight * term.value)
+        return total
+
+    def as_dict(self) -> dict[str, float]:
+        """The unweighted values by name, read from each device in one transfer; of two equal names, the later."""
+        positions_by_device: dict[torch.device, list[int]] = {}
+        for position, term in enumerate(self.terms):
+            positions_by_device.setdefault(term.value.device, []).append(position)
+        values = [0.0] * len(self.terms)
+        for positions in positions_by_device.values():
+            scalars = [_scalar(self.terms[position]) for position in positions]
+            dtype = scalars[0].dtype
+            for scalar in scalars:
+                dtype = torch.promote_types(dtype, scalar.dtype)
+            read = torch.stack([scalar.to(dtype) for scalar in scalars]).tolist()
+            for position, value in zip(positions, read, strict=True):
+                values[position] = float(value)
+        return {term.name: value for term, value in zip(self.terms, values, strict=True)}
+
+
+class CELMoELossAPI:
+    """Losses over outputs, registered once and computed for every batch.
+
+    A callable returns a scalar tensor, or a mapping of names to such: one term each.
+    """
+
+    def __init__(self) -> None:
+        self.global_losses: list[tuple[str, float, LossCallable]] = []
+        self.level_losses: dict[str, list[tuple[str, float, LevelLossCallable]]] = {}
+        self.bridge_losses: list[tuple[str, str, str, float, BridgeLossCallable]] = []
+
+    def add_global(self, name: str, fn: LossCallable, weight: float = 1.0) -> None:
+        """A loss over the whole output: ``fn(output, targets, context)``, named ``global.<name>``."""
+        _require_weight(weight)
+        self.global_losses.append((name, weight, fn))
+
+    def add_level(self, level_name: str, name: str, fn: LevelLossCallable, weight: float = 1.0) -> None:
+        """A loss over one level: ``fn(level_output, output, targets, context)``, named ``<level>.<name>``."""
+        _require_weight(weight)
+        self.level_losses.setdefault(level_name, []).append((name, weight, fn))
+
+    def add_bridge(
+        self, parent_level: str, child_level: str, name: str, fn: BridgeLossCallable, weight: float = 1.0
+    ) -> None:
+        """A loss between two levels, named ``<parent>-><child>.<name>``.
+
+        ``fn`` is called with ``(parent_output, child_output, output, targets, context)``.
+        """
+        _require_weight(weight)
+        self.bridge_losses.append((parent_level, child_level, name, weight, fn))
+
+    def compute(self, output: CELMoEOutput, targets: object | None = None, context: ExpertContext = None) -> LossBundle:
+        """All terms of one output: the experts' own, then global, level and bridge losses.
+
+        Raises:
+            UnknownLevelError: A loss was registered for a level that the output does not have. Told before any runs.
+            InputTypeError: What a loss returned is neither tensor nor number.
+        """
+        self._check_levels(output)
+        bundle = LossBundle()
+        for name, value in output.losses.items():
+            bundle.add(name, value, output.loss_weights.get(name, 1.0), "expert")
+        for name, weight, global_fn in self.global_losses:
+            _add(bundle, "global", name, weight, global_fn(output, targets, context))
+        for level_name, specs in self.level_losses.items():
+            level = output.levels[level_name]
+            for name, weight, level_fn in specs:
+                _add(bundle, level_name, name, weight, level_fn(level, output, targets, context))
+        for parent_name, child_name, name, weight, bridge_fn in self.bridge_losses:
+            parent, child = output.levels[parent_name], output.levels[child_name]
+            result = bridge_fn(parent, child, output, targets, context)
+            _add(bundle, f"{parent_name}->{child_name}", name, weight, result)
+        return bundle
+
+    def _check_levels(self, output: CELMoEOutput) -> None:
+        asked = [(level, "level", name) for level, specs in self.level_losses.items() for name, _, _ in specs]
+        for parent, child, name, _, _ in self.bridge_losses:
+            asked += [(parent, "bridge", name), (child, "bridge", name)]
+        for level, kind, name in asked:
+            if level not in output.levels:
+                raise UnknownLevelError(
+                    f"{kind} loss {name!r} must be registered for levels of the output (got {level!r}; "
+                    f"{nearest(level, output.levels)})"
+                )
+
+
+def _scalar(term: LossTerm) -> torch.Tensor:
+    if term.value.numel() != 1:
+        raise InputError(f"'value' of loss {term.name!r} must be a scalar (got shape {tuple(term.value.shape)})")
+    return term.value.detach().reshape(())
+
+
+def _add(bundle: LossBundle, scope: str, name: str, weight: float, result: LossResult) -> None:
+    if isinstance(result, Mapping):
+        for item, value in result.items():
+            bundle.add(f"{scope}.{name}.{item}", value, weight, scope)
+    else:
+        bundle.add(f"{scope}.{name}", result, weight, scope)
+
+
+def _require_weight(weight: object) -> None:
+    # A tensor may be a learned weight: looking at its value would wait for its device.
+    if not isinstance(weight, torch.Tensor):
+        require_finite("weight", weight)
+
+
+def _is_one(weight: object) -> bool:
+    return not isinstance(weight, torch.Tensor) and weight == 1.0

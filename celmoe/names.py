@@ -1,0 +1,124 @@
+"""Real names and the keys that stand for them in modules, checkpoints and losses.
+
+PyTorch refuses some child names: those with a dot, and those of its own attributes (``to``, ``keys``, ``type``). Names
+it accepts are their own key, as in celmoe-vp. Any other name is percent-encoded and put one step deeper, below a child
+whose name is the empty string:
+
+    language.de.weight              expert 'de'
+    language..zh%2EHant.weight      expert 'zh.Hant'
+    language..%74o.weight           expert 'to'
+
+No accepted name is empty, so an encoded name can't meet a plain one (not even an expert that is really called
+``zh%2EHant``), and `urllib.parse.unquote` gives the name back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from typing import cast
+from urllib.parse import unquote
+
+from torch import nn
+
+ESCAPED = ""
+# What ``nn.ModuleDict`` refuses because it has an attribute of that name.
+_TAKEN = frozenset(dir(nn.ModuleDict)) | frozenset(vars(nn.ModuleDict()))
+
+
+def is_plain(name: str) -> bool:
+    """Whether ``nn.ModuleDict`` takes this name for a child."""
+    return bool(name) and "." not in name and name not in _TAKEN
+
+
+def name_key(name: str) -> str:
+    """The name as it stands in a checkpoint's or a loss's key; an encoded name has a dot in front."""
+    return name if is_plain(name) else f".{_encoded(name)}"
+
+
+def key_name(key: str) -> str:
+    """The name that `name_key` made this key from."""
+    return unquote(key[1:]) if key.startswith(".") else key
+
+
+class NamedModules(nn.ModuleDict):
+    """An ``nn.ModuleDict`` that takes any non-empty string for a key, and answers to the real names.
+
+    Iteration gives the plain names first, then the encoded ones, each in the order in which they were set. It adds no
+    attribute to its base class, for that would be one name more that can't be plain.
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        if (module := _find(self, key)) is None:
+            raise KeyError(key)
+        return module
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        if not isinstance(key, str) or not key:
+            raise KeyError(f"'key' must be a non-empty string (got {key!r})")
+        if is_plain(key):
+            self.add_module(key, module)
+            return
+        if ESCAPED not in self._modules:
+            self._modules[ESCAPED] = nn.ModuleDict()
+        escaped = self._modules[ESCAPED]
+        assert isinstance(escaped, nn.ModuleDict)
+        escaped[_encoded(key)] = module
+
+    def __delitem__(self, key: str) -> None:
+        if _find(self, key) is None:
+            raise KeyError(key)
+        if is_plain(key):
+            del self._modules[key]
+        else:
+            del _escaped(self)[_encoded(key)]
+
+    def __contains__(self, key: object) -> bool:
+        return _find(self, key) is not None
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (child for child in self._modules if child != ESCAPED)
+        yield from map(unquote, _escaped(self))
+
+    def __dir__(self) -> list[str]:
+        # nn.Module's own looks at the first letter of every child's name.
+        return sorted({*dir(type(self)), *vars(self), *filter(str.isidentifier, self._modules)})
+
+    def clear(self) -> None:
+        """Remove all modules."""
+        self._modules.clear()
+
+    def keys(self) -> KeysView[str]:
+        """The real names."""
+        return KeysView(self)
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        """The real names and their modules."""
+        return ItemsView(self)
+
+    def values(self) -> ValuesView[nn.Module]:
+        """The modules."""
+        return ValuesView(self)
+
+
+def _encoded(name: str) -> str:
+    encoded = name.replace("%", "%25").replace(".", "%2E")
+    if encoded in _TAKEN:
+        # Attributes of a module are ASCII, so one byte is the whole first letter.
+        return f"%{ord(encoded[0]):02X}{encoded[1:]}"
+    return encoded
+
+
+def _escaped(modules: NamedModules) -> dict[str, nn.Module]:
+    escaped = modules._modules.get(ESCAPED)
+    return {} if escaped is None else cast(dict[str, nn.Module], escaped._modules)
+
+
+def _find(modules: NamedModules, name: object) -> nn.Module | None:
+    if not isinstance(name, str) or not name:
+        return None
+    # Every forward pass comes here for every expert, so plain names, which are the children's, take the short way.
+    module = modules._modules.get(name)
+    return _escaped(modules).get(_encoded(name)) if module is None else module

@@ -1,0 +1,67 @@
+"""What a forward pass gives back: one output a level, and the fusion of them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+
+import torch
+
+from .experts import ExpertAux
+
+
+@dataclass
+class LevelOutput:
+    """What one level made of the batch.
+
+    Attributes:
+        name: The level's name.
+        hidden: ``[B, ...]``, in batch order.
+        routes: The expert's name for each sample.
+        losses: The experts' losses as they returned them, keyed ``<level>.<expert>.<loss>`` with names as in
+            `celmoe.names.name_key`.
+        aux: What experts returned beside, by expert, where it is not empty.
+        loss_weights: The `ExpertConfig.loss_weight` of each of `losses`, under the same keys.
+    """
+
+    name: str
+    hidden: torch.Tensor
+    routes: list[str]
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    aux: ExpertAux = field(default_factory=dict)
+    _: KW_ONLY
+    loss_weights: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def with_deferred_routes(cls, name: str, hidden: torch.Tensor, make_routes: Callable[[], list[str]]) -> LevelOutput:
+        """An output whose `routes` are made when first read: writing B names costs more than planning."""
+        output = cls.__new__(cls)
+        output.__dict__.update(name=name, hidden=hidden, losses={}, aux={}, loss_weights={}, _make_routes=make_routes)
+        return output
+
+    def __getattr__(self, attribute: str) -> list[str]:
+        # Reached only for what is not set, so for deferred routes once.
+        if attribute != "routes" or "_make_routes" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
+        self.routes = self.__dict__["_make_routes"]()
+        return self.routes
+
+
+@dataclass
+class CELMoEOutput:
+    """What the hierarchy made of the batch.
+
+    Attributes:
+        levels: One output a level, in the config's order.
+        fused_hidden: ``[B, ...]``, the fusion of the levels' hidden states.
+        losses: The losses of all levels.
+        aux: Left to the caller; the levels carry their experts' own.
+        loss_weights: The weights of `losses`, under the same keys.
+    """
+
+    levels: dict[str, LevelOutput]
+    fused_hidden: torch.Tensor
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    aux: ExpertAux = field(default_factory=dict)
+    _: KW_ONLY
+    loss_weights: dict[str, float] = field(default_factory=dict)

@@ -1,0 +1,197 @@
+"""The naive oracle: what a hierarchy computes, written to be read.
+
+Plain Python loops over levels, experts and samples. It shares no code with routing, plans, dispatch or engines: it
+reads routes name by name, picks rows one by one and puts them back one by one, so that what it agrees on with an engine
+was arrived at in two ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .config import ExpertConfig, HierarchyLevelConfig
+from .experts import ExpertBatch, ExpertContext, ExpertResult, Shared
+from .hierarchy import HierarchicalCELMoE
+from .names import name_key
+from .outputs import CELMoEOutput, LevelOutput
+from .plan import RoutingPlan
+from .routing import Routing
+
+
+def reference_forward(
+    model: HierarchicalCELMoE,
+    hidden: torch.Tensor,
+    routing: Routing | RoutingPlan | None = None,
+    context: ExpertContext = None,
+    mask: torch.Tensor | None = None,
+    *,
+    per_sample: bool = False,
+) -> CELMoEOutput:
+    """What ``model(hidden, routing, context, mask)`` should give.
+
+    Args:
+        model: Its config, experts and fusion are used; its engine is not.
+        hidden: ``[B, ...]``.
+        routing: As for the model.
+        context: As for the model.
+        mask: As for the model.
+        per_sample: Run every sample alone, which shows for row-wise experts that rows never mix. Losses and aux stay
+            empty, for an expert's loss over one sample is not its loss over its group.
+
+    Raises:
+        KeyError, ValueError: The routing does not fit the model.
+    """
+    names = _routes(model, routing, hidden.shape[0])
+    output = CELMoEOutput({}, hidden)
+    for level in model.levels:
+        level_output = _run_level(model, level, hidden, names[level.name], context, mask, per_sample)
+        output.levels[level.name] = level_output
+        output.losses.update(level_output.losses)
+        output.loss_weights.update(level_output.loss_weights)
+        hidden = level_output.hidden
+    output.fused_hidden = model.fusion([level.hidden for level in output.levels.values()])
+    return output
+
+
+def _run_level(
+    model: HierarchicalCELMoE,
+    level: HierarchyLevelConfig,
+    hidden: torch.Tensor,
+    names: list[str],
+    context: ExpertContext,
+    mask: torch.Tensor | None,
+    per_sample: bool,
+) -> LevelOutput:
+    batch_size = len(names)
+    output = LevelOutput(level.name, hidden, names)
+    rows: list[torch.Tensor | None] = [None] * batch_size
+    for name in sorted(set(names)):
+        samples = [sample for sample in range(batch_size) if names[sample] == name]
+        for group in [[sample] for sample in samples] if per_sample else [samples]:
+            batch = ExpertBatch(
+                hidden=_pick(_input_of(level.experts[name], hidden), group),
+                context=_context_of(context, group, batch_size, outermost=True),
+                mask=None if mask is None else _pick(mask, group),
+                state={"level": level.name, "expert": name},
+            )
+            result: ExpertResult = model.level_modules[level.name][name](batch)  # type: ignore[index]
+            for place, sample in enumerate(group):
+                rows[sample] = result.hidden[place]
+            if not per_sample:
+                _collect(output, level, name, result)
+    if batch_size:
+        output.hidden = _stack([row for row in rows if row is not None])
+    else:
+        output.hidden = torch.zeros_like(hidden)
+    return output
+
+
+def _collect(output: LevelOutput, level: HierarchyLevelConfig, name: str, result: ExpertResult) -> None:
+    for loss, value in result.losses.items():
+        key = f"{name_key(level.name)}.{name_key(name)}.{loss}"
+        output.losses[key] = value
+        output.loss_weights[key] = level.experts[name].loss_weight
+    if result.aux:
+        output.aux[name] = result.aux
+
+
+def _pick(tensor: torch.Tensor, samples: list[int]) -> torch.Tensor:
+    return torch.stack([tensor[sample] for sample in samples])
+
+
+def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
+    dtype = rows[0].dtype
+    for row in rows:
+        dtype = torch.promote_types(dtype, row.dtype)
+    return torch.stack([row.to(dtype) for row in rows])
+
+
+def _input_of(expert: ExpertConfig, hidden: torch.Tensor) -> torch.Tensor:
+    """The expert's view of the level's input: the same values, with the gradient that its config asks for."""
+    scale = expert.gradient_scale
+    if scale is None:
+        scale = 0.0 if expert.stop_gradient_from_parent else 1.0
+    if scale <= 0.0:
+        return hidden.detach()
+    if scale >= 1.0 or not hidden.requires_grad:
+        return hidden
+    factor = scale
+    scaled = hidden.clone()
+    if scaled.requires_grad:
+        scaled.register_hook(lambda grad: grad * factor)
+    return scaled
+
+
+def _context_of(value: Any, samples: list[int], batch_size: int, *, outermost: bool = False) -> Any:
+    """The context with every batch-aligned tensor cut to these samples; what has none is passed as it is."""
+    if isinstance(value, Shared):
+        return value.value
+    if isinstance(value, torch.Tensor):
+        return _pick(value, samples) if value.dim() > 0 and value.shape[0] == batch_size else value
+    if isinstance(value, Mapping):
+        cut: Any = {key: _context_of(item, samples, batch_size) for key, item in value.items()}
+        return cut if outermost or any(cut[key] is not value[key] for key in value) else value
+    if isinstance(value, list | tuple):
+        items = [_context_of(item, samples, batch_size) for item in value]
+        if all(item is original for item, original in zip(items, value, strict=True)):
+            return value
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        cut = {name: _context_of(item, samples, batch_size) for name, item in fields.items()}
+        return value if all(cut[name] is fields[name] for name in fields) else dataclasses.replace(value, **cut)
+    return value
+
+
+def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int) -> dict[str, list[str]]:
+    """One expert's name for every sample at every enabled level."""
+    given: dict[str, list[str]] = {}
+    for level in model.levels:
+        if isinstance(routing, RoutingPlan):
+            ids = routing.levels[level.name].expert_ids.tolist()
+            given[level.name] = [list(level.experts)[each] for each in ids]
+        elif routing is not None and level.name in routing:
+            given[level.name] = _names(routing[level.name], list(level.experts), batch_size)
+    names: dict[str, list[str]] = {}
+    for level in reversed(model.levels):
+        if level.name in given:
+            names[level.name] = given[level.name]
+        else:
+            names[level.name] = [_inferred(model, level, names, sample) for sample in range(batch_size)]
+        for name in names[level.name]:
+            if name not in level.experts:
+                raise KeyError(f"{name!r} is no expert of level {level.name!r}")
+        if len(names[level.name]) != batch_size:
+            raise ValueError(f"{len(names[level.name])} routes for {batch_size} samples at level {level.name!r}")
+    return names
+
+
+def _names(routes: Any, experts: list[str], batch_size: int) -> list[str]:
+    if isinstance(routes, str):
+        return [routes] * batch_size
+    routes = routes.tolist() if hasattr(routes, "tolist") else routes
+    return [route if isinstance(route, str) else experts[route] for route in routes]
+
+
+def _inferred(model: HierarchicalCELMoE, level: HierarchyLevelConfig, names: dict[str, list[str]], sample: int) -> str:
+    """The parent of the sample's expert in the level below, else the only expert, else the fallback."""
+    levels = model.config.levels
+    place = next(index for index, each in enumerate(levels) if each is level)
+    below = next((index for index in range(place + 1, len(levels)) if levels[index].enabled), None)
+    if below is not None:
+        name: str | None = names[levels[below].name][sample]
+        for index in range(below, place, -1):
+            name = None if name is None else levels[index].experts[name].parent
+        if name is not None:
+            return name
+    if len(level.experts) == 1:
+        return next(iter(level.experts))
+    if level.fallback_expert is not None:
+        return level.fallback_expert
+    raise KeyError(f"no route for sample {sample} at level {level.name!r}")

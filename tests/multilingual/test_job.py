@@ -1,0 +1,176 @@
+"""The whole job on two small languages, for a few steps."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.multilingual import compare as comparing
+from benchmarks.multilingual.cli import main
+from benchmarks.multilingual.console import Bar
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--languages", "id,ms", "--batch-size", "256"]
+HERE = ["--workers", "0"]
+FIGURES = ["accuracy_by_language", "expert_load", "samples_by_language", "training_curves"]
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return {
+        f"{name}.{key}": value for name, each in state["contenders"].items() for key, value in each["network"].items()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(folder)]) == 0
+    return folder
+
+
+def test_the_report_is_whole(uninterrupted: Path) -> None:
+    for name in FIGURES:
+        assert (uninterrupted / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert len((uninterrupted / f"{name}.csv").read_text().splitlines()) > 1
+    table = json.loads((uninterrupted / "accuracy.json").read_text())
+    assert table["run"]["steps"] == 6
+    assert table["run"]["words_trained"] == 6 * 256
+    with (uninterrupted / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["language"] for row in rows] == ["id", "ms"]
+    for row, score in zip(rows, table["languages"], strict=True):
+        for system in ("experts", "universal", "identity"):
+            assert float(row[system]) == pytest.approx(score["accuracy"][system], abs=1e-4)
+            assert 0 <= score["accuracy"][system] <= 1
+    with (uninterrupted / "examples.csv").open() as file:
+        assert len(list(csv.DictReader(file))) >= 24
+
+
+def test_the_load_counts_every_word_once_a_level(uninterrupted: Path) -> None:
+    with (uninterrupted / "expert_load.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for level in ("universal", "family", "language"):
+        assert sum(float(row["words_per_step"]) for row in rows if row["level"] == level) == pytest.approx(256)
+
+
+def test_the_same_seed_gives_the_same_parameters_with_loader_processes_too(uninterrupted: Path, tmp_path: Path) -> None:
+    arguments = [*SMALL, "--workers", "1", "--steps", "6", "--seed", "5", "--report", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.multilingual", *arguments],
+        cwd=ROOT,
+        # As many threads as this process has: another number sums in another order.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mean over 2 languages" in done.stdout
+    ours, theirs = parameters(uninterrupted), parameters(tmp_path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    move_to = Bar.move_to
+
+    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
+        move_to(bar, done, total, figures)
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "move_to", interrupt_at_three)
+        assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
+    said = capsys.readouterr().out
+    assert "stopped at step 3 of 6; go on with: python -m benchmarks.multilingual --resume" in said
+    assert not (tmp_path / "accuracy.csv").exists()
+    # What a resumed run does not inherit from the process must come from the checkpoint.
+    torch.manual_seed(12345)
+    assert main(["--resume", *HERE, "--report", str(tmp_path)]) == 0
+    ours, theirs = parameters(uninterrupted), parameters(tmp_path)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "accuracy.csv").read_text() == (uninterrupted / "accuracy.csv").read_text()
+
+
+def test_resuming_another_run_is_refused(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--resume", "--seed", "6", "--report", str(uninterrupted)]) == 2
+    assert capsys.readouterr().err == "'--seed' must be what the checkpoint was trained with, 5 (got 6)\n"
+    assert main(["--resume", "--languages", "ms", "--report", str(uninterrupted)]) == 2
+    assert capsys.readouterr().err == "'--languages' must be what the checkpoint was trained with, id,ms (got ms)\n"
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    assert main(["--resume", "--report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("'--resume' must find a whole checkpoint (got ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no interrupt to another process")
+def test_interrupting_the_process_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--workers", "1", "--steps", "100000", "--report", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.multilingual", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("training"):
+            break
+    time.sleep(1)
+    # To the process alone: a signal to its whole group would end its loader processes on its behalf.
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with: python -m benchmarks.multilingual --resume" in out
+    assert err == ""
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_bounded_run_ends_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.monotonic()
+    assert main(["--languages", "ms", "--minutes", "0.05", *HERE, "--report", str(tmp_path)]) == 0
+    assert time.monotonic() - begun < 30
+    assert "mean over 1 languages" in capsys.readouterr().out
+
+
+def test_the_comparison_stands_without_the_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(version: str) -> None:
+        raise peers.PeerUnavailableError(f"celmoe-vp=={version} could not be installed: no network")
+
+    monkeypatch.setattr(comparing, "load_peer", missing)
+    assert main([*SMALL, "--compare", "--steps", "3", "--report", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("WITHOUT THE PEER")
+    systems = {each["system"]: each for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]}
+    assert systems["celmoe.reference"]["largest_parameter_difference"] < 1e-4
+    assert systems["no hierarchy"]["largest_parameter_difference"] is None
+
+
+def test_the_comparison_with_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--compare", "--steps", "3", "--report", str(tmp_path)]) == 0
+    systems = {each["system"]: each for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]}
+    if comparing.PEER in systems:
+        assert systems[comparing.PEER]["largest_parameter_difference"] < 1e-4
+        assert systems[comparing.PEER]["steps"] == 3
+    else:
+        assert "WITHOUT THE PEER" in capsys.readouterr().err

@@ -1,0 +1,358 @@
+"""The one helper that compares a model, whatever its engine, with the oracle.
+
+It compares what a user can see: every level's hidden states, routes, losses, their weights and aux, the fused hidden
+states, dtypes, shapes and memory layout, every gradient (one that is `None` must be so in both), every buffer, what the
+call left of the caller's own tensors, and the parameters and optimizer state after training steps.
+
+It also proves that it compared something: the engine under test ran once a level over every row, and gradients existed
+where the objective had any. A difference is a `ParityError` whose message begins with the quantity that differs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from celmoe import CELMoELossAPI, CELMoEOutput, ExpertBatch, HierarchicalCELMoE
+from celmoe.engines import ENGINES
+from celmoe.reference import reference_forward
+from tests.strategies import Inputs
+
+# Relative to the largest value of the tensor. Never to be loosened.
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+# SGD shows a gradient's size, to which Adam is blind. Adam's epsilon is far above rounding errors, which a parameter
+# with no other gradient would otherwise turn into whole steps; what makes absent experts special is the same.
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
+}
+
+
+class ParityError(AssertionError):
+    """An engine and the oracle disagree."""
+
+
+@dataclass
+class Evidence:
+    """What was compared."""
+
+    rows: int = 0
+    engine_calls: int = 0
+    gradients: int = 0
+    missing_gradients: int = 0
+    losses: int = 0
+    steps: int = 0
+
+
+def assert_parity(
+    model: HierarchicalCELMoE,
+    make_inputs: Callable[[int], Inputs],
+    *,
+    objective: str = "all",
+    per_sample: bool = False,
+    optimizers: Sequence[str] = ("SGD", "AdamW"),
+    steps: int = 2,
+    seed: int = 0,
+) -> Evidence:
+    """Compare a model with the oracle on a copy of it.
+
+    Args:
+        model: The model; not changed.
+        make_inputs: Makes batch 0, 1, … anew, the same ones every time. Training steps take them in turn.
+        objective: What is differentiated: ``"all"``, ``"fused"``, ``"last"`` or ``"losses"``.
+        per_sample: Whether the oracle runs every sample alone. Needs row-wise experts without randomness.
+        optimizers: Names in `OPTIMIZERS`.
+        steps: Training steps with each.
+        seed: Set before each call, so that dropout draws the same numbers.
+
+    Raises:
+        ParityError: They disagree, or there was nothing to compare.
+    """
+    evidence = Evidence()
+    run = _Comparison(model, evidence, objective, per_sample, seed)
+    run.compare_step(make_inputs, 0, None)
+    for name in optimizers:
+        run = _Comparison(model, evidence, objective, per_sample, seed)
+        subject_optimizer = OPTIMIZERS[name](list(run.subject.parameters())) if _trains(run.subject) else None
+        oracle_optimizer = OPTIMIZERS[name](list(run.oracle.parameters())) if _trains(run.oracle) else None
+        before = {key: value.detach().clone() for key, value in run.oracle.named_parameters()}
+        ever_had_gradient: set[str] = set()
+        for step in range(steps):
+            run.compare_step(make_inputs, step, (subject_optimizer, oracle_optimizer))
+            ever_had_gradient |= {key for key, value in run.oracle.named_parameters() if value.grad is not None}
+            where = f"after {step + 1} steps of {name}"
+            _compare_parameters(run.subject, run.oracle, where)
+            for key, value in run.subject.named_parameters():
+                if key not in ever_had_gradient and not torch.equal(value, before[key]):
+                    raise ParityError(f"parameter {key!r} {where}: changed, though it never had a gradient")
+            if subject_optimizer is not None and oracle_optimizer is not None:
+                _compare_optimizers(run, subject_optimizer, oracle_optimizer, where)
+            evidence.steps += 1
+    return evidence
+
+
+class _Comparison:
+    """Two copies of one model: the subject, which its engine runs, and the oracle's."""
+
+    def __init__(
+        self, model: HierarchicalCELMoE, evidence: Evidence, objective: str, per_sample: bool, seed: int
+    ) -> None:
+        self.subject = copy.deepcopy(model)
+        self.oracle = copy.deepcopy(model)
+        self.evidence = evidence
+        self.objective = objective
+        self.per_sample = per_sample
+        self.seed = seed
+
+    def compare_step(
+        self,
+        make_inputs: Callable[[int], Inputs],
+        step: int,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] | None,
+    ) -> None:
+        """One forward and backward of both, and an optimizer step of both where there are optimizers."""
+        given, wanted = make_inputs(step), make_inputs(step)
+        with spied_engine(self.subject.engine) as spy:
+            torch.manual_seed(self.seed + step)
+            output = self.subject(given.hidden, given.routing, given.context, given.mask)
+            random_state = torch.get_rng_state()
+            self._prove_engine_ran(spy, given)
+            spy.calls = 0
+            torch.manual_seed(self.seed + step)
+            expected = reference_forward(
+                self.oracle, wanted.hidden, wanted.routing, wanted.context, wanted.mask, per_sample=self.per_sample
+            )
+            if spy.calls:
+                raise ParityError("engine: the oracle ran it, and so would agree with anything")
+        if (
+            self.subject.engine == "looped"
+            and not self.per_sample
+            and not torch.equal(random_state, torch.get_rng_state())
+        ):
+            raise ParityError("random stream: another number of draws than the oracle's")
+        self.evidence.rows += given.hidden.shape[0] * len(output.levels)
+        self._compare_outputs(output, expected)
+        self._compare_gradients(output, expected, given, wanted, optimizers)
+        _compare_callers(given, make_inputs(step))
+        _compare_buffers(self.subject, self.oracle)
+
+    def _prove_engine_ran(self, spy: EngineSpy, given: Inputs) -> None:
+        levels = len(self.subject.levels)
+        batch_size = given.hidden.shape[0]
+        calls, rows = (levels, levels * batch_size) if batch_size else (0, 0)
+        if (spy.calls, spy.rows) != (calls, rows):
+            raise ParityError(
+                f"engine: {self.subject.engine!r} ran {spy.calls} times over {spy.rows} rows, "
+                f"should be {calls} times over {rows}"
+            )
+        self.evidence.engine_calls += spy.calls
+
+    def _compare_outputs(self, output: CELMoEOutput, expected: CELMoEOutput) -> None:
+        _equal("levels", list(output.levels), list(expected.levels))
+        for name, level in output.levels.items():
+            wanted = expected.levels[name]
+            where = f"levels[{name!r}]"
+            _equal(f"{where}.name", level.name, wanted.name)
+            _equal(f"{where}.routes", level.routes, wanted.routes)
+            _close(f"{where}.hidden", level.hidden, wanted.hidden)
+            if self.per_sample:
+                continue
+            self._compare_losses(where, level, wanted)
+            _compare_values(f"{where}.aux", level.aux, wanted.aux)
+        _close("fused_hidden", output.fused_hidden, expected.fused_hidden)
+        if not self.per_sample:
+            self._compare_losses("output", output, expected)
+            _compare_values("output.aux", output.aux, expected.aux)
+
+    def _compare_losses(self, where: str, output: Any, expected: Any) -> None:
+        _equal(f"{where}.losses", list(output.losses), list(expected.losses))
+        for key, value in output.losses.items():
+            _close(f"{where}.losses[{key!r}]", value, expected.losses[key])
+        _equal(f"{where}.loss_weights", output.loss_weights, expected.loss_weights)
+        self.evidence.losses += len(output.losses)
+
+    def _compare_gradients(
+        self,
+        output: CELMoEOutput,
+        expected: CELMoEOutput,
+        given: Inputs,
+        wanted: Inputs,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] | None,
+    ) -> None:
+        losses = [_objective(each, self.objective, self.per_sample) for each in (output, expected)]
+        _equal("objective.requires_grad", losses[0].requires_grad, losses[1].requires_grad)
+        if not losses[1].requires_grad:
+            return
+        for optimizer in optimizers or ():
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+        for loss in losses:
+            loss.backward()
+        found = 0
+        pairs = [(f"gradient of {key!r}", leaf, wanted.leaves[key]) for key, leaf in given.leaves.items()]
+        parameters = dict(self.oracle.named_parameters())
+        pairs += [(f"gradient of {key!r}", value, parameters[key]) for key, value in self.subject.named_parameters()]
+        for where, mine, theirs in pairs:
+            if (mine.grad is None) != (theirs.grad is None):
+                raise ParityError(f"{where}: is {_present(mine.grad)}, should be {_present(theirs.grad)}")
+            if mine.grad is None or theirs.grad is None:
+                self.evidence.missing_gradients += 1
+                continue
+            _close(where, mine.grad, theirs.grad, layout=False)
+            found += 1
+        if not found:
+            raise ParityError("gradients: none to compare, though the objective has some")
+        self.evidence.gradients += found
+        for optimizer in optimizers or ():
+            if optimizer is not None:
+                optimizer.step()
+
+
+@dataclass
+class EngineSpy:
+    """How often an engine ran, and over how many rows."""
+
+    calls: int = 0
+    rows: int = 0
+
+
+@contextmanager
+def spied_engine(name: str) -> Iterator[EngineSpy]:
+    """Counts what an engine of the registry does."""
+    spy = EngineSpy()
+    engine = ENGINES[name]
+
+    def spied(experts: Sequence[nn.Module], batches: Iterator[ExpertBatch], *rest: Any, **options: Any) -> Any:
+        spy.calls += 1
+
+        def counted() -> Iterator[ExpertBatch]:
+            for batch in batches:
+                spy.rows += batch.hidden.shape[0]
+                yield batch
+
+        return engine(experts, counted(), *rest, **options)
+
+    with mock.patch.dict(ENGINES, {name: spied}):
+        yield spy
+
+
+def _trains(model: nn.Module) -> bool:
+    return next(model.parameters(), None) is not None
+
+
+def _objective(output: CELMoEOutput, objective: str, per_sample: bool) -> torch.Tensor:
+    """A number that depends on every element of what is asked for, each with a weight of its own."""
+    hiddens = [level.hidden for level in output.levels.values()]
+    match objective:
+        case "fused":
+            parts = [output.fused_hidden]
+        case "last":
+            parts = hiddens[-1:]
+        case "losses":
+            parts = []
+        case _:
+            parts = [output.fused_hidden, *hiddens]
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        if part.is_floating_point():
+            weights = torch.randn(part.shape, generator=generator, dtype=torch.float64)
+            total = total + (part * weights.to(part.dtype)).sum()
+    if objective in {"all", "losses"} and not per_sample and output.losses:
+        total = total + CELMoELossAPI().compute(output).total
+    return total
+
+
+def _equal(where: str, mine: Any, theirs: Any) -> None:
+    if type(mine) is not type(theirs) or mine != theirs:
+        raise ParityError(f"{where}: is {mine!r}, should be {theirs!r}")
+
+
+def _close(where: str, mine: torch.Tensor, theirs: torch.Tensor, *, layout: bool = True) -> None:
+    _equal(f"{where}.shape", tuple(mine.shape), tuple(theirs.shape))
+    _equal(f"{where}.dtype", mine.dtype, theirs.dtype)
+    if layout:
+        _equal(f"{where}.is_contiguous()", mine.is_contiguous(), theirs.is_contiguous())
+        _equal(f"{where}.requires_grad", mine.requires_grad, theirs.requires_grad)
+    if not mine.is_floating_point():
+        if not torch.equal(mine, theirs):
+            raise ParityError(f"{where}: values differ")
+        return
+    if not mine.numel():
+        return
+    wide_mine, wide_theirs = mine.detach().double(), theirs.detach().double()
+    if not bool(wide_theirs.isfinite().all()):
+        raise ParityError(f"{where}: the oracle's values are not finite, and compare with nothing")
+    largest = wide_theirs.abs().max().item()
+    difference = (wide_mine - wide_theirs).abs().max().item()
+    if not difference <= TOLERANCES[mine.dtype] * largest:
+        raise ParityError(f"{where}: values differ by {difference:.3e}, the largest is {largest:.3e}")
+
+
+def _compare_values(where: str, mine: Any, theirs: Any) -> None:
+    """Compare tensors within whatever holds them."""
+    if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        _close(where, mine, theirs, layout=False)
+    elif isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        _equal(where, list(mine), list(theirs))
+        for key in mine:
+            _compare_values(f"{where}[{key!r}]", mine[key], theirs[key])
+    else:
+        _equal(where, mine, theirs)
+
+
+def _compare_callers(given: Inputs, untouched: Inputs) -> None:
+    """What the caller passed is what it was, in place experts or not."""
+    for name in ("hidden", "mask", "context", "leaves"):
+        before, after = _tensors(getattr(untouched, name)), _tensors(getattr(given, name))
+        if len(before) != len(after) or not all(map(torch.equal, before, after)):
+            raise ParityError(f"caller's {name}: changed by the call")
+    before_routing, after_routing = repr(untouched.routing), repr(given.routing)
+    if before_routing != after_routing:
+        raise ParityError(f"caller's routing: is {after_routing}, was {before_routing}")
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [tensor for item in vars(value).values() for tensor in _tensors(item)] if hasattr(value, "__dict__") else []
+
+
+def _compare_buffers(subject: nn.Module, oracle: nn.Module) -> None:
+    buffers = dict(oracle.named_buffers())
+    for key, value in subject.named_buffers():
+        _close(f"buffer {key!r}", value, buffers[key])
+
+
+def _compare_parameters(subject: nn.Module, oracle: nn.Module, where: str) -> None:
+    parameters = dict(oracle.named_parameters())
+    for key, value in subject.named_parameters():
+        _close(f"parameter {key!r} {where}", value, parameters[key])
+
+
+def _compare_optimizers(
+    run: _Comparison, subject: torch.optim.Optimizer, oracle: torch.optim.Optimizer, where: str
+) -> None:
+    """Both hold state for the same parameters, and the same state."""
+    theirs_by_key = dict(run.oracle.named_parameters())
+    for key, value in run.subject.named_parameters():
+        mine, theirs = subject.state.get(value, {}), oracle.state.get(theirs_by_key[key], {})
+        _compare_values(f"optimizer state of {key!r} {where}", mine, theirs)
+
+
+def _present(gradient: torch.Tensor | None) -> str:
+    return "None" if gradient is None else "a tensor"

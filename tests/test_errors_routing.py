@@ -1,0 +1,648 @@
+"""Every refused routing, to the letter: routes, levels, lengths, ids, missing routes, plans, parents and fallbacks."""
+
+from __future__ import annotations
+
+import enum
+import pickle
+from collections import OrderedDict, deque
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+
+from celmoe import (
+    CELMoEConfig,
+    ExpertConfig,
+    HierarchyLevelConfig,
+    MissingRouteError,
+    PlanError,
+    RouteIdError,
+    RouteLengthError,
+    RouteTypeError,
+    RoutingCompiler,
+    UnknownExpertError,
+    UnknownLevelError,
+    merge_routing,
+    routing_constant,
+    validate_routing_length,
+)
+from tests.refusals import (
+    FAMILIES,
+    GOOD,
+    LANGUAGES,
+    WIDTH,
+    assert_error,
+    assert_refused,
+    build,
+    level,
+    rows,
+    two_levels,
+)
+
+LANGUAGE = "\"routing['language']\""
+FAMILY = "\"routing['family']\""
+KINDS = "must be a name, or a sequence, NumPy array or tensor of names or integer ids, one a sample"
+KNOWN = "known: 'ru', 'pl', 'fr', 'de'"
+
+
+class Code(enum.IntEnum):
+    """Ids as an enum."""
+
+    RU = 0
+    DE = 3
+
+
+class Name(enum.StrEnum):
+    """Names as an enum."""
+
+    RU = "ru"
+    FRENCH = "fr"
+
+
+class OddStr(str):
+    """A string that hashes unlike its characters."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+# What stands at 'language' -> the error, the builtin, and the message.
+ROUTES = {
+    "unknown": (
+        ["ru", "frr", "de"],
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got 'frr' for 1 of 3 samples; nearest: 'fr')",
+    ),
+    "unknown, nothing near": (
+        ["xyz", "ru", "xyz"],
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got 'xyz' for 2 of 3 samples; {KNOWN})",
+    ),
+    "several unknown, nearest to the commonest": (
+        ["RU", "zz", "RU"],
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got 'RU', 'zz' for 3 of 3 samples; nearest: 'ru')",
+    ),
+    "an expert of another level": (
+        ["slavic", "ru", "ru"],
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got 'slavic' for 1 of 3 samples; {KNOWN})",
+    ),
+    "empty name": (
+        ["", "ru", "ru"],
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got '' for 1 of 3 samples; {KNOWN})",
+    ),
+    "unknown, in an array": (
+        np.array(["ru", "dee", "de"]),
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got 'dee' for 1 of 3 samples; nearest: 'de')",
+    ),
+    "unknown, for the whole batch": (
+        "dee",
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name an expert of level 'language' (got 'dee' for the whole batch; nearest: 'de')",
+    ),
+    "ids as strings": (
+        ["0", "1", "0"],
+        (UnknownExpertError, KeyError),
+        f"{LANGUAGE} must name experts of level 'language' (got '0', '1' for 3 of 3 samples; {KNOWN})",
+    ),
+    "too few": (
+        ["ru", "de"],
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one route for each of the 3 samples of 'hidden' (got 2)",
+    ),
+    "too many": (
+        ["ru"] * 4,
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one route for each of the 3 samples of 'hidden' (got 4)",
+    ),
+    "none": (
+        [],
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one route for each of the 3 samples of 'hidden' (got 0)",
+    ),
+    "one, in a list": (
+        ("ru",),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one route for each of the 3 samples of 'hidden' (got 1)",
+    ),
+    "array too long": (
+        np.zeros(5, dtype=np.int64),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one route for each of the 3 samples of 'hidden' (got 5)",
+    ),
+    "id out of range": (
+        [0, 4, 9],
+        (RouteIdError, ValueError),
+        f"{LANGUAGE} must hold ids from 0 to 3, positions in the level's experts (got 4, 9 for 2 of 3 samples)",
+    ),
+    "negative id": (
+        [0, -1, -1],
+        (RouteIdError, ValueError),
+        f"{LANGUAGE} must hold ids from 0 to 3, positions in the level's experts (got -1 for 2 of 3 samples)",
+    ),
+    "id past int64": (
+        [0, 2**70, 1],
+        (RouteIdError, ValueError),
+        f"{LANGUAGE} must hold ids from 0 to 3, positions in the level's experts (got {2**70} for 1 of 3 samples)",
+    ),
+    "array id out of range": (
+        np.array([0, 200, 1], dtype=np.uint8),
+        (RouteIdError, ValueError),
+        f"{LANGUAGE} must hold ids from 0 to 3, positions in the level's experts (got 200 for 1 of 3 samples)",
+    ),
+    "unsigned 64-bit id": (
+        np.array([0, 2**64 - 1, 1], dtype=np.uint64),
+        (RouteIdError, ValueError),
+        f"{LANGUAGE} must hold ids from 0 to 3, positions in the level's experts (got {2**64 - 1} for 1 of 3 samples)",
+    ),
+    "tensor id negative": (
+        torch.tensor([0, -5, 1]),
+        (RouteIdError, ValueError),
+        f"{LANGUAGE} must hold ids from 0 to 3, positions in the level's experts (got -5 for 1 of 3 samples)",
+    ),
+    "bool": (
+        [True, False, True],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got True of type bool)",
+    ),
+    "bool among ids": (
+        [0, True, 1],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got True of type bool)",
+    ),
+    "NumPy bool": (
+        [np.True_, 0, 1],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got {np.True_!r} of type {type(np.True_).__name__})",
+    ),
+    "bool array": (
+        np.array([True, False, True]),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got dtype bool)",
+    ),
+    "bool tensor": (
+        torch.tensor([True, False, True]),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold integer ids (got dtype torch.bool)",
+    ),
+    "float": (
+        [0, 1.0, 2],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got 1.0 of type float)",
+    ),
+    "float array": (
+        np.zeros(3),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got dtype float64)",
+    ),
+    "float tensor": (
+        torch.zeros(3),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold integer ids (got dtype torch.float32)",
+    ),
+    "complex tensor": (
+        torch.zeros(3, dtype=torch.complex64),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold integer ids (got dtype torch.complex64)",
+    ),
+    "None among names": (
+        ["ru", None, "de"],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got None of type NoneType)",
+    ),
+    "None among ids": (
+        [0, None, 1],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got None of type NoneType)",
+    ),
+    "names and ids": (
+        ["ru", 1, "de"],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold either names or integer ids (got both)",
+    ),
+    "object array of both": (
+        np.array(["ru", 1, "de"], dtype=object),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold either names or integer ids (got both)",
+    ),
+    "nested list": (
+        [["ru"], ["de"], ["fr"]],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got ['ru'] of type list)",
+    ),
+    "bytes among names": (
+        [b"ru", "de", "fr"],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got b'ru' of type bytes)",
+    ),
+    "tensors in a list": (
+        [torch.tensor(0), torch.tensor(1), torch.tensor(2)],
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got tensor(0) of type Tensor)",
+    ),
+    "masked array": (
+        np.ma.array([0, 1, 2], mask=[False, True, False]),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got a masked array)",
+    ),
+    "bytes array": (
+        np.array([b"ru", b"de", b"fr"]),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got dtype |S2)",
+    ),
+    "date array": (
+        np.array(["2020-01-01"] * 3, dtype="datetime64[D]"),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must hold names or integer ids (got dtype datetime64[D])",
+    ),
+    "array of two axes": (
+        np.zeros((3, 1), dtype=int),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one axis, the samples (got shape (3, 1))",
+    ),
+    "names of two axes": (
+        np.array([["ru"], ["de"], ["fr"]]),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one axis, the samples (got shape (3, 1))",
+    ),
+    "tensor of two axes": (
+        torch.zeros(3, 2, dtype=torch.long),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one axis, the samples (got shape (3, 2))",
+    ),
+    "array of no axis": (
+        np.array("ru"),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one axis, the samples (got shape ())",
+    ),
+    "tensor of no axis": (
+        torch.tensor(1),
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one axis, the samples (got shape ())",
+    ),
+    "None": (None, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got NoneType)"),
+    "a number": (2, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got int)"),
+    "bytes": (b"ru!", (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got bytes)"),
+    "set": ({"ru", "de", "fr"}, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got set)"),
+    "mapping": ({0: "ru", 1: "de", 2: "fr"}, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got dict)"),
+    "keys": (
+        dict.fromkeys(["ru", "de", "fr"]).keys(),
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} {KINDS} (got dict_keys)",
+    ),
+    "iterator": (iter(["ru", "de", "fr"]), (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got list_iterator)"),
+    "object": (Ellipsis, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got ellipsis)"),
+}
+
+
+@pytest.mark.parametrize("case", ROUTES)
+def test_routes_that_are_refused(case):
+    routes, (kind, builtin), message = ROUTES[case]
+    model = build()
+    routing = {"family": GOOD["family"], "language": routes}
+    assert_refused(model, lambda: model(rows(), routing), kind, builtin, message, rows(), routing)
+
+
+@pytest.mark.parametrize("case", ROUTES)
+def test_a_compiler_refuses_the_same_in_the_same_words(case):
+    routes, (kind, builtin), message = ROUTES[case]
+    if case == "iterator":
+        routes = iter(["ru"])
+    with pytest.raises(kind) as caught:
+        RoutingCompiler(two_levels())({"family": GOOD["family"], "language": routes}, 3)
+    assert_error(caught.value, kind, builtin, message.replace("of 'hidden'", "of 'batch_size'"))
+
+
+def test_a_generator_is_refused_unread():
+    model = build()
+    routes = (name for name in ["ru", "de", "fr"])
+    message = f"{LANGUAGE} {KINDS} (got generator)"
+    call = lambda: model(rows(), {**GOOD, "language": routes})  # noqa: E731
+    assert_refused(model, call, RouteTypeError, TypeError, message)
+    assert next(routes) == "ru"
+
+
+ACCEPTED = {
+    "list": ["ru", "de", "fr"],
+    "tuple": ("ru", "de", "fr"),
+    "ids": [0, 3, 2],
+    "NumPy ids in a list": [np.int8(0), np.int64(3), np.uint16(2)],
+    "enum of ids": [Code.RU, Code.DE, 2],
+    "enum of names": [Name.RU, "de", Name.FRENCH],
+    "strings that hash otherwise": [OddStr("ru"), OddStr("de"), OddStr("fr")],
+    "NumPy strings": [np.str_("ru"), np.str_("de"), np.str_("fr")],
+    "array of names": np.array(["ru", "de", "fr"]),
+    "object array": np.array(["ru", "de", "fr"], dtype=object),
+    "object array of ids": np.array([0, 3, 2], dtype=object),
+    "array of ids": np.array([0, 3, 2]),
+    "array of unsigned ids": np.array([0, 3, 2], dtype=np.uint64),
+    "strided array": np.array([0, 9, 3, 9, 2, 9])[::2],
+    "read-only array": np.frombuffer(bytes([0, 3, 2]), dtype=np.uint8),
+    "tensor": torch.tensor([0, 3, 2]),
+    "small tensor": torch.tensor([0, 3, 2], dtype=torch.int8),
+    "tensor that needs no gradient": torch.tensor([[0, 3, 2]])[0].detach(),
+    "range of ids": range(3),
+    "deque": deque(["ru", "de", "fr"]),
+    "values of a dict": {0: "ru", 1: "de", 2: "fr"}.values(),
+    "one name": "fr",
+    "one name of an enum": Name.FRENCH,
+}
+if hasattr(np.dtypes, "StringDType"):
+    ACCEPTED["NumPy's own strings"] = np.array(["ru", "de", "fr"], dtype=np.dtypes.StringDType())
+
+
+@pytest.mark.parametrize("form", ACCEPTED)
+def test_routes_that_are_accepted(form):
+    routes = ACCEPTED[form]
+    expected = ["ru", "de", "fr"]
+    if isinstance(routes, str):
+        expected = ["fr"] * 3
+    if isinstance(routes, range):
+        expected = ["ru", "pl", "fr"]
+    plan = build().compile_routing({"family": "slavic", "language": routes}, 3)
+    assert plan.routes("language") == expected
+    assert all(type(name) is str for name in plan.routes("language"))
+
+
+def test_one_string_with_a_hash_of_its_own_for_the_whole_batch():
+    plan = build().compile_routing({"family": "slavic", "language": OddStr("fr")}, 2)
+    assert plan.routes("language") == ["fr", "fr"]
+
+
+# The whole routing -> the error, the builtin, and the message.
+ROUTINGS = {
+    "unknown level": (
+        {**GOOD, "langauge": ["ru"] * 3},
+        (UnknownLevelError, KeyError),
+        "'routing' must have levels of the config for keys (got 'langauge'; nearest: 'language')",
+    ),
+    "unknown level, nothing near": (
+        {**GOOD, "customer": "x"},
+        (UnknownLevelError, KeyError),
+        "'routing' must have levels of the config for keys (got 'customer'; known: 'family', 'language')",
+    ),
+    "level by number": (
+        {0: ["slavic"] * 3, 1: ["ru"] * 3},
+        (UnknownLevelError, KeyError),
+        "'routing' must have levels of the config for keys (got 0; known: 'family', 'language')",
+    ),
+    "list": (
+        [["slavic"] * 3, ["ru"] * 3],
+        (RouteTypeError, TypeError),
+        "'routing' must be a mapping of levels to routes, a RoutingPlan or None (got list)",
+    ),
+    "str": (
+        "ru",
+        (RouteTypeError, TypeError),
+        "'routing' must be a mapping of levels to routes, a RoutingPlan or None (got str)",
+    ),
+    "tensor": (
+        torch.zeros(3, dtype=torch.long),
+        (RouteTypeError, TypeError),
+        "'routing' must be a mapping of levels to routes, a RoutingPlan or None (got Tensor)",
+    ),
+    "missing upper level, no parents": (
+        {"language": ["ru", "de", "ru"]},
+        (MissingRouteError, KeyError),
+        (
+            "'routing' must have a key for level 'family', which has no fallback, or these experts of level 'language' "
+            "must have a parent: 'de', 'ru'"
+        ),
+    ),
+    "missing lowest level": (
+        {"family": GOOD["family"]},
+        (MissingRouteError, KeyError),
+        (
+            "'routing' must have a key for level 'language', which has 4 experts and no fallback "
+            "(known: 'ru', 'pl', 'fr', 'de')"
+        ),
+    ),
+    "None": (
+        None,
+        (MissingRouteError, KeyError),
+        (
+            "'routing' must have a key for level 'language', which has 4 experts and no fallback "
+            "(known: 'ru', 'pl', 'fr', 'de')"
+        ),
+    ),
+    "empty": (
+        {},
+        (MissingRouteError, KeyError),
+        (
+            "'routing' must have a key for level 'language', which has 4 experts and no fallback "
+            "(known: 'ru', 'pl', 'fr', 'de')"
+        ),
+    ),
+    "lengths that differ": (
+        {"family": ["slavic"] * 3, "language": ["ru"] * 2},
+        (RouteLengthError, ValueError),
+        f"{LANGUAGE} must have one route for each of the 3 samples of 'hidden' (got 2)",
+    ),
+    "both too long": (
+        {"family": ["slavic"] * 4, "language": ["ru"] * 4},
+        (RouteLengthError, ValueError),
+        f"{FAMILY} must have one route for each of the 3 samples of 'hidden' (got 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROUTINGS)
+def test_routings_that_are_refused(case):
+    routing, (kind, builtin), message = ROUTINGS[case]
+    model = build()
+    assert_refused(model, lambda: model(rows(), routing), kind, builtin, message, routing)
+
+
+def test_lengths_that_differ_name_each_other_where_nothing_else_tells_the_size():
+    with pytest.raises(RouteLengthError) as caught:
+        build().compile_routing({"family": ["slavic"] * 3, "language": ["ru"] * 2})
+    message = f"{LANGUAGE} must have one route for each of the 3 samples of {FAMILY} (got 2)"
+    assert_error(caught.value, RouteLengthError, ValueError, message)
+
+
+@pytest.mark.parametrize("mapping", [OrderedDict, MappingProxyType, dict])
+def test_any_mapping_is_a_routing(mapping):
+    routing = mapping(dict(GOOD))
+    assert build().compile_routing(routing).routes("language") == GOOD["language"]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "kind", "builtin", "message"),
+    [
+        (None, RouteLengthError, ValueError, "'batch_size' must be given where no routes have a length (got None)"),
+        (True, RouteTypeError, TypeError, "'batch_size' must be an integer (got True)"),
+        (3.0, RouteTypeError, TypeError, "'batch_size' must be an integer (got 3.0)"),
+        ("3", RouteTypeError, TypeError, "'batch_size' must be an integer (got '3')"),
+        (-1, RouteLengthError, ValueError, "'batch_size' must be at least 0 (got -1)"),
+    ],
+)
+def test_batch_sizes_that_are_refused(batch_size, kind, builtin, message):
+    model = build()
+    broadcast = {"family": "slavic", "language": "ru"}
+    for call in (model.compile_routing, RoutingCompiler(model.config), model.explain):
+        if batch_size is None and call == model.explain:
+            continue
+        assert_refused(model, lambda call=call: call(broadcast, batch_size), kind, builtin, message)
+    if batch_size is not None:
+        assert_refused(model, lambda: model.compile_routing(GOOD, batch_size), kind, builtin, message)
+
+
+def test_integers_of_any_kind_are_batch_sizes():
+    for batch_size in (3, np.int64(3)):
+        plan = build().compile_routing({"family": "slavic", "language": "ru"}, batch_size)
+        assert plan.batch_size == 3
+        assert type(plan.batch_size) is int
+
+
+# Plans
+
+
+def plan_of(levels, routing=None):
+    return RoutingCompiler(CELMoEConfig(WIDTH, levels))(routing or GOOD, None if routing is None else 3)
+
+
+PLANS = {
+    "other levels": (
+        plan_of([level("family", FAMILIES), level("dialect", LANGUAGES)], {"family": "slavic", "dialect": "ru"}),
+        "'routing' must be a plan for levels 'family', 'language' (got one for 'family', 'dialect')",
+    ),
+    "levels in another order": (
+        plan_of([level("language", LANGUAGES), level("family", FAMILIES)]),
+        "'routing' must be a plan for levels 'family', 'language' (got one for 'language', 'family')",
+    ),
+    "fewer levels": (
+        plan_of([level("language", LANGUAGES)], {"language": "ru"}),
+        "'routing' must be a plan for levels 'family', 'language' (got one for 'language')",
+    ),
+    "other experts": (
+        plan_of([level("family", FAMILIES), level("language", ("ru", "fr", "de", "es", "it"))]),
+        (
+            "'routing' must be a plan for the 4 experts of level 'language' (got one for 5; only in the "
+            "plan: 'es', 'it'; only in the model: 'pl')"
+        ),
+    ),
+    "experts in another order": (
+        plan_of([level("family", FAMILIES), level("language", tuple(reversed(LANGUAGES)))]),
+        (
+            "'routing' must be a plan for the experts of level 'language' in the config's order (got one for the same "
+            "experts in another order)"
+        ),
+    ),
+    "another batch size": (
+        plan_of([level("family", FAMILIES), level("language", LANGUAGES)], {"family": "slavic", "language": "ru"}),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_plans_of_another_model_are_refused(case):
+    plan, message = PLANS[case]
+    model = build()
+    hidden = rows()
+    if message is None:
+        hidden = rows(5)
+        message = "'routing' must be a plan for the 5 samples of 'hidden' (got one for 3)"
+    for each in (plan, pickle.loads(pickle.dumps(plan))):
+        assert_refused(model, lambda each=each: model(hidden, each), PlanError, ValueError, message)
+    if case != "another batch size":
+        for call in (model.compile_routing, model.explain, RoutingCompiler(model.config)):
+            assert_refused(model, lambda call=call: call(plan), PlanError, ValueError, message)
+
+
+def test_a_plan_and_another_batch_size():
+    model = build()
+    plan = model.compile_routing(GOOD)
+    message = "'routing' must be a plan for the 4 samples of 'batch_size' (got one for 3)"
+    assert_refused(model, lambda: model.compile_routing(plan, 4), PlanError, ValueError, message)
+    assert model.compile_routing(plan, 3) is plan
+    assert model.compile_routing(plan) is plan
+
+
+def test_routes_of_a_level_that_the_plan_does_not_have():
+    plan = build().compile_routing(GOOD)
+    with pytest.raises(UnknownLevelError) as caught:
+        plan.routes("familly")
+    message = "'level' must be a level of the plan (got 'familly'; nearest: 'family')"
+    assert_error(caught.value, UnknownLevelError, KeyError, message)
+
+
+# Missing routes, parents and fallbacks
+
+
+def family_tree(fallback=None, **parents):
+    experts = {name: ExpertConfig(name, parent=parents.get(name)) for name in LANGUAGES}
+    return CELMoEConfig(
+        WIDTH, [level("family", FAMILIES, fallback_expert=fallback), HierarchyLevelConfig("language", experts)]
+    )
+
+
+def test_only_the_experts_present_without_a_parent_are_named():
+    model = build(family_tree(ru="slavic", fr="romance"))
+    message = (
+        "'routing' must have a key for level 'family', which has no fallback, or these experts of level 'language' "
+        "must have a parent: 'de'"
+    )
+    routing = {"language": ["ru", "de", "fr"]}
+    assert_refused(model, lambda: model(rows(), routing), MissingRouteError, KeyError, message, routing)
+    assert_refused(model, lambda: model(rows(), {"language": "de"}), MissingRouteError, KeyError, message)
+    assert model.compile_routing({"language": ["ru", "fr"]}).routes("family") == ["slavic", "romance"]
+
+
+def test_a_long_list_of_orphans_is_cut():
+    names = tuple(f"l{number:02}" for number in range(20))
+    model = build(CELMoEConfig(WIDTH, [level("family", FAMILIES), level("language", names)]))
+    with pytest.raises(MissingRouteError) as caught:
+        model.compile_routing({"language": list(range(20))})
+    shown = ", ".join(repr(name) for name in names[:8])
+    assert str(caught.value).endswith(f"must have a parent: {shown}, … (20 in all)")
+
+
+def test_unknown_fallback():
+    model = build(family_tree(fallback="slawic"))
+    message = "'fallback_expert' of level 'family' must be one of its experts (got 'slawic'; nearest: 'slavic')"
+    routing = {"language": ["ru", "de", "fr"]}
+    assert_refused(model, lambda: model(rows(), routing), UnknownExpertError, KeyError, message, routing)
+    # Read at every call, and only where it is needed.
+    model.config.levels[0].fallback_expert = "germanic"
+    assert model.compile_routing(routing).routes("family") == ["germanic"] * 3
+
+
+def test_an_unknown_fallback_that_nobody_needs():
+    model = build(family_tree(fallback="slawic", ru="slavic", fr="romance"))
+    assert model.compile_routing({"language": ["ru", "fr"]}).routes("family") == ["slavic", "romance"]
+    assert model.compile_routing(GOOD).routes("family") == GOOD["family"]
+
+
+def test_a_disabled_level_may_be_routed_and_is_ignored():
+    config = two_levels()
+    config.levels[0].enabled = False
+    plan = build(config).compile_routing({"family": ["nonsense"], "language": ["ru", "de"]})
+    assert list(plan.levels) == ["language"]
+
+
+# The helpers of celmoe-vp
+
+
+def test_helpers():
+    assert routing_constant("ru", 3) == ["ru", "ru", "ru"]
+    assert routing_constant("ru", 0) == []
+    validate_routing_length("language", ["ru"], 1)
+    base = {"family": ["slavic"]}
+    extra = {"language": ["ru"], "family": ["romance"]}
+    assert merge_routing(base, extra) == {"family": ["romance"], "language": ["ru"]}
+    assert base == {"family": ["slavic"]}
+    assert merge_routing(None, extra) == extra
+    with pytest.raises(RouteLengthError) as caught:
+        validate_routing_length("language", ["ru"], 2)
+    message = f"{LANGUAGE} must have one route for each of the 2 samples (got 1)"
+    assert_error(caught.value, RouteLengthError, ValueError, message)

@@ -1,0 +1,119 @@
+"""The one-way street: a file of the library imports only from floors below its own.
+
+`FLOORS` is the house, lowest first. Files of one floor may not import each other.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import celmoe
+
+PACKAGE = Path(celmoe.__file__).parent
+
+FLOORS = [
+    {"version", "errors"},
+    {"config", "experts"},
+    {"routing", "names", "context", "fusion"},
+    {"plan"},
+    {"compiler", "dispatch", "outputs", "explain"},
+    {"looped", "loss"},
+    {"engines"},
+    {"level"},
+    {"hierarchy"},
+    {"reference"},
+    {"devices"},
+    {"__init__", "__main__"},
+]
+FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in floor}
+
+
+def siblings(source, package="celmoe"):
+    """The files of the package that a source imports, wherever in the file; with the line of each.
+
+    Imports that only a type checker follows count as well: a name that is only needed to annotate is still a climb.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == package):
+            inside = (node.module or "").removeprefix(package).strip(".") if node.level == 0 else node.module
+            if inside:
+                found.append((inside.split(".")[0], node.lineno))
+            else:
+                found.extend((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found += [
+                (alias.name.split(".")[1], node.lineno) for alias in node.names if alias.name.startswith(f"{package}.")
+            ]
+    return found
+
+
+def climbs(file, source):
+    """The imports of a file that do not lead downwards."""
+    return [
+        f"{file}.py, line {line}: imports {sibling}"
+        for sibling, line in siblings(source)
+        if FLOOR_BY_FILE.get(sibling, len(FLOORS)) >= FLOOR_BY_FILE[file]
+    ]
+
+
+def sources():
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def test_every_file_has_its_floor():
+    assert sources().keys() == FLOOR_BY_FILE.keys()
+    assert sum(map(len, FLOORS)) == len(FLOOR_BY_FILE)
+
+
+def test_imports_lead_downwards():
+    assert not [climb for file, source in sources().items() for climb in climbs(file, source)]
+
+
+def test_the_street_is_used():
+    """Imports are found at all: the top reaches the bottom, and only the lowest floors import nothing."""
+    reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
+    assert {"compiler", "config", "errors"} <= reached["hierarchy"]
+    assert {file for file, found in reached.items() if not found} <= {"version", "errors", "experts", "names"}
+
+
+CLIMBERS = [
+    "from .hierarchy import HierarchicalCELMoE",
+    "from celmoe.hierarchy import HierarchicalCELMoE",
+    "from . import hierarchy",
+    "from celmoe import hierarchy",
+    "from celmoe import HierarchicalCELMoE",
+    "import celmoe.hierarchy",
+    "import celmoe.hierarchy as above",
+    "from .level import run_level",
+    "from .compiler import RoutingCompiler",
+    "from .distributed import anything",
+    "def late():\n    from .hierarchy import HierarchicalCELMoE",
+    "if True:\n    from .hierarchy import HierarchicalCELMoE",
+]
+
+
+@pytest.mark.parametrize("source", CLIMBERS)
+def test_a_climber_is_caught(source):
+    assert len(climbs("plan", f"from .errors import PlanError\n{source}\n")) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["from .routing import Codes", "import torch", "from torch import hierarchy", "import celmoevp.hierarchy"]
+)
+def test_who_goes_down_is_let_through(source):
+    assert not climbs("plan", source)
+
+
+def test_nothing_is_imported_from_tests_or_benchmarks():
+    for file, source in sources().items():
+        for node in ast.walk(ast.parse(source)):
+            roots = set()
+            if isinstance(node, ast.Import):
+                roots = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                roots = {node.module.split(".")[0]}
+            assert not roots & {"tests", "benchmarks", "hypothesis", "pytest"}, file
