@@ -592,15 +592,18 @@ def test_a_fusion_of_the_users_own(version):
     assert result["grads"]["fusion.join.weight"] is not None
 
 
-def test_position_aware_fusion():
-    """Its sum over levels is made in another order, so it is near, not equal."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_position_aware_fusion(dtype, tolerance):
+    """Its sum over levels is made in another order, so it is near, not equal: to rounding, in each dtype."""
 
     def program(lib):
         model = make_model(lib, fusion_type="position_aware", fusion_max_positions=4)
         nn.init.normal_(model.fusion.position_bias.weight, generator=torch.Generator().manual_seed(11))
-        return [pass_through(model, make_hidden(positions=length), routing()) for length in (2, 4, 7)]
+        model.to(dtype)
+        rows = [make_hidden(positions=length).detach().to(dtype).requires_grad_() for length in (2, 4, 7)]
+        return [pass_through(model, each, routing()) for each in rows]
 
-    compare(program, THIRD, tolerance=1e-6)
+    compare(program, THIRD, tolerance=tolerance)
 
 
 def test_position_aware_fusion_in_ten_steps():
