@@ -18,8 +18,9 @@ from .errors import (
     listed,
     nearest,
 )
-from .plan import Layout, RoutingPlan, make_plan
-from .routing import Codes, LevelRoutes, RouteTable, Routing
+from .plan import Layout, RoutingPlan
+from .planner import make_plan
+from .routing import Codes, RouteTable, Routing, code_array
 
 _NO_PARENT = -1
 
@@ -42,7 +43,8 @@ class RoutingCompiler:
     def __init__(self, config: CELMoEConfig) -> None:
         self._configs = enabled_levels(config)
         self._tables = [RouteTable(level.name, tuple(level.experts)) for level in self._configs]
-        self._disabled = frozenset(level.name for level in config.levels) - {level.name for level in self._configs}
+        # Disabled levels too, whose routes are ignored.
+        self._names = frozenset(level.name for level in config.levels)
         self._parents = [
             _parent_codes(config.levels, upper, lower, table)
             for upper, lower, table in zip(self._configs, self._configs[1:], self._tables, strict=False)
@@ -79,10 +81,13 @@ class RoutingCompiler:
                     f"{routing.batch_size})"
                 )
             return routing
-        given = {
-            table.level: table.code(routes) if isinstance(routes, str) else table.encode(routes)
-            for table, routes in self._routed(routing)
-        }
+        given: dict[str, Codes | int] = {}
+        if routing is not None:
+            self._check_levels(routing)
+            for table in self._tables:
+                if table.level in routing:
+                    routes = routing[table.level]
+                    given[table.level] = table.code(routes) if isinstance(routes, str) else table.encode(routes)
         size = _agreed_size(given, batch_size, told_by)
         codes: list[Codes | int] = []
         below: Codes | int | None = None
@@ -93,21 +98,17 @@ class RoutingCompiler:
             codes.append(below)
         return make_plan(self.layout, self._tables, codes[::-1], size)
 
-    def _routed(self, routing: Routing | None) -> list[tuple[RouteTable, LevelRoutes]]:
-        """The enabled levels that the routing names, with their routes."""
-        if routing is None:
-            return []
-        if not isinstance(routing, Mapping):
+    def _check_levels(self, routing: Routing) -> None:
+        if type(routing) is not dict and not isinstance(routing, Mapping):
             raise RouteTypeError(
                 f"'routing' must be a mapping of levels to routes, a RoutingPlan or None (got {type(routing).__name__})"
             )
-        names = [table.level for table in self._tables]
         for level in routing:
-            if level not in names and level not in self._disabled:
+            if level not in self._names:
+                enabled = [table.level for table in self._tables]
                 raise UnknownLevelError(
-                    f"'routing' must have levels of the config for keys (got {level!r}; {nearest(str(level), names)})"
+                    f"'routing' must have levels of the config for keys (got {level!r}; {nearest(str(level), enabled)})"
                 )
-        return [(table, routing[table.level]) for table in self._tables if table.level in routing]
 
     def _inferred(self, position: int, below: Codes | int | None) -> Codes | int:
         """The codes of a level that the routing leaves out, from those of the level below."""
@@ -122,6 +123,8 @@ class RoutingCompiler:
             return code
         if len(table.experts) == 1:
             return 0
+        if not isinstance(below, int):
+            below = code_array(below)
         parents = self._parents[position][below]
         orphaned = parents == _NO_PARENT
         if orphaned.any():

@@ -30,23 +30,25 @@ class ContextRows:
 
     Attributes:
         aligned: The distinct batch-aligned tensors, each ``[B, ...]``.
+        whole: The context as it was passed.
+        is_whole: Whether every expert is given just that.
 
     Raises:
         InputError: A batch-aligned tensor does not lie on the hidden states' device.
     """
 
-    def __init__(self, context: object, batch_size: int, device: torch.device) -> None:
+    def __init__(self, context: ExpertContext, batch_size: int, device: torch.device) -> None:
         self.aligned: list[torch.Tensor] = []
         self._batch_size = batch_size
         self._device = device
-        self._context = context
+        self.whole = context
         # As in celmoe-vp, every expert may write into the outermost mapping without another one's seeing it.
-        self._build = self._builder(context, ("context",), always=True)
+        self._build = None if context is None else self._builder(context, ("context",), always=True)
+        self.is_whole = self._build is None
 
     def build(self, blocks: Sequence[torch.Tensor]) -> ExpertContext:
         """One expert's context from its rows of each of `aligned`."""
-        built = self._context if self._build is None else self._build(blocks)
-        return cast(ExpertContext, built)
+        return self.whole if self._build is None else cast(ExpertContext, self._build(blocks))
 
     def _builder(self, value: object, path: _Path, *, always: bool = False) -> _Builder | None:
         """How to build this value for one expert; ``None`` where all of it is shared as it is."""

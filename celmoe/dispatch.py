@@ -21,6 +21,9 @@ from .plan import LevelPlan
 
 Blocks: TypeAlias = Sequence[torch.Tensor]
 
+# Up to so many rows on a CPU, a Function's Python takes longer than what PyTorch's own backward does in vain.
+FEW_ROWS = 512
+
 
 class _Dispatch(torch.autograd.Function):
     """``[B, ...]`` to P blocks of rows."""
@@ -135,25 +138,26 @@ def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
 
 
 def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
-    if _records(rows):
+    if _records(order, rows):
         return cast(Blocks, _apply_dispatch(rows, order, inverse, counts))
     return _cut(rows.index_select(0, order), counts)
 
 
 def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    if _records(*blocks):
+    if _records(order, *blocks):
         return cast(torch.Tensor, _apply_combine(order, inverse, counts, *blocks))
     return torch.cat(tuple(blocks)).index_select(0, inverse)
 
 
-def _records(*inputs: torch.Tensor) -> bool:
+def _records(order: torch.Tensor, *inputs: torch.Tensor) -> bool:
     """Whether one of the Functions is to stand in the autograd graph.
 
-    Function transforms (``torch.func``) and tracing take plain operators only; they get the same result with PyTorch's
-    own backward.
+    Function transforms (``torch.func``) and tracing take plain operators only, and few rows on a CPU are better off
+    with them; all get the same result with PyTorch's own backward.
     """
     return (
-        torch.is_grad_enabled()
+        (order.numel() > FEW_ROWS or not order.is_cpu)
+        and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in inputs)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._get_tracing_state()

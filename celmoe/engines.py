@@ -6,7 +6,7 @@ A new engine is one entry here; the property tests run over this table.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from torch import nn
@@ -15,7 +15,7 @@ from .errors import EngineError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .looped import run_looped
 
-Engine: TypeAlias = Callable[[Sequence[nn.Module], Iterator[ExpertBatch]], list[ExpertResult]]
+Engine: TypeAlias = Callable[[Sequence[nn.Module], Iterable[ExpertBatch]], list[ExpertResult]]
 
 AUTO = "auto"
 ENVIRONMENT = "CELMOE_ENGINE"

@@ -36,9 +36,10 @@ class LearnedFusion(nn.Module):
         Raises:
             InputError: There is no tensor, or one more than there are gates.
         """
-        if not 0 < len(level_hiddens) <= len(self.gates):
-            raise _wrong_number(len(self.gates), len(level_hiddens))
-        gated = [gate(hidden) for gate, hidden in zip(self.gates, level_hiddens, strict=False)]
+        gates = list(self.gates)
+        if not 0 < len(level_hiddens) <= len(gates):
+            raise _wrong_number(len(gates), len(level_hiddens))
+        gated = [gate(hidden) for gate, hidden in zip(gates, level_hiddens, strict=False)]
         fused: torch.Tensor = self.dropout(self.norm(_mean(gated)))
         return fused
 

@@ -127,25 +127,25 @@ class HierarchicalCELMoE(nn.Module):
             ResultError, ResultTypeError: What an expert returned does not fit.
             CELMoEError: What `compile_routing` raises.
         """
-        self._check_hidden(hidden)
+        fusion = self.fusion
+        _check_hidden(hidden, fusion)
         batch_size = hidden.shape[0]
         _check_mask(mask, hidden)
         context_rows = ContextRows(context, batch_size, hidden.device)
         plan = self._plan(routing, hidden)
-        modules, engine = self.level_modules, ENGINES[self.engine]
-        experts = [
-            present_experts(cast(NamedModules, modules[level.name]), plan.levels[level.name]) for level in self.levels
-        ]
+        experts = present_experts(self.level_modules, plan)
+        engine = ENGINES[self.engine]
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)
         for level, present in zip(self.levels, experts, strict=True):
             level_output, blocks = run_level(level, present, engine, given, plan)
             output.levels[level.name] = level_output
-            output.losses.update(level_output.losses)
-            output.loss_weights.update(level_output.loss_weights)
+            if level_output.losses:
+                output.losses.update(level_output.losses)
+                output.loss_weights.update(level_output.loss_weights)
             given = LevelInput(level_output.hidden, blocks, context_rows, mask)
-        output.fused_hidden = self.fusion([level.hidden for level in output.levels.values()])
+        output.fused_hidden = fusion([level.hidden for level in output.levels.values()])
         return output
 
     def extra_repr(self) -> str:
@@ -155,15 +155,6 @@ class HierarchicalCELMoE(nn.Module):
     def _plan(self, routing: Routing | RoutingPlan | None, hidden: torch.Tensor) -> RoutingPlan:
         plan = self._compiler.compile(routing, hidden.shape[0], told_by="'hidden'")
         return plan if plan.device == hidden.device else plan.to(hidden.device, non_blocking=True)
-
-    def _check_hidden(self, hidden: Any) -> None:
-        if not isinstance(hidden, torch.Tensor):
-            raise InputTypeError(f"'hidden' must be a tensor (got {type(hidden).__name__})")
-        if hidden.dim() == 0:
-            raise InputError("'hidden' must have the samples for its first axis (got a tensor of no axes)")
-        # A subclass may take other widths than the fusion that it is made from.
-        if type(self.fusion) in (LearnedFusion, PositionAwareFusion):
-            cast(LearnedFusion, self.fusion).check_hidden(hidden.shape)
 
 
 def _made(
@@ -176,6 +167,16 @@ def _made(
             f"'expert_factory' must return a torch.nn.Module (got {got} for expert {name!r} of level {level!r})"
         )
     return module
+
+
+def _check_hidden(hidden: Any, fusion: nn.Module) -> None:
+    if not isinstance(hidden, torch.Tensor):
+        raise InputTypeError(f"'hidden' must be a tensor (got {type(hidden).__name__})")
+    if hidden.dim() == 0:
+        raise InputError("'hidden' must have the samples for its first axis (got a tensor of no axes)")
+    # A subclass may take other widths than the fusion that it is made from.
+    if type(fusion) is LearnedFusion or type(fusion) is PositionAwareFusion:
+        fusion.check_hidden(hidden.shape)
 
 
 def _check_mask(mask: Any, hidden: torch.Tensor) -> None:

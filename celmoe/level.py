@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,8 +14,8 @@ from .context import ContextRows
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import Engine
 from .errors import UnknownExpertError, nearest
-from .experts import ExpertBatch, ExpertResult
-from .names import NamedModules, name_key
+from .experts import ExpertBatch
+from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .plan import LevelPlan, RoutingPlan
 
@@ -59,20 +59,25 @@ class _ScaleGradient(torch.autograd.Function):
         return cast(torch.Tensor, tangents[0] * ctx.scale)
 
 
-def present_experts(modules: NamedModules, plan: LevelPlan) -> list[nn.Module]:
-    """The modules of the experts present, as they are now: any may have been replaced.
+def present_experts(level_modules: NamedModules, plan: RoutingPlan) -> list[list[nn.Module]]:
+    """For each level the modules of the experts present, as they are now: any may have been replaced.
 
     Raises:
         UnknownExpertError: One has been removed since the model was built.
     """
-    try:
-        return [modules[name] for name in plan.experts]
-    except KeyError as error:
-        name = str(error.args[0])
-        raise UnknownExpertError(
-            f'"level_modules[{plan.name!r}]" must hold the experts routed to (got no {name!r}; '
-            f"{nearest(name, modules)})"
-        ) from None
+    found = []
+    levels = plan.levels.values()
+    for modules, level in zip(modules_named(level_modules, plan.levels), levels, strict=True):
+        assert isinstance(modules, NamedModules)
+        try:
+            found.append(modules_named(modules, level.experts))
+        except KeyError as error:
+            name = str(error.args[0])
+            raise UnknownExpertError(
+                f'"level_modules[{level.name!r}]" must hold the experts routed to (got no {name!r}; '
+                f"{nearest(name, modules)})"
+            ) from None
+    return found
 
 
 def run_level(
@@ -91,40 +96,47 @@ def run_level(
         Its output, and the same rows as its experts gave them.
     """
     level_plan = plan.levels[config.name]
-    make_routes = partial(plan.routes, config.name)
     if not experts:
         empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-        return LevelOutput.with_deferred_routes(config.name, empty, make_routes), ()
+        return LevelOutput.with_deferred_routes(config.name, empty, plan.routes), ()
     scales = [config.experts[name].input_gradient_scale for name in level_plan.experts]
     results = engine(experts, _expert_batches(given, level_plan, scales))
-    blocks = _promoted([result.hidden for result in results])
-    output = LevelOutput.with_deferred_routes(config.name, combine(blocks, level_plan), make_routes)
-    _collect(output, config, level_plan.experts, results)
+    blocks: Blocks = [result.hidden for result in results]
+    dtypes = {block.dtype for block in blocks}
+    if len(dtypes) > 1:
+        blocks = _promoted(blocks, dtypes)
+    output = LevelOutput.with_deferred_routes(config.name, combine(blocks, level_plan), plan.routes)
+    for name, result in zip(level_plan.experts, results, strict=True):
+        if result.losses:
+            _add_losses(output, name, result.losses, config.experts[name].loss_weight)
+        if result.aux:
+            output.aux[name] = result.aux
     return output, blocks
 
 
-def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> Iterator[ExpertBatch]:
+def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> list[ExpertBatch]:
     """The batch of each expert present, in order."""
+    hidden, blocks, context, mask = given
     # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
     is_detached = not any(scales)
-    if given.blocks is not None and plan.follows_previous and not plan.is_sorted:
-        blocks = relay([block.detach() for block in given.blocks] if is_detached else given.blocks, plan)
+    if blocks is not None and plan.follows_previous and not plan.is_sorted:
+        blocks = relay([block.detach() for block in blocks] if is_detached else blocks, plan)
     else:
-        blocks = dispatch(given.hidden.detach() if is_detached else given.hidden, plan)
-    mask_blocks = None if given.mask is None else dispatch(given.mask, plan)
-    aligned_blocks = [dispatch(tensor, plan) for tensor in given.context.aligned]
-    for index, name in enumerate(plan.experts):
-        yield ExpertBatch(
-            _with_gradient_scaled(blocks[index], scales[index]),
-            given.context.build([aligned[index] for aligned in aligned_blocks]),
+        blocks = dispatch(hidden.detach() if is_detached else hidden, plan)
+    mask_blocks = None if mask is None else dispatch(mask, plan)
+    aligned_blocks = [dispatch(tensor, plan) for tensor in context.aligned]
+    return [
+        ExpertBatch(
+            blocks[index] if scale == 1.0 else _with_gradient_scaled(blocks[index], scale),
+            context.whole if context.is_whole else context.build([aligned[index] for aligned in aligned_blocks]),
             None if mask_blocks is None else mask_blocks[index],
             {"level": plan.name, "expert": name},
         )
+        for index, (name, scale) in enumerate(zip(plan.experts, scales, strict=True))
+    ]
 
 
 def _with_gradient_scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
-    if scale == 1.0:
-        return rows
     if scale == 0.0:
         return rows.detach()
     if rows.requires_grad and torch.is_grad_enabled():
@@ -132,23 +144,14 @@ def _with_gradient_scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     return rows
 
 
-def _promoted(blocks: Sequence[torch.Tensor]) -> Blocks:
+def _promoted(blocks: Blocks, dtypes: Iterable[torch.dtype]) -> Blocks:
     """The blocks in the dtype that all of theirs promote to."""
-    dtypes = {block.dtype for block in blocks}
-    if len(dtypes) == 1:
-        return blocks
     dtype = reduce(torch.promote_types, dtypes)
     return [block.to(dtype) for block in blocks]
 
 
-def _collect(
-    output: LevelOutput, config: HierarchyLevelConfig, names: Sequence[str], results: Sequence[ExpertResult]
-) -> None:
-    """Put the experts' losses, their weights and aux into the level's output."""
-    for name, result in zip(names, results, strict=True):
-        for loss, value in result.losses.items():
-            key = f"{name_key(config.name)}.{name_key(name)}.{loss}"
-            output.losses[key] = value
-            output.loss_weights[key] = config.experts[name].loss_weight
-        if result.aux:
-            output.aux[name] = result.aux
+def _add_losses(output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float) -> None:
+    for loss, value in losses.items():
+        key = f"{name_key(output.name)}.{name_key(expert)}.{loss}"
+        output.losses[key] = value
+        output.loss_weights[key] = weight

@@ -5,7 +5,7 @@ It is right for any module, and reproduces celmoe-vp bit for bit, dropout's rand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from .errors import CELMoEError, ResultError, ResultTypeError
 from .experts import ExpertBatch, ExpertResult
 
 
-def run_looped(experts: Sequence[nn.Module], batches: Iterator[ExpertBatch]) -> list[ExpertResult]:
+def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> list[ExpertResult]:
     """Run each expert on its batch, in order.
 
     Args:
@@ -30,18 +30,22 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterator[ExpertBatch]) -> 
     """
     results = []
     for expert, batch in zip(experts, batches, strict=True):
-        given = batch.hidden
-        shape, device, dtype = given.shape, given.device, given.dtype
-        level, name = batch.state["level"], batch.state["expert"]
+        # Experts may write into their batch.
+        given, state = batch.hidden, batch.state
+        shape, device, dtype, level, name = given.shape, given.device, given.dtype, state["level"], state["expert"]
         try:
             result = expert(batch)
         except Exception as error:
             error.add_note(f"celmoe: raised by expert {name!r} of level {level!r} on {shape[0]} samples")
             raise
+        results.append(result)
+        if type(result) is ExpertResult and type(result.losses) is dict:
+            hidden = result.hidden
+            if type(hidden) is torch.Tensor and (hidden.shape, hidden.device, hidden.dtype) == (shape, device, dtype):
+                continue
         if fault := _fault(result, shape, device, dtype):
             what, rule, kind = fault
             raise kind(f"'{what}' of expert {name!r} of level {level!r} must {rule}")
-        results.append(result)
     return results
 
 

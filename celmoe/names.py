@@ -14,7 +14,7 @@ No accepted name is empty, so an encoded name can't meet a plain one (not even a
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Collection, ItemsView, Iterator, KeysView, ValuesView
 from typing import cast
 from urllib.parse import unquote
 
@@ -101,6 +101,16 @@ class NamedModules(nn.ModuleDict):
     def values(self) -> ValuesView[nn.Module]:
         """The modules."""
         return ValuesView(self)
+
+
+def modules_named(modules: NamedModules, names: Collection[str]) -> list[nn.Module]:
+    """The modules of several names at once.
+
+    Raises:
+        KeyError: There is none of a name.
+    """
+    found = [*map(modules._modules.get, names)]
+    return [modules[name] for name in names] if None in found else cast(list[nn.Module], found)
 
 
 def _encoded(name: str) -> str:

@@ -33,17 +33,32 @@ class LevelOutput:
     loss_weights: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def with_deferred_routes(cls, name: str, hidden: torch.Tensor, make_routes: Callable[[], list[str]]) -> LevelOutput:
-        """An output whose `routes` are made when first read: writing B names costs more than planning."""
+    def with_deferred_routes(
+        cls, name: str, hidden: torch.Tensor, make_routes: Callable[[str], list[str]]
+    ) -> LevelOutput:
+        """An output whose `routes` are made when first read: writing B names costs more than planning.
+
+        Args:
+            name: The level's name.
+            hidden: ``[B, ...]``, in batch order.
+            make_routes: Given the level's name, the expert's name for each sample.
+        """
         output = cls.__new__(cls)
-        output.__dict__.update(name=name, hidden=hidden, losses={}, aux={}, loss_weights={}, _make_routes=make_routes)
+        output.__dict__ = {
+            "name": name,
+            "hidden": hidden,
+            "losses": {},
+            "aux": {},
+            "loss_weights": {},
+            "_make_routes": make_routes,
+        }
         return output
 
     def __getattr__(self, attribute: str) -> list[str]:
         # Reached only for what is not set, so for deferred routes once.
         if attribute != "routes" or "_make_routes" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
-        self.routes = self.__dict__["_make_routes"]()
+        self.routes = self.__dict__["_make_routes"](self.name)
         return self.routes
 
 

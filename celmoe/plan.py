@@ -12,12 +12,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from .errors import PlanError, UnknownLevelError, listed, nearest
-from .routing import Codes, RouteTable
 
 # What a plan must share with a model to fit it: the levels in order, each with its experts in order.
 Layout: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
@@ -66,7 +63,7 @@ class LevelPlan(NamedTuple):
 
 # What the host knows of one level, in the order of LevelPlan's first fields: name, experts, counts, is_sorted,
 # follows_previous; and where its four index tensors lie among the parts of the packed buffer.
-_HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
+HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
 
 
 class RoutingPlan:
@@ -84,17 +81,15 @@ class RoutingPlan:
         self,
         layout: Layout,
         batch_size: int,
-        host_levels: Sequence[_HostLevel],
+        host_levels: Sequence[HostLevel],
         packed: torch.Tensor,
         sizes: Sequence[int],
     ) -> None:
         self.layout = layout
         self.batch_size = batch_size
         self._host_levels = host_levels
-        self._packed = packed
+        self._packed, parts = _cut(packed, sizes)
         self._sizes = sizes
-        # One call cuts the whole buffer; `unsafe` says no more than that autograd does not track the parts as views.
-        parts = torch.unsafe_split_with_sizes(packed, sizes)
         levels = {}
         for host, (order, inverse, ids, ends) in host_levels:
             levels[host[0]] = LevelPlan(*host, parts[order], parts[inverse], parts[ids], parts[ends])
@@ -119,9 +114,7 @@ class RoutingPlan:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RoutingPlan:
         """The same plan with its index tensors on ``device``, moved in one transfer."""
-        # A plan that is moved in inference mode must still be usable in training.
-        with torch.inference_mode(False):
-            packed = self._packed.to(device, non_blocking=non_blocking)
+        packed = self._packed.to(device, non_blocking=non_blocking)
         return self if packed is self._packed else self._with(packed)
 
     def pin_memory(self) -> RoutingPlan:
@@ -179,69 +172,10 @@ class RoutingPlan:
         return RoutingPlan(self.layout, self.batch_size, self._host_levels, packed, self._sizes)
 
 
-def make_plan(
-    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
-) -> RoutingPlan:
-    """Sort every level's samples by expert, stably, at O(B + E) a level.
-
-    Args:
-        layout: What the tables' levels and experts are.
-        tables: One table a level.
-        codes: One array of codes ``[B]`` a level, or one code for the whole batch.
-        batch_size: Samples B.
-    """
-    identity = np.arange(batch_size)
-    parts: list[npt.NDArray[np.int64]] = [identity]
-    host_levels: list[_HostLevel] = []
-    # The order of the level above: as an array where it is not the identity, and as parts.
-    previous: npt.NDArray[np.int64] | None = None
-    previous_parts = (0, 0)
-    for table, code in zip(tables, codes, strict=True):
-        experts, counts, order = _grouped(table, code, batch_size)
-        follows = _equal(order, previous)
-        if not follows:
-            previous, previous_parts = order, (0, 0)
-            if order is not None:
-                inverse = np.empty_like(identity)
-                inverse[order] = identity
-                previous_parts = (len(parts), len(parts) + 1)
-                parts += (order, inverse)
-        ids = np.full(batch_size, table.ids_by_code[code]) if isinstance(code, int) else table.ids_by_code.take(code)
-        known = (table.level, experts, tuple(counts.tolist()), order is None, follows and bool(host_levels))
-        host_levels.append((known, (*previous_parts, len(parts), len(parts) + 1)))
-        parts += (ids, np.add.accumulate(counts))
-    return RoutingPlan(layout, batch_size, host_levels, _tensor(np.concatenate(parts)), [*map(len, parts)])
-
-
-def _equal(order: npt.NDArray[np.int64] | None, previous: npt.NDArray[np.int64] | None) -> bool:
-    """Whether two orders are one; ``None`` is the identity, which no other order equals."""
-    if order is None or previous is None:
-        return order is previous
-    # Orders that differ mostly do so at an end, and looking at all of a small batch costs as much as sorting it.
-    return bool(order[0] == previous[0] and order[-1] == previous[-1] and (order == previous).all())
-
-
-def _grouped(
-    table: RouteTable, code: Codes | int, batch_size: int
-) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    """The experts present, the samples of each, and the order that sorts them: ``None`` where it is the identity."""
-    if isinstance(code, int) or len(table.experts) == 1:
-        only = table.sorted_experts[code if isinstance(code, int) else 0]
-        return ((only,) if batch_size else ()), np.full(min(batch_size, 1), batch_size), None
-    counts = np.bincount(code, minlength=len(table.experts))
-    present = counts.nonzero()[0]
-    experts = tuple([table.sorted_experts[each] for each in present.tolist()])
-    if len(experts) > 1:
-        # NumPy's stable argsort is a radix sort for the codes' 8 and 16 bits.
-        order = code.argsort(kind="stable")
-        if code.tobytes() != code[order].tobytes():
-            return experts, counts[present], order
-    return experts, counts[present], None
-
-
-def _tensor(array: npt.NDArray[np.int64]) -> torch.Tensor:
-    if not torch.is_inference_mode_enabled():
-        return torch.from_numpy(array)
-    # A plan made in inference mode must still be usable in training.
-    with torch.inference_mode(False):
-        return torch.from_numpy(array)
+def _cut(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The buffer, and its parts in one call; `unsafe` says only that autograd does not track them as views."""
+    if torch.is_inference_mode_enabled():
+        # A plan that was made, moved or unpickled in inference mode must still be usable in training.
+        with torch.inference_mode(False):
+            return _cut(packed.clone() if packed.is_inference() else packed, sizes)
+    return packed, torch.unsafe_split_with_sizes(packed, sizes)

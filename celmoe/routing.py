@@ -17,13 +17,20 @@ import torch
 
 from .errors import RouteIdError, RouteLengthError, RouteTypeError, UnknownExpertError, listed, nearest
 
-Codes: TypeAlias = npt.NDArray[np.unsignedinteger[Any] | np.signedinteger[Any]]
+CodeArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any] | np.signedinteger[Any]]
+# One code a sample: bytes where they were looked up and a byte is enough, else an array.
+Codes: TypeAlias = bytearray | CodeArray
 LevelRoutes: TypeAlias = str | Sequence[str] | Sequence[int] | npt.NDArray[Any] | torch.Tensor
 # celmoe-vp's alias: what its callers annotate a routing with.
 LevelRouting: TypeAlias = dict[str, list[str]]
 Routing: TypeAlias = Mapping[str, LevelRoutes]
 
 _BYTE = 256
+
+
+def code_array(codes: Codes) -> CodeArray:
+    """Codes as an array, without a copy."""
+    return np.frombuffer(codes, dtype=np.uint8) if isinstance(codes, bytearray) else codes
 
 
 class RouteTable:
@@ -33,7 +40,8 @@ class RouteTable:
         level: The level's name.
         experts: The experts' names in the config's order; an id is a position here.
         sorted_experts: The names in sorted order; a code is a position here.
-        ids_by_code: ``[E]`` int64, the id for each code.
+        ids: The id for each code.
+        ids_by_code: ``[E]`` int64, the same.
         codes_by_id: ``[E]`` in the codes' dtype, the code for each id.
     """
 
@@ -47,6 +55,7 @@ class RouteTable:
         self.codes_by_id = np.array([self.code_by_name[name] for name in self.experts], dtype=self.dtype)
         self.ids_by_code = np.empty(len(self.experts), dtype=np.int64)
         self.ids_by_code[self.codes_by_id] = np.arange(len(self.experts))
+        self.ids: list[int] = self.ids_by_code.tolist()
 
     def encode(self, routes: LevelRoutes) -> Codes:
         """The code of each sample, ``[B]``.
@@ -83,12 +92,12 @@ class RouteTable:
                 f"{nearest(name, self.experts)})"
             ) from None
 
-    def _look_up(self, names: Sequence[Any]) -> Codes:
+    def _look_up(self, names: list[Any]) -> Codes:
+        if len(self.experts) == 1 and names.count(self.experts[0]) == len(names):
+            return bytearray(len(names))
         codes = map(self.code_by_name.__getitem__, names)
-        if len(self.experts) <= _BYTE:
-            # bytearray takes small integers from an iterator in half the time of np.fromiter.
-            return np.frombuffer(bytearray(codes), dtype=np.uint8)
-        return np.fromiter(codes, dtype=self.dtype, count=len(names))
+        # bytearray takes small integers from an iterator in half the time of np.fromiter.
+        return bytearray(codes) if len(self.experts) <= _BYTE else np.fromiter(codes, self.dtype, count=len(names))
 
     def _encode_unusual(self, routes: Sequence[Any]) -> Codes:
         """Ids, names of a str subclass with a hash of its own, or an error that says what is wrong."""

@@ -12,9 +12,14 @@ Tests with a number of examples of their own scale it by `examples`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import celmoe.dispatch
+import celmoe.planner
 
 pytest_plugins = ["tests.peer_report"]
 
@@ -24,3 +29,13 @@ _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_bas
 settings.register_profile("default", deadline=None, suppress_health_check=_SLOW, max_examples=100, database=None)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(scope="module", params=["few", "many"])
+def _as_few_and_as_many(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small batches as such, and then on the paths that large ones take."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "many":
+            patch.setattr(celmoe.dispatch, "FEW_ROWS", 0)
+            patch.setattr(celmoe.planner, "FEW_SAMPLES", 0)
+        yield

@@ -45,9 +45,17 @@ def positions(rows: torch.Tensor) -> torch.Tensor:
 
 
 def per_row(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The mean of each row, shaped to broadcast against ``like``: ``[N, 1, ..., 1]``."""
+    """The mean of each row along a ramp, shaped to broadcast against ``like``: ``[N, 1, ..., D]``."""
     mean = rows.to(like.dtype).reshape(rows.shape[0], -1).mean(1) if rows.numel() else rows.new_zeros(rows.shape[0])
-    return mean.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+    return mean.to(like.dtype).reshape(-1, *[1] * (like.dim() - 1)) * ramp(like)
+
+
+def ramp(like: torch.Tensor) -> torch.Tensor:
+    """Numbers around 1, one a feature.
+
+    A layer norm undoes a shift that is the same for all features, and leaves rounding for its gradient.
+    """
+    return torch.linspace(0.5, 1.5, like.shape[-1]).to(like.dtype)
 
 
 def context_leaves(value: Any, rowwise: bool = True) -> Iterator[tuple[Any, bool]]:
@@ -245,7 +253,7 @@ class ReadsContext(ExpertModule):
                     assert leaf.shape[0] == batch.hidden.shape[0], "a batch-aligned tensor was not cut to the rows"
                     out = out + per_row(leaf, batch.hidden) * (0.3 * index)
                 case torch.Tensor():
-                    out = out + leaf.to(out.dtype).sum() * (0.01 * index)
+                    out = out + leaf.to(out.dtype).sum() * ramp(out) * (0.01 * index)
                 case bool() | int() | float():
                     out = out + float(leaf) * (0.1 * index)
                 case str():

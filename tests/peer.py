@@ -268,7 +268,9 @@ def assert_same(ours, theirs, *, tolerance=0.0, where="result"):
         assert ours.dtype == theirs.dtype, where
         assert ours.shape == theirs.shape, where
         largest = theirs.abs().max().item() if tolerance and theirs.numel() else 0.0
-        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=tolerance * largest, msg=lambda text: f"{where}: {text}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=0.0, atol=tolerance * largest, msg=lambda text: f"{where}: {text}"
+        )
     elif isinstance(ours, dict):
         assert list(ours) == list(theirs), where
         for key, value in ours.items():

@@ -19,6 +19,8 @@ from torch import nn
 from celmoe import CELMoEConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, Shared
 from tests.refusals import level
 
+pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
+
 B = 4
 ROUTES = ["b", "a", "b", "b"]
 ROWS = {"a": [1], "b": [0, 2, 3]}

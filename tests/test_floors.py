@@ -19,6 +19,7 @@ FLOORS = [
     {"config", "experts"},
     {"routing", "names", "context", "fusion"},
     {"plan"},
+    {"planner"},
     {"compiler", "dispatch", "outputs", "explain"},
     {"looped", "loss"},
     {"engines"},

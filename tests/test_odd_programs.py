@@ -22,6 +22,8 @@ from celmoe import CELMoEConfig, ExpertModule, ExpertResult, HierarchicalCELMoE,
 from celmoe.reference import reference_forward
 from tests.refusals import GOOD, WIDTH, Counting, build, level, rows, two_levels
 
+pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
+
 # Rows that must be gathered, rows that stand in order, one expert present, and levels whose orders are one.
 ROUTINGS = {
     "mixed": {"family": ["slavic", "romance", "slavic", "germanic"], "language": ["ru", "fr", "pl", "de"]},

@@ -20,6 +20,8 @@ from celmoe import CELMoEConfig, ExpertConfig, HierarchicalCELMoE, HierarchyLeve
 from tests.experts import Linear
 from tests.strategies import FORMS, Case, cases, examples, pool, route_ids
 
+pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
+
 
 def config_of(**experts_by_level: list[str]) -> CELMoEConfig:
     """A config with these experts."""

@@ -12,6 +12,8 @@ from celmoe.engines import AUTO, ENGINES
 from tests.parity import assert_parity
 from tests.strategies import Case, cases, examples
 
+pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
+
 ENGINE_NAMES = [*ENGINES, AUTO]
 
 

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from celmoe import CELMoEConfig, ExpertConfig, HierarchyLevelConfig, MissingRouteError, RoutingCompiler, reference
 from tests.refusals import WIDTH, build, rows
 
+pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
+
 
 def level(name, parents, **fields):
     """A level from its experts' parents."""

@@ -15,6 +15,8 @@ import celmoe
 from tests import peer
 from tests.peer import FIRST, SECOND, THIRD, VERSIONS, WIDTH, make_hidden, make_model, pass_through, routing, train
 
+pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
+
 
 @pytest.fixture(autouse=True)
 def _looped(monkeypatch):

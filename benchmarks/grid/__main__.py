@@ -1,0 +1,64 @@
+"""The command: measures the grid, writes its tables and its figure, and says what came out."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
+from benchmarks.grid.report import draw_steps, plan_line, summary, write_plans, write_steps
+from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.workloads import EXPERTS, grid
+from celmoe.engines import AUTO, ENGINES
+
+# Three levels of 256 experts, and the hierarchy of the grid's largest workload.
+PLANNED = ((256, 256, 256), (1, 16, 256))
+
+
+def main() -> int:
+    """Measure; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grid", description=__doc__)
+    parser.add_argument("--engine", choices=[AUTO, *ENGINES], default="looped", help="our engine")
+    parser.add_argument("--experts", choices=list(EXPERTS), nargs="+", default=list(EXPERTS), help="kinds to measure")
+    parser.add_argument("--most-samples", type=int, default=65_536, help="leave larger batches out")
+    parser.add_argument("--seconds", type=float, default=4.0, help="about how long each workload is measured")
+    parser.add_argument("--report", type=Path, default=Path("celmoe-report-grid"), help="where the results go")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    torch.set_num_threads(1)
+    try:
+        peer = load_peer("1.1.4")
+    except PeerUnavailableError as error:
+        console.print(f"the peer is not there to compare with: {error}", markup=False)
+        return 1
+    console.print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread", markup=False)
+    options.report.mkdir(parents=True, exist_ok=True)
+    plans: list[PlanTiming] = []
+    for experts in PLANNED:
+        plans.append(time_planning(experts, peer, options.seconds))
+        console.print(plan_line(plans[-1]), markup=False)
+        write_plans(options.report / "plans.csv", plans)
+    workloads = [each for each in grid() if each.expert in options.experts and each.batch_size <= options.most_samples]
+    steps: list[StepTiming] = []
+    for workload in track(workloads, "training steps", console=console):
+        steps.append(time_step(workload, peer, options.engine, options.seconds))
+        found = steps[-1]
+        console.print(
+            f"{workload!s:38} {found.ratio:6.3f} ({found.low:.3f} to {found.high:.3f}), {found.ours_ms:.2f} ms against "
+            f"{found.peer_ms:.2f} ms, {found.rounds} rounds",
+            markup=False,
+        )
+        write_steps(options.report / "steps.csv", steps)
+    draw_steps(options.report / "steps.png", steps)
+    console.print(summary(steps), markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

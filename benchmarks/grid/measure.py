@@ -1,0 +1,183 @@
+"""What is timed: training steps of both libraries on one workload, and the planning of a large batch.
+
+Axes: B samples, E experts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+
+import celmoe
+from benchmarks.interleaved import Timings, interleave
+from benchmarks.workloads import Workload
+
+OURS, PEER = "celmoe", "celmoe-vp"
+PLAN, LOOK_UPS, PEER_ROUTING = "plan", "look-ups", "routing of celmoe-vp"
+PLANNED_BATCH = 65_536
+_ROUTINGS = 4
+# Weights move between two timed steps, so that nothing computed from them can be kept: to and fro, so that they stay.
+_NUDGES = (1.0009765625, 1 / 1.0009765625)
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One workload's line.
+
+    Attributes:
+        workload: What was run.
+        ours_ms: Median milliseconds of our step.
+        peer_ms: The same of the peer's.
+        ratio: Median of the peer's step by ours within a round; above 1 ours is faster.
+        low: First quartile of that.
+        high: Third quartile.
+        rounds: Rounds measured.
+    """
+
+    workload: Workload
+    ours_ms: float
+    peer_ms: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class PlanTiming:
+    """What planning one batch takes.
+
+    Attributes:
+        experts: Experts of each level.
+        plan_ms: Median milliseconds of our compiler.
+        look_ups_ms: Of ``list(map(table.__getitem__, routes))`` for each level.
+        peer_ms: Of the peer's forward pass with experts that do nothing to one column.
+        by_look_ups: Median ratio of our planning to the look-ups.
+        by_peer: Median ratio of the peer's routing to our planning.
+    """
+
+    experts: tuple[int, ...]
+    plan_ms: float
+    look_ups_ms: float
+    peer_ms: float
+    by_look_ups: float
+    by_peer: float
+
+
+def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float) -> StepTiming:
+    """Forward with string routing, a loss, backward and the clearing of gradients, in both libraries."""
+    models = {OURS: workload.build(celmoe, engine=engine), PEER: workload.build(peer)}
+    steps = {name: _training_step(model, workload) for name, model in models.items()}
+    timings = interleave(steps, seconds, _nudge(models.values()))
+    low, high = timings.quartiles(PEER, OURS)
+    return StepTiming(
+        workload, _ms(timings, OURS), _ms(timings, PEER), timings.ratio(PEER, OURS), low, high, timings.rounds
+    )
+
+
+def time_planning(experts: Sequence[int], peer: ModuleType, seconds: float) -> PlanTiming:
+    """Planning of a batch of 65,536 names a level, against bare look-ups and against the peer's routing.
+
+    The peer routes within its forward pass. So it is given experts that return their input, one column of hidden
+    states and no fusion: its figure holds the moving of that column.
+    """
+    routings = [_routes(experts, seed) for seed in range(_ROUTINGS)]
+    config = _config(celmoe, experts)
+    compiler = celmoe.RoutingCompiler(config)
+    tables = {level.name: {name: index for index, name in enumerate(level.experts)} for level in config.levels}
+    model = peer.HierarchicalCELMoE(_config(peer, experts), lambda *_: _untouched(peer), _Last())
+    column = torch.zeros(PLANNED_BATCH, 1)
+    turn = _turns(len(routings))
+
+    def look_up() -> None:
+        for level, routes in routings[turn()].items():
+            list(map(tables[level].__getitem__, routes))
+
+    def route() -> None:
+        with torch.no_grad():
+            model(column, routings[turn()])
+
+    timings = interleave({PLAN: lambda: compiler(routings[turn()]), LOOK_UPS: look_up, PEER_ROUTING: route}, seconds)
+    return PlanTiming(
+        tuple(experts),
+        _ms(timings, PLAN),
+        _ms(timings, LOOK_UPS),
+        _ms(timings, PEER_ROUTING),
+        timings.ratio(PLAN, LOOK_UPS),
+        timings.ratio(PEER_ROUTING, PLAN),
+    )
+
+
+def _training_step(model: nn.Module, workload: Workload) -> Callable[[], None]:
+    hidden = workload.hidden().requires_grad_()
+    routings = [workload.routing(seed) for seed in range(_ROUTINGS)]
+    parameters = list(model.parameters())
+    turn = _turns(len(routings))
+
+    def step() -> None:
+        hidden.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        model(hidden, routings[turn()]).fused_hidden.square().mean().backward()
+
+    return step
+
+
+def _nudge(models: Iterable[nn.Module]) -> Callable[[], None]:
+    parameters = [parameter.data for model in models for parameter in model.parameters()]
+    turn = _turns(len(_NUDGES))
+    return lambda: torch._foreach_mul_(parameters, _NUDGES[turn()])
+
+
+def _turns(length: int) -> Callable[[], int]:
+    """0, 1, … up to the length, and from 0 again."""
+    position = -1
+
+    def turn() -> int:
+        nonlocal position
+        position = (position + 1) % length
+        return position
+
+    return turn
+
+
+def _ms(timings: Timings, name: str) -> float:
+    return 1e3 * timings.median(name)
+
+
+class _Last(nn.Module):
+    def forward(self, level_hiddens: list[torch.Tensor]) -> torch.Tensor:
+        return level_hiddens[-1]
+
+
+def _untouched(package: ModuleType) -> nn.Module:
+    class Untouched(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
+        def forward(self, batch: celmoe.ExpertBatch) -> object:
+            return package.ExpertResult(batch.hidden)
+
+    module: nn.Module = Untouched()
+    return module
+
+
+def _names(experts: int) -> list[str]:
+    return [f"expert-{pick:03d}" for pick in range(experts)]
+
+
+def _config(package: ModuleType, experts: Sequence[int]) -> celmoe.CELMoEConfig:
+    levels = [
+        package.HierarchyLevelConfig(f"level-{index}", {name: package.ExpertConfig(name) for name in _names(count)})
+        for index, count in enumerate(experts)
+    ]
+    config: celmoe.CELMoEConfig = package.CELMoEConfig(1, levels)
+    return config
+
+
+def _routes(experts: Sequence[int], seed: int) -> dict[str, list[str]]:
+    """Uniform names at every level, the very strings of the table: look-ups are never cheaper than that."""
+    draw = random.Random(seed)
+    return {f"level-{index}": draw.choices(_names(count), k=PLANNED_BATCH) for index, count in enumerate(experts)}

@@ -1,0 +1,116 @@
+"""What a run of the grid leaves: tables, a figure, and the lines that sum them up."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.grid.measure import PLANNED_BATCH, PlanTiming, StepTiming
+from benchmarks.workloads import EXPERTS
+
+COLOURS = ("#0b6e99", "#e08214", "#6a3d9a")
+DOTS_PER_INCH = 130
+
+
+def write_steps(path: Path, steps: Sequence[StepTiming]) -> None:
+    """One row a workload."""
+    rows = [
+        {
+            "experts": each.workload.expert,
+            "H": each.workload.hidden_size,
+            "B": each.workload.batch_size,
+            "E": each.workload.num_experts,
+            "celmoe_ms": f"{each.ours_ms:.3f}",
+            "celmoe_vp_ms": f"{each.peer_ms:.3f}",
+            "ratio": f"{each.ratio:.3f}",
+            "first_quartile": f"{each.low:.3f}",
+            "third_quartile": f"{each.high:.3f}",
+            "rounds": each.rounds,
+        }
+        for each in steps
+    ]
+    _write(path, rows)
+
+
+def write_plans(path: Path, plans: Sequence[PlanTiming]) -> None:
+    """One row a hierarchy."""
+    rows = [
+        {
+            "experts": "/".join(map(str, each.experts)),
+            "B": PLANNED_BATCH,
+            "plan_ms": f"{each.plan_ms:.2f}",
+            "look_ups_ms": f"{each.look_ups_ms:.2f}",
+            "celmoe_vp_ms": f"{each.peer_ms:.0f}",
+            "plan_by_look_ups": f"{each.by_look_ups:.2f}",
+            "celmoe_vp_by_plan": f"{each.by_peer:.0f}",
+        }
+        for each in plans
+    ]
+    _write(path, rows)
+
+
+def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
+    """A panel for each kind of expert and width: the ratio by batch size, a line for each number of experts."""
+    kinds = [kind for kind in EXPERTS if any(each.workload.expert == kind for each in steps)]
+    widths = sorted({each.workload.hidden_size for each in steps})
+    counts = sorted({each.workload.num_experts for each in steps})
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(3 * len(kinds), 2.6 * len(widths) + 0.6), layout="constrained")
+        panels = figure.subplots(len(widths), len(kinds), squeeze=False, sharey=True)
+    for row, width in enumerate(widths):
+        for column, kind in enumerate(kinds):
+            axes = panels[row][column]
+            for count, colour in zip(counts, COLOURS, strict=False):
+                line = [
+                    each
+                    for each in steps
+                    if (each.workload.expert, each.workload.hidden_size, each.workload.num_experts)
+                    == (kind, width, count)
+                ]
+                batches = [each.workload.batch_size for each in line]
+                axes.fill_between(batches, [each.low for each in line], [each.high for each in line], alpha=0.2)
+                axes.plot(batches, [each.ratio for each in line], color=colour, marker="o", markersize=3.5)
+                axes.lines[-1].set_label(f"{count} experts")
+            axes.axhline(1.0, color="#444444", linewidth=0.8, linestyle="--")
+            axes.set(xscale="log", yscale="log", title=f"{kind}, H = {width}")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value in (2, 5) else ""))
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("batch size")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.supylabel("times as fast as celmoe-vp 1.1.4", fontsize=9)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def summary(steps: Sequence[StepTiming]) -> str:
+    """The geometric mean of the ratios, and the worst of them."""
+    mean = math.exp(sum(math.log(each.ratio) for each in steps) / len(steps))
+    worst = min(steps, key=lambda each: each.ratio)
+    slower = sum(each.ratio < 1 for each in steps)
+    return (
+        f"{len(steps)} workloads: {mean:.2f} times as fast as celmoe-vp 1.1.4 in the geometric mean; "
+        f"slower in {slower}; least {worst.ratio:.3f} ({worst.workload})"
+    )
+
+
+def plan_line(plan: PlanTiming) -> str:
+    """One hierarchy's planning."""
+    return (
+        f"planning {PLANNED_BATCH:,} samples over {'/'.join(map(str, plan.experts))} experts: {plan.plan_ms:.1f} ms, "
+        f"{plan.by_look_ups:.2f} times the bare look-ups; celmoe-vp's routing takes {plan.by_peer:.0f} times as long"
+    )
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,81 @@
+"""Timing contenders side by side in one process.
+
+One step of each in turn, so that whatever else the machine does, it does to all of them alike. What is compared are the
+ratios within a round, and of those the median.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+# Fewer rounds make no median, and more than this tell nothing new.
+FEWEST_ROUNDS = 7
+MOST_ROUNDS = 401
+WARM_UP_ROUNDS = 2
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each contender in each round."""
+
+    seconds: Mapping[str, list[float]]
+
+    @property
+    def rounds(self) -> int:
+        """How often every contender ran."""
+        return min(map(len, self.seconds.values()))
+
+    def median(self, name: str) -> float:
+        """The median of a contender's seconds."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, slower: str, faster: str) -> float:
+        """The median over the rounds of one contender's seconds by the other's."""
+        return statistics.median(self._ratios(slower, faster))
+
+    def quartiles(self, slower: str, faster: str) -> tuple[float, float]:
+        """Between which two ratios the middle half of the rounds lies."""
+        low, _, high = statistics.quantiles(self._ratios(slower, faster), n=4)
+        return low, high
+
+    def _ratios(self, slower: str, faster: str) -> list[float]:
+        return [a / b for a, b in zip(self.seconds[slower], self.seconds[faster], strict=True)]
+
+
+def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda: None) -> Timings:
+    """Run all contenders in turn, each round in the reverse order of the one before.
+
+    Args:
+        steps: What is timed, by contender.
+        seconds: About how long to go on, the limits on rounds aside.
+        between: Run before each timed step, unseen by the clock.
+    """
+    names = list(steps)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(WARM_UP_ROUNDS):
+            for step in steps.values():
+                step()
+        begun = time.perf_counter()
+        while len(found[names[0]]) < MOST_ROUNDS:
+            if len(found[names[0]]) >= FEWEST_ROUNDS and time.perf_counter() - begun > seconds:
+                break
+            gc.collect(0)
+            for name in names:
+                between()
+                start = time.perf_counter()
+                steps[name]()
+                found[name].append(time.perf_counter() - start)
+            names.reverse()
+    finally:
+        if collecting:
+            gc.enable()
+    return Timings(found)

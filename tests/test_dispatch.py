@@ -1,0 +1,146 @@
+"""Moving rows: what dispatch and combine do, at what cost, and what flows back through them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import celmoe.dispatch
+from celmoe import CELMoEConfig, ExpertConfig, HierarchicalCELMoE, HierarchyLevelConfig, RoutingCompiler
+from celmoe.dispatch import combine, dispatch, relay
+from celmoe.plan import LevelPlan
+from tests.experts import Linear
+
+WIDTH = 4
+GATHERS = {"index_select", "index", "gather", "index_add", "index_add_", "index_copy", "index_copy_", "index_put_"}
+ROUTES = {"mixed": "bacabcca", "sorted": "aabbbccc", "one expert": "bbbbbbbb", "one each": "cab"}
+
+
+def plan_of(routes: str) -> LevelPlan:
+    config = CELMoEConfig(WIDTH, [HierarchyLevelConfig("level", {name: ExpertConfig(name) for name in "abc"})])
+    return RoutingCompiler(config)({"level": list(routes)}).levels["level"]
+
+
+class Moves(TorchDispatchMode):
+    """Counts the operators that move rows by an index."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in GATHERS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _by_functions(monkeypatch):
+    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", 0)
+
+
+paths = pytest.mark.parametrize("few_rows", [0, 512])
+orders = pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
+
+
+@paths
+@orders
+@pytest.mark.parametrize("trailing", [(WIDTH,), (2, WIDTH), ()])
+def test_blocks_hold_each_experts_rows_and_come_back(routes, trailing, few_rows, monkeypatch):
+    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    plan = plan_of(routes)
+    rows = torch.randn(len(routes), *trailing, requires_grad=True)
+    blocks = dispatch(rows, plan)
+    for name, block in zip(plan.experts, blocks, strict=True):
+        assert torch.equal(block, rows[[position for position, each in enumerate(routes) if each == name]])
+    assert torch.equal(combine(blocks, plan), rows)
+
+
+@paths
+@orders
+def test_gradients_of_both_orders(routes, few_rows, monkeypatch):
+    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    plan = plan_of(routes)
+
+    def through(rows):
+        # Every block is scaled in its own way, so that a row that comes back at another's place shows.
+        return combine([block.sin() * scale for scale, block in enumerate(dispatch(rows, plan), start=1)], plan)
+
+    rows = torch.randn(len(routes), WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(through, (rows,))
+    assert torch.autograd.gradgradcheck(through, (rows,))
+
+
+@paths
+def test_a_block_that_nobody_uses_gets_zeros(few_rows, monkeypatch):
+    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    rows = torch.randn(8, WIDTH, requires_grad=True)
+    dispatch(rows, plan_of(ROUTES["mixed"]))[1].sum().backward()
+    assert torch.equal(rows.grad, torch.tensor([[float(each == "b")] * WIDTH for each in ROUTES["mixed"]]))
+
+
+@pytest.mark.parametrize("case", ["sorted", "one expert"])
+def test_rows_in_expert_order_cost_no_gather(case):
+    plan = plan_of(ROUTES[case])
+    rows = torch.randn(8, WIDTH, requires_grad=True)
+    with Moves() as moves:
+        combine([block * 2 for block in dispatch(rows, plan)], plan).sum().backward()
+    assert not moves.counts
+
+
+@pytest.mark.usefixtures("_by_functions")
+def test_other_rows_cost_one_index_select_each_way():
+    plan = plan_of(ROUTES["mixed"])
+    rows = torch.randn(8, WIDTH, requires_grad=True)
+    with Moves() as moves:
+        result = combine([block * 2 for block in dispatch(rows, plan)], plan)
+    assert moves.counts == {"index_select": 2}
+    with Moves() as moves:
+        result.sum().backward()
+    assert moves.counts == {"index_select": 2}
+
+
+@pytest.mark.usefixtures("_by_functions")
+def test_the_backward_does_not_grow_with_the_experts():
+    """One gather a level, however many experts: celmoe-vp takes one for each of them."""
+    counts = []
+    for experts in (4, 64):
+        names = [f"expert-{index}" for index in range(experts)]
+        level = HierarchyLevelConfig("level", {name: ExpertConfig(name) for name in names})
+        model = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level]), lambda *_: Linear(WIDTH))
+        hidden = torch.randn(2 * experts, WIDTH, requires_grad=True)
+        output = model(hidden, {"level": names + names[::-1]})
+        with Moves() as moves:
+            output.fused_hidden.sum().backward()
+        counts.append(moves.counts)
+    assert counts == [{"index_select": 2}, {"index_select": 2}]
+
+
+def test_levels_whose_orders_are_one_cost_no_gather_between():
+    levels = [HierarchyLevelConfig(name, {each: ExpertConfig(each) for each in "abc"}) for name in ("upper", "lower")]
+    compiler = RoutingCompiler(CELMoEConfig(WIDTH, levels))
+    plan = compiler({"upper": list("bacabcca"), "lower": list("bacabcca")}).levels["lower"]
+    assert plan.follows_previous
+    blocks = [torch.randn(count, WIDTH) for count in plan.counts]
+    with Moves() as moves:
+        relayed = relay(blocks, plan)
+    assert not moves.counts
+    assert all(map(torch.equal, relayed, blocks))
+
+
+@paths
+@orders
+def test_work_in_place_on_a_block_reaches_nothing_else(routes, few_rows, monkeypatch):
+    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    rows = torch.randn(len(routes), WIDTH, requires_grad=True)
+    before = rows.detach().clone()
+    first, *others = dispatch(rows, plan_of(routes))
+    squares = [block.square().sum() for block in others]
+    first.mul_(3)
+    assert torch.equal(rows, before)
+    # What autograd saved of the other blocks is still good.
+    sum(squares, first.sum()).backward()
