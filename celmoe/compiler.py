@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,10 @@ class RoutingCompiler:
     Raises:
         ConfigError, ConfigTypeError: The config is not sound; see `config.enabled_levels`.
 
+    Attributes:
+        layout: The levels and experts that plans are compiled for.
+        configs: The enabled levels' configs; a copy of a compiler, pickled or not, has their names and fallbacks only.
+
     Example::
 
         compiler = RoutingCompiler(config)
@@ -41,15 +47,19 @@ class RoutingCompiler:
     """
 
     def __init__(self, config: CELMoEConfig) -> None:
-        self._configs = enabled_levels(config)
-        self._tables = [RouteTable(level.name, tuple(level.experts)) for level in self._configs]
+        self.configs = enabled_levels(config)
+        self._tables = [RouteTable(level.name, tuple(level.experts)) for level in self.configs]
         # Disabled levels too, whose routes are ignored.
         self._names = frozenset(level.name for level in config.levels)
         self._parents = [
             _parent_codes(config.levels, upper, lower, table)
-            for upper, lower, table in zip(self._configs, self._configs[1:], self._tables, strict=False)
+            for upper, lower, table in zip(self.configs, self.configs[1:], self._tables, strict=False)
         ]
         self.layout: Layout = tuple((table.level, table.experts) for table in self._tables)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of the configs only the fallbacks are read from now on; metadata may be anything, a lambda or a module too.
+        return {**vars(self), "configs": [replace(level, experts={}) for level in self.configs]}
 
     def __call__(self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None) -> RoutingPlan:
         """Compile the routing of one batch.
@@ -142,7 +152,7 @@ class RoutingCompiler:
 
     def _default(self, position: int) -> int | None:
         """The code that samples take where nothing else tells: the only expert's, else the fallback's."""
-        table, fallback = self._tables[position], self._configs[position].fallback_expert
+        table, fallback = self._tables[position], self.configs[position].fallback_expert
         if len(table.experts) == 1:
             return 0
         if fallback is None:
@@ -193,8 +203,8 @@ def _parent_codes(
     """
     between = levels[_index(levels, upper) + 1 : _index(levels, lower)]
 
-    def climb(name: str | None, level: HierarchyLevelConfig) -> str | None:
-        parent = None if name is None else level.experts[name].parent
+    def climb(name: str, level: HierarchyLevelConfig) -> str | None:
+        parent = level.experts[name].parent
         for disabled in reversed(between):
             parent = None if parent is None else disabled.experts[parent].parent
         return parent

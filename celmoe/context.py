@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -43,6 +44,8 @@ class ContextRows:
         self._device = device
         self.whole = context
         # As in celmoe-vp, every expert may write into the outermost mapping without another one's seeing it.
+        # The containers that are being entered: one that holds itself is shared at its second coming.
+        self._entered: set[int] = set()
         self._build = None if context is None else self._builder(context, ("context",), always=True)
         self.is_whole = self._build is None
 
@@ -59,7 +62,18 @@ class ContextRows:
                 return lambda _: value.value
             case torch.Tensor():
                 return self._tensor(value, path)
+        if id(value) in self._entered:
+            return None
+        self._entered.add(id(value))
+        builder = self._container(value, path, always)
+        self._entered.remove(id(value))
+        return builder
+
+    def _container(self, value: object, path: _Path, always: bool) -> _Builder | None:
+        match value:
             case Mapping():
+                if not always and _LEAVES.issuperset(map(type, value.values())):
+                    return None  # a vocabulary, say, told at C speed
                 keys = list(value)
                 items = [value[key] for key in keys]
                 builders = [self._builder(item, (*path, f"[{key!r}]")) for key, item in zip(keys, items, strict=True)]
@@ -70,7 +84,7 @@ class ContextRows:
                 builders = [self._builder(item, (*path, f"[{index}]")) for index, item in enumerate(value)]
                 if isinstance(value, list):
                     return _around(value, builders, lambda built: _with_items(value, range(len(value)), built))
-                return _around(value, builders, getattr(type(value), "_make", tuple))
+                return _around(value, builders, partial(_tuple_like, type(value)))
             case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
                 items = [getattr(value, name) for name in names]
@@ -106,6 +120,13 @@ def _around(
     return lambda blocks: make(
         [item if build is None else build(blocks) for item, build in zip(items, builders, strict=True)]
     )
+
+
+def _tuple_like(kind: type, items: list[object]) -> object:
+    """A tuple of this kind: named, one of torch's own (``torch.max`` gives such), or a user's."""
+    if hasattr(kind, "_make"):
+        return kind._make(items)
+    return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
 
 
 def _with_items(original: Any, keys: Iterable[Any], items: Sequence[object]) -> object:

@@ -1,7 +1,8 @@
 """Moving rows: dispatch into expert order and out to the experts, combine back into batch order.
 
 Both are permutations, so each one's backward is the other: one ``index_select`` by the inverse permutation for a whole
-level. That is O(rows), deterministic, without atomic adds, native on every device, and differentiable again.
+level. That is O(rows), deterministic, without atomic adds, native on every device, and differentiable again. (A few
+rows on a CPU are left to PyTorch's own backward, which costs a scatter-add of them, and no Python.)
 
 Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present.
 
@@ -16,13 +17,14 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from .plan import LevelPlan
 
 Blocks: TypeAlias = Sequence[torch.Tensor]
 
 # Up to so many rows on a CPU, a Function's Python takes longer than what PyTorch's own backward does in vain.
-FEW_ROWS = 512
+FEW_ROWS = 128
 
 
 class _Dispatch(torch.autograd.Function):
@@ -30,23 +32,28 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]
+        ctx: Any,
+        rows: torch.Tensor,
+        order: torch.Tensor,
+        inverse: torch.Tensor,
+        counts: Sequence[int],
+        sorted_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         ctx.order, ctx.inverse, ctx.counts, ctx.trailing = order, inverse, counts, rows.shape[1:]
         # The zeros for a block without a gradient are made below, where all blocks are joined anyway.
         ctx.set_materialize_grads(False)
-        return tuple(_cut(rows.index_select(0, order), counts))
+        return tuple(_cut(rows.index_select(0, order) if sorted_rows is None else sorted_rows, counts))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
-            return None, None, None, None
+            return None, None, None, None, None
         blocks = [
             some.new_zeros((count, *ctx.trailing)) if grad is None else grad
             for grad, count in zip(grads, ctx.counts, strict=True)
         ]
-        return _gather_blocks(blocks, ctx.order, ctx.inverse, ctx.counts), None, None, None
+        return _gather_blocks(blocks, ctx.order, ctx.inverse, ctx.counts), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -96,14 +103,20 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
     return _scatter_rows(rows, plan.order, plan.inverse, plan.counts)
 
 
-def relay(blocks: Blocks, plan: LevelPlan) -> Blocks:
-    """The blocks of one level, cut anew for the level below where both have the same order: a copy, but no gather.
+def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
+    """As `dispatch`, for rows that the level above had in the same order: a copy of its blocks, and no gather.
 
     Args:
-        blocks: What the experts of the level above gave.
+        rows: ``[B, ...]``, what the level above gave. Gradients flow into them as through `dispatch`.
+        blocks: The same rows, block by block.
         plan: The plan of the level below; `follows_previous` holds.
     """
-    return _cut(torch.cat(tuple(blocks)), plan.counts)
+    if not (torch.is_grad_enabled() and rows.requires_grad):
+        return _cut(_joined(blocks), plan.counts)
+    if not _records(plan.order, rows):
+        return dispatch(rows, plan)
+    sorted_rows = _joined([block.detach() for block in blocks])
+    return cast(Blocks, _apply_dispatch(rows, plan.order, plan.inverse, plan.counts, sorted_rows))
 
 
 def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
@@ -121,15 +134,25 @@ def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
         # reach it. Several blocks are copied by joining them.
         return blocks[0].clone(memory_format=torch.contiguous_format)
     if plan.is_sorted:
-        return torch.cat(tuple(blocks)).contiguous()
+        return _joined(blocks)
     return _gather_blocks(blocks, plan.order, plan.inverse, plan.counts)
+
+
+def _joined(blocks: Blocks) -> torch.Tensor:
+    # Joining keeps a memory format that all blocks have.
+    return torch.cat(tuple(blocks)).contiguous()
 
 
 def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
     if len(counts) == 1:
         return (sorted_rows,)
-    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(sorted_rows):
-        # Neither vmap, nor the older one behind autograd's `is_grads_batched`, has a rule for the call below.
+    if (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(sorted_rows)
+        or forward_ad._current_level >= 0
+    ):
+        # vmap has no rule for the call below, nor has the older one behind `is_grads_batched`, whose batches may be in
+        # a tangent, where they don't show.
         return [block.clone() for block in sorted_rows.split(list(counts))]
     # Unsafe is what PyTorch calls a split whose parts are no views to autograd and count their versions apart: with a
     # shared counter, in-place work on one block would invalidate what autograd saved of all the others. Nothing reads
@@ -139,7 +162,7 @@ def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
 
 def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
     if _records(order, rows):
-        return cast(Blocks, _apply_dispatch(rows, order, inverse, counts))
+        return cast(Blocks, _apply_dispatch(rows, order, inverse, counts, None))
     return _cut(rows.index_select(0, order), counts)
 
 

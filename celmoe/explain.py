@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .names import NamedModules
 from .plan import LevelPlan
@@ -69,9 +71,18 @@ class Explanation:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def explain_level(level: str, modules: NamedModules, engine: str, plan: LevelPlan | None) -> LevelExplanation:
-    """One level's line; runs no expert."""
-    present = list(modules) if plan is None else list(plan.experts)
+def explain_level(
+    level: str, modules: NamedModules, engine: str, present: Sequence[nn.Module], plan: LevelPlan | None
+) -> LevelExplanation:
+    """One level's line; runs no expert.
+
+    Args:
+        level: The level's name.
+        modules: All its experts.
+        engine: The engine that runs them.
+        present: The experts in the plan; all of them without one.
+        plan: The level's plan.
+    """
     why = "runs any module, one present expert after another"
     rows = None
     if plan is not None and plan.counts:
@@ -83,8 +94,8 @@ def explain_level(level: str, modules: NamedModules, engine: str, plan: LevelPla
         num_experts=len(modules),
         num_present=None if plan is None else len(plan.experts),
         rows_per_expert=rows,
-        num_parameters=sum(parameter.numel() for parameter in modules.parameters()),
-        present_bytes=sum(parameter.nbytes for parameter in _distinct(modules[name] for name in present)),
+        num_parameters=sum(parameter.numel() for parameter in _initialized([modules])),
+        present_bytes=sum(parameter.nbytes for parameter in _initialized(present)),
         why=why,
     )
 
@@ -99,11 +110,10 @@ def _movement(plan: LevelPlan) -> str:
     return "one gather each way"
 
 
-def _distinct(modules: object) -> list[nn.Parameter]:
-    found: dict[int, nn.Parameter] = {}
-    for module in modules:  # type: ignore[attr-defined]
-        found.update((id(parameter), parameter) for parameter in module.parameters())
-    return list(found.values())
+def _initialized(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The modules' parameters, each once; those of a lazy module have no size before its first call."""
+    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    return [parameter for parameter in found.values() if not is_lazy(parameter)]
 
 
 def _cells(line: LevelExplanation) -> tuple[str, ...]:

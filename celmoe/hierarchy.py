@@ -38,7 +38,6 @@ class HierarchicalCELMoE(nn.Module):
         levels: The enabled levels' configs.
         level_modules: The experts: ``level_modules[level][expert]``.
         fusion: The fusion module.
-        engine: The engine that runs the experts.
 
     Raises:
         ConfigError, ConfigTypeError: The config is not sound, or the factory returned no module.
@@ -61,7 +60,7 @@ class HierarchicalCELMoE(nn.Module):
         engine: str = "auto",
     ) -> None:
         super().__init__()
-        self.engine = resolve_engine(engine)
+        self._engine = resolve_engine(engine)
         self.config = config
         self.levels: list[HierarchyLevelConfig] = enabled_levels(config)
         if not callable(expert_factory):
@@ -80,31 +79,39 @@ class HierarchicalCELMoE(nn.Module):
         )
         self.fusion = build_fusion(config, len(self.levels), fusion_module)
 
+    @property
+    def engine(self) -> str:
+        """The engine that runs the experts. Setting it takes what the constructor takes."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: str) -> None:
+        self._engine = resolve_engine(engine)
+
     def compile_routing(
         self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None
     ) -> RoutingPlan:
         """Compile the routing of one batch; see `RoutingCompiler.__call__`."""
         return self._compiler(routing, batch_size)
 
-    def explain(self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None) -> Explanation:
+    def explain(
+        self, plan_or_routing: RoutingPlan | Routing | None = None, batch_size: int | None = None
+    ) -> Explanation:
         """How each level would run, as a table; runs no expert.
 
         Args:
-            routing: A plan or routing to tell the rows of each expert; without one, only the levels are told.
+            plan_or_routing: Tells the rows of each expert; without it, only the levels are told.
             batch_size: As for `compile_routing`.
         """
-        plan = None if routing is None and batch_size is None else self._compiler(routing, batch_size)
-        return Explanation(
-            tuple(
-                explain_level(
-                    level.name,
-                    cast(NamedModules, self.level_modules[level.name]),
-                    self.engine,
-                    None if plan is None else plan.levels[level.name],
-                )
-                for level in self.levels
-            )
-        )
+        plan = None if plan_or_routing is None and batch_size is None else self._compiler(plan_or_routing, batch_size)
+        present = None if plan is None else present_experts(self.level_modules, plan)
+        lines = []
+        for index, level in enumerate(self.levels):
+            modules = cast(NamedModules, self.level_modules[level.name])
+            planned = None if plan is None else plan.levels[level.name]
+            experts = list(modules.values()) if present is None else present[index]
+            lines.append(explain_level(level.name, modules, self._engine, experts, planned))
+        return Explanation(tuple(lines))
 
     def forward(
         self,
@@ -132,14 +139,17 @@ class HierarchicalCELMoE(nn.Module):
         batch_size = hidden.shape[0]
         _check_mask(mask, hidden)
         context_rows = ContextRows(context, batch_size, hidden.device)
-        plan = self._plan(routing, hidden)
+        host_plan = self._compiler.compile(routing, batch_size, told_by="'hidden'")
+        plan = host_plan if host_plan.device == hidden.device else host_plan.to(hidden.device, non_blocking=True)
         experts = present_experts(self.level_modules, plan)
-        engine = ENGINES[self.engine]
+        engine = ENGINES[self._engine]
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)
         for level, present in zip(self.levels, experts, strict=True):
-            level_output, blocks = run_level(level, present, engine, given, plan)
+            planned = plan.levels[level.name]
+            # Of the host's plan, so that reading the routes of a batch that was routed by names asks no device.
+            level_output, blocks = run_level(level, present, engine, given, planned, host_plan.routes)
             output.levels[level.name] = level_output
             if level_output.losses:
                 output.losses.update(level_output.losses)
@@ -148,13 +158,14 @@ class HierarchicalCELMoE(nn.Module):
         output.fused_hidden = fusion([level.hidden for level in output.levels.values()])
         return output
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A compiler is copied without its configs, and ours reads those of this model.
+        self._compiler.configs = self.levels
+
     def extra_repr(self) -> str:
         """The engine, in the model's repr."""
         return f"engine={self.engine!r}"
-
-    def _plan(self, routing: Routing | RoutingPlan | None, hidden: torch.Tensor) -> RoutingPlan:
-        plan = self._compiler.compile(routing, hidden.shape[0], told_by="'hidden'")
-        return plan if plan.device == hidden.device else plan.to(hidden.device, non_blocking=True)
 
 
 def _made(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from .config import HierarchyLevelConfig
 from .context import ContextRows
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import Engine
-from .errors import UnknownExpertError, nearest
+from .errors import UnknownExpertError, UnknownLevelError, nearest
 from .experts import ExpertBatch
-from .names import NamedModules, modules_named, name_key
+from .names import modules_named, name_key
 from .outputs import LevelOutput
 from .plan import LevelPlan, RoutingPlan
 
@@ -25,7 +26,7 @@ class LevelInput(NamedTuple):
 
     Attributes:
         hidden: ``[B, ...]`` in batch order: the caller's rows, or the level above's.
-        blocks: The same rows as the experts of the level above gave them, where the two levels' orders are one.
+        blocks: The same rows as the experts of the level above gave them; ``None`` for the first level.
         context: The batch's context.
         mask: ``[B, ...]`` or ``None``.
     """
@@ -59,29 +60,39 @@ class _ScaleGradient(torch.autograd.Function):
         return cast(torch.Tensor, tangents[0] * ctx.scale)
 
 
-def present_experts(level_modules: NamedModules, plan: RoutingPlan) -> list[list[nn.Module]]:
+def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[list[nn.Module]]:
     """For each level the modules of the experts present, as they are now: any may have been replaced.
 
     Raises:
-        UnknownExpertError: One has been removed since the model was built.
+        UnknownLevelError, UnknownExpertError: One has been removed since the model was built.
     """
     found = []
-    levels = plan.levels.values()
-    for modules, level in zip(modules_named(level_modules, plan.levels), levels, strict=True):
-        assert isinstance(modules, NamedModules)
+    try:
+        registries = modules_named(level_modules, plan.levels)
+    except KeyError as error:
+        level = str(error.args[0])
+        raise UnknownLevelError(
+            f"'level_modules' must hold the model's levels (got no {level!r}; {nearest(level, level_modules)})"
+        ) from None
+    for modules, planned in zip(registries, plan.levels.values(), strict=True):
         try:
-            found.append(modules_named(modules, level.experts))
+            found.append(modules_named(modules, planned.experts))  # type: ignore[arg-type]  # a level's are a mapping
         except KeyError as error:
             name = str(error.args[0])
             raise UnknownExpertError(
-                f'"level_modules[{level.name!r}]" must hold the experts routed to (got no {name!r}; '
-                f"{nearest(name, modules)})"
+                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {name!r}; '
+                f"{nearest(name, modules)})"  # type: ignore[arg-type]
             ) from None
     return found
 
 
 def run_level(
-    config: HierarchyLevelConfig, experts: Sequence[nn.Module], engine: Engine, given: LevelInput, plan: RoutingPlan
+    config: HierarchyLevelConfig,
+    experts: Sequence[nn.Module],
+    engine: Engine,
+    given: LevelInput,
+    plan: LevelPlan,
+    make_routes: Callable[[str], list[str]],
 ) -> tuple[LevelOutput, Blocks]:
     """Run one level.
 
@@ -90,23 +101,23 @@ def run_level(
         experts: The modules of the experts present.
         engine: What runs them.
         given: What the level is given.
-        plan: The batch's plan.
+        plan: The level's plan.
+        make_routes: Given a level's name, the expert's name for each sample.
 
     Returns:
         Its output, and the same rows as its experts gave them.
     """
-    level_plan = plan.levels[config.name]
     if not experts:
         empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-        return LevelOutput.with_deferred_routes(config.name, empty, plan.routes), ()
-    scales = [config.experts[name].input_gradient_scale for name in level_plan.experts]
-    results = engine(experts, _expert_batches(given, level_plan, scales))
+        return LevelOutput.with_deferred_routes(config.name, empty, make_routes), ()
+    scales = [config.experts[name].input_gradient_scale for name in plan.experts]
+    results = engine(experts, _expert_batches(given, plan, scales))
     blocks: Blocks = [result.hidden for result in results]
     dtypes = {block.dtype for block in blocks}
     if len(dtypes) > 1:
         blocks = _promoted(blocks, dtypes)
-    output = LevelOutput.with_deferred_routes(config.name, combine(blocks, level_plan), plan.routes)
-    for name, result in zip(level_plan.experts, results, strict=True):
+    output = LevelOutput.with_deferred_routes(config.name, combine(blocks, plan), make_routes)
+    for name, result in zip(plan.experts, results, strict=True):
         if result.losses:
             _add_losses(output, name, result.losses, config.experts[name].loss_weight)
         if result.aux:
@@ -119,10 +130,12 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
     hidden, blocks, context, mask = given
     # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
     is_detached = not any(scales)
+    if is_detached:
+        hidden = hidden.detach()
     if blocks is not None and plan.follows_previous and not plan.is_sorted:
-        blocks = relay([block.detach() for block in blocks] if is_detached else blocks, plan)
+        blocks = relay(hidden, [block.detach() for block in blocks] if is_detached else blocks, plan)
     else:
-        blocks = dispatch(hidden.detach() if is_detached else hidden, plan)
+        blocks = dispatch(hidden, plan)
     mask_blocks = None if mask is None else dispatch(mask, plan)
     aligned_blocks = [dispatch(tensor, plan) for tensor in context.aligned]
     return [
@@ -139,7 +152,11 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
 def _with_gradient_scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     if scale == 0.0:
         return rows.detach()
-    if rows.requires_grad and torch.is_grad_enabled():
+    if (
+        (rows.requires_grad and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
         return cast(torch.Tensor, _ScaleGradient.apply(rows, scale))
     return rows
 

@@ -5,6 +5,7 @@ It is right for any module, and reproduces celmoe-vp bit for bit, dropout's rand
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -29,6 +30,8 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> 
             through, with a note that names the expert.
     """
     results = []
+    # A module that stands for several experts may hand out the same memory, or the same result, again.
+    is_shared = len(set(experts)) < len(experts)
     for expert, batch in zip(experts, batches, strict=True):
         # Experts may write into their batch.
         given, state = batch.hidden, batch.state
@@ -38,6 +41,9 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> 
         except Exception as error:
             error.add_note(f"celmoe: raised by expert {name!r} of level {level!r} on {shape[0]} samples")
             raise
+        if is_shared and isinstance(result, ExpertResult) and isinstance(result.hidden, torch.Tensor):
+            result = copy.copy(result)
+            result.hidden = result.hidden.clone()
         results.append(result)
         if type(result) is ExpertResult and type(result.losses) is dict:
             hidden = result.hidden

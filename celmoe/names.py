@@ -35,11 +35,6 @@ def name_key(name: str) -> str:
     return name if is_plain(name) else f".{_encoded(name)}"
 
 
-def key_name(key: str) -> str:
-    """The name that `name_key` made this key from."""
-    return unquote(key[1:]) if key.startswith(".") else key
-
-
 class NamedModules(nn.ModuleDict):
     """An ``nn.ModuleDict`` that takes any non-empty string for a key, and answers to the real names.
 
@@ -103,14 +98,14 @@ class NamedModules(nn.ModuleDict):
         return ValuesView(self)
 
 
-def modules_named(modules: NamedModules, names: Collection[str]) -> list[nn.Module]:
+def modules_named(modules: nn.ModuleDict, names: Collection[str]) -> list[nn.Module]:
     """The modules of several names at once.
 
     Raises:
         KeyError: There is none of a name.
     """
-    found = [*map(modules._modules.get, names)]
-    return [modules[name] for name in names] if None in found else cast(list[nn.Module], found)
+    found = list(map(modules._modules.get, names))
+    return [modules[name] for name in names] if None in found else found  # type: ignore[return-value]  # no None
 
 
 def _encoded(name: str) -> str:

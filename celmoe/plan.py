@@ -9,8 +9,9 @@ Axes: B samples in batch order, R the same rows in expert order (R = B), P exper
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,7 +21,8 @@ from .errors import PlanError, UnknownLevelError, listed, nearest
 Layout: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
 
 
-class LevelPlan(NamedTuple):
+@dataclass(eq=False, repr=False, slots=True)
+class LevelPlan:
     """Where one level's samples go.
 
     Attributes:
@@ -50,12 +52,6 @@ class LevelPlan(NamedTuple):
         """`ends` in int32, which grouped matrix products want."""
         return self.ends.to(torch.int32)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
     def __repr__(self) -> str:
         groups = ", ".join(f"{name}: {count}" for name, count in zip(self.experts, self.counts, strict=True))
         return f"LevelPlan({self.name!r}, {{{groups}}})"
@@ -67,7 +63,7 @@ HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, 
 
 
 class RoutingPlan:
-    """The compiled routing of one batch. Immutable, picklable, and independent of any model.
+    """The compiled routing of one batch: picklable, and independent of any model.
 
     Attributes:
         batch_size: Samples B.

@@ -32,8 +32,8 @@ def make_plan(
         codes: The codes ``[B]`` of each level, or one code for the whole batch.
         batch_size: Samples B.
     """
-    plan = _plan_few if 0 < batch_size <= FEW_SAMPLES else _plan_many
-    return plan(layout, tables, codes, batch_size)
+    make = _plan_few if 0 < batch_size <= FEW_SAMPLES else _plan_many
+    return make(layout, tables, codes, batch_size)
 
 
 def _plan_few(
@@ -80,7 +80,8 @@ def _code_list(codes: Codes | int, batch_size: int) -> list[int] | bytearray:
 def _plan_many(
     layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
 ) -> RoutingPlan:
-    identity = np.arange(batch_size)
+    # NumPy's own default is 32 bits on Windows before 2.0.
+    identity = np.arange(batch_size, dtype=np.int64)
     parts: list[npt.NDArray[np.int64]] = [identity]
     levels: list[HostLevel] = []
     # The order of the level above: as an array where it is not the identity, and as parts.
@@ -97,11 +98,13 @@ def _plan_many(
                 places = (len(parts), len(parts) + 1)
                 parts += (order, inverse)
         ids = (
-            np.full(batch_size, table.ids[code]) if isinstance(code, int) else table.ids_by_code.take(code_array(code))
+            np.full_like(identity, table.ids[code])
+            if isinstance(code, int)
+            else table.ids_by_code.take(code_array(code))
         )
         known = (table.level, experts, tuple(counts.tolist()), order is None, follows and bool(levels))
         levels.append((known, (*places, len(parts), len(parts) + 1)))
-        parts += (ids, np.add.accumulate(counts))
+        parts += (ids, np.add.accumulate(counts, dtype=np.int64))
     return RoutingPlan(layout, batch_size, levels, torch.from_numpy(np.concatenate(parts)), [*map(len, parts)])
 
 
@@ -111,17 +114,14 @@ def _sorted(
     """The experts present, the samples of each, and the order that sorts them: ``None`` where it is the identity."""
     if isinstance(code, int) or len(table.experts) == 1:
         only = table.sorted_experts[code if isinstance(code, int) else 0]
-        return ((only,) if batch_size else ()), np.full(min(batch_size, 1), batch_size), None
+        return ((only,) if batch_size else ()), np.full(min(batch_size, 1), batch_size, dtype=np.int64), None
     code = code_array(code)
     counts = np.bincount(code, minlength=len(table.experts))
     present = counts.nonzero()[0]
     experts = tuple([table.sorted_experts[each] for each in present.tolist()])
-    if len(experts) > 1:
-        # NumPy's stable argsort is a radix sort for the codes' 8 and 16 bits.
-        order = code.argsort(kind="stable")
-        if code.tobytes() != code[order].tobytes():
-            return experts, counts[present], order
-    return experts, counts[present], None
+    is_sorted = bool((code[:-1] <= code[1:]).all())
+    # NumPy's stable argsort is a radix sort for the codes' 8 and 16 bits.
+    return experts, counts[present], None if is_sorted else code.argsort(kind="stable")
 
 
 def _equal(order: npt.NDArray[np.int64] | None, previous: npt.NDArray[np.int64] | None) -> bool:

@@ -7,8 +7,9 @@ was arrived at in two ways.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -126,27 +127,52 @@ def _input_of(expert: ExpertConfig, hidden: torch.Tensor) -> torch.Tensor:
     return scaled
 
 
-def _context_of(value: Any, samples: list[int], batch_size: int, *, outermost: bool = False) -> Any:
+def _context_of(
+    value: Any, samples: list[int], batch_size: int, *, outermost: bool = False, inside: tuple[int, ...] = ()
+) -> Any:
     """The context with every batch-aligned tensor cut to these samples; what has none is passed as it is."""
     if isinstance(value, Shared):
         return value.value
     if isinstance(value, torch.Tensor):
         return _pick(value, samples) if value.dim() > 0 and value.shape[0] == batch_size else value
+    if id(value) in inside:
+        return value
+    return _container_of(
+        value, lambda item: _context_of(item, samples, batch_size, inside=(*inside, id(value))), outermost
+    )
+
+
+def _container_of(value: Any, cut: Callable[[Any], Any], outermost: bool) -> Any:
+    """A mapping, sequence or dataclass around what ``cut`` makes of its items; itself, where that changes none."""
     if isinstance(value, Mapping):
-        cut: Any = {key: _context_of(item, samples, batch_size) for key, item in value.items()}
-        return cut if outermost or any(cut[key] is not value[key] for key in value) else value
+        items: Any = {key: cut(item) for key, item in value.items()}
+        if not outermost and all(items[key] is value[key] for key in value):
+            return value
+        # A copy keeps what its kind has beside the items: a defaultdict's default, say.
+        return _refilled(copy.copy(value), items) if isinstance(value, dict) else items
     if isinstance(value, list | tuple):
-        items = [_context_of(item, samples, batch_size) for item in value]
+        items = [cut(item) for item in value]
         if all(item is original for item, original in zip(items, value, strict=True)):
             return value
-        if isinstance(value, list):
-            return items
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if type(value) in (list, tuple):
+            return type(value)(items)
+        # A named tuple takes its items one by one, torch's own tuples take them as one sequence.
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        cut = {name: _context_of(item, samples, batch_size) for name, item in fields.items()}
-        return value if all(cut[name] is fields[name] for name in fields) else dataclasses.replace(value, **cut)
+        fields = {field.name: cut(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if all(item is getattr(value, name) for name, item in fields.items()):
+            return value
+        changed = copy.copy(value)
+        for name, item in fields.items():
+            object.__setattr__(changed, name, item)
+        return changed
     return value
+
+
+def _refilled(mapping: Any, items: Mapping[Any, Any]) -> Any:
+    for key, item in items.items():
+        mapping[key] = item
+    return mapping
 
 
 def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int) -> dict[str, list[str]]:
@@ -182,8 +208,10 @@ def _names(routes: Any, experts: list[str], batch_size: int) -> list[str]:
 def _inferred(model: HierarchicalCELMoE, level: HierarchyLevelConfig, names: dict[str, list[str]], sample: int) -> str:
     """The parent of the sample's expert in the level below, else the only expert, else the fallback."""
     levels = model.config.levels
+    # Which levels there are was settled when the model was built.
+    built = [id(each) for each in model.levels]
     place = next(index for index, each in enumerate(levels) if each is level)
-    below = next((index for index in range(place + 1, len(levels)) if levels[index].enabled), None)
+    below = next((index for index in range(place + 1, len(levels)) if id(levels[index]) in built), None)
     if below is not None:
         name: str | None = names[levels[below].name][sample]
         for index in range(below, place, -1):

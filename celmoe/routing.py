@@ -40,8 +40,10 @@ class RouteTable:
         level: The level's name.
         experts: The experts' names in the config's order; an id is a position here.
         sorted_experts: The names in sorted order; a code is a position here.
-        ids: The id for each code.
-        ids_by_code: ``[E]`` int64, the same.
+        dtype: Of arrays of codes: the smallest unsigned one that holds them.
+        code_by_name: The code for each name.
+        ids: The id for each code, as a list.
+        ids_by_code: ``[E]`` int64, the id for each code.
         codes_by_id: ``[E]`` in the codes' dtype, the code for each id.
     """
 
@@ -51,6 +53,7 @@ class RouteTable:
         self.sorted_experts = tuple(sorted(experts))
         # Small unsigned codes are what NumPy's stable argsort has a radix sort for.
         self.dtype = np.min_scalar_type(len(experts) - 1)
+        self._names = frozenset(experts)
         self.code_by_name = {name: code for code, name in enumerate(self.sorted_experts)}
         self.codes_by_id = np.array([self.code_by_name[name] for name in self.experts], dtype=self.dtype)
         self.ids_by_code = np.empty(len(self.experts), dtype=np.int64)
@@ -93,7 +96,7 @@ class RouteTable:
             ) from None
 
     def _look_up(self, names: list[Any]) -> Codes:
-        if len(self.experts) == 1 and names.count(self.experts[0]) == len(names):
+        if len(self.experts) == 1 and self._names.issuperset(names):
             return bytearray(len(names))
         codes = map(self.code_by_name.__getitem__, names)
         # bytearray takes small integers from an iterator in half the time of np.fromiter.
@@ -162,7 +165,7 @@ class RouteTable:
 
 
 def _host_array(routes: torch.Tensor, level: str) -> npt.NDArray[Any]:
-    if routes.dtype == torch.bool or routes.is_floating_point() or routes.is_complex():
+    if routes.dtype == torch.bool or routes.is_floating_point() or routes.is_complex() or routes.is_quantized:
         raise RouteTypeError(f'"routing[{level!r}]" must hold integer ids (got dtype {routes.dtype})')
     if routes.is_meta:
         raise RouteTypeError(f'"routing[{level!r}]" must hold ids that can be read (got a tensor on meta)')

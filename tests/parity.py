@@ -141,6 +141,10 @@ class _Comparison:
         ):
             raise ParityError("random stream: another number of draws than the oracle's")
         self.evidence.rows += given.hidden.shape[0] * len(output.levels)
+        for each in (output, expected):
+            for level in each.levels.values():
+                if level.hidden.requires_grad:
+                    level.hidden.retain_grad()
         self._compare_outputs(output, expected)
         self._compare_gradients(output, expected, given, wanted, optimizers)
         _compare_callers(given, make_inputs(step))
@@ -202,6 +206,12 @@ class _Comparison:
         pairs = [(f"gradient of {key!r}", leaf, wanted.leaves[key]) for key, leaf in given.leaves.items()]
         parameters = dict(self.oracle.named_parameters())
         pairs += [(f"gradient of {key!r}", value, parameters[key]) for key, value in self.subject.named_parameters()]
+        # Each level's output is the next level's input, in the graph too: hooks and penalties count on it.
+        pairs += [
+            (f"gradient of levels[{name!r}].hidden", level.hidden, expected.levels[name].hidden)
+            for name, level in output.levels.items()
+            if level.hidden.requires_grad
+        ]
         for where, mine, theirs in pairs:
             if (mine.grad is None) != (theirs.grad is None):
                 raise ParityError(f"{where}: is {_present(mine.grad)}, should be {_present(theirs.grad)}")

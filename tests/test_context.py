@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, Shared
+from celmoe.context import ContextRows
 from tests.refusals import level
 
 pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
@@ -161,6 +162,42 @@ def test_a_length_that_agrees_with_a_group_by_chance_changes_nothing():
     three = torch.randn(3, 2)
     for batch in watch({"x": three}).values():
         assert batch.context["x"] is three
+
+
+def test_a_mapping_of_plain_values_is_told_at_once(monkeypatch):
+    """A vocabulary in the context is not walked entry by entry at every call."""
+    calls = []
+    right = ContextRows._builder
+    monkeypatch.setattr(ContextRows, "_builder", lambda *args, **named: calls.append(1) or right(*args, **named))
+    vocabulary = {str(number): number for number in range(1000)}
+    for batch in watch({"vocabulary": vocabulary}).values():
+        assert batch.context["vocabulary"] is vocabulary
+    assert len(calls) < 10
+
+
+def test_torchs_own_tuples_keep_their_fields():
+    largest = aligned(2).max(1)
+    for name, batch in watch({"largest": largest}).items():
+        assert torch.equal(batch.context["largest"].values, largest.values[ROWS[name]])
+        assert torch.equal(batch.context["largest"].indices, largest.indices[ROWS[name]])
+
+
+def test_a_users_tuple_keeps_its_class():
+    class Point(tuple):
+        __slots__ = ()
+
+    point = Point([aligned(), 1])
+    for name, batch in watch({"point": point}).items():
+        assert type(batch.context["point"]) is Point
+        assert torch.equal(batch.context["point"][0], point[0][ROWS[name]])
+
+
+def test_a_container_that_holds_itself():
+    tree = {"rows": aligned()}
+    tree["self"] = tree
+    for name, batch in watch(tree).items():
+        assert torch.equal(batch.context["rows"], tree["rows"][ROWS[name]])
+        assert batch.context["self"] is tree
 
 
 def test_other_fields_of_a_dataclass_come_along():

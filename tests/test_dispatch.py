@@ -120,16 +120,26 @@ def test_the_backward_does_not_grow_with_the_experts():
     assert counts == [{"index_select": 2}, {"index_select": 2}]
 
 
-def test_levels_whose_orders_are_one_cost_no_gather_between():
+@paths
+@pytest.mark.parametrize("grad", [False, True])
+def test_levels_whose_orders_are_one_cost_no_gather_between(grad, few_rows, monkeypatch):
+    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
     levels = [HierarchyLevelConfig(name, {each: ExpertConfig(each) for each in "abc"}) for name in ("upper", "lower")]
     compiler = RoutingCompiler(CELMoEConfig(WIDTH, levels))
     plan = compiler({"upper": list("bacabcca"), "lower": list("bacabcca")}).levels["lower"]
     assert plan.follows_previous
-    blocks = [torch.randn(count, WIDTH) for count in plan.counts]
+    blocks = [torch.randn(count, WIDTH, requires_grad=grad) for count in plan.counts]
+    rows = combine(blocks, plan)
     with Moves() as moves:
-        relayed = relay(blocks, plan)
-    assert not moves.counts
+        relayed = relay(rows, blocks, plan)
+    # A few rows that gradients flow through are gathered by PyTorch's own operator.
+    assert moves.counts == ({"index_select": 1} if grad and few_rows else {})
     assert all(map(torch.equal, relayed, blocks))
+    if grad:
+        weights = [torch.randn_like(block) for block in blocks]
+        found = torch.autograd.grad(relayed, [rows, *blocks], weights, retain_graph=True)
+        wanted = torch.autograd.grad(dispatch(rows, plan), [rows, *blocks], weights)
+        assert all(map(torch.equal, found, wanted))
 
 
 @paths

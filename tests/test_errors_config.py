@@ -412,6 +412,17 @@ def test_unknown_engines(engine, words, monkeypatch):
     assert not calls
 
 
+def test_an_engine_set_later_is_checked_too():
+    from celmoe.engines import ENGINES
+
+    model = build()
+    with pytest.raises(EngineError, match="'engine' must be one of"):
+        model.engine = "fast"
+    model.engine = "auto"
+    assert model.engine in ENGINES
+    assert model(rows(), GOOD).fused_hidden.shape == (3, WIDTH)
+
+
 def test_the_engine_of_the_environment(monkeypatch):
     from celmoe.engines import ENGINES
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from celmoe import ExpertModule, ExpertResult, ResultError, ResultTypeError, UnknownExpertError
+from celmoe import ExpertModule, ExpertResult, ResultError, ResultTypeError, UnknownExpertError, UnknownLevelError
 from tests.refusals import GOOD, WIDTH, Counting, assert_error, assert_like_fresh, build, rows
 
 WHO = "of expert 'fr' of level 'language'"
@@ -214,6 +214,26 @@ def test_an_expert_that_was_removed():
     assert_error(caught.value, UnknownExpertError, KeyError, message)
     assert Counting.calls == 0
     assert model(rows(), {"family": "slavic", "language": "ru"}).fused_hidden.shape == (3, WIDTH)
+
+
+def test_a_level_that_was_removed():
+    model = build()
+    del model.level_modules["language"]
+    Counting.calls = 0
+    with pytest.raises(UnknownLevelError) as caught:
+        model(rows(), GOOD)
+    message = "'level_modules' must hold the model's levels (got no 'language'; known: 'family')"
+    assert_error(caught.value, UnknownLevelError, KeyError, message)
+    assert Counting.calls == 0
+
+
+def test_a_level_may_be_replaced_by_a_module_dict_of_torchs():
+    model = build()
+    model.level_modules["language"] = nn.ModuleDict(dict(model.level_modules["language"].items()))
+    assert model(rows(), GOOD).fused_hidden.shape == (3, WIDTH)
+    del model.level_modules["language"]["fr"]
+    with pytest.raises(UnknownExpertError, match="got no 'fr'"):
+        model(rows(), GOOD)
 
 
 # Legal results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import pickle
+import re
 from collections import OrderedDict, deque
 from types import MappingProxyType
 
@@ -320,6 +321,22 @@ def test_a_compiler_refuses_the_same_in_the_same_words(case):
     with pytest.raises(kind) as caught:
         RoutingCompiler(two_levels())({"family": GOOD["family"], "language": routes}, 3)
     assert_error(caught.value, kind, builtin, message.replace("of 'hidden'", "of 'batch_size'"))
+
+
+@pytest.mark.parametrize(
+    ("routes", "kind", "builtin", "words"),
+    [
+        (["core", np.array(["core", "core"])], RouteTypeError, TypeError, "must hold names or integer ids (got array"),
+        (["core", "cor"], UnknownExpertError, KeyError, "must name experts of level 'level' (got 'cor' for 1 of 2"),
+        (["core", 0], RouteTypeError, TypeError, "must hold either names or integer ids (got both)"),
+        ([0, 1], RouteIdError, ValueError, "must hold ids from 0 to 0"),
+    ],
+)
+def test_routes_of_a_level_with_one_expert_are_read_too(routes, kind, builtin, words):
+    level = HierarchyLevelConfig("level", {"core": ExpertConfig("core")})
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        RoutingCompiler(CELMoEConfig(WIDTH, [level]))({"level": routes})
+    assert isinstance(caught.value, builtin)
 
 
 def test_a_generator_is_refused_unread():

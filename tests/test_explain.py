@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from torch import nn
 
-from celmoe import Explanation, LevelExplanation
+from celmoe import Explanation, LevelExplanation, UnknownExpertError
 from tests.refusals import GOOD, WIDTH, Counting, assert_like_fresh, build, level, rows, two_levels
 
 EXPERT = WIDTH * WIDTH + WIDTH
@@ -120,3 +121,16 @@ def test_the_model_s_repr_tells_the_engine():
     model = build(engine="looped")
     assert "engine='looped'" in repr(model)
     assert "rows" not in repr(model(rows(), GOOD).levels["family"].name)
+
+
+def test_a_lazy_expert_has_no_parameters_yet():
+    model = build()
+    model.level_modules["language"]["fr"] = nn.LazyLinear(WIDTH)
+    assert model.explain(plan_or_routing=GOOD).levels[1].num_parameters == 3 * EXPERT
+
+
+def test_a_removed_expert_is_refused_as_in_a_forward_pass():
+    model = build()
+    del model.level_modules["language"]["fr"]
+    with pytest.raises(UnknownExpertError, match="got no 'fr'"):
+        model.explain(GOOD)

@@ -189,6 +189,48 @@ def test_batched_gradients(runs):
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+def test_vectorized_jacobians(runs, strategy):
+    hidden = rows(B).double()
+    found, expected = [
+        torch.autograd.functional.jacobian(forward, hidden, vectorize=True, strategy=strategy)
+        for forward in (runs.engine, runs.oracle)
+    ]
+    close(found, expected)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_scaled_gradient_scales_tangents_too(requires_grad):
+    """Whether or not anything else records: one derivative, in whichever mode it is taken."""
+    config = CELMoEConfig(WIDTH, [level("language", ["ru"])], use_learned_fusion=False)
+    config.levels[0].experts["ru"].gradient_scale = 0.5
+
+    class Doubling(ExpertModule):
+        def forward(self, batch):
+            return ExpertResult(2 * batch.hidden)
+
+    model = HierarchicalCELMoE(config, lambda *_: Doubling())
+    hidden = rows(3).requires_grad_(requires_grad)
+    with forward_ad.dual_level():
+        output = model(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
+        tangent = forward_ad.unpack_dual(output.fused_hidden).tangent
+    assert torch.equal(tangent, torch.ones_like(hidden))
+    _, tangent = torch.func.jvp(lambda x: model(x).fused_hidden, (rows(3),), (torch.ones(3, WIDTH),))
+    assert torch.equal(tangent, torch.ones_like(hidden))
+
+
+def test_gradients_of_a_levels_output(runs):
+    """Each level's output is the next one's input, in the graph too."""
+    hidden = rows(B).double().requires_grad_()
+    found = []
+    for forward in (runs.model, partial(reference_forward, runs.model)):
+        upper, lower = forward(hidden, runs.routing).levels.values()
+        found.append(torch.autograd.grad(lower.hidden.tanh().sum(), [upper.hidden, hidden]))
+    for mine, expected in zip(*found, strict=True):
+        close(mine, expected)
+
+
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_traced_model_is_no_constant(runs, grad):
     """torch.jit.trace of one routing; what it records must depend on the rows."""

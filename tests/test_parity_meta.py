@@ -340,6 +340,15 @@ def leak_to_the_next_level(patch: Patch) -> None:
     patch.setattr(celmoe.level, "dispatch", wrong)
 
 
+def leave_the_levels_output_out(patch: Patch) -> None:
+    """The right rows and gradients, but past the output of the level above."""
+    patch.setattr(
+        celmoe.level,
+        "relay",
+        lambda rows, blocks, plan: [block.clone() for block in torch.cat(tuple(blocks)).split(list(plan.counts))],
+    )
+
+
 def run_experts_backwards(patch: Patch) -> None:
     """The right rows, but another stream of random numbers for each expert."""
     right = ENGINES["looped"]
@@ -444,6 +453,15 @@ INFERRED = replace(
     routing={"language": CASE.routing["language"]},
 )
 
+SAME_ORDER = replace(CASE, routing=SURROUNDINGS.routing)
+
+
+def has_levels_of_one_order(case: Case) -> bool:
+    """Where a level's rows come from the level above without a gather, and gradients flow."""
+    plan = celmoe.RoutingCompiler(case.config())(case.inputs(0).routing, case.batch_size)
+    return case.training and any(level.follows_previous and not level.is_sorted for level in plan.levels.values())
+
+
 MASK = has("reads_mask", "in_place_surroundings", "transformer")
 CONTEXT = has("reads_context", "in_place_surroundings", "context_view", "embedding")
 
@@ -525,6 +543,12 @@ MUTANTS = {
     "in-place work reaches the level above": Mutant(leak_to_the_caller, RESULT, IN_PLACE, works_in_place),
     "in-place work reaches the next level": Mutant(
         leak_to_the_next_level, RESULT, SURROUNDINGS, has("in_place_surroundings", levels=2)
+    ),
+    "a level's output left out of the graph": Mutant(
+        leave_the_levels_output_out,
+        r"gradient of levels\[.*\]\.hidden: (is None|values differ)",
+        SAME_ORDER,
+        has_levels_of_one_order,
     ),
     "experts run backwards": Mutant(run_experts_backwards, RESULT, of_kind("dropout"), has("dropout", training=True)),
     "experts run twice": Mutant(run_experts_twice, r"buffer '.*': values differ", of_kind("counts"), has("counts")),

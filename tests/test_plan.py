@@ -244,6 +244,39 @@ def test_a_compiler_pickles_without_a_model():
     same(pickle.loads(data)({"level": ["a", "zh.Hant"]}), compiler({"level": ["a", "zh.Hant"]}))
 
 
+def test_a_compiler_pickles_whatever_the_metadata():
+    config = config_of(level=["a", "b"])
+    for expert in config.levels[0].experts.values():
+        expert.metadata = {"make": lambda: None, "module": Linear(100)}
+    config.levels[0].fallback_expert = "b"
+    data = pickle.dumps(RoutingCompiler(config))
+    assert len(data) < 2_000
+    assert pickle.loads(data)(None, 2).routes("level") == ["b", "b"]
+
+
+def test_a_copied_model_reads_its_own_configs_fallback():
+    model = HierarchicalCELMoE(config_of(level=["a", "b"]), lambda *_: Linear(4))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.config.levels[0].fallback_expert = "b"
+        assert twin.compile_routing(None, 2).routes("level") == ["b", "b"]
+    with pytest.raises(KeyError):
+        model.compile_routing(None, 2)
+
+
+def test_plans_of_levels_are_equal_to_themselves_alone():
+    compiler = RoutingCompiler(config_of(level=["a", "b"]))
+    first, second = (compiler({"level": ["a", "b"]}).levels["level"] for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2
+
+
+def test_routes_given_by_name_are_known_whatever_the_device():
+    model = HierarchicalCELMoE(config_of(level=["a", "b"]), lambda *_: Linear(4)).to("meta")
+    output = model(torch.empty(3, 4, device="meta"), {"level": ["b", "a", "b"]})
+    assert output.levels["level"].routes == ["b", "a", "b"]
+
+
 def test_plans_made_in_inference_mode_work_in_training():
     config = config_of(top=["x", "y"], low=["a", "b", "c"])
     model = HierarchicalCELMoE(config, lambda level, expert, metadata: Linear(4))

@@ -239,3 +239,13 @@ def test_models_and_the_oracle_infer_alike(case):
         name: each.routes for name, each in found.levels.items()
     }
     torch.testing.assert_close(output.fused_hidden, found.fused_hidden)
+
+
+def test_the_oracle_knows_the_levels_that_the_model_was_built_with():
+    middle = level("middle", {"m": "a"}, enabled=False)
+    upper = level("upper", {"a": None, "b": None})
+    lower = level("lower", {"x": "m", "y": "m"})
+    model = build(CELMoEConfig(WIDTH, [upper, middle, lower]))
+    middle.enabled = True
+    output = reference.reference_forward(model, rows(2), {"lower": ["x", "y"]})
+    assert output.levels["upper"].routes == model(rows(2), {"lower": ["x", "y"]}).levels["upper"].routes == ["a", "a"]

@@ -318,6 +318,28 @@ def test_what_clients_read_of_a_model():
     assert sum(parameter.requires_grad for parameter in model.level_modules.parameters()) == 2
 
 
+def test_a_shared_module_may_hand_out_the_same_memory_again():
+    class Reusing(ExpertModule):
+        """Writes into one buffer, and returns one result."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("memory", torch.zeros(8, WIDTH))
+            self.result = ExpertResult(self.memory)
+
+        def forward(self, batch):
+            scale = {"a": 2.0, "b": 3.0}[batch.state["expert"]]
+            torch.mul(batch.hidden, scale, out=self.memory[: len(batch.hidden)])
+            self.result.hidden = self.memory[: len(batch.hidden)]
+            return self.result
+
+    shared = Reusing()
+    model = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level("l", "a", "b")]), lambda *_: shared)
+    with torch.no_grad():
+        hidden = model(torch.ones(4, WIDTH), {"l": ["a", "b", "a", "b"]}).levels["l"].hidden
+    assert hidden[:, 0].tolist() == [2.0, 3.0, 2.0, 3.0]
+
+
 def test_experts_without_parameters_of_different_classes_and_shared_are_legal():
     shared = Affine(2.0)
     experts = {
