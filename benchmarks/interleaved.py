@@ -15,7 +15,7 @@ from dataclasses import dataclass
 # Fewer rounds make no median, and more than this tell nothing new.
 FEWEST_ROUNDS = 7
 MOST_ROUNDS = 401
-WARM_UP_ROUNDS = 2
+WARM_UP_ROUNDS = 1
 
 Step = Callable[[], object]
 

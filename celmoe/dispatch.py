@@ -23,6 +23,9 @@ from .plan import LevelPlan
 
 Blocks: TypeAlias = Sequence[torch.Tensor]
 
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_is_batch_of_older_vmap = torch._C._functorch.is_legacy_batchedtensor
+
 # Up to so many rows on a CPU, a Function's Python takes longer than what PyTorch's own backward does in vain.
 FEW_ROWS = 128
 
@@ -146,11 +149,7 @@ def _joined(blocks: Blocks) -> torch.Tensor:
 def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
     if len(counts) == 1:
         return (sorted_rows,)
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(sorted_rows)
-        or forward_ad._current_level >= 0
-    ):
+    if _transforms_are_active() or _is_batch_of_older_vmap(sorted_rows) or forward_ad._current_level >= 0:
         # vmap has no rule for the call below, nor has the older one behind `is_grads_batched`, whose batches may be in
         # a tangent, where they don't show.
         return [block.clone() for block in sorted_rows.split(list(counts))]
@@ -182,6 +181,6 @@ def _records(order: torch.Tensor, *inputs: torch.Tensor) -> bool:
         (order.numel() > FEW_ROWS or not order.is_cpu)
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in inputs)
-        and not torch._C._are_functorch_transforms_active()
+        and not _transforms_are_active()
         and not torch._C._get_tracing_state()
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -112,10 +112,7 @@ def run_level(
         return LevelOutput.with_deferred_routes(config.name, empty, make_routes), ()
     scales = [config.experts[name].input_gradient_scale for name in plan.experts]
     results = engine(experts, _expert_batches(given, plan, scales))
-    blocks: Blocks = [result.hidden for result in results]
-    dtypes = {block.dtype for block in blocks}
-    if len(dtypes) > 1:
-        blocks = _promoted(blocks, dtypes)
+    blocks: Blocks = _promoted([result.hidden for result in results])
     output = LevelOutput.with_deferred_routes(config.name, combine(blocks, plan), make_routes)
     for name, result in zip(plan.experts, results, strict=True):
         if result.losses:
@@ -137,7 +134,7 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
     else:
         blocks = dispatch(hidden, plan)
     mask_blocks = None if mask is None else dispatch(mask, plan)
-    aligned_blocks = [dispatch(tensor, plan) for tensor in context.aligned]
+    aligned_blocks = [dispatch(tensor, plan) for tensor in context.aligned] if context.aligned else []
     return [
         ExpertBatch(
             blocks[index] if scale == 1.0 else _with_gradient_scaled(blocks[index], scale),
@@ -161,10 +158,14 @@ def _with_gradient_scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     return rows
 
 
-def _promoted(blocks: Blocks, dtypes: Iterable[torch.dtype]) -> Blocks:
+def _promoted(blocks: Blocks) -> Blocks:
     """The blocks in the dtype that all of theirs promote to."""
-    dtype = reduce(torch.promote_types, dtypes)
-    return [block.to(dtype) for block in blocks]
+    first = blocks[0].dtype
+    for block in blocks:
+        if block.dtype is not first:
+            dtype = reduce(torch.promote_types, {each.dtype for each in blocks})
+            return [each.to(dtype) for each in blocks]
+    return blocks
 
 
 def _add_losses(output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float) -> None:

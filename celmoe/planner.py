@@ -47,7 +47,7 @@ def _plan_few(
     for table, codes_or_one in zip(tables, codes, strict=True):
         code = _code_list(codes_or_one, batch_size)
         present = sorted(set(code)) if len(table.experts) > 1 else [0]
-        counts = tuple([code.count(each) for each in present])
+        counts = tuple(map(code.count, present))
         order = sorted(identity, key=code.__getitem__) if len(present) > 1 else identity
         follows, is_sorted = order == previous, order == identity
         if not follows:
@@ -62,7 +62,7 @@ def _plan_few(
                 flat += order
                 flat += inverse
                 sizes += (batch_size, batch_size)
-        experts = tuple([table.sorted_experts[each] for each in present])
+        experts = tuple(map(table.sorted_experts.__getitem__, present))
         known = (table.level, experts, counts, is_sorted, follows and bool(levels))
         levels.append((known, (*places, len(sizes), len(sizes) + 1)))
         flat += map(table.ids.__getitem__, code)

@@ -30,6 +30,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long each workload is measured")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-grid"), help="where the results go")
     options = parser.parse_args()
+    workloads = [each for each in grid() if each.expert in options.experts and each.batch_size <= options.most_samples]
+    if not workloads:
+        parser.error(f"'--most-samples' must be at least 16 (got {options.most_samples})")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     torch.set_num_threads(1)
     try:
@@ -44,7 +47,6 @@ def main() -> int:
         plans.append(time_planning(experts, peer, options.seconds))
         console.print(plan_line(plans[-1]), markup=False)
         write_plans(options.report / "plans.csv", plans)
-    workloads = [each for each in grid() if each.expert in options.experts and each.batch_size <= options.most_samples]
     steps: list[StepTiming] = []
     for workload in track(workloads, "training steps", console=console):
         steps.append(time_step(workload, peer, options.engine, options.seconds))

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ import celmoe
 from benchmarks.interleaved import Timings, interleave
 from benchmarks.workloads import Workload
 
-OURS, PEER = "celmoe", "celmoe-vp"
+OURS, PEER, BARE = "celmoe", "celmoe-vp", "bare loop"
 PLAN, LOOK_UPS, PEER_ROUTING = "plan", "look-ups", "routing of celmoe-vp"
 PLANNED_BATCH = 65_536
 _ROUTINGS = 4
@@ -33,18 +34,23 @@ class StepTiming:
         workload: What was run.
         ours_ms: Median milliseconds of our step.
         peer_ms: The same of the peer's.
+        bare_ms: The same of the experts and the fusion alone.
         ratio: Median of the peer's step by ours within a round; above 1 ours is faster.
         low: First quartile of that.
         high: Third quartile.
+        bound: Median of the peer's step by the bare one: what an engine would reach that loops over the experts, and
+            routes and moves rows in no time at all.
         rounds: Rounds measured.
     """
 
     workload: Workload
     ours_ms: float
     peer_ms: float
+    bare_ms: float
     ratio: float
     low: float
     high: float
+    bound: float
     rounds: int
 
 
@@ -71,12 +77,22 @@ class PlanTiming:
 
 def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float) -> StepTiming:
     """Forward with string routing, a loss, backward and the clearing of gradients, in both libraries."""
-    models = {OURS: workload.build(celmoe, engine=engine), PEER: workload.build(peer)}
+    ours = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
+    models = {OURS: ours, PEER: workload.build(peer)}
     steps = {name: _training_step(model, workload) for name, model in models.items()}
+    steps[BARE] = _bare_step(ours, workload)
     timings = interleave(steps, seconds, _nudge(models.values()))
     low, high = timings.quartiles(PEER, OURS)
     return StepTiming(
-        workload, _ms(timings, OURS), _ms(timings, PEER), timings.ratio(PEER, OURS), low, high, timings.rounds
+        workload,
+        _ms(timings, OURS),
+        _ms(timings, PEER),
+        _ms(timings, BARE),
+        timings.ratio(PEER, OURS),
+        low,
+        high,
+        timings.ratio(PEER, BARE),
+        timings.rounds,
     )
 
 
@@ -114,16 +130,44 @@ def time_planning(experts: Sequence[int], peer: ModuleType, seconds: float) -> P
 
 
 def _training_step(model: nn.Module, workload: Workload) -> Callable[[], None]:
-    hidden = workload.hidden().requires_grad_()
+    """What a user does, all but the optimizer's step."""
     routings = [workload.routing(seed) for seed in range(_ROUTINGS)]
-    parameters = list(model.parameters())
     turn = _turns(len(routings))
 
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        fused: torch.Tensor = model(hidden, routings[turn()]).fused_hidden
+        return fused
+
+    return _step(forward, model, workload)
+
+
+def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable[[], None]:
+    """As many rows for each expert, but cut where they stand: nothing is routed, gathered, copied or checked."""
+    plans = [model.compile_routing(workload.routing(seed)) for seed in range(_ROUTINGS)]
+    turn = _turns(len(plans))
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        level_hiddens = []
+        for level in plans[turn()].levels.values():
+            experts = [model.level_modules[level.name][name] for name in level.experts]  # type: ignore[index]
+            blocks = hidden.split(list(level.counts))
+            results = [expert(celmoe.ExpertBatch(block)) for expert, block in zip(experts, blocks, strict=True)]
+            hidden = torch.cat([result.hidden for result in results])
+            level_hiddens.append(hidden)
+        fused: torch.Tensor = model.fusion(level_hiddens)
+        return fused
+
+    return _step(forward, model, workload)
+
+
+def _step(forward: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, workload: Workload) -> Callable[[], None]:
+    hidden = workload.hidden().requires_grad_()
+    leaves = [hidden, *model.parameters()]
+
     def step() -> None:
-        hidden.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        model(hidden, routings[turn()]).fused_hidden.square().mean().backward()
+        for leaf in leaves:
+            leaf.grad = None
+        forward(hidden).square().mean().backward()
 
     return step
 
