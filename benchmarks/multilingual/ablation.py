@@ -1,7 +1,8 @@
 """What each loss and each isolated level brings: ``python -m benchmarks.multilingual.ablation``.
 
-Every variant trains the full hierarchy from the same seed on the same batches, for the same steps, and is measured on
-the validation words; the test words have no part in it.
+The job's own training stands beside variants of it: with losses left out, with a level that keeps its gradient from the
+level above, and with the universal level alone. All train from the same seed on the same batches, for the same steps,
+and are measured on the validation words; the test words have no part in it.
 """
 
 from __future__ import annotations
@@ -9,47 +10,49 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
 import torch
 from rich.table import Table
 
+from benchmarks.multilingual.arguments import OptionError, language_codes, make_parser, read_arguments, whole_number
 from benchmarks.multilingual.batches import Collator, TrainingSteps, all_batches
+from benchmarks.multilingual.cli import answered
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TRAIN, VALIDATION, known_languages
+from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import rule_accuracy
-from benchmarks.multilingual.job import EVALUATION_BATCH, Data, make_compiler, prepare_data
+from benchmarks.multilingual.job import EVALUATION_BATCH
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
-from benchmarks.multilingual.training import learning_rate, make_contender, train_step
+from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE
+from benchmarks.multilingual.schedule import learning_rate
+from benchmarks.multilingual.training import make_contender, train_step
 
 CPU = torch.device("cpu")
-NO_EXTRAS = LossWeights(cut=0, family=0, language=0, agreement=0, distance=0)
+JOB_WEIGHTS = LossWeights()
+JOB_SETTINGS = NetworkSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to train."""
+    """One way to train; by default the job's."""
 
-    weights: LossWeights = NO_EXTRAS
-    isolated_levels: tuple[str, ...] = ()
+    weights: LossWeights = JOB_WEIGHTS
+    isolated_levels: tuple[str, ...] = JOB_SETTINGS.isolated_levels
     levels: tuple[str, ...] = LEVELS
 
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
-        "as the job does": Variant(weights=LossWeights(), isolated_levels=NetworkSettings().isolated_levels),
-        "fused rule loss alone": Variant(),
+        "as the job does": Variant(),
+        "without size": Variant(weights=LossWeights(size=0)),
+        "without distance": Variant(weights=LossWeights(distance=0)),
+        "fused rule loss alone": Variant(weights=LossWeights(size=0, distance=0)),
         "universal expert alone": Variant(levels=(UNIVERSAL,)),
-        "cut 0.1": Variant(weights=replace(NO_EXTRAS, cut=0.1)),
-        "family 0.1": Variant(weights=replace(NO_EXTRAS, family=0.1)),
-        "family 0.3": Variant(weights=replace(NO_EXTRAS, family=0.3)),
-        "language 0.3": Variant(weights=replace(NO_EXTRAS, language=0.3)),
-        "agreement 0.1": Variant(weights=replace(NO_EXTRAS, agreement=0.1)),
-        "distance 0.1": Variant(weights=replace(NO_EXTRAS, distance=0.1)),
         "family isolated": Variant(isolated_levels=(FAMILY,)),
         "language isolated": Variant(isolated_levels=(LANGUAGE,)),
     }
@@ -72,32 +75,49 @@ def validation_accuracy(data: Data, variant: Variant, steps: int, batch_size: in
     return rule_accuracy(network, all_batches(table, checker, EVALUATION_BATCH, CPU))
 
 
-def main() -> int:
-    """Train and measure the variants that were asked for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.multilingual.ablation", description=__doc__)
-    parser.add_argument("--languages", default=",".join(known_languages()))
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=4_096)
-    parser.add_argument("--seeds", type=int, default=1)
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("benchmarks.multilingual.ablation", __doc__)
+    parser.add_argument("--languages", help="language codes separated by commas (default: all that simplemma has)")
+    parser.add_argument("--steps", default="150", help="training steps (default 150)")
+    parser.add_argument("--batch-size", default=str(DEFAULT_BATCH_SIZE), help=f"default {DEFAULT_BATCH_SIZE}")
+    parser.add_argument("--seeds", default="1", help="how many seeds, from 0 (default 1)")
     parser.add_argument("variants", nargs="*", help=f"by default all: {', '.join(VARIANTS)}")
-    given = parser.parse_args()
+    return parser
+
+
+def ablate(arguments: Sequence[str], reporter: Reporter) -> int:
+    """Train and measure the variants that were asked for; returns the exit code.
+
+    Raises:
+        OptionError: An argument is unknown or out of its range.
+    """
+    given = read_arguments(_parser(), arguments)
     if unknown := [name for name in given.variants if name not in VARIANTS]:
-        parser.error(f"'variants' must be among {', '.join(VARIANTS)} (got {unknown[0]!r})")
-    reporter = Reporter()
-    data = prepare_data(sorted(given.languages.split(",")), reporter)
-    table = Table(title=f"{given.steps} steps of {given.batch_size:,} words, {len(data.samples)} languages")
-    for heading in ("variant", *(f"seed {seed}" for seed in range(given.seeds)), "mean", "s a run"):
+        raise OptionError(f"'variants' must be among {', '.join(VARIANTS)} (got {unknown[0]!r})")
+    languages = known_languages() if given.languages is None else language_codes(given.languages)
+    steps = whole_number("--steps", given.steps, 1)
+    batch_size = whole_number("--batch-size", given.batch_size, 1)
+    seeds = range(whole_number("--seeds", given.seeds, 1))
+    data = prepare_data(languages, reporter)
+    table = Table(title=f"{steps} steps of {batch_size:,} words, {len(data.samples)} languages")
+    for heading in ("variant", *(f"seed {seed}" for seed in seeds), "mean", "s a run"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")
     for name in given.variants or VARIANTS:
         begun = time.monotonic()
-        run = partial(validation_accuracy, data, VARIANTS[name], given.steps, given.batch_size)
-        found = [run(seed) for seed in range(given.seeds)]
-        seconds = (time.monotonic() - begun) / given.seeds
+        run = partial(validation_accuracy, data, VARIANTS[name], steps, batch_size)
+        found = [run(seed) for seed in seeds]
+        seconds = (time.monotonic() - begun) / len(seeds)
         mean = sum(found) / len(found)
         table.add_row(name, *(f"{each:.2%}" for each in found), f"{mean:.2%}", f"{seconds:.0f}")
         reporter.say(f"{name}: {mean:.2%}")
     reporter.say(table)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    reporter = Reporter()
+    return answered(lambda: ablate(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,12 @@ from benchmarks.multilingual.words import WordTable
 class Batch:
     """B words of all languages, mixed.
 
-    ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language; ``cuts``
-    int64 [B, 2], characters to take off in front and behind; ``languages`` are the names behind ``plan``, for readers
-    that route by strings.
+    ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language;
+    ``languages`` are the names behind ``plan``, for readers that route by strings.
     """
 
     characters: torch.Tensor
     targets: torch.Tensor
-    cuts: torch.Tensor
     languages: list[str]
     plan: celmoe.RoutingPlan
 
@@ -43,7 +41,6 @@ class Batch:
         return Batch(
             characters=self.characters.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
-            cuts=self.cuts.to(device, non_blocking=True),
             languages=self.languages,
             plan=self.plan.to(device, non_blocking=True),
         )
@@ -53,7 +50,6 @@ class Batch:
         return Batch(
             characters=self.characters.pin_memory(),
             targets=self.targets.pin_memory(),
-            cuts=self.cuts.pin_memory(),
             languages=self.languages,
             plan=self.plan.pin_memory(),
         )
@@ -73,7 +69,6 @@ class Collator:
         return Batch(
             characters=self._words.characters[rows].int(),
             targets=self._words.targets[rows].long(),
-            cuts=self._words.cuts[rows].long(),
             languages=languages,
             # The upper levels follow from each language expert's parent.
             plan=self._compiler({"language": languages}),

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.multilingual.rules import EditRule
 from benchmarks.multilingual.training import Contender, Progress
 from benchmarks.multilingual.words import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "checkpoint.pt"
 
 
@@ -65,8 +64,12 @@ def save_checkpoint(
     }
     path = folder / FILE_NAME
     part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -114,8 +117,3 @@ def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return Progress.from_state(state["progress"])
-
-
-def rules_of(state: dict[str, Any]) -> list[EditRule]:
-    """The rules that a checkpoint's head chooses from, in the order of its rows."""
-    return [EditRule.from_text(text) for text in state["vocabulary"]["rules"]]

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from benchmarks.multilingual.arguments import OptionError
 from benchmarks.multilingual.checkpoint import CheckpointError
 from benchmarks.multilingual.compare import compare
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import INTERRUPTED, run
-from benchmarks.multilingual.options import OptionError, parse_options
+from benchmarks.multilingual.options import parse_options
+from celmoe.errors import CELMoEError
 
 REFUSED = 2
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; returns the exit code: 0, 2 for a refused command line, 130 where somebody pressed Ctrl-C."""
-    reporter = Reporter()
+def answered(work: Callable[[], int], reporter: Reporter) -> int:
+    """The exit code: the work's own, 2 where something was refused or could not be read or written, 130 for Ctrl-C."""
     try:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        return compare(options, reporter) if options.compare else run(options, reporter)
-    except (OptionError, CheckpointError) as error:
+        return work()
+    except (OptionError, CheckpointError, CELMoEError) as error:
         reporter.fail(str(error))
         return REFUSED
+    except OSError as error:
+        reporter.fail(f"a file or folder could not be used: {error}")
+        return REFUSED
     except KeyboardInterrupt:
-        reporter.fail("stopped; the dictionaries that were read and the last checkpoint are kept")
+        reporter.fail("stopped; the dictionaries that were read are kept")
         return INTERRUPTED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; returns the exit code."""
+    reporter = Reporter()
+
+    def work() -> int:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        return compare(options, reporter) if options.compare else run(options, reporter)
+
+    return answered(work, reporter)

@@ -19,13 +19,16 @@ import celmoe
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TRAIN
-from benchmarks.multilingual.job import Data, make_compiler, prepare_data, resolve_identity
+from benchmarks.multilingual.data import Data, make_compiler, prepare_data
+from benchmarks.multilingual.facts import measurement_facts
+from benchmarks.multilingual.job import resolve_identity
 from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.options import Options
-from benchmarks.multilingual.report import write_json
-from benchmarks.multilingual.training import Contender, Deadline, make_contender, train_step
+from benchmarks.multilingual.report import prepare_folder, write_json
+from benchmarks.multilingual.schedule import Deadline
+from benchmarks.multilingual.training import Contender, make_contender, train_step, wait_for
 from benchmarks.peers import PeerUnavailableError, load_peer
 from celmoe.engines import AUTO, ENGINES
 from celmoe.reference import reference_forward
@@ -140,10 +143,10 @@ def _take_steps(
                     continue
                 # The same random numbers for each, should anything draw them.
                 torch.manual_seed(seed + step)
-                _wait_for(device)
+                wait_for(device)
                 started = time.perf_counter()
                 train_step(timed.contender, batch, RATE, read=False)
-                _wait_for(device)
+                wait_for(device)
                 timed.seconds.append(time.perf_counter() - started)
             if step + 1 == min(REFERENCE_STEPS, len(batches)):
                 after |= {(timed.name, step + 1): _parameters(timed) for timed in systems}
@@ -151,14 +154,10 @@ def _take_steps(
     return after | {(timed.name, len(timed.seconds)): _parameters(timed) for timed in systems}
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def compare(options: Options, reporter: Reporter) -> int:
     """Print the comparison and write it to ``comparison.json``; returns the exit code."""
     deadline = Deadline(time.monotonic() + options.minutes * 60)
+    prepare_folder(options.report)
     identity = resolve_identity(options, None)
     data = prepare_data(identity.languages, reporter)
     compiler = make_compiler(data)
@@ -206,9 +205,10 @@ def compare(options: Options, reporter: Reporter) -> int:
         f"takes {1000 * compile_seconds:.2f} ms, in the loader"
     )
     content = {
-        "threads": torch.get_num_threads(),
-        "device": str(options.device),
+        **measurement_facts(options, NetworkSettings(), LossWeights()),
+        "languages": identity.languages,
         "batch_size": rows.batch_size,
+        "seed": identity.seed,
         "compile_milliseconds": 1000 * compile_seconds,
         "systems": facts,
     }

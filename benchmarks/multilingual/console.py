@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from benchmarks.multilingual.training import StepResult
 
@@ -43,30 +44,30 @@ class Reporter:
 
     def say(self, text: str | RenderableType) -> None:
         """One line, or one table."""
-        self._console.print(text, markup=False) if isinstance(text, str) else self._console.print(text)
+        if isinstance(text, str):
+            # Not broken, so that a command in it can be copied.
+            self._console.print(text, markup=False, soft_wrap=True)
+        else:
+            self._console.print(text)
 
     def fail(self, text: str) -> None:
         """One line about what went wrong."""
-        self._errors.print(text, markup=False)
+        self._errors.print(" ".join(text.split()), markup=False)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:
         """A bar that lives as long as the block."""
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[figures]}"),
         )
         with Progress(*columns, console=self._console) as progress:
             yield Bar(progress, progress.add_task(title, total=total, figures=""))
 
 
-def step_figures(results: Mapping[str, StepResult], speeds: Mapping[str, float]) -> str:
-    """``experts: loss 1.23, accuracy 61.2 %, 8,100 words/s | universal: ...``."""
-    parts = [
-        f"{name}: loss {result.terms['global.rule']:.3f}, accuracy {result.accuracy:.1%}, {speeds[name]:,.0f} words/s"
-        for name, result in results.items()
-    ]
-    return " | ".join(parts)
+def step_figures(result: StepResult, words_per_second: float) -> str:
+    """``loss 1.234  61.2%  8,100 words/s``: short, since it shares a line of eighty columns with the bar."""
+    return f"loss {result.terms['global.rule']:.3f}  {result.accuracy:.1%}  {words_per_second:,.0f} words/s"

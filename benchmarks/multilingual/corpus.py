@@ -14,6 +14,7 @@ What is cached is derived from data under licences of their own (see ``notes/dat
 from __future__ import annotations
 
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from importlib.metadata import version
 from itertools import compress
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from zlib import crc32
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,7 @@ class LanguageSample:
 
 def split_of(lemma: str) -> int:
     """On which side every form of this lemma is."""
-    share = crc32(lemma.casefold().encode()) % 100
+    share = zlib.crc32(lemma.casefold().encode()) % 100
     if share < TEST_SHARE:
         return TEST
     return VALIDATION if share < TEST_SHARE + VALIDATION_SHARE else TRAIN
@@ -81,7 +82,7 @@ def draw_sample(language: str, cap: int) -> LanguageSample:
     dictionary = DefaultDictionaryFactory(1).get_dictionary(language)
     size = len(dictionary)
     chosen = np.zeros(size, dtype=bool)
-    chosen[np.random.default_rng(crc32(language.encode())).permutation(size)[:cap]] = True
+    chosen[np.random.default_rng(zlib.crc32(language.encode())).permutation(size)[:cap]] = True
     forms: list[str] = []
     lemmas: list[str] = []
     # Looking up only the chosen forms spares decoding the millions of others.
@@ -135,7 +136,8 @@ def save_sample(sample: LanguageSample, path: Path) -> None:
 
 def load_sample(language: str, path: Path) -> LanguageSample:
     """What `save_sample` wrote."""
-    with np.load(path) as arrays:
+    # Opened here, since NumPy leaves a file that is no archive open.
+    with path.open("rb") as file, np.load(file) as arrays:
         return LanguageSample(
             language=language,
             forms=_unpack(arrays["forms"]),
@@ -147,30 +149,37 @@ def load_sample(language: str, path: Path) -> LanguageSample:
         )
 
 
+def cached_sample(language: str, path: Path) -> LanguageSample | None:
+    """What `save_sample` wrote, or None where there is nothing or the file is damaged."""
+    try:
+        return load_sample(language, path)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error):
+        return None
+
+
 def _build(language: str, cap: int, path: Path) -> str:
     save_sample(draw_sample(language, cap), path)
     return language
 
 
-def build_missing(
+def build_samples(
     languages: Sequence[str], cap: int, folder: Path, on_built: Callable[[str], None], builders: int = BUILDERS
 ) -> None:
-    """Draw and cache the samples that are not there yet, several languages at a time.
+    """Draw and cache the samples of these languages, several at a time.
 
     A dictionary is only ever in the memory of the process that draws from it. Processes are spawned: forking one that
     already runs torch's threads is not safe. The largest files go first, so that none is left over at the end.
     """
-    missing = [language for language in languages if not cache_path(folder, language, cap).exists()]
-    if len(missing) <= 1 or builders <= 1:
-        for language in missing:
+    if len(languages) <= 1 or builders <= 1:
+        for language in languages:
             on_built(_build(language, cap, cache_path(folder, language, cap)))
         return
     # Known to be the largest dictionaries by far; the order is a matter of speed alone.
-    missing.sort(key=lambda language: (language not in {"sw", "pl", "fi", "et", "hu"}, language))
+    ordered = sorted(languages, key=lambda language: (language not in {"sw", "pl", "fi", "et", "hu"}, language))
     others = active_children()
     with ProcessPoolExecutor(builders, mp_context=get_context("spawn")) as pool:
         with interrupts_ignored():
-            jobs = [pool.submit(_build, language, cap, cache_path(folder, language, cap)) for language in missing]
+            jobs = [pool.submit(_build, language, cap, cache_path(folder, language, cap)) for language in ordered]
         try:
             for job in as_completed(jobs):
                 on_built(job.result())
@@ -181,8 +190,3 @@ def build_missing(
                 if child not in others:
                     child.terminate()
             raise
-
-
-def load_corpus(languages: Sequence[str], cap: int, folder: Path) -> list[LanguageSample]:
-    """The cached samples of these languages, in their order; `build_missing` has made them."""
-    return [load_sample(language, cache_path(folder, language, cap)) for language in languages]

@@ -115,7 +115,7 @@ def score_languages(
         scores.append(
             LanguageScore(
                 language=sample.language,
-                name=NAME_OF.get(sample.language, sample.language),
+                name=NAME_OF[sample.language],
                 family=FAMILY_OF[sample.language],
                 test_words=len(rows),
                 train_words=train_counts[place],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import celmoe
 from benchmarks.multilingual import figures, report
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
 from benchmarks.multilingual.checkpoint import (
@@ -22,17 +22,8 @@ from benchmarks.multilingual.checkpoint import (
     save_checkpoint,
 )
 from benchmarks.multilingual.console import Reporter, step_figures
-from benchmarks.multilingual.corpus import (
-    FORMS_PER_LANGUAGE,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    LanguageSample,
-    build_missing,
-    cache_path,
-    known_languages,
-    load_corpus,
-)
+from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, known_languages
+from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import (
     IDENTITY_BASELINE,
     macro_mean,
@@ -41,45 +32,38 @@ from benchmarks.multilingual.evaluation import (
     rule_accuracy,
     score_languages,
 )
+from benchmarks.multilingual.facts import measurement_facts
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, hierarchy_config
-from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options
-from benchmarks.multilingual.training import Contender, CurvePoint, Deadline, Progress, Watchers, make_contender, train
-from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary
-from benchmarks.peers import cache_folder
+from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
+from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
+from benchmarks.multilingual.schedule import Deadline, plan_steps
+from benchmarks.multilingual.training import Contender, CurvePoint, Progress, Watchers, make_contender, train
 
 EXPERTS = "experts"
-# What two cores of an ordinary machine do with room to spare; the number of steps must not depend on timing noise.
-STEPS_PER_MINUTE = 60
-# No word is worth meeting more often than this, however many minutes there are.
-MOST_EPOCHS = 40
 VALIDATION_WORDS = 8_192
 EVALUATION_BATCH = 8_192
 EXAMPLES = 54
 INTERRUPTED = 130
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The words of a run, ready for batches."""
+@dataclass(kw_only=True)
+class Run:
+    """All that a run consists of. ``saved_step`` is where its checkpoint stands, if there is one."""
 
-    samples: list[LanguageSample]
-    vocabulary: Vocabulary
-    tables: dict[int, WordTable]
+    options: Options
+    reporter: Reporter
+    identity: RunIdentity
+    data: Data
+    contenders: list[Contender]
+    steps: TrainingSteps
+    progress: Progress
+    saved_step: int | None = None
 
-
-def prepare_data(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> Data:
-    """Cached samples of these languages (drawn now where they are not), encoded."""
-    folder = cache_folder() / "multilingual"
-    missing = [each for each in languages if not cache_path(folder, each, cap).exists()]
-    if missing:
-        with reporter.bar("reading dictionaries", len(missing)) as bar:
-            build_missing(languages, cap, folder, bar.advance)
-    samples = load_corpus(languages, cap, folder)
-    vocabulary = build_vocabulary(samples)
-    tables = {split: build_table(samples, vocabulary, split) for split in (TRAIN, VALIDATION, TEST)}
-    return Data(samples=samples, vocabulary=vocabulary, tables=tables)
+    def save(self) -> None:
+        """Write the checkpoint."""
+        save_checkpoint(self.options.report, self.identity, self.data.vocabulary, self.contenders, self.progress)
+        self.saved_step = self.progress.step
 
 
 def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
@@ -91,11 +75,6 @@ def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
         network = Lemmatizer(data.vocabulary, settings, levels=levels, engine=options.engine).to(options.device)
         contenders.append(make_contender(name, network, Losses(network, LossWeights())))
     return contenders
-
-
-def make_compiler(data: Data) -> celmoe.RoutingCompiler:
-    """Routes of a language's name to plans of all levels."""
-    return celmoe.RoutingCompiler(hierarchy_config(celmoe, data.vocabulary.languages, LEVELS, NetworkSettings()))
 
 
 def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdentity:
@@ -134,50 +113,89 @@ def run(options: Options, reporter: Reporter) -> int:
     begun = time.monotonic()
     state = read_checkpoint(options.report) if options.resume else None
     identity = resolve_identity(options, state)
+    if state is not None and is_reported(state, identity, options.report):
+        reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
+        return 0
+    report.prepare_folder(options.report)
     reporter.say(
         f"{len(identity.languages)} languages, batches of {identity.batch_size:,} words, seed {identity.seed}, "
         f"engine {options.engine}, device {options.device}, {torch.get_num_threads()} threads"
     )
-    data = prepare_data(identity.languages, reporter)
-    contenders = make_contenders(data, options, identity.seed)
-    steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
-    if state is None:
-        # Dropout and whatever else draws numbers in training follows the seed, not the networks' sizes.
-        torch.manual_seed(identity.seed)
-        most = steps.steps_per_epoch * MOST_EPOCHS
-        planned = options.steps or max(1, min(round(STEPS_PER_MINUTE * options.minutes), most))
-        progress = Progress(planned_steps=planned, total_steps=planned, clocked=options.steps is None)
-    else:
-        progress = restore(state, data.vocabulary, contenders)
-        reporter.say(f"resumed at step {progress.step} of {progress.total_steps}")
-    seconds = options.minutes * 60
-    ends_at = begun + seconds - report_seconds(len(identity.languages))
-    # However long the dictionaries took, a quarter of the time is for training.
-    deadline = Deadline(max(ends_at, time.monotonic() + seconds / 4)) if progress.clocked else None
-    finished = _train(options, reporter, data, contenders, steps, progress, deadline)
-    save_checkpoint(options.report, identity, data.vocabulary, contenders, progress)
-    if not finished:
-        reporter.say(
-            f"stopped at step {progress.step} of {progress.total_steps}; go on with: python -m benchmarks.multilingual "
-            f"--resume --report {options.report}"
-        )
+    job = _prepare(options, reporter, identity, state)
+    try:
+        if not job.progress.finished:
+            finished = _train(job, begun)
+            job.save()
+            if not finished:
+                reporter.say(
+                    f"stopped at step {job.progress.step} of {job.progress.total_steps}; go on with: "
+                    f"{resume_command(options)}"
+                )
+                return INTERRUPTED
+        _evaluate(job)
+    except KeyboardInterrupt:
+        # The second one while training, or one in the evaluation: what was done since the last checkpoint is lost.
+        if job.saved_step is None:
+            reporter.fail("stopped before the first checkpoint; the dictionaries that were read are kept")
+        else:
+            reporter.fail(f"stopped; the checkpoint of step {job.saved_step} is kept: {resume_command(options)}")
         return INTERRUPTED
-    _evaluate(options, reporter, data, contenders, progress, identity, steps.batch_size)
     reporter.say(f"report in {options.report}, {time.monotonic() - begun:.0f} s in all")
     return 0
 
 
-def _train(
-    options: Options,
-    reporter: Reporter,
-    data: Data,
-    contenders: list[Contender],
-    steps: TrainingSteps,
-    progress: Progress,
-    deadline: Deadline | None,
-) -> bool:
+def is_reported(state: Mapping[str, Any], identity: RunIdentity, folder: Path) -> bool:
+    """Whether the checkpoint's run has trained all its steps and the folder's report is about them."""
+    progress = Progress.from_state(state["progress"])
+    told = report.read_run(folder)
+    return progress.finished and told == {**told, **_identity_facts(identity, progress)}
+
+
+def _identity_facts(identity: RunIdentity, progress: Progress) -> dict[str, Any]:
+    return {**asdict(identity), "languages": list(identity.languages), "steps": progress.step}
+
+
+def _prepare(options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None) -> Run:
+    data = prepare_data(identity.languages, reporter)
+    contenders = make_contenders(data, options, identity.seed)
+    steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
+    if state is None:
+        # Whatever draws numbers in training follows the seed, not the networks' sizes.
+        torch.manual_seed(identity.seed)
+        planned = options.steps or plan_steps(options.minutes, steps.batch_size, steps.steps_per_epoch)
+        progress = Progress(planned_steps=planned, total_steps=planned, clocked=options.steps is None)
+    else:
+        progress = restore(state, data.vocabulary, contenders)
+        reporter.say(f"resumed at step {progress.step} of {progress.total_steps}")
+    return Run(
+        options=options,
+        reporter=reporter,
+        identity=identity,
+        data=data,
+        contenders=contenders,
+        steps=steps,
+        progress=progress,
+        saved_step=None if state is None else progress.step,
+    )
+
+
+def _deadline(job: Run, begun: float) -> Deadline | None:
+    if not job.progress.clocked:
+        return None
+    seconds = job.options.minutes * 60
+    ends_at = begun + seconds - report_seconds(len(job.identity.languages))
+    # However long the dictionaries took, a quarter of the time is for training.
+    return Deadline(max(ends_at, time.monotonic() + seconds / 4))
+
+
+def _train(job: Run, begun: float) -> bool:
+    """Train to the end; False where somebody asked to stop before it."""
+    options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
+    deadline = _deadline(job, begun)
     collator = Collator(data.tables[TRAIN].share_memory(), data.vocabulary.languages, make_compiler(data))
-    batches = training_batches(steps, collator, progress.step, progress.planned_steps, options.workers, options.device)
+    batches = training_batches(
+        job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device
+    )
     checks = _validation_batches(data, options.device)
 
     def say_validated(point: CurvePoint) -> None:
@@ -188,20 +206,23 @@ def _train(
             f"{point.words_per_second:,.0f} words/s"
         )
 
+    left = progress.planned_steps - progress.step
     reporter.say(
-        f"training {progress.planned_steps - progress.step:,} steps, experts beside the universal expert alone"
+        f"training {left:,} steps of {job.steps.batch_size:,} words, {left * job.steps.batch_size:,} words in all, "
+        "experts beside the universal expert alone"
     )
     with InterruptGuard() as guard, reporter.bar("training", progress.total_steps) as bar:
         watchers = Watchers(
             on_step=lambda step, results, speeds: bar.move_to(
-                step, progress.total_steps, step_figures(results, speeds) if results else None
+                step, progress.total_steps, step_figures(results[EXPERTS], speeds[EXPERTS]) if results else None
             ),
             validate=lambda contender: rule_accuracy(contender.network, iter(checks)),
             on_validated=say_validated,
+            on_milestone=job.save,
             stop_requested=guard.requested,
         )
         try:
-            return train(contenders, batches, progress, deadline, watchers)
+            return train(job.contenders, batches, progress, deadline, watchers)
         finally:
             batches.close()
 
@@ -214,15 +235,8 @@ def _validation_batches(data: Data, device: torch.device) -> list[Batch]:
     return [collator(rows).to(device) for rows in chosen.split(DEFAULT_BATCH_SIZE)]
 
 
-def _evaluate(
-    options: Options,
-    reporter: Reporter,
-    data: Data,
-    contenders: list[Contender],
-    progress: Progress,
-    identity: RunIdentity,
-    batch_size: int,
-) -> None:
+def _evaluate(job: Run) -> None:
+    options, reporter, data, contenders, progress = job.options, job.reporter, job.data, job.contenders, job.progress
     table = data.tables[TEST]
     collator = Collator(table, data.vocabulary.languages, make_compiler(data))
     predictions = {
@@ -233,25 +247,24 @@ def _evaluate(
     scores = score_languages(data.samples, table, data.vocabulary, predictions, train_counts)
     systems = [*predictions, IDENTITY_BASELINE]
     folder = options.report
-    words = progress.step * batch_size
+    words = progress.step * job.steps.batch_size
     run_facts = {
-        **asdict(identity),
-        "engine": options.engine,
-        "device": str(options.device),
-        "threads": torch.get_num_threads(),
-        "steps": progress.step,
+        **_identity_facts(job.identity, progress),
+        **measurement_facts(options, NetworkSettings(), LossWeights()),
         "words_trained": words,
         "words_per_second": {each.name: words / max(each.seconds, 1e-9) for each in contenders},
         "training_seconds": {each.name: each.seconds for each in contenders},
         "parameters": {each.name: sum(p.numel() for p in each.network.parameters()) for each in contenders},
     }
-    report.write_scores(folder, scores, systems, run_facts)
-    examples = pick_examples(data.samples, table, data.vocabulary, predictions, EXAMPLES, identity.seed)
+    report.write_scores(folder, scores, systems)
+    examples = pick_examples(data.samples, table, data.vocabulary, predictions, EXAMPLES, job.identity.seed)
     report.write_examples(folder, examples, list(predictions))
     figures.draw_training_curves(folder, progress.curve)
     figures.draw_accuracy(folder, scores, systems)
     figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
     figures.draw_expert_load(folder, progress.expert_load, progress.step)
+    # The last file, which tells that the others are there.
+    report.write_run(folder, scores, systems, run_facts)
     reporter.say(report.accuracy_table(scores, systems))
     means = ", ".join(f"{system} {macro_mean(scores, system):.1%}" for system in systems)
     beaten = all(macro_mean(scores, EXPERTS) > macro_mean(scores, other) for other in systems if other != EXPERTS)

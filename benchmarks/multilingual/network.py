@@ -18,7 +18,7 @@ from torch.nn import functional
 import celmoe
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.languages import FAMILY_OF, families_of
-from benchmarks.multilingual.words import LONGEST_CUTS, NO_RULE, WINDOW, Vocabulary
+from benchmarks.multilingual.words import NO_RULE, WINDOW, Vocabulary
 
 UNIVERSAL, FAMILY, LANGUAGE = "universal", "family", "language"
 LEVELS = (UNIVERSAL, FAMILY, LANGUAGE)
@@ -34,7 +34,6 @@ class NetworkSettings:
     universal_width: int = 512
     family_width: int = 384
     language_width: int = 128
-    dropout: float = 0.0
     isolated_levels: tuple[str, ...] = ()
 
     def inner_width(self, level: str) -> int:
@@ -54,11 +53,10 @@ class CharacterEncoder(nn.Module):
         self.characters = nn.Embedding(character_count, settings.character_width)
         self.languages = nn.Embedding(language_count, settings.width)
         self.mix = nn.Linear(WINDOW * settings.character_width, settings.width)
-        self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, characters: torch.Tensor, language_ids: torch.Tensor) -> torch.Tensor:
         """Encode the words."""
-        places = self.dropout(self.characters(characters).flatten(1))
+        places = self.characters(characters).flatten(1)
         return functional.gelu(self.mix(places) + self.languages(language_ids))
 
 
@@ -137,7 +135,8 @@ def hierarchy_config(
             library.HierarchyLevelConfig(name=level, experts={name: expert(level, name) for name in experts[level]})
             for level in levels
         ],
-        fusion_dropout=settings.dropout,
+        # Not the library's default: nothing in this network is dropped.
+        fusion_dropout=0.0,
     )
     return config
 
@@ -163,7 +162,6 @@ class Lemmatizer(nn.Module):
             **options,
         )
         self.head = RuleHead(settings.width, vocabulary)
-        self.cuts = nn.Linear(settings.width, sum(longest + 1 for longest in LONGEST_CUTS))
         self.levels = tuple(levels)
 
     def forward(self, batch: Batch) -> celmoe.CELMoEOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -12,7 +13,27 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.multilingual.arguments import OptionError
 from benchmarks.multilingual.evaluation import Example, LanguageScore, macro_mean
+
+RUN_FILE = "accuracy.json"
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and try it: what can't be written must not be found out after the training.
+
+    Raises:
+        OptionError: It can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OptionError(
+            f"'--report' must be a folder that can be written to (got {str(folder)!r}: {reason})"
+        ) from None
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -62,8 +83,8 @@ def _marked(values: Sequence[float]) -> list[str]:
     return [f"[bold]{value:.1%}[/bold]" if value == best else f"{value:.1%}" for value in values]
 
 
-def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
-    """``accuracy.csv`` and ``accuracy.json``; the latter says how the run was made, too."""
+def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str]) -> None:
+    """``accuracy.csv``: the table without its means."""
     header = ["family", "language", "name", "train_words", "test_words", "coverage", *systems]
     rows = [
         [
@@ -78,12 +99,25 @@ def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequenc
         for score in scores
     ]
     write_csv(folder / "accuracy.csv", header, rows)
+
+
+def write_run(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
+    """``accuracy.json``: how the run was made, and the table."""
     content = {
         "run": run,
         "macro_mean": {system: macro_mean(scores, system) for system in systems},
         "languages": [asdict(score) for score in scores],
     }
-    write_json(folder / "accuracy.json", content)
+    write_json(folder / RUN_FILE, content)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """How the run was made that the folder's report is about; nothing where there is no report that can be read."""
+    try:
+        run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return run
 
 
 def write_examples(folder: Path, examples: Sequence[Example], systems: Sequence[str]) -> None:

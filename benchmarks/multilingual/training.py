@@ -1,4 +1,4 @@
-"""Training several networks side by side on the same batches, with a schedule that can shrink to fit the clock.
+"""Training several networks side by side on the same batches, in as many steps as the clock allows.
 
 Every step trains every contender on the same words. So they are trained equally long by construction, one loader feeds
 them all, and an interrupted run leaves them at the same step.
@@ -6,7 +6,6 @@ them all, and an interrupted run leaves them at the same step.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +19,9 @@ import celmoe
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.losses import Losses
 from benchmarks.multilingual.network import Lemmatizer, rule_targets
+from benchmarks.multilingual.schedule import LEARNING_RATE, Deadline, learning_rate
 
-LEARNING_RATE = 8e-3
 WEIGHT_DECAY = 0.01
-WARM_UP_STEPS = 40
-FINAL_SHARE = 0.02
 CLIP_NORM = 1.0
 # How often, in steps, the clock is asked whether the plan still fits.
 REVISION_INTERVAL = 10
@@ -88,6 +85,11 @@ class Progress:
     curve: list[CurvePoint] = field(default_factory=list)
     expert_load: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= self.total_steps
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values only, so that checkpoints load with ``weights_only=True``."""
         return {
@@ -112,15 +114,6 @@ class Progress:
         )
 
 
-def learning_rate(step: int, total_steps: int) -> float:
-    """Linear warm-up, then half a cosine down to `FINAL_SHARE`."""
-    warm_up = min(WARM_UP_STEPS, max(1, total_steps // 5))
-    if step < warm_up:
-        return LEARNING_RATE * (step + 1) / warm_up
-    done = (step - warm_up) / max(1, total_steps - warm_up)
-    return LEARNING_RATE * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
 def accuracy_of(logits: list[torch.Tensor], batch: Batch) -> float:
     """Share of the batch whose highest score is the right rule."""
     right = [scores.argmax(-1).eq(wanted) for scores, wanted in zip(logits, rule_targets(batch), strict=True)]
@@ -142,29 +135,23 @@ def train_step(contender: Contender, batch: Batch, rate: float, *, read: bool) -
     return StepResult(bundle.total.item(), bundle.as_dict(), accuracy_of(contender.losses.logits, batch))
 
 
-class Deadline:
-    """The moment by which training has to be over, and how many steps still fit."""
-
-    def __init__(self, ends_at: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ends_at = ends_at
-        self._clock = clock
-
-    def passed(self) -> bool:
-        """Whether no further step may begin."""
-        return self._clock() >= self._ends_at
-
-    def steps_that_fit(self, seconds_per_step: float) -> int:
-        """How many more steps end in time."""
-        return max(0, int((self._ends_at - self._clock()) / seconds_per_step))
+def wait_for(device: torch.device) -> None:
+    """Until this device has done what it was told: without that, a clock reads how fast it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watchers:
-    """Who is told, and who may stop the training."""
+    """Who is told, and who may stop the training.
+
+    ``on_milestone`` comes after every validation but the last, when all contenders stand at the same step.
+    """
 
     on_step: Callable[[int, Mapping[str, StepResult], Mapping[str, float]], None]
     validate: Callable[[Contender], float]
     on_validated: Callable[[CurvePoint], None]
+    on_milestone: Callable[[], None]
     stop_requested: Callable[[], bool]
 
 
@@ -195,7 +182,11 @@ def train(
     validate_every = max(1, progress.planned_steps // validations)
     for batch in batches:
         begun.append(time.monotonic())
-        if progress.step >= progress.total_steps or (deadline is not None and deadline.passed()):
+        # One step is always taken: an untrained network has no figures.
+        if progress.step and deadline is not None and deadline.passed():
+            # Nothing is left for a resumed run either.
+            progress.total_steps = progress.step
+        if progress.finished:
             break
         if watchers.stop_requested():
             return False
@@ -206,9 +197,11 @@ def train(
         results: dict[str, StepResult] = {}
         speeds: dict[str, float] = {}
         for contender in contenders:
-            started = time.perf_counter()
             contender.network.train()
+            wait_for(batch.targets.device)
+            started = time.perf_counter()
             result = train_step(contender, batch, rate, read=read)
+            wait_for(batch.targets.device)
             spent = time.perf_counter() - started
             contender.seconds += spent
             speeds[contender.name] = len(batch) / spent
@@ -221,6 +214,8 @@ def train(
         if deadline is not None and len(begun) >= REVISION_INTERVAL and progress.step % REVISION_INTERVAL == 0:
             fitting = progress.step + deadline.steps_that_fit((time.monotonic() - begun[0]) / len(begun))
             progress.total_steps = min(progress.planned_steps, fitting)
+        if validate and not last:
+            watchers.on_milestone()
     return True
 
 

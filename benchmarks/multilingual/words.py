@@ -22,8 +22,6 @@ CHARACTERS = 1_000
 HEAD_CHARACTERS = 8
 TAIL_CHARACTERS = 12
 WINDOW = HEAD_CHARACTERS + TAIL_CHARACTERS
-# What a window can't see can't be told apart either.
-LONGEST_CUTS = (HEAD_CHARACTERS, TAIL_CHARACTERS)
 
 # Stands before the first and after the last character: where it begins, the word ends.
 OUTSIDE_ID = 0
@@ -59,15 +57,13 @@ class Vocabulary:
 class WordTable:
     """The words of one split. ``characters`` int16 [N, W]; ``language_ids`` int16 [N]; ``targets`` int32 [N].
 
-    A target is a position among the candidates of the word's language, or `NO_RULE`. ``cuts`` int8 [N, 2] are how many
-    characters the word's rule takes off in front and behind, at most `LONGEST_CUTS`; every word has them, whether its
-    rule is a candidate or not. ``positions`` int32 [N] is where the word stands in its language's sample.
+    A target is a position among the candidates of the word's language, or `NO_RULE`. ``positions`` int32 [N] is
+    where the word stands in its language's sample.
     """
 
     characters: torch.Tensor
     language_ids: torch.Tensor
     targets: torch.Tensor
-    cuts: torch.Tensor
     positions: torch.Tensor
 
     def __len__(self) -> int:
@@ -75,7 +71,7 @@ class WordTable:
 
     def share_memory(self) -> WordTable:
         """The same table, readable by the loader's processes without a copy."""
-        for tensor in (self.characters, self.language_ids, self.targets, self.cuts, self.positions):
+        for tensor in (self.characters, self.language_ids, self.targets, self.positions):
             tensor.share_memory_()
         return self
 
@@ -132,7 +128,7 @@ def encode_forms(forms: Sequence[str], vocabulary: Vocabulary) -> npt.NDArray[np
 def build_table(samples: Sequence[LanguageSample], vocabulary: Vocabulary, split: int) -> WordTable:
     """The words of this split, language after language."""
     rule_ids = {rule: position for position, rule in enumerate(vocabulary.rules)}
-    characters, languages, targets, cuts, positions = [], [], [], [], []
+    characters, languages, targets, positions = [], [], [], []
     for language_id, sample in enumerate(samples):
         chosen = np.flatnonzero(sample.split == split)
         local = {rule: position for position, rule in enumerate(vocabulary.candidates[language_id])}
@@ -141,14 +137,11 @@ def build_table(samples: Sequence[LanguageSample], vocabulary: Vocabulary, split
         )
         characters.append(encode_forms([sample.forms[each] for each in chosen.tolist()], vocabulary))
         languages.append(np.full(len(chosen), language_id, dtype=np.int16))
-        cuts_of_rule = np.array([(rule.strip_prefix, rule.strip_suffix) for rule in sample.rules])
         targets.append(target_of_rule[sample.rule_ids[chosen]])
-        cuts.append(np.minimum(cuts_of_rule, LONGEST_CUTS).astype(np.int8)[sample.rule_ids[chosen]])
         positions.append(chosen.astype(np.int32))
     return WordTable(
         characters=torch.from_numpy(np.concatenate(characters)),
         language_ids=torch.from_numpy(np.concatenate(languages)),
         targets=torch.from_numpy(np.concatenate(targets)),
-        cuts=torch.from_numpy(np.concatenate(cuts)),
         positions=torch.from_numpy(np.concatenate(positions)),
     )

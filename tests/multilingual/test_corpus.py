@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.multilingual import corpus
+from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, LanguageSample
+from benchmarks.multilingual.data import read_samples
 
 CAP = 3_000
 LANGUAGES = ["id", "ms"]
@@ -20,9 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def samples(folder: Path) -> list[LanguageSample]:
     built: list[str] = []
-    corpus.build_missing(LANGUAGES, CAP, folder, built.append, builders=1)
+    corpus.build_samples(LANGUAGES, CAP, folder, built.append, builders=1)
     assert sorted(built) == LANGUAGES
-    return corpus.load_corpus(LANGUAGES, CAP, folder)
+    return [corpus.load_sample(each, corpus.cache_path(folder, each, CAP)) for each in LANGUAGES]
 
 
 def test_no_lemma_is_on_two_sides(samples: list[LanguageSample]) -> None:
@@ -61,10 +63,52 @@ def test_a_sample_is_drawn_the_same_way_twice(samples: list[LanguageSample]) -> 
     assert (again.forms, again.lemmas, again.rules) == (before.forms, before.lemmas, before.rules)
 
 
-def test_a_cached_language_is_not_built_again(samples: list[LanguageSample], folder: Path) -> None:
-    built: list[str] = []
-    corpus.build_missing(LANGUAGES, CAP, folder, built.append)
-    assert built == []
+@pytest.fixture
+def cache(samples: list[LanguageSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CELMOE_CACHE", str(tmp_path))
+    for sample in samples:
+        corpus.save_sample(sample, corpus.cache_path(tmp_path / "multilingual", sample.language, CAP))
+    return tmp_path / "multilingual"
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The languages whose dictionaries are read from here on."""
+    found: list[str] = []
+    draw = corpus.draw_sample
+
+    def note(language: str, cap: int) -> LanguageSample:
+        found.append(language)
+        return draw(language, cap)
+
+    monkeypatch.setattr(corpus, "draw_sample", note)
+    return found
+
+
+def test_a_cached_language_is_not_drawn_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    languages = drawn(monkeypatch)
+    assert [sample.language for sample in read_samples(LANGUAGES, Reporter(), CAP)] == LANGUAGES
+    assert languages == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no archive", "a flipped byte"])
+def test_a_damaged_file_is_drawn_again(
+    damage: str, samples: list[LanguageSample], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = corpus.cache_path(cache, "ms", CAP)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    damaged = {
+        "cut": whole[:middle],
+        "empty": b"",
+        "no archive": b"not an archive",
+        "a flipped byte": whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :],
+    }
+    path.write_bytes(damaged[damage])
+    languages = drawn(monkeypatch)
+    again = read_samples(LANGUAGES, Reporter(), CAP)
+    assert languages == ["ms"]
+    assert [sample.lemmas for sample in again] == [sample.lemmas for sample in samples]
+    assert path.stat().st_size == len(whole)
 
 
 def test_a_failed_write_leaves_nothing(
@@ -84,6 +128,6 @@ def test_stopping_the_builders_does_not_wait_for_them(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        corpus.build_missing(["ms", "sw"], 100, tmp_path, stop)
+        corpus.build_samples(["ms", "sw"], 100, tmp_path, stop)
     # Swahili is begun first and takes a hundred times as long.
     assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["ms"]

@@ -3,19 +3,31 @@
 import csv
 import json
 import os
+import platform
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import celmoe
 from benchmarks import peers
 from benchmarks.multilingual import compare as comparing
+from benchmarks.multilingual import job
+from benchmarks.multilingual.checkpoint import FORMAT
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar
+from benchmarks.multilingual.losses import LossWeights
+from benchmarks.multilingual.network import NetworkSettings
+from benchmarks.multilingual.options import DEFAULT_MINUTES
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--languages", "id,ms", "--batch-size", "256"]
@@ -37,6 +49,21 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def check_facts(facts: dict[str, Any]) -> None:
+    """A figure without what it was measured with can't be compared with another."""
+    assert facts["versions"] == {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "celmoe": celmoe.__version__,
+        "simplemma": version("simplemma"),
+    }
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(facts["date"])) < timedelta(minutes=30)
+    assert facts["machine"]["processor"]
+    assert facts["minutes"] == DEFAULT_MINUTES
+    assert facts["network"]["width"] == NetworkSettings().width
+    assert facts["loss_weights"] == asdict(LossWeights())
+
+
 def test_the_report_is_whole(uninterrupted: Path) -> None:
     for name in FIGURES:
         assert (uninterrupted / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -44,6 +71,8 @@ def test_the_report_is_whole(uninterrupted: Path) -> None:
     table = json.loads((uninterrupted / "accuracy.json").read_text())
     assert table["run"]["steps"] == 6
     assert table["run"]["words_trained"] == 6 * 256
+    check_facts(table["run"])
+    assert table["run"]["languages"] == ["id", "ms"]
     with (uninterrupted / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["language"] for row in rows] == ["id", "ms"]
@@ -94,7 +123,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         patch.setattr(Bar, "move_to", interrupt_at_three)
         assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
     said = capsys.readouterr().out
-    assert "stopped at step 3 of 6; go on with: python -m benchmarks.multilingual --resume" in said
+    assert "training 6 steps of 256 words, 1,536 words in all" in said
+    command = f"python -m benchmarks.multilingual --resume --report {shlex.quote(str(tmp_path))} --workers 0"
+    assert f"stopped at step 3 of 6; go on with: {command}\n" in said
     assert not (tmp_path / "accuracy.csv").exists()
     # What a resumed run does not inherit from the process must come from the checkpoint.
     torch.manual_seed(12345)
@@ -102,6 +133,80 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     ours, theirs = parameters(uninterrupted), parameters(tmp_path)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (tmp_path / "accuracy.csv").read_text() == (uninterrupted / "accuracy.csv").read_text()
+
+
+def test_resuming_a_finished_run_says_so_and_writes_nothing(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def state() -> dict[str, tuple[int, bytes]]:
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in uninterrupted.iterdir()}
+
+    before = state()
+    assert main(["--resume", *HERE, "--report", str(uninterrupted)]) == 0
+    said = capsys.readouterr().out
+    assert said == f"the run in {uninterrupted} is finished and its report is written: nothing is left to train\n"
+    assert state() == before
+
+
+def test_a_run_that_was_stopped_before_its_report_is_reported_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "predict", interrupt)
+        assert main([*SMALL, *HERE, "--steps", "2", "--report", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.startswith("stopped; the checkpoint of step 2 is kept: python -m ")
+    before = parameters(tmp_path)
+    assert main(["--resume", *HERE, "--report", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "accuracy.json").read_text())["run"]["steps"] == 2
+    assert all(torch.equal(value, before[name]) for name, value in parameters(tmp_path).items())
+
+
+@pytest.mark.parametrize(("stop_at", "kept"), [(1, None), (5, 4)])
+def test_a_second_interrupt_tells_the_truth_about_the_checkpoint(
+    stop_at: int,
+    kept: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    move_to = Bar.move_to
+
+    def interrupt_twice(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
+        move_to(bar, done, total, figures)
+        if done == stop_at:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Bar, "move_to", interrupt_twice)
+    # A validation, and with it a checkpoint, every second step.
+    assert main([*SMALL, *HERE, "--steps", "20", "--report", str(tmp_path)]) == 130
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if kept is None:
+        assert said.startswith("stopped before the first checkpoint")
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert said.startswith(f"stopped; the checkpoint of step {kept} is kept: python -m benchmarks.multilingual ")
+        assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"] == kept
+
+
+def test_a_failed_write_keeps_the_checkpoint_before(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes((uninterrupted / "checkpoint.pt").read_bytes())
+
+    def fail(state: object, path: Path) -> None:
+        path.write_bytes(b"half of")
+        raise OSError(28, "Disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    assert main([*SMALL, *HERE, "--steps", "1", "--report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "a file or folder could not be used: [Errno 28] Disk full\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert parameters(tmp_path).keys() == parameters(uninterrupted).keys()
 
 
 def test_resuming_another_run_is_refused(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +221,14 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["--resume", "--report", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("'--resume' must find a whole checkpoint (got ")
+    assert said.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"format": FORMAT - 1}, tmp_path / "checkpoint.pt")
+    assert main(["--resume", "--report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"'--resume' must find a checkpoint of format {FORMAT} (got format {FORMAT - 1} in ")
     assert said.count("\n") == 1
 
 
@@ -161,7 +274,9 @@ def test_the_comparison_stands_without_the_peer(
     assert main([*SMALL, "--compare", "--steps", "3", "--report", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert said.err.startswith("WITHOUT THE PEER")
-    systems = {each["system"]: each for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]}
+    comparison = json.loads((tmp_path / "comparison.json").read_text())
+    check_facts(comparison)
+    systems = {each["system"]: each for each in comparison["systems"]}
     assert systems["celmoe.reference"]["largest_parameter_difference"] < 1e-4
     assert systems["no hierarchy"]["largest_parameter_difference"] is None
 

@@ -1,12 +1,18 @@
 import importlib.util
+import shlex
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.multilingual import compare, job
+from benchmarks.multilingual.ablation import main as ablation
+from benchmarks.multilingual.arguments import OptionError
 from benchmarks.multilingual.cli import main
-from benchmarks.multilingual.options import OptionError, parse_options
+from benchmarks.multilingual.options import parse_options, resume_command
 from celmoe.engines import ENGINES
+from celmoe.errors import UnknownExpertError
 
 REFUSALS = {
     ("--languages", "de,fer"): (
@@ -26,10 +32,16 @@ REFUSALS = {
     ("--steps", "0"): "'--steps' must be a whole number, at least 1 (got '0')",
     ("--workers", "65"): "'--workers' must be a whole number from 0 to 64 (got '65')",
     ("--device", "gpu"): "'--device' must be a device that works here, such as cpu, cuda or directml (got 'gpu': ",
-    ("--report", __file__): f"'--report' must be a folder (got {__file__!r}, which is a file)",
-    ("--resume", "--compare"): "'--resume' and '--compare' must not stand together",
-    ("--resume", "--steps", "3"): "'--resume' and '--steps' must not stand together",
-    ("--lang", "de"): "unrecognized arguments: --lang de",
+    ("--device", "meta"): "'--device' must be a device that works here, such as cpu, cuda or directml (got 'meta': ",
+    ("--report", __file__): f"'--report' must be a folder that can be written to (got {__file__!r}: ",
+    ("--report", ""): "'--report' must be a folder that can be written to (got '')",
+    ("--resume", "--compare"): "'--resume' and '--compare' must not stand together (got both: ",
+    ("--resume", "--steps", "3"): "'--resume' and '--steps' must not stand together (got both: ",
+    ("--lang", "de"): "'arguments' must be options that --help shows (got '--lang'; nearest: --languages",
+    ("german",): "'arguments' must be options that --help shows (got 'german'; ",
+    ("--seed",): "'--seed' must be followed by a value (got none)",
+    ("--report", "--resume"): "'--report' must be followed by a value (got none)",
+    ("--resume=yes",): "'--resume' must stand without a value (got 'yes')",
 }
 
 
@@ -79,3 +91,76 @@ def test_resume_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == (
         f"'--resume' must find a checkpoint in the report folder (got none in {str(tmp_path)!r})\n"
     )
+
+
+@pytest.mark.parametrize("mode", [[], ["--compare"]])
+def test_the_report_folder_is_tried_before_any_word_is_read(
+    mode: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    def read(*args: object) -> None:
+        pytest.fail("words were read")
+
+    monkeypatch.setattr(job, "prepare_data", read)
+    monkeypatch.setattr(compare, "prepare_data", read)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert main([*mode, "--report", str(tmp_path / "new")]) == 2
+    wanted = f"'--report' must be a folder that can be written to (got {str(tmp_path / 'new')!r}: Permission denied)\n"
+    assert capsys.readouterr().err == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            "a file or folder could not be used: [Errno 28] No space left on device",
+        ),
+        (UnknownExpertError("level 'language' has no expert\n'xx'"), "level 'language' has no expert 'xx'"),
+    ],
+)
+def test_what_goes_wrong_later_is_one_line_too(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(job, "prepare_data", fail)
+    assert main(["--report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_the_resume_command_can_be_pasted() -> None:
+    assert resume_command(parse_options([])) == (
+        f"python -m benchmarks.multilingual --resume --report {Path('celmoe-report') / 'multilingual'}"
+    )
+    arguments = ["--engine", "looped", "--device", "cpu:0", "--workers", "0", "--minutes", "20"]
+    command = resume_command(parse_options(["--report", "my report; rm *", *arguments, "--seed", "3"]))
+    assert shlex.split(command)[:3] == ["python", "-m", "benchmarks.multilingual"]
+    again = parse_options(shlex.split(command)[3:])
+    assert (again.report, again.engine, again.device) == (Path("my report; rm *"), "looped", torch.device("cpu:0"))
+    assert (again.resume, again.workers, again.minutes) == (True, 0, 20)
+
+
+ABLATION_REFUSALS = {
+    ("--languages", "xx"): "'--languages' must be codes of simplemma's 54 languages, separated by commas (got 'xx'; ",
+    ("--steps", "0"): "'--steps' must be a whole number, at least 1 (got '0')",
+    ("--seeds", "few"): "'--seeds' must be a whole number, at least 1 (got 'few')",
+    ("nothing",): "'variants' must be among as the job does, ",
+    ("--step", "3"): "'arguments' must be options that --help shows (got '--step'; nearest: --steps",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), list(ABLATION_REFUSALS.items()), ids=lambda value: " ".join(value)[:24]
+)
+def test_the_ablation_refuses_in_one_sentence_too(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablation(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(message)
+    assert said.err.count("\n") == 1

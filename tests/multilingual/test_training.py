@@ -1,9 +1,14 @@
 from itertools import pairwise
+from typing import Any, cast
 
 import pytest
 import torch
 
-from benchmarks.multilingual.training import LEARNING_RATE, Deadline, learning_rate
+import celmoe
+from benchmarks.multilingual import training
+from benchmarks.multilingual.batches import Batch
+from benchmarks.multilingual.schedule import LEARNING_RATE, MOST_EPOCHS, Deadline, learning_rate, plan_steps
+from benchmarks.multilingual.training import Contender, Progress, StepResult, Watchers, train
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 500])
@@ -25,14 +30,82 @@ def test_a_deadline_counts_the_steps_that_fit() -> None:
     assert deadline.steps_that_fit(3.0) == 0
 
 
-def test_agreement_is_zero_for_equal_predictions_and_teaches_the_student_alone() -> None:
-    from benchmarks.multilingual.losses import agreement
+def test_steps_are_planned_in_words() -> None:
+    many = 10**6
+    # What the job does by default: 60 steps a minute.
+    for minutes in (0.05, 1, 7.3, 11.7):
+        assert plan_steps(minutes, 4_096, many) == max(1, round(60 * minutes))
+    assert plan_steps(7.3, 256, many) == 16 * plan_steps(7.3, 4_096, many)
+    assert plan_steps(7.3, 65_536, many) == round(438 / 16)
+    assert plan_steps(7.3, 4_096, 3) == 3 * MOST_EPOCHS
+    assert plan_steps(0.001, 4_096, many) == 1
 
-    student = torch.tensor([[1.0, 2.0, 0.0]], requires_grad=True)
-    teacher = torch.tensor([[0.0, 1.0, 3.0]], requires_grad=True)
-    assert agreement([student], [student]).item() == pytest.approx(0.0, abs=1e-6)
-    agreement([student], [teacher]).backward()
-    wanted = student.softmax(-1) - teacher.softmax(-1)
-    assert student.grad is not None
-    torch.testing.assert_close(student.grad, wanted.detach())
-    assert teacher.grad is None
+
+@pytest.fixture
+def batch() -> Batch:
+    level = celmoe.HierarchyLevelConfig(name="language", experts={"id": celmoe.ExpertConfig(name="id")})
+    compiler = celmoe.RoutingCompiler(celmoe.CELMoEConfig(hidden_size=4, levels=[level]))
+    return Batch(
+        characters=torch.zeros(4, 20, dtype=torch.int32),
+        targets=torch.zeros(4, dtype=torch.int64),
+        languages=["id"] * 4,
+        plan=compiler({"language": ["id"] * 4}),
+    )
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in the order it happens, with a training step that trains nothing."""
+    events: list[str] = []
+
+    def step(contender: Contender, batch: Batch, rate: float, *, read: bool) -> StepResult:
+        events.append(contender.name)
+        return StepResult(1.0, {"global.rule": 1.0}, 0.5)
+
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(training, "wait_for", lambda device: events.append("wait"))
+    return events
+
+
+def contender(name: str) -> Contender:
+    # A step is stood in for, so that neither losses nor an optimizer are asked.
+    return Contender(name, cast("Any", torch.nn.Identity()), cast("Any", None), cast("Any", None))
+
+
+def watchers(log: list[str]) -> Watchers:
+    return Watchers(
+        on_step=lambda step, results, speeds: log.append(f"step {step}"),
+        validate=lambda contender: 0.5,
+        on_validated=lambda point: log.append(f"validated {point.contender}"),
+        on_milestone=lambda: log.append("milestone"),
+        stop_requested=lambda: False,
+    )
+
+
+def test_each_step_is_timed_from_an_idle_device_to_an_idle_device(batch: Batch, log: list[str]) -> None:
+    progress = Progress(planned_steps=1, total_steps=1)
+    assert train([contender("a"), contender("b")], iter([batch]), progress, None, watchers(log))
+    assert log[:6] == ["wait", "a", "wait", "wait", "b", "wait"]
+
+
+def test_a_milestone_follows_every_validation_but_the_last(batch: Batch, log: list[str]) -> None:
+    progress = Progress(planned_steps=4, total_steps=4)
+    assert train([contender("a")], iter([batch] * 4), progress, None, watchers(log), validations=2)
+    told = [event for event in log if event not in {"wait", "a"}]
+    assert told == [
+        "step 1", "validated a", "step 2", "milestone", "step 3", "validated a", "step 4"
+    ]  # fmt: skip
+
+
+def test_a_run_that_the_clock_ended_is_finished(batch: Batch, log: list[str]) -> None:
+    progress = Progress(planned_steps=4, total_steps=4)
+    assert train([contender("a")], iter([batch] * 4), progress, Deadline(0.0), watchers(log))
+    assert (progress.step, progress.finished) == (1, True)
+
+
+def test_waiting_is_for_the_device_that_works_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    training.wait_for(torch.device("cpu"))
+    training.wait_for(torch.device("cuda:1"))
+    assert waited == [torch.device("cuda:1")]

@@ -1,0 +1,48 @@
+"""What a measurement was made with, for whoever reads its numbers later."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import celmoe
+from benchmarks.multilingual.losses import LossWeights
+from benchmarks.multilingual.network import NetworkSettings
+from benchmarks.multilingual.options import Options
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, where the system tells; else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, named), platform.processor() or platform.machine())
+
+
+def measurement_facts(options: Options, settings: NetworkSettings, weights: LossWeights) -> dict[str, Any]:
+    """Versions, machine, date, time limit, and the sizes and weights that the job has built in."""
+    accelerator = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "celmoe": celmoe.__version__,
+            "simplemma": version("simplemma"),
+        },
+        "machine": {"system": platform.platform(), "processor": processor_name(), "accelerator": accelerator},
+        "threads": torch.get_num_threads(),
+        "device": options.device_name,
+        "engine": options.engine,
+        "minutes": options.minutes,
+        "network": asdict(settings),
+        "loss_weights": asdict(weights),
+    }

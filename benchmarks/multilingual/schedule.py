@@ -1,0 +1,46 @@
+"""How long training takes: the steps that are planned, the learning rate on the way, and the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+# What two cores of an ordinary machine do with room to spare: 60 steps of 4,096 words. The plan follows from the
+# options alone, so that timing noise has no say, and counts words, so that small batches see as many as large ones.
+WORDS_PER_MINUTE = 60 * 4_096
+# No word is worth meeting more often than this, however many minutes there are.
+MOST_EPOCHS = 40
+LEARNING_RATE = 8e-3
+WARM_UP_STEPS = 40
+FINAL_SHARE = 0.02
+
+
+def plan_steps(minutes: float, batch_size: int, steps_per_epoch: int) -> int:
+    """How many steps of ``batch_size`` words are worth planning for so many minutes."""
+    return max(1, min(round(WORDS_PER_MINUTE * minutes / batch_size), steps_per_epoch * MOST_EPOCHS))
+
+
+def learning_rate(step: int, total_steps: int) -> float:
+    """Linear warm-up, then half a cosine down to `FINAL_SHARE`."""
+    warm_up = min(WARM_UP_STEPS, max(1, total_steps // 5))
+    if step < warm_up:
+        return LEARNING_RATE * (step + 1) / warm_up
+    done = (step - warm_up) / max(1, total_steps - warm_up)
+    return LEARNING_RATE * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+class Deadline:
+    """The moment by which training has to be over, and how many steps still fit."""
+
+    def __init__(self, ends_at: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ends_at = ends_at
+        self._clock = clock
+
+    def passed(self) -> bool:
+        """Whether no further step may begin."""
+        return self._clock() >= self._ends_at
+
+    def steps_that_fit(self, seconds_per_step: float) -> int:
+        """How many more steps end in time."""
+        return max(0, int((self._ends_at - self._clock()) / seconds_per_step))

@@ -1,0 +1,80 @@
+"""Which losses a step has, and what they are, on words made by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+import celmoe
+from benchmarks.multilingual.ablation import VARIANTS
+from benchmarks.multilingual.batches import Batch, Collator
+from benchmarks.multilingual.corpus import TRAIN, LanguageSample
+from benchmarks.multilingual.losses import Losses, LossWeights
+from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, hierarchy_config
+from benchmarks.multilingual.rules import IDENTITY, EditRule
+from benchmarks.multilingual.words import build_table, build_vocabulary
+
+
+def sample_of(language: str, forms: list[str]) -> LanguageSample:
+    return LanguageSample(
+        language=language,
+        forms=forms,
+        lemmas=[forms[0], forms[1][:-1]],
+        rules=[IDENTITY, EditRule(0, "", 1, "")],
+        rule_ids=np.array([0, 1], dtype=np.int32),
+        split=np.array([TRAIN, TRAIN], dtype=np.uint8),
+        dictionary_size=2,
+    )
+
+
+def network_and_batch(levels: tuple[str, ...]) -> tuple[Lemmatizer, Batch]:
+    samples = [sample_of("en", ["cat", "cats"]), sample_of("fi", ["talo", "talot"])]
+    vocabulary = build_vocabulary(samples)
+    settings = NetworkSettings(width=8, universal_width=8, family_width=8, language_width=8)
+    compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, vocabulary.languages, LEVELS, settings))
+    table = build_table(samples, vocabulary, TRAIN)
+    torch.manual_seed(0)
+    network = Lemmatizer(vocabulary, settings, levels=levels)
+    return network, Collator(table, vocabulary.languages, compiler)(torch.tensor([2, 0, 3, 1]))
+
+
+@pytest.mark.parametrize(
+    ("levels", "weights", "expected"),
+    [
+        (LEVELS, LossWeights(), {"global.rule": 1.0, "language.size": 0.1, "family->language.distance": 0.1}),
+        (LEVELS, LossWeights(size=0.3, distance=0), {"global.rule": 1.0, "language.size": 0.3}),
+        (LEVELS, LossWeights(size=0, distance=0.2), {"global.rule": 1.0, "family->language.distance": 0.2}),
+        ((UNIVERSAL,), LossWeights(), {"global.rule": 1.0}),
+    ],
+)
+def test_a_step_has_these_losses(levels: tuple[str, ...], weights: LossWeights, expected: dict[str, float]) -> None:
+    network, batch = network_and_batch(levels)
+    bundle = Losses(network, weights)(network(batch), batch)
+    assert {term.name: term.weight for term in bundle.terms} == expected
+    parts = bundle.as_dict()
+    assert bundle.total.item() == pytest.approx(sum(weight * parts[name] for name, weight in expected.items()))
+
+
+def test_size_and_distance_are_read_from_the_language_level() -> None:
+    network, batch = network_and_batch(LEVELS)
+    output = network(batch)
+    parts = Losses(network, LossWeights())(output, batch).as_dict()
+    family, language = (output.levels[level].hidden for level in ("family", "language"))
+    assert parts["language.size"] == pytest.approx(language.square().mean().item())
+    assert parts["family->language.distance"] == pytest.approx((language - family).square().mean().item())
+
+
+def test_every_parameter_is_trained() -> None:
+    network, batch = network_and_batch(LEVELS)
+    Losses(network, LossWeights())(network(batch), batch).total.backward()
+    assert [name for name, each in network.named_parameters() if each.grad is None] == []
+
+
+def test_the_ablation_starts_from_what_the_job_does() -> None:
+    job = VARIANTS["as the job does"]
+    assert (job.weights, job.isolated_levels, job.levels) == (LossWeights(), NetworkSettings().isolated_levels, LEVELS)
+    assert all(each != job for name, each in VARIANTS.items() if name != "as the job does")
+    assert {name for name, each in VARIANTS.items() if each.weights != job.weights} == {
+        "without size",
+        "without distance",
+        "fused rule loss alone",
+    }
