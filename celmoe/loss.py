@@ -32,7 +32,7 @@ class LossTerm:
 
     name: str
     value: torch.Tensor
-    weight: float = 1.0
+    weight: float | torch.Tensor = 1.0
     scope: str = "global"
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class LossBundle:
     def __init__(self, terms: list[LossTerm] | None = None) -> None:
         self.terms = list(terms) if terms is not None else []
 
-    def add(self, name: str, value: torch.Tensor, weight: float = 1.0, scope: str = "global") -> None:
+    def add(self, name: str, value: torch.Tensor, weight: float | torch.Tensor = 1.0, scope: str = "global") -> None:
         """Append a term.
 
         Args:
@@ -106,22 +106,22 @@ class CELMoELossAPI:
     """
 
     def __init__(self) -> None:
-        self.global_losses: list[tuple[str, float, LossCallable]] = []
-        self.level_losses: dict[str, list[tuple[str, float, LevelLossCallable]]] = {}
-        self.bridge_losses: list[tuple[str, str, str, float, BridgeLossCallable]] = []
+        self.global_losses: list[tuple[str, float | torch.Tensor, LossCallable]] = []
+        self.level_losses: dict[str, list[tuple[str, float | torch.Tensor, LevelLossCallable]]] = {}
+        self.bridge_losses: list[tuple[str, str, str, float | torch.Tensor, BridgeLossCallable]] = []
 
-    def add_global(self, name: str, fn: LossCallable, weight: float = 1.0) -> None:
+    def add_global(self, name: str, fn: LossCallable, weight: float | torch.Tensor = 1.0) -> None:
         """A loss over the whole output: ``fn(output, targets, context)``, named ``global.<name>``."""
         _require_weight(weight)
         self.global_losses.append((name, weight, fn))
 
-    def add_level(self, level_name: str, name: str, fn: LevelLossCallable, weight: float = 1.0) -> None:
+    def add_level(self, level_name: str, name: str, fn: LevelLossCallable, weight: float | torch.Tensor = 1.0) -> None:
         """A loss over one level: ``fn(level_output, output, targets, context)``, named ``<level>.<name>``."""
         _require_weight(weight)
         self.level_losses.setdefault(level_name, []).append((name, weight, fn))
 
     def add_bridge(
-        self, parent_level: str, child_level: str, name: str, fn: BridgeLossCallable, weight: float = 1.0
+        self, parent_level: str, child_level: str, name: str, fn: BridgeLossCallable, weight: float | torch.Tensor = 1.0
     ) -> None:
         """A loss between two levels, named ``<parent>-><child>.<name>``.
 
@@ -171,7 +171,7 @@ def _scalar(term: LossTerm) -> torch.Tensor:
     return term.value.detach().reshape(())
 
 
-def _add(bundle: LossBundle, scope: str, name: str, weight: float, result: LossResult) -> None:
+def _add(bundle: LossBundle, scope: str, name: str, weight: float | torch.Tensor, result: LossResult) -> None:
     if isinstance(result, Mapping):
         for item, value in result.items():
             bundle.add(f"{scope}.{name}.{item}", value, weight, scope)

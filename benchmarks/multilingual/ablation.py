@@ -69,7 +69,7 @@ def validation_accuracy(data: Data, variant: Variant, steps: int, batch_size: in
     collator = Collator(data.tables[TRAIN], data.vocabulary.languages, make_compiler(data))
     network.train()
     for step in range(steps):
-        train_step(contender, collator(rows[step]), learning_rate(step, steps), read=False)
+        train_step(contender, collator(rows[step]), learning_rate(step, steps), done=step / steps, read=False)
     table = data.tables[VALIDATION]
     checker = Collator(table, data.vocabulary.languages, make_compiler(data))
     return rule_accuracy(network, all_batches(table, checker, EVALUATION_BATCH, CPU))

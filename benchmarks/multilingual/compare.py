@@ -145,7 +145,7 @@ def _take_steps(
                 torch.manual_seed(seed + step)
                 wait_for(device)
                 started = time.perf_counter()
-                train_step(timed.contender, batch, RATE, read=False)
+                train_step(timed.contender, batch, RATE, done=0.0, read=False)
                 wait_for(device)
                 timed.seconds.append(time.perf_counter() - started)
             if step + 1 == min(REFERENCE_STEPS, len(batches)):

@@ -5,8 +5,8 @@
   the language experts add, so that little data is not overfitted.
 * ``family->language.distance``: how far a language's expert moves a word from where its family's left it.
 
-What each of them brings was measured: ``notes/multilingual.md`` has the figures, and the losses that were tried and
-dropped.
+The two beside the rule's make the experts learn faster, and bring nothing in the end: so their weights fall to nothing
+by the middle of the schedule. ``notes/multilingual.md`` has the figures, and the losses that were tried and dropped.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ import celmoe
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, Lemmatizer, cross_entropy, rule_targets
 
+# The share of the schedule after which only the rule's loss is left.
+FADED_AFTER = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights beside the fused prediction's own, which is 1. A weight of 0 leaves the loss out."""
+    """Weights at the start, beside the fused prediction's own, which is 1. A weight of 0 leaves the loss out."""
 
     size: float = 0.1
     distance: float = 0.1
@@ -35,18 +38,31 @@ class Losses:
 
     def __init__(self, network: Lemmatizer, weights: LossWeights, library: ModuleType = celmoe) -> None:
         self._network = network
+        # What fades, as tensors that the API multiplies with, and from where.
+        self._fading: list[tuple[torch.Tensor, float]] = []
         self._api: celmoe.CELMoELossAPI = library.CELMoELossAPI()
         self._api.add_global("rule", self._rule)
         if network.levels == LEVELS:
             if weights.size:
-                self._api.add_level(LANGUAGE, "size", self._size, weights.size)
+                self._api.add_level(LANGUAGE, "size", self._size, self._fading_weight(weights.size))
             if weights.distance:
-                self._api.add_bridge(FAMILY, LANGUAGE, "distance", self._distance, weights.distance)
+                weight = self._fading_weight(weights.distance)
+                self._api.add_bridge(FAMILY, LANGUAGE, "distance", self._distance, weight)
         self.logits: list[torch.Tensor] = []
 
     def __call__(self, output: celmoe.CELMoEOutput, batch: Batch) -> celmoe.LossBundle:
         """The losses of this batch; `logits` are the fused prediction's afterwards."""
         return self._api.compute(output, batch)
+
+    def fade(self, done: float) -> None:
+        """Set the weights to what they are after this share of the schedule."""
+        for weight, start in self._fading:
+            weight.fill_(start * max(0.0, 1.0 - done / FADED_AFTER))
+
+    def _fading_weight(self, start: float) -> torch.Tensor:
+        weight = torch.tensor(start)
+        self._fading.append((weight, start))
+        return weight
 
     def _rule(self, output: celmoe.CELMoEOutput, targets: object, _context: object) -> torch.Tensor:
         assert isinstance(targets, Batch)

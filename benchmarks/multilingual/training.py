@@ -120,8 +120,9 @@ def accuracy_of(logits: list[torch.Tensor], batch: Batch) -> float:
     return torch.cat(right).float().mean().item()
 
 
-def train_step(contender: Contender, batch: Batch, rate: float, *, read: bool) -> StepResult | None:
-    """One optimizer step; what came out is only read from the device where somebody asks."""
+def train_step(contender: Contender, batch: Batch, rate: float, *, done: float, read: bool) -> StepResult | None:
+    """One optimizer step, with this share of the schedule ``done``; its result is read from the device on request."""
+    contender.losses.fade(done)
     for group in contender.optimizer.param_groups:
         group["lr"] = rate
     output = contender.network(batch)
@@ -200,7 +201,7 @@ def train(
             contender.network.train()
             wait_for(batch.targets.device)
             started = time.perf_counter()
-            result = train_step(contender, batch, rate, read=read)
+            result = train_step(contender, batch, rate, done=progress.step / progress.total_steps, read=read)
             wait_for(batch.targets.device)
             spent = time.perf_counter() - started
             contender.seconds += spent

@@ -49,7 +49,7 @@ def network_and_batch(levels: tuple[str, ...]) -> tuple[Lemmatizer, Batch]:
 def test_a_step_has_these_losses(levels: tuple[str, ...], weights: LossWeights, expected: dict[str, float]) -> None:
     network, batch = network_and_batch(levels)
     bundle = Losses(network, weights)(network(batch), batch)
-    assert {term.name: term.weight for term in bundle.terms} == expected
+    assert {term.name: float(term.weight) for term in bundle.terms} == pytest.approx(expected)
     parts = bundle.as_dict()
     assert bundle.total.item() == pytest.approx(sum(weight * parts[name] for name, weight in expected.items()))
 
@@ -61,6 +61,17 @@ def test_size_and_distance_are_read_from_the_language_level() -> None:
     family, language = (output.levels[level].hidden for level in ("family", "language"))
     assert parts["language.size"] == pytest.approx(language.square().mean().item())
     assert parts["family->language.distance"] == pytest.approx((language - family).square().mean().item())
+
+
+def test_what_stands_beside_the_rules_loss_fades() -> None:
+    network, batch = network_and_batch(LEVELS)
+    losses = Losses(network, LossWeights(size=0.2, distance=0.4))
+    found = []
+    for done in (0.0, 0.25, 0.5, 0.9, 0.0):
+        losses.fade(done)
+        found.append([float(term.weight) for term in losses(network(batch), batch).terms])
+    wanted = [[1.0, 0.2, 0.4], [1.0, 0.1, 0.2], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.2, 0.4]]
+    assert all(one == pytest.approx(other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_every_parameter_is_trained() -> None:

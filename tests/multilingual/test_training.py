@@ -58,7 +58,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens in the order it happens, with a training step that trains nothing."""
     events: list[str] = []
 
-    def step(contender: Contender, batch: Batch, rate: float, *, read: bool) -> StepResult:
+    def step(contender: Contender, batch: Batch, rate: float, *, done: float, read: bool) -> StepResult:
         events.append(contender.name)
         return StepResult(1.0, {"global.rule": 1.0}, 0.5)
 
