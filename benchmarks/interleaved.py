@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 # Fewer rounds make no median, and more than this tell nothing new.
-FEWEST_ROUNDS = 7
+FEWEST_ROUNDS = 5
 MOST_ROUNDS = 401
 WARM_UP_ROUNDS = 1
 

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=[AUTO, *ENGINES], default="looped", help="our engine")
     parser.add_argument("--experts", choices=list(EXPERTS), nargs="+", default=list(EXPERTS), help="kinds to measure")
     parser.add_argument("--most-samples", type=int, default=65_536, help="leave larger batches out")
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long each workload is measured")
+    parser.add_argument("--seconds", type=float, default=3.0, help="about how long each workload is measured")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-grid"), help="where the results go")
     options = parser.parse_args()
     workloads = [each for each in grid() if each.expert in options.experts and each.batch_size <= options.most_samples]
