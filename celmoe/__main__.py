@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import sys
 
-from .devices import DEVICES, DeviceMissingError, report, self_check
+from .devices import DEVICES, FAILS, MISSING, STATE_BY_EXIT_CODE, WORKS, DeviceMissingError, report, self_check
 from .engines import AUTO, ENGINES, resolve_engine
 from .errors import EngineError
 from .version import __version__
@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     print()
     reports = [report(device) for device in DEVICES]
     for each in reports:
-        print(f"{each.device:9} {'works' if each.works else 'not available':14} {each.detail}")
-    return 0 if reports[0].works else 1
+        print(f"{each.device:9} {each.state:14} {each.detail}")
+    return 0 if reports[0].state == WORKS else 1
 
 
 def _check_here(device: str) -> int:
@@ -43,8 +43,10 @@ def _check_here(device: str) -> int:
         print(self_check(device))
     except (DeviceMissingError, ArithmeticError) as error:
         print(error, file=sys.stderr)
-        return 1
-    return 0
+        state = MISSING if isinstance(error, DeviceMissingError) else FAILS
+    else:
+        state = WORKS
+    return next((code for code, meant in STATE_BY_EXIT_CODE.items() if meant == state), 1)
 
 
 def _version(package: str) -> str:

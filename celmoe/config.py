@@ -11,6 +11,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
+import numpy as np
+
 from .errors import ConfigError, ConfigTypeError, listed, nearest
 
 FUSION_TYPES = ("learned", "position_aware")
@@ -31,6 +33,12 @@ def require_finite(name: str, value: object) -> None:
 def _check_type(name: str, value: object, kind: type, words: str) -> None:
     if not isinstance(value, kind):
         raise ConfigTypeError(f"{name!r} must be {words} (got {value!r})")
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigTypeError(f"{name!r} must be a bool (got {value!r})")
+    return bool(value)
 
 
 def _check_name(name: str, value: object) -> None:
@@ -76,7 +84,7 @@ class ExpertConfig:
             case "loss_weight":
                 require_finite(name, value)
             case "stop_gradient_from_parent":
-                _check_type(name, value, bool, "a bool")
+                value = _flag(name, value)
             case "metadata":
                 if isinstance(value, numbers.Real) and not isinstance(value, bool):
                     raise ConfigTypeError(
@@ -127,7 +135,7 @@ class HierarchyLevelConfig:
                 if value is not None:
                     _check_name(name, value)
             case "enabled":
-                _check_type(name, value, bool, "a bool")
+                value = _flag(name, value)
         super().__setattr__(name, value)
 
 
@@ -161,7 +169,7 @@ class CELMoEConfig:
                     raise ConfigTypeError(f"'levels' must be a list of HierarchyLevelConfig (got {value!r})")
                 _check_type(name, value, Sequence, "a list of HierarchyLevelConfig")
             case "use_learned_fusion":
-                _check_type(name, value, bool, "a bool")
+                value = _flag(name, value)
             case "fusion_dropout":
                 if isinstance(value, str):
                     raise ConfigTypeError(

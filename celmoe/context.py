@@ -43,9 +43,9 @@ class ContextRows:
         self._batch_size = batch_size
         self._device = device
         self.whole = context
-        # As in celmoe-vp, every expert may write into the outermost mapping without another one's seeing it.
         # The containers that are being entered: one that holds itself is shared at its second coming.
         self._entered: set[int] = set()
+        # As in celmoe-vp, every expert may write into the outermost mapping without another one's seeing it.
         self._build = None if context is None else self._builder(context, ("context",), always=True)
         self.is_whole = self._build is None
 

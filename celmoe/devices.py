@@ -23,18 +23,24 @@ _BATCH_SIZE, _WIDTH = 192, 16
 _TOLERANCE = 1e-4
 
 
+WORKS, FAILS, MISSING = "works", "fails", "not available"
+# The exit codes of a child process that looked: any other is a failure.
+STATE_BY_EXIT_CODE = {0: WORKS, 3: MISSING}
+
+
 @dataclass(frozen=True)
 class DeviceReport:
     """What became of the self-check on one device.
 
     Attributes:
         device: One of `DEVICES`.
-        works: Whether a forward and backward pass agreed with the oracle on the CPU.
+        state: `WORKS` where a forward and backward pass agreed with the oracle on the CPU, `MISSING` where there is no
+            such device, else `FAILS`.
         detail: The largest difference, or why there is none.
     """
 
     device: str
-    works: bool
+    state: str
     detail: str
 
 
@@ -48,11 +54,12 @@ def report(device: str) -> DeviceReport:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return DeviceReport(device, works=False, detail=f"no answer within {TIME_LIMIT_SECONDS} s")
+        return DeviceReport(device, FAILS, f"no answer within {TIME_LIMIT_SECONDS} s")
     if done.returncode < 0:
-        return DeviceReport(device, works=False, detail=f"the driver ended the process (signal {-done.returncode})")
+        return DeviceReport(device, FAILS, f"the driver ended the process (signal {-done.returncode})")
     words = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().splitlines()
-    return DeviceReport(device, works=done.returncode == 0, detail=words[-1] if words else "no answer")
+    state = STATE_BY_EXIT_CODE.get(done.returncode, FAILS)
+    return DeviceReport(device, state, words[-1] if words else "no answer")
 
 
 def self_check(name: str) -> str:

@@ -83,12 +83,6 @@ class _Combine(torch.autograd.Function):
         return torch.cat(blocks).index_select(0, ctx.inverse)
 
 
-# Function.apply looks for function transforms before it goes on to its base's; `_records` has looked already, and a
-# small batch is made of such calls.
-_apply_dispatch = super(torch.autograd.Function, _Dispatch).apply
-_apply_combine = super(torch.autograd.Function, _Combine).apply
-
-
 def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
     """One private block of rows for each expert present.
 
@@ -107,19 +101,24 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
 
 
 def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
-    """As `dispatch`, for rows that the level above had in the same order: a copy of its blocks, and no gather.
+    """As `dispatch`, for rows that the level above had in the same order: a copy of its blocks in place of a gather.
+
+    Gradients are gathered on their way back, and so are a few rows on a CPU where gradients flow: see `_records`.
 
     Args:
         rows: ``[B, ...]``, what the level above gave. Gradients flow into them as through `dispatch`.
         blocks: The same rows, block by block.
         plan: The plan of the level below; `follows_previous` holds.
+
+    Returns:
+        As `dispatch`.
     """
     if not (torch.is_grad_enabled() and rows.requires_grad):
         return _cut(_joined(blocks), plan.counts)
     if not _records(plan.order, rows):
         return dispatch(rows, plan)
     sorted_rows = _joined([block.detach() for block in blocks])
-    return cast(Blocks, _apply_dispatch(rows, plan.order, plan.inverse, plan.counts, sorted_rows))
+    return cast(Blocks, _Dispatch.apply(rows, plan.order, plan.inverse, plan.counts, sorted_rows))
 
 
 def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
@@ -161,13 +160,13 @@ def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
 
 def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
     if _records(order, rows):
-        return cast(Blocks, _apply_dispatch(rows, order, inverse, counts, None))
+        return cast(Blocks, _Dispatch.apply(rows, order, inverse, counts, None))
     return _cut(rows.index_select(0, order), counts)
 
 
 def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     if _records(order, *blocks):
-        return cast(torch.Tensor, _apply_combine(order, inverse, counts, *blocks))
+        return cast(torch.Tensor, _Combine.apply(order, inverse, counts, *blocks))
     return torch.cat(tuple(blocks)).index_select(0, inverse)
 
 

@@ -20,7 +20,7 @@ _HEADINGS = {
     "present": "present",
     "rows": "rows/expert (min median max)",
     "parameters": "parameters",
-    "megabytes": "MB present",
+    "megabytes": "MB",
     "why": "why",
 }
 
@@ -36,7 +36,7 @@ class LevelExplanation:
         num_present: Experts P in the plan, or ``None`` without one.
         rows_per_expert: Least, median and most samples of a present expert, or ``None``.
         num_parameters: Parameters of all the level's experts, shared ones counted once.
-        present_bytes: Bytes of the present experts' parameters; of all experts' without a plan.
+        parameter_bytes: Bytes of the parameters of the experts present; of all experts' without a plan.
         why: Why this engine, and which copies of rows the plan saves.
     """
 
@@ -46,7 +46,7 @@ class LevelExplanation:
     num_present: int | None
     rows_per_expert: tuple[int, float, int] | None
     num_parameters: int
-    present_bytes: int
+    parameter_bytes: int
     why: str
 
 
@@ -95,7 +95,7 @@ def explain_level(
         num_present=None if plan is None else len(plan.experts),
         rows_per_expert=rows,
         num_parameters=sum(parameter.numel() for parameter in _initialized([modules])),
-        present_bytes=sum(parameter.nbytes for parameter in _initialized(present)),
+        parameter_bytes=sum(parameter.nbytes for parameter in _initialized(present)),
         why=why,
     )
 
@@ -106,7 +106,7 @@ def _movement(plan: LevelPlan) -> str:
     if plan.is_sorted:
         return "batch already in expert order, no gather"
     if plan.follows_previous:
-        return "same order as the level above, no gather between"
+        return "same order as the level above"
     return "one gather each way"
 
 
@@ -125,6 +125,6 @@ def _cells(line: LevelExplanation) -> tuple[str, ...]:
         "-" if line.num_present is None else str(line.num_present),
         rows,
         f"{line.num_parameters:,}",
-        f"{line.present_bytes / 1e6:.2f}",
+        f"{line.parameter_bytes / 1e6:.2f}",
         line.why,
     )

@@ -43,9 +43,13 @@ class LearnedFusion(nn.Module):
         fused: torch.Tensor = self.dropout(self.norm(_mean(gated)))
         return fused
 
-    def check_hidden(self, shape: torch.Size) -> None:
-        """Check that hidden states of this shape can be fused, before any expert runs."""
-        _check_width(shape, self.hidden_size)
+    def check_hidden(self, hidden: torch.Tensor) -> None:
+        """Check that hidden states like these can be fused, before any expert runs.
+
+        Raises:
+            InputError: They are not as wide as the fusion, or not where it is.
+        """
+        _check_width_and_device(hidden, self.hidden_size, self.norm)
 
 
 class PositionAwareFusion(nn.Module):
@@ -76,7 +80,7 @@ class PositionAwareFusion(nn.Module):
         """
         if len(level_hiddens) != self.num_levels:
             raise _wrong_number(self.num_levels, len(level_hiddens))
-        self.check_hidden(level_hiddens[0].shape)
+        self.check_hidden(level_hiddens[0])
         dim = level_hiddens[0].dim()
         num_positions = level_hiddens[0].shape[1] if dim == 3 else 1
         scores = [gate(hidden) for gate, hidden in zip(self.level_gates, level_hiddens, strict=True)]
@@ -91,12 +95,16 @@ class PositionAwareFusion(nn.Module):
         result: torch.Tensor = self.dropout(self.norm(fused))
         return result
 
-    def check_hidden(self, shape: torch.Size) -> None:
-        """Check that hidden states of this shape can be fused, before any expert runs."""
-        _check_width(shape, self.hidden_size)
-        if len(shape) > 3:
+    def check_hidden(self, hidden: torch.Tensor) -> None:
+        """Check that hidden states like these can be fused, before any expert runs.
+
+        Raises:
+            InputError: They have more than three axes, are not as wide as the fusion, or not where it is.
+        """
+        _check_width_and_device(hidden, self.hidden_size, self.norm)
+        if hidden.dim() > 3:
             raise InputError(
-                f"'hidden' must be [B, D] or [B, S, D] for the position-aware fusion (got shape {tuple(shape)})"
+                f"'hidden' must be [B, D] or [B, S, D] for the position-aware fusion (got shape {tuple(hidden.shape)})"
             )
 
 
@@ -104,14 +112,22 @@ class MeanFusion(nn.Module):
     """The plain mean of the levels: no parameters, norm or dropout."""
 
     def forward(self, level_hiddens: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Fuse L tensors of one shape into one of the same shape."""
+        """Fuse L tensors of one shape into one of the same shape.
+
+        Raises:
+            InputError: There is no tensor.
+        """
         if not level_hiddens:
             raise InputError("'level_hiddens' must hold one tensor a level (got none)")
         return _mean(level_hiddens)
 
 
 def build_fusion(config: CELMoEConfig, num_levels: int, fusion_module: nn.Module | None) -> nn.Module:
-    """The fusion that a model gets: the user's own, else the mean where asked for, else the config's type."""
+    """The fusion that a model gets: the user's own, else the mean where asked for, else the config's type.
+
+    Raises:
+        ConfigTypeError: The user's own can't be called, or is a class.
+    """
     if fusion_module is not None:
         if isinstance(fusion_module, type) or not callable(fusion_module):
             raise ConfigTypeError(
@@ -125,9 +141,14 @@ def build_fusion(config: CELMoEConfig, num_levels: int, fusion_module: nn.Module
     return LearnedFusion(config.hidden_size, num_levels, config.fusion_dropout)
 
 
-def _check_width(shape: torch.Size, width: int) -> None:
+def _check_width_and_device(hidden: torch.Tensor, width: int, norm: nn.Module) -> None:
+    shape = hidden.shape
     if len(shape) < 2 or shape[-1] != width:
         raise InputError(f"'hidden' must be [B, ..., {width}], as wide as the fusion (got shape {tuple(shape)})")
+    weight = norm._parameters.get("weight")
+    # Parameters of another kind may be sharded, and those on meta offloaded, until the fusion is called.
+    if type(weight) is nn.Parameter and weight.device != hidden.device and not weight.is_meta:
+        raise InputError(f"'hidden' must be on {weight.device}, where the model is (got {hidden.device})")
 
 
 def _wrong_number(num_levels: int, got: int) -> InputError:

@@ -102,6 +102,9 @@ class HierarchicalCELMoE(nn.Module):
         Args:
             plan_or_routing: Tells the rows of each expert; without it, only the levels are told.
             batch_size: As for `compile_routing`.
+
+        Raises:
+            CELMoEError: What `compile_routing` raises; or an expert in the plan has been removed.
         """
         plan = None if plan_or_routing is None and batch_size is None else self._compiler(plan_or_routing, batch_size)
         present = None if plan is None else present_experts(self.level_modules, plan)
@@ -140,7 +143,10 @@ class HierarchicalCELMoE(nn.Module):
         _check_mask(mask, hidden)
         context_rows = ContextRows(context, batch_size, hidden.device)
         host_plan = self._compiler.compile(routing, batch_size, told_by="'hidden'")
-        plan = host_plan if host_plan.device == hidden.device else host_plan.to(hidden.device, non_blocking=True)
+        plan = host_plan
+        if plan.device != hidden.device:
+            # Into the host's memory nothing would wait for the copy.
+            plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
         experts = present_experts(self.level_modules, plan)
         engine = ENGINES[self._engine]
 
@@ -187,7 +193,7 @@ def _check_hidden(hidden: Any, fusion: nn.Module) -> None:
         raise InputError("'hidden' must have the samples for its first axis (got a tensor of no axes)")
     # A subclass may take other widths than the fusion that it is made from.
     if type(fusion) is LearnedFusion or type(fusion) is PositionAwareFusion:
-        fusion.check_hidden(hidden.shape)
+        fusion.check_hidden(hidden)
 
 
 def _check_mask(mask: Any, hidden: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> 
             result = copy.copy(result)
             result.hidden = result.hidden.clone()
         results.append(result)
-        if type(result) is ExpertResult and type(result.losses) is dict:
+        if type(result) is ExpertResult and type(result.losses) is dict and type(result.aux) is dict:
             hidden = result.hidden
             if type(hidden) is torch.Tensor and (hidden.shape, hidden.device, hidden.dtype) == (shape, device, dtype):
                 continue
@@ -61,11 +61,13 @@ def _fault(
     """What is wrong with a result, the rule that it breaks, and the error to raise."""
     if not isinstance(result, ExpertResult):
         return "result", f"be an ExpertResult (got {type(result).__name__})", ResultTypeError
-    hidden, losses = result.hidden, result.losses
+    hidden, losses, aux = result.hidden, result.losses, result.aux
     if not isinstance(hidden, torch.Tensor):
         return "result.hidden", f"be a tensor (got {type(hidden).__name__})", ResultTypeError
     if not isinstance(losses, Mapping):
         return "result.losses", f"be a mapping (got {type(losses).__name__})", ResultTypeError
+    if isinstance(aux, torch.Tensor):
+        return "result.aux", "be a mapping (got Tensor)", ResultTypeError
     if hidden.shape != shape:
         rule = f"have the shape of its input, {tuple(shape)} (got {tuple(hidden.shape)})"
         return "result.hidden", rule, ResultError

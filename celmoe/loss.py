@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from .config import require_finite
-from .errors import InputError, InputTypeError, UnknownLevelError, nearest
+from .errors import ConfigTypeError, InputError, InputTypeError, UnknownLevelError, nearest
 from .experts import ExpertContext
 from .outputs import CELMoEOutput, LevelOutput
 
@@ -73,10 +73,10 @@ class LossBundle:
         """The weighted sum of all terms; differentiable.
 
         Raises:
-            ValueError: There is no term.
+            InputError: There is no term.
         """
         if not self.terms:
-            raise ValueError("'terms' must hold at least one loss term (got none)")
+            raise InputError("'terms' must hold at least one loss term (got none)")
         total = self.terms[0].value.new_zeros(())
         for term in self.terms:
             total = total + (term.value if _is_one(term.weight) else term.weight * term.value)
@@ -112,11 +112,13 @@ class CELMoELossAPI:
 
     def add_global(self, name: str, fn: LossCallable, weight: float | torch.Tensor = 1.0) -> None:
         """A loss over the whole output: ``fn(output, targets, context)``, named ``global.<name>``."""
+        _require_callable(name, fn)
         _require_weight(weight)
         self.global_losses.append((name, weight, fn))
 
     def add_level(self, level_name: str, name: str, fn: LevelLossCallable, weight: float | torch.Tensor = 1.0) -> None:
         """A loss over one level: ``fn(level_output, output, targets, context)``, named ``<level>.<name>``."""
+        _require_callable(name, fn)
         _require_weight(weight)
         self.level_losses.setdefault(level_name, []).append((name, weight, fn))
 
@@ -127,6 +129,7 @@ class CELMoELossAPI:
 
         ``fn`` is called with ``(parent_output, child_output, output, targets, context)``.
         """
+        _require_callable(name, fn)
         _require_weight(weight)
         self.bridge_losses.append((parent_level, child_level, name, weight, fn))
 
@@ -177,6 +180,11 @@ def _add(bundle: LossBundle, scope: str, name: str, weight: float | torch.Tensor
             bundle.add(f"{scope}.{name}.{item}", value, weight, scope)
     else:
         bundle.add(f"{scope}.{name}", result, weight, scope)
+
+
+def _require_callable(name: str, fn: object) -> None:
+    if not callable(fn):
+        raise ConfigTypeError(f"'fn' of loss {name!r} must be callable (got {fn!r})")
 
 
 def _require_weight(weight: object) -> None:

@@ -1,6 +1,6 @@
-"""From every level's codes to a plan: samples sorted by expert, stably, at O(B + E) a level.
+"""From every level's codes to a plan: samples sorted by expert, stably, at O(B) a level.
 
-Axes: B samples, E experts of a level.
+Axes: B samples.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def make_plan(
         tables: One table a level.
         codes: The codes ``[B]`` of each level, or one code for the whole batch.
         batch_size: Samples B.
+
+    Returns:
+        The plan, on the CPU.
     """
     make = _plan_few if 0 < batch_size <= FEW_SAMPLES else _plan_many
     return make(layout, tables, codes, batch_size)
@@ -116,7 +119,7 @@ def _sorted(
         only = table.sorted_experts[code if isinstance(code, int) else 0]
         return ((only,) if batch_size else ()), np.full(min(batch_size, 1), batch_size, dtype=np.int64), None
     code = code_array(code)
-    counts = np.bincount(code, minlength=len(table.experts))
+    counts = np.bincount(code)
     present = counts.nonzero()[0]
     experts = tuple([table.sorted_experts[each] for each in present.tolist()])
     is_sorted = bool((code[:-1] <= code[1:]).all())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -149,35 +149,45 @@ def _container_of(value: Any, cut: Callable[[Any], Any], outermost: bool) -> Any
         if not outermost and all(items[key] is value[key] for key in value):
             return value
         # A copy keeps what its kind has beside the items: a defaultdict's default, say.
-        return _refilled(copy.copy(value), items) if isinstance(value, dict) else items
+        return _refilled(value, items.items()) if isinstance(value, dict) else items
     if isinstance(value, list | tuple):
         items = [cut(item) for item in value]
         if all(item is original for item, original in zip(items, value, strict=True)):
             return value
-        if type(value) in (list, tuple):
-            return type(value)(items)
+        if isinstance(value, list):
+            return _refilled(value, enumerate(items))
         # A named tuple takes its items one by one, torch's own tuples take them as one sequence.
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return type(value)(items) if hasattr(value, "n_fields") else tuple.__new__(type(value), items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: cut(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if all(item is getattr(value, name) for name, item in fields.items()):
+        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        items = {name: cut(getattr(value, name)) for name in names}
+        if all(items[name] is getattr(value, name) for name in names):
             return value
         changed = copy.copy(value)
-        for name, item in fields.items():
-            object.__setattr__(changed, name, item)
+        for name in names:
+            object.__setattr__(changed, name, items[name])
         return changed
     return value
 
 
-def _refilled(mapping: Any, items: Mapping[Any, Any]) -> Any:
-    for key, item in items.items():
-        mapping[key] = item
-    return mapping
+def _refilled(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
+    changed = copy.copy(container)
+    for key, item in items:
+        changed[key] = item
+    return changed
 
 
 def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int) -> dict[str, list[str]]:
     """One expert's name for every sample at every enabled level."""
     given: dict[str, list[str]] = {}
+    if isinstance(routing, RoutingPlan):
+        experts_of = {level.name: tuple(level.experts) for level in model.levels}
+        if dict(routing.layout) != experts_of or list(dict(routing.layout)) != list(experts_of):
+            raise ValueError(f"the plan is for {dict(routing.layout)}, the model has {experts_of}")
+    elif unknown := [name for name in routing or () if name not in {level.name for level in model.config.levels}]:
+        raise KeyError(f"{unknown[0]!r} is no level")
     for level in model.levels:
         if isinstance(routing, RoutingPlan):
             ids = routing.levels[level.name].expert_ids.tolist()
@@ -202,6 +212,9 @@ def _names(routes: Any, experts: list[str], batch_size: int) -> list[str]:
     if isinstance(routes, str):
         return [routes] * batch_size
     routes = routes.tolist() if hasattr(routes, "tolist") else routes
+    for route in routes:
+        if not isinstance(route, str) and (isinstance(route, bool) or not 0 <= route < len(experts)):
+            raise ValueError(f"{route!r} is no position among {len(experts)} experts")
     return [route if isinstance(route, str) else experts[route] for route in routes]
 
 

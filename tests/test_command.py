@@ -54,7 +54,7 @@ def test_one_device_in_this_process(capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_missing(capsys):
-    assert command.main(["--self-check", "cuda"]) == 1
+    assert command.main(["--self-check", "cuda"]) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "no CUDA device, or a torch built without CUDA\n"
@@ -86,26 +86,32 @@ def pretend(monkeypatch, **outcome):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "works", "detail"),
+    ("outcome", "state", "detail"),
     [
-        ({"stdout": "noise\nagrees with the oracle to 0.0e+00\n"}, True, "agrees with the oracle to 0.0e+00"),
-        ({"returncode": 1, "stderr": "Traceback\nRuntimeError: no driver\n"}, False, "RuntimeError: no driver"),
-        ({"returncode": 1}, False, "no answer"),
-        ({"returncode": -11}, False, "the driver ended the process (signal 11)"),
-        ({"error": subprocess.TimeoutExpired("celmoe", 120)}, False, "no answer within 120 s"),
+        ({"stdout": "noise\nagrees with the oracle to 0.0e+00\n"}, "works", "agrees with the oracle to 0.0e+00"),
+        ({"returncode": 3, "stderr": "no CUDA device\n"}, "not available", "no CUDA device"),
+        (
+            {"returncode": 1, "stderr": "differs from the oracle by 3.1e-01\n"},
+            "fails",
+            "differs from the oracle by 3.1e-01",
+        ),
+        ({"returncode": 1, "stderr": "Traceback\nRuntimeError: no driver\n"}, "fails", "RuntimeError: no driver"),
+        ({"returncode": 1}, "fails", "no answer"),
+        ({"returncode": -11}, "fails", "the driver ended the process (signal 11)"),
+        ({"error": subprocess.TimeoutExpired("celmoe", 120)}, "fails", "no answer within 120 s"),
     ],
 )
-def test_what_a_child_process_may_do(monkeypatch, outcome, works, detail):
+def test_what_a_child_process_may_do(monkeypatch, outcome, state, detail):
     pretend(monkeypatch, **outcome)
     found = devices.report("cuda")
-    assert (found.device, found.works, found.detail) == ("cuda", works, detail)
+    assert (found.device, found.state, found.detail) == ("cuda", state, detail)
 
 
 def test_the_exit_code_is_the_cpu_s(monkeypatch, capsys):
-    for works in (True, False):
-        monkeypatch.setattr(command, "report", lambda device, works=works: devices.DeviceReport(device, works, "x"))
-        assert command.main([]) == (0 if works else 1)
-    assert capsys.readouterr().out.count("cpu ") == 2
+    for state in ("works", "fails", "not available"):
+        monkeypatch.setattr(command, "report", lambda device, state=state: devices.DeviceReport(device, state, "x"))
+        assert command.main([]) == (0 if state == "works" else 1)
+    assert capsys.readouterr().out.count("cpu ") == 3
 
 
 def test_the_self_check_can_fail(monkeypatch):

@@ -23,6 +23,7 @@ from celmoe import (
     ExpertConfig,
     HierarchicalCELMoE,
     HierarchyLevelConfig,
+    InputError,
     InputTypeError,
     LossBundle,
     LossTerm,
@@ -535,3 +536,28 @@ def test_losses_of_unknown_levels():
         message = f"{who} must be registered for levels of the output (got {name!r}; nearest: 'family')"
         assert_error(caught.value, UnknownLevelError, KeyError, message)
         assert not ran
+
+
+def test_flags_from_numpy_are_flags():
+    made = ExpertConfig("e", stop_gradient_from_parent=np.bool_(True))
+    assert made.stop_gradient_from_parent is True
+    assert CELMoEConfig(4, use_learned_fusion=np.bool_(False)).use_learned_fusion is False
+
+
+@pytest.mark.parametrize("wrong", [0.5, None, "loss"])
+def test_losses_that_cannot_be_called(wrong):
+    api = CELMoELossAPI()
+    for add in (
+        lambda: api.add_global("x", wrong),
+        lambda: api.add_level("level", "x", wrong),
+        lambda: api.add_bridge("upper", "lower", "x", wrong),
+    ):
+        with pytest.raises(ConfigTypeError) as caught:
+            add()
+        assert str(caught.value) == f"'fn' of loss 'x' must be callable (got {wrong!r})"
+    assert [api.global_losses, api.level_losses, api.bridge_losses] == [[], {}, []]
+
+
+def test_a_bundle_without_terms_has_no_total():
+    with pytest.raises(InputError, match="'terms' must hold at least one loss term"):
+        LossBundle().total  # noqa: B018

@@ -22,6 +22,11 @@ HIDDEN = {
         (InputError, ValueError),
         "'hidden' must have the samples for its first axis (got a tensor of no axes)",
     ),
+    "another device": (
+        torch.zeros(3, WIDTH, device="meta"),
+        (InputError, ValueError),
+        "'hidden' must be on cpu, where the model is (got meta)",
+    ),
     "one axis": (
         torch.zeros(3),
         (InputError, ValueError),

@@ -34,6 +34,11 @@ RESULTS = {
         (ResultTypeError, TypeError),
         f"'result' {WHO} must be an ExpertResult (got NoneType)",
     ),
+    "aux": (
+        lambda batch: ExpertResult(batch.hidden, {}, torch.ones(2)),
+        (ResultTypeError, TypeError),
+        f"'result.aux' {WHO} must be a mapping (got Tensor)",
+    ),
     "tensor": (
         lambda batch: batch.hidden,
         (ResultTypeError, TypeError),

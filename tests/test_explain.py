@@ -36,7 +36,7 @@ def test_figures_of_a_routing():
     assert (family.level, family.engine, family.num_experts, family.num_present) == ("family", "looped", 3, 1)
     assert (family.rows_per_expert, family.num_parameters) == ((4, 4.0, 4), 3 * EXPERT)
     assert (language.num_experts, language.num_present, language.rows_per_expert) == (4, 2, (1, 2.0, 3))
-    assert (language.num_parameters, language.present_bytes) == (4 * EXPERT, 2 * EXPERT * 4)
+    assert (language.num_parameters, language.parameter_bytes) == (4 * EXPERT, 2 * EXPERT * 4)
 
 
 def test_a_plan_and_its_routing_say_the_same():
@@ -48,7 +48,7 @@ def test_a_plan_and_its_routing_say_the_same():
 def test_without_a_routing_there_are_no_rows():
     for line in build().explain().levels:
         assert line.num_present is line.rows_per_expert is None
-        assert line.present_bytes == line.num_experts * EXPERT * 4
+        assert line.parameter_bytes == line.num_experts * EXPERT * 4
 
 
 def test_an_empty_batch():
@@ -74,9 +74,9 @@ def test_shared_modules_are_counted_once():
         model.level_modules["language"][name] = shared
     line = model.explain({"family": "slavic", "language": ["ru", "pl"]}).levels[1]
     assert line.num_parameters == 3 * EXPERT
-    assert line.present_bytes == EXPERT * 4
+    assert line.parameter_bytes == EXPERT * 4
     model.half()
-    assert model.explain({"family": "slavic", "language": ["ru", "pl"]}).levels[1].present_bytes == EXPERT * 2
+    assert model.explain({"family": "slavic", "language": ["ru", "pl"]}).levels[1].parameter_bytes == EXPERT * 2
 
 
 def test_experts_without_parameters():

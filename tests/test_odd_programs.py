@@ -568,3 +568,27 @@ def test_a_level_left_out_of_the_model_by_enabled_flags_set_later():
     model.config.levels[0].enabled = False
     assert list(model(rows(), GOOD).levels) == ["family", "language"]
     assert isinstance(model.levels[0], HierarchyLevelConfig)
+
+
+@pytest.mark.parametrize(
+    ("routing", "kind"),
+    [
+        ({"family": [0, -1, 1], "language": [0, 1, 2]}, ValueError),
+        ({"family": [True, False, True], "language": [0, 1, 2]}, ValueError),
+        ({**GOOD, "galaxy": ["a"] * 3}, KeyError),
+    ],
+)
+def test_the_oracle_refuses_what_the_model_refuses(routing, kind):
+    model = build()
+    for forward in (model, partial(reference_forward, model)):
+        with pytest.raises((kind, TypeError)):
+            forward(rows(), routing)
+
+
+def test_the_oracle_refuses_another_models_plan():
+    plan = build(CELMoEConfig(WIDTH, [level("family"), level("language")])).compile_routing(
+        {"family": "a", "language": "b"}, 3
+    )
+    for forward in (build(), partial(reference_forward, build())):
+        with pytest.raises(ValueError, match="plan"):
+            forward(rows(), plan)

@@ -398,3 +398,36 @@ class TestTheStrategiesReach:
         ids = data.draw(route_ids(size, experts, list(range(experts))))
         assert len(ids) == size
         assert all(0 <= each < experts for each in ids)
+
+
+def test_a_plan_is_pinned_by_the_loaders_own_function(monkeypatch):
+    """Page-locked memory needs a CUDA device; a copy stands in for it here."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self.clone())
+    plan = RoutingCompiler(config_of(level=["a", "b"]))({"level": ["b", "a"]})
+    _, found = pin_memory((torch.zeros(2), plan))
+    assert isinstance(found, RoutingPlan)
+    # One buffer for the plan, beside the tensor.
+    assert len(pinned) == 2
+    same(found, plan)
+
+
+@pytest.mark.parametrize(("device", "non_blocking"), [("cpu", False), ("meta", True)])
+def test_nothing_is_read_before_it_has_arrived(monkeypatch, device, non_blocking):
+    """A copy into the host's memory is waited for; one into a device's is waited for by that device."""
+    model = HierarchicalCELMoE(config_of(level=["a", "b"]), lambda *_: Linear(4)).to(device)
+    other = "meta" if device == "cpu" else "cpu"
+    plan = model.compile_routing({"level": ["b", "a"]}).to(other)
+    calls = []
+    right = RoutingPlan.to
+    monkeypatch.setattr(
+        RoutingPlan,
+        "to",
+        lambda self, *args, **options: (
+            calls.append(options) or right(model.compile_routing({"level": ["b", "a"]}), *args)
+        ),
+    )
+    model(torch.zeros(2, 4, device=device), plan)
+    assert calls == [{"non_blocking": non_blocking}]

@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
-from benchmarks.grid.report import draw_steps, plan_line, summary, write_plans, write_steps
+from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
 from benchmarks.peers import PeerUnavailableError, load_peer
 from benchmarks.workloads import EXPERTS, grid
 from celmoe.engines import AUTO, ENGINES
 
 # Three levels of 256 experts, and the hierarchy of the grid's largest workload.
 PLANNED = ((256, 256, 256), (1, 16, 256))
+# What the planning of the first is held to.
+MOST_BY_LOOK_UPS, LEAST_BY_PEER = 2.5, 100
 
 
 def main() -> int:
@@ -59,6 +61,13 @@ def main() -> int:
         write_steps(options.report / "steps.csv", steps)
     draw_steps(options.report / "steps.png", steps)
     console.print(summary(steps), markup=False)
+    if plans[0].by_look_ups > MOST_BY_LOOK_UPS or plans[0].by_peer < LEAST_BY_PEER:
+        console.print(
+            f"planning {plan_name(plans[0])} must take at most {MOST_BY_LOOK_UPS} times the bare look-ups, and the peer's "
+            f"routing at least {LEAST_BY_PEER} times as long (got {plans[0].by_look_ups:.2f}, {plans[0].by_peer:.0f})",
+            markup=False,
+        )
+        return 1
     return 0
 
 

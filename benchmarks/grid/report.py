@@ -113,10 +113,15 @@ def summary(steps: Sequence[StepTiming]) -> str:
     )
 
 
+def plan_name(plan: PlanTiming) -> str:
+    """The batch and the hierarchy."""
+    return f"{PLANNED_BATCH:,} samples over {'/'.join(map(str, plan.experts))} experts"
+
+
 def plan_line(plan: PlanTiming) -> str:
     """One hierarchy's planning."""
     return (
-        f"planning {PLANNED_BATCH:,} samples over {'/'.join(map(str, plan.experts))} experts: {plan.plan_ms:.1f} ms, "
+        f"planning {plan_name(plan)}: {plan.plan_ms:.1f} ms, "
         f"{plan.by_look_ups:.2f} times the bare look-ups; celmoe-vp's routing takes {plan.by_peer:.0f} times as long"
     )
 
