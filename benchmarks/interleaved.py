@@ -7,6 +7,7 @@ ratios within a round, and of those the median.
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ class Timings:
 
 
 def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda: None) -> Timings:
-    """Run all contenders in turn, each round in the reverse order of the one before.
+    """Run all contenders in turn, each round in another order: what ran before leaves its traces in the caches.
 
     Args:
         steps: What is timed, by contender.
@@ -57,6 +58,7 @@ def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda
         between: Run before each timed step, unseen by the clock.
     """
     names = list(steps)
+    shuffle = random.Random(0).shuffle
     found: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -74,7 +76,7 @@ def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda
                 start = time.perf_counter()
                 steps[name]()
                 found[name].append(time.perf_counter() - start)
-            names.reverse()
+            shuffle(names)
     finally:
         if collecting:
             gc.enable()

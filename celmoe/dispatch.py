@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from .plan import LevelPlan
 
-Blocks: TypeAlias = Sequence[torch.Tensor]
+Blocks: TypeAlias = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_batch_of_older_vmap = torch._C._functorch.is_legacy_batchedtensor
@@ -142,7 +142,7 @@ def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
 
 def _joined(blocks: Blocks) -> torch.Tensor:
     # Joining keeps a memory format that all blocks have.
-    return torch.cat(tuple(blocks)).contiguous()
+    return torch.cat(blocks).contiguous()
 
 
 def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
@@ -167,7 +167,7 @@ def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor
 def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     if _records(order, *blocks):
         return cast(torch.Tensor, _Combine.apply(order, inverse, counts, *blocks))
-    return torch.cat(tuple(blocks)).index_select(0, inverse)
+    return torch.cat(blocks).index_select(0, inverse)
 
 
 def _records(order: torch.Tensor, *inputs: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from .plan import HostLevel, Layout, RoutingPlan
-from .routing import Codes, RouteTable, code_array
+from .routing import CodeArray, Codes, RouteTable, code_array
 
 # Up to so many samples Python's lists do it: NumPy takes a few dozen calls, each of which finds the processor's caches
 # cold after a training step, and that costs more than the work.
@@ -48,7 +48,7 @@ def _plan_few(
     # The order of the level above, and where it and its inverse are among the parts.
     previous, places = identity, (0, 0)
     for table, codes_or_one in zip(tables, codes, strict=True):
-        code = _code_list(codes_or_one, batch_size)
+        code = codes_or_one if isinstance(codes_or_one, bytearray) else _code_list(codes_or_one, batch_size)
         present = sorted(set(code)) if len(table.experts) > 1 else [0]
         counts = tuple(map(code.count, present))
         order = sorted(identity, key=code.__getitem__) if len(present) > 1 else identity
@@ -74,9 +74,7 @@ def _plan_few(
     return RoutingPlan(layout, batch_size, levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes)
 
 
-def _code_list(codes: Codes | int, batch_size: int) -> list[int] | bytearray:
-    if isinstance(codes, bytearray):
-        return codes
+def _code_list(codes: CodeArray | int, batch_size: int) -> list[int]:
     return [codes] * batch_size if isinstance(codes, int) else codes.tolist()
 
 
