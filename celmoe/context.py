@@ -46,7 +46,7 @@ class ContextRows:
         # The containers that are being entered: one that holds itself is shared at its second coming.
         self._entered: set[int] = set()
         # As in celmoe-vp, every expert may write into the outermost mapping without another one's seeing it.
-        self._build = None if context is None else self._builder(context, ("context",), always=True)
+        self._build = self._builder(context, ("context",), always=True)
         self.is_whole = self._build is None
 
     def build(self, blocks: Sequence[torch.Tensor]) -> ExpertContext:
@@ -106,6 +106,10 @@ class ContextRows:
         self.aligned.append(tensor)
         last = len(self.aligned) - 1
         return lambda blocks: blocks[last]
+
+
+# What a pass without a context has.
+NO_CONTEXT = ContextRows(None, 0, torch.device("cpu"))
 
 
 def _around(

@@ -97,13 +97,15 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
         return [rows.index_select(0, positions) for positions in plan.order.split(list(plan.counts))]
     if plan.is_sorted:
         return _cut(rows.clone(memory_format=torch.contiguous_format), plan.counts)
+    if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
+        return _cut(rows.index_select(0, plan.order), plan.counts)
     return _scatter_rows(rows, plan.order, plan.inverse, plan.counts)
 
 
 def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
     """As `dispatch`, for rows that the level above had in the same order: a copy of its blocks in place of a gather.
 
-    Gradients are gathered on their way back, and so are a few rows on a CPU where gradients flow: see `_records`.
+    Gradients are gathered on their way back, and so are a few rows on a CPU where gradients flow: see `FEW_ROWS`.
 
     Args:
         rows: ``[B, ...]``, what the level above gave. Gradients flow into them as through `dispatch`.
@@ -115,7 +117,7 @@ def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
     """
     if not (torch.is_grad_enabled() and rows.requires_grad):
         return _cut(_joined(blocks), plan.counts)
-    if not _records(plan.order, rows):
+    if not _records(rows) or (plan.order.numel() <= FEW_ROWS and plan.order.is_cpu):
         return dispatch(rows, plan)
     sorted_rows = _joined([block.detach() for block in blocks])
     return cast(Blocks, _Dispatch.apply(rows, plan.order, plan.inverse, plan.counts, sorted_rows))
@@ -137,6 +139,8 @@ def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
         return blocks[0].clone(memory_format=torch.contiguous_format)
     if plan.is_sorted:
         return _joined(blocks)
+    if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
+        return torch.cat(blocks).index_select(0, plan.inverse)
     return _gather_blocks(blocks, plan.order, plan.inverse, plan.counts)
 
 
@@ -159,26 +163,25 @@ def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
 
 
 def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
-    if _records(order, rows):
+    if _records(rows):
         return cast(Blocks, _Dispatch.apply(rows, order, inverse, counts, None))
     return _cut(rows.index_select(0, order), counts)
 
 
 def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    if _records(order, *blocks):
+    if _records(*blocks):
         return cast(torch.Tensor, _Combine.apply(order, inverse, counts, *blocks))
     return torch.cat(blocks).index_select(0, inverse)
 
 
-def _records(order: torch.Tensor, *inputs: torch.Tensor) -> bool:
+def _records(*inputs: torch.Tensor) -> bool:
     """Whether one of the Functions is to stand in the autograd graph.
 
-    Function transforms (``torch.func``) and tracing take plain operators only, and few rows on a CPU are better off
-    with them; all get the same result with PyTorch's own backward.
+    Function transforms (``torch.func``) and tracing take plain operators only; they get the same result with PyTorch's
+    own backward.
     """
     return (
-        (order.numel() > FEW_ROWS or not order.is_cpu)
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in inputs)
         and not _transforms_are_active()
         and not torch._C._get_tracing_state()

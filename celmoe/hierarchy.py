@@ -10,7 +10,7 @@ from torch import nn
 
 from .compiler import RoutingCompiler
 from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
-from .context import ContextRows
+from .context import NO_CONTEXT, ContextRows
 from .engines import ENGINES, resolve_engine
 from .errors import ConfigTypeError, InputError, InputTypeError
 from .experts import ExpertContext, ExpertMetadata
@@ -140,8 +140,9 @@ class HierarchicalCELMoE(nn.Module):
         fusion = self.fusion
         _check_hidden(hidden, fusion)
         batch_size = hidden.shape[0]
-        _check_mask(mask, hidden)
-        context_rows = ContextRows(context, batch_size, hidden.device)
+        if mask is not None:
+            _check_mask(mask, hidden)
+        context_rows = NO_CONTEXT if context is None else ContextRows(context, batch_size, hidden.device)
         host_plan = self._compiler.compile(routing, batch_size, told_by="'hidden'")
         plan = host_plan
         if plan.device != hidden.device:
@@ -197,8 +198,6 @@ def _check_hidden(hidden: Any, fusion: nn.Module) -> None:
 
 
 def _check_mask(mask: Any, hidden: torch.Tensor) -> None:
-    if mask is None:
-        return
     if not isinstance(mask, torch.Tensor):
         raise InputTypeError(f"'mask' must be a tensor (got {type(mask).__name__})")
     if mask.dim() == 0 or mask.shape[0] != hidden.shape[0]:

@@ -79,7 +79,8 @@ def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
                     == (kind, width, count)
                 ]
                 batches = [each.workload.batch_size for each in line]
-                axes.fill_between(batches, [each.low for each in line], [each.high for each in line], alpha=0.2)
+                low, high = [each.low for each in line], [each.high for each in line]
+                axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
                 axes.plot(batches, [each.ratio for each in line], color=colour, marker="o", markersize=3.5)
                 axes.lines[-1].set_label(f"{count} experts")
                 axes.plot(batches, [each.bound for each in line], color=colour, linewidth=0.9, linestyle=":")
