@@ -584,7 +584,8 @@ KINDS: dict[str, Kind] = {
     "weight_norm": _kind(WeightNormed),
     "remembers": _kind(Remembers, row_wise=False),
     "double": _kind(Double, any_dtype=True, changes_dtype=True),
-    "brain": _kind(Brain, any_dtype=True, changes_dtype=True),
+    # The next level's gradients are sums of its rows in bfloat16, so they depend on how many are summed at a time.
+    "brain": _kind(Brain, row_wise=False, any_dtype=True, changes_dtype=True),
     "shared_weight": Kind(lambda width, registry: SharedWeight(width, registry.weight())),
     "shared_module": Kind(lambda _, registry: registry.module()),
 }
