@@ -166,7 +166,7 @@ class HierarchicalCELMoE(nn.Module):
         return output
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not
         # A compiler is copied without its configs, and ours reads those of this model.
         self._compiler.configs = self.levels
 

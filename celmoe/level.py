@@ -81,7 +81,7 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
             name = str(error.args[0])
             raise UnknownExpertError(
                 f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {name!r}; '
-                f"{nearest(name, modules)})"  # type: ignore[arg-type]
+                f"{nearest(name, modules)})"  # type: ignore[arg-type]  # as above
             ) from None
     return found
 
