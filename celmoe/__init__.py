@@ -8,6 +8,7 @@ from .errors import (
     ConfigError,
     ConfigTypeError,
     EngineError,
+    EngineRefusedError,
     InputError,
     InputTypeError,
     MissingRouteError,
@@ -30,7 +31,7 @@ from .experts import (
     ExpertResult,
     Shared,
 )
-from .explain import Explanation, LevelExplanation
+from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
 from .hierarchy import HierarchicalCELMoE
 from .loss import (
@@ -54,9 +55,11 @@ __all__ = [
     "CELMoEError",
     "CELMoELossAPI",
     "CELMoEOutput",
+    "ClassExplanation",
     "ConfigError",
     "ConfigTypeError",
     "EngineError",
+    "EngineRefusedError",
     "ExpertAux",
     "ExpertBatch",
     "ExpertConfig",

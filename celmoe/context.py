@@ -31,6 +31,7 @@ class ContextRows:
 
     Attributes:
         aligned: The distinct batch-aligned tensors, each ``[B, ...]``.
+        shared: The tensors that all experts see as they are, by id.
         whole: The context as it was passed.
         is_whole: Whether every expert is given just that.
 
@@ -40,6 +41,7 @@ class ContextRows:
 
     def __init__(self, context: ExpertContext, batch_size: int, device: torch.device) -> None:
         self.aligned: list[torch.Tensor] = []
+        self.shared: dict[int, torch.Tensor] = {}
         self._batch_size = batch_size
         self._device = device
         self.whole = context
@@ -59,6 +61,7 @@ class ContextRows:
             case None:
                 return None
             case Shared():
+                self._share(value.value)
                 return lambda _: value.value
             case torch.Tensor():
                 return self._tensor(value, path)
@@ -92,8 +95,17 @@ class ContextRows:
                 return _around(items, builders, lambda built: _with_fields(value, names, built))
         return None
 
+    def _share(self, value: object) -> None:
+        """Know the tensors in plain containers; others are nobody's to know."""
+        if isinstance(value, torch.Tensor):
+            self.shared[id(value)] = value
+        elif isinstance(value, dict | list | tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                self._share(item)
+
     def _tensor(self, tensor: torch.Tensor, path: _Path) -> _Builder | None:
         if tensor.dim() == 0 or tensor.shape[0] != self._batch_size:
+            self.shared[id(tensor)] = tensor
             return None
         if tensor.device != self._device:
             raise InputError(

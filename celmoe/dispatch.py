@@ -45,7 +45,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.order, ctx.inverse, ctx.counts, ctx.trailing = order, inverse, counts, rows.shape[1:]
         # The zeros for a block without a gradient are made below, where all blocks are joined anyway.
         ctx.set_materialize_grads(False)
-        return tuple(_cut(rows.index_select(0, order) if sorted_rows is None else sorted_rows, counts))
+        return tuple(cut(rows.index_select(0, order) if sorted_rows is None else sorted_rows, counts))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
@@ -60,7 +60,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(_cut(tangents[0].index_select(0, ctx.order), ctx.counts))
+        return tuple(cut(tangents[0].index_select(0, ctx.order), ctx.counts))
 
 
 class _Combine(torch.autograd.Function):
@@ -71,7 +71,7 @@ class _Combine(torch.autograd.Function):
         ctx: Any, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int], *blocks: torch.Tensor
     ) -> torch.Tensor:
         ctx.order, ctx.inverse, ctx.counts = order, inverse, counts
-        return torch.cat(blocks).index_select(0, inverse)
+        return _whole(blocks).index_select(0, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -80,7 +80,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
         blocks = [tangent for tangent in tangents if tangent is not None]
-        return torch.cat(blocks).index_select(0, ctx.inverse)
+        return _whole(blocks).index_select(0, ctx.inverse)
 
 
 def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
@@ -96,9 +96,9 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
     if rows.layout != torch.strided:
         return [rows.index_select(0, positions) for positions in plan.order.split(list(plan.counts))]
     if plan.is_sorted:
-        return _cut(rows.clone(memory_format=torch.contiguous_format), plan.counts)
+        return cut(rows.clone(memory_format=torch.contiguous_format), plan.counts)
     if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
-        return _cut(rows.index_select(0, plan.order), plan.counts)
+        return cut(rows.index_select(0, plan.order), plan.counts)
     return _scatter_rows(rows, plan.order, plan.inverse, plan.counts)
 
 
@@ -116,7 +116,7 @@ def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
         As `dispatch`.
     """
     if not (torch.is_grad_enabled() and rows.requires_grad):
-        return _cut(_joined(blocks), plan.counts)
+        return cut(_joined(blocks), plan.counts)
     if not _records(rows) or (plan.order.numel() <= FEW_ROWS and plan.order.is_cpu):
         return dispatch(rows, plan)
     sorted_rows = _joined([block.detach() for block in blocks])
@@ -127,21 +127,25 @@ def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
     """The experts' rows back in batch order.
 
     Args:
-        blocks: P tensors ``[counts[p], ...]`` of one dtype.
+        blocks: Tensors ``[counts[p], ...]`` of one dtype.
         plan: The level's plan, on the blocks' device.
 
     Returns:
         ``[B, ...]``, contiguous.
     """
-    if len(blocks) == 1:
+    if len(blocks) == 1 and plan.is_sorted:
         # It may be the expert's own parameter, buffer or cache: what the caller does to a level's output must not
         # reach it. Several blocks are copied by joining them.
         return blocks[0].clone(memory_format=torch.contiguous_format)
     if plan.is_sorted:
         return _joined(blocks)
     if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
-        return torch.cat(blocks).index_select(0, plan.inverse)
+        return _whole(blocks).index_select(0, plan.inverse)
     return _gather_blocks(blocks, plan.order, plan.inverse, plan.counts)
+
+
+def _whole(blocks: Blocks) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _joined(blocks: Blocks) -> torch.Tensor:
@@ -149,7 +153,8 @@ def _joined(blocks: Blocks) -> torch.Tensor:
     return torch.cat(blocks).contiguous()
 
 
-def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
+def cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
+    """Blocks of rows that are no views to autograd; nothing else may read the rows."""
     if len(counts) == 1:
         return (sorted_rows,)
     if _transforms_are_active() or _is_batch_of_older_vmap(sorted_rows) or forward_ad._current_level >= 0:
@@ -165,13 +170,13 @@ def _cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
 def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
     if _records(rows):
         return cast(Blocks, _Dispatch.apply(rows, order, inverse, counts, None))
-    return _cut(rows.index_select(0, order), counts)
+    return cut(rows.index_select(0, order), counts)
 
 
 def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     if _records(*blocks):
         return cast(torch.Tensor, _Combine.apply(order, inverse, counts, *blocks))
-    return torch.cat(blocks).index_select(0, inverse)
+    return _whole(blocks).index_select(0, inverse)
 
 
 def _records(*inputs: torch.Tensor) -> bool:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
-
-from torch import nn
+from typing import Any, TypeAlias
 
 from .errors import EngineError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
+from .grouped import run_auto, run_grouped
 from .looped import run_looped
 
-Engine: TypeAlias = Callable[[Sequence[nn.Module], Iterable[ExpertBatch]], list[ExpertResult]]
+# What runs a level: experts one by one, or units of them.
+Engine: TypeAlias = Callable[[Sequence[Any], Iterable[ExpertBatch]], list[ExpertResult]]
 
 AUTO = "auto"
+LOOPED = "looped"
 ENVIRONMENT = "CELMOE_ENGINE"
-ENGINES: dict[str, Engine] = {"looped": run_looped}
+ENGINES: dict[str, Engine] = {AUTO: run_auto, LOOPED: run_looped, "grouped": run_grouped}
 
 
 def resolve_engine(name: str) -> str:
@@ -33,10 +34,10 @@ def resolve_engine(name: str) -> str:
         return name
     wanted = os.environ.get(ENVIRONMENT) or AUTO
     _require_known(f"'{ENVIRONMENT}'", wanted)
-    return "looped" if wanted == AUTO else wanted
+    return wanted
 
 
 def _require_known(where: str, name: str) -> None:
-    names = [AUTO, *ENGINES]
+    names = list(ENGINES)
     if name not in names:
         raise EngineError(f"{where} must be one of {listed(names)} (got {name!r}; {nearest(str(name), names)})")

@@ -4,6 +4,7 @@ CELMoEError
 |- ConfigError        ValueError    a value or the structure of a config
 |- ConfigTypeError    TypeError     a config field, or what a factory returned, of the wrong kind
 |- EngineError        ValueError    an engine that does not exist
+|- EngineRefusedError RuntimeError  an engine asked for by name that can't run these experts
 |- UnknownLevelError  KeyError      a level that the config does not have
 |- UnknownExpertError KeyError      an expert that its level does not have
 |- MissingRouteError  KeyError      a level that is neither routed nor can be inferred
@@ -39,6 +40,10 @@ class ConfigTypeError(CELMoEError, TypeError):
 
 class EngineError(CELMoEError, ValueError):
     """The engine asked for does not exist."""
+
+
+class EngineRefusedError(CELMoEError, RuntimeError):
+    """``engine="grouped"`` was asked for, and experts of one structure can't be proven to run as one."""
 
 
 class _LookupError(CELMoEError, KeyError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -26,18 +26,42 @@ _HEADINGS = {
 
 
 @dataclass(frozen=True)
+class ClassExplanation:
+    """Experts of one structure among those present.
+
+    Attributes:
+        architecture: The name of their Python class.
+        experts: Their names.
+        engine: ``"grouped"`` where they run as one, else ``"looped"``.
+        reason: Why, in words.
+        operations_looped: Operations without a grouped form, which run member by member, and how often.
+        rows_per_expert: Least, median and most samples of an expert, or ``None`` without a plan.
+        parameter_bytes: Bytes of their parameters.
+    """
+
+    architecture: str
+    experts: tuple[str, ...]
+    engine: str
+    reason: str
+    operations_looped: Mapping[str, int]
+    rows_per_expert: tuple[int, float, int] | None
+    parameter_bytes: int
+
+
+@dataclass(frozen=True)
 class LevelExplanation:
     """One level's line.
 
     Attributes:
         level: The level's name.
-        engine: The engine that runs its experts.
+        engine: The engine that runs its experts; ``"mixed"`` where some classes are grouped and some looped.
         num_experts: Experts E of the level.
         num_present: Experts P in the plan, or ``None`` without one.
         rows_per_expert: Least, median and most samples of a present expert, or ``None``.
         num_parameters: Parameters of all the level's experts, shared ones counted once.
         parameter_bytes: Bytes of the parameters of the experts present; of all experts' without a plan.
         why: Why this engine, and which copies of rows the plan saves.
+        classes: The experts present by structure, of which each runs in one way.
     """
 
     level: str
@@ -48,6 +72,7 @@ class LevelExplanation:
     num_parameters: int
     parameter_bytes: int
     why: str
+    classes: tuple[ClassExplanation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,11 +93,28 @@ class Explanation:
         rows = [tuple(_HEADINGS.values()), *(_cells(line) for line in self.levels)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *self._class_lines()])
+
+    def _class_lines(self) -> list[str]:
+        """The classes of levels where there is more to say than that experts are looped."""
+        lines = []
+        for line in self.levels:
+            for each in line.classes:
+                rows = "" if each.rows_per_expert is None else ", {} {:g} {} rows each".format(*each.rows_per_expert)
+                lines.append(
+                    f"{line.level}: {len(each.experts)} {each.architecture} {each.engine}, {each.reason}{rows}, "
+                    f"{each.parameter_bytes / 1e6:.2f} MB"
+                )
+        return ["", *lines] if lines else []
 
 
 def explain_level(
-    level: str, modules: NamedModules, engine: str, present: Sequence[nn.Module], plan: LevelPlan | None
+    level: str,
+    modules: NamedModules,
+    engine: str,
+    present: Sequence[nn.Module],
+    plan: LevelPlan | None,
+    classes: Sequence[ClassExplanation],
 ) -> LevelExplanation:
     """One level's line; runs no expert.
 
@@ -82,11 +124,19 @@ def explain_level(
         engine: The engine that runs them.
         present: The experts in the plan; all of them without one.
         plan: The level's plan.
+        classes: The experts present by structure; none where the engine does not ask.
     """
     why = "runs any module, one present expert after another"
+    several = [each for each in classes if len(each.experts) > 1]
+    found = {each.engine for each in several}
+    if several:
+        engine = found.pop() if len(found) == 1 else "mixed"
+        why = "; ".join(dict.fromkeys(f"{len(each.experts)} {each.architecture} {each.reason}" for each in several))
+    elif classes:
+        engine = "looped"
     rows = None
     if plan is not None and plan.counts:
-        rows = (min(plan.counts), float(statistics.median(plan.counts)), max(plan.counts))
+        rows = spread_of(plan.counts)
         why = f"{why}; {_movement(plan)}"
     return LevelExplanation(
         level=level,
@@ -95,9 +145,20 @@ def explain_level(
         num_present=None if plan is None else len(plan.experts),
         rows_per_expert=rows,
         num_parameters=sum(parameter.numel() for parameter in _initialized([modules])),
-        parameter_bytes=sum(parameter.nbytes for parameter in _initialized(present)),
+        parameter_bytes=parameter_bytes(present),
         why=why,
+        classes=tuple(classes),
     )
+
+
+def spread_of(counts: Sequence[int]) -> tuple[int, float, int]:
+    """Least, median and most."""
+    return min(counts), float(statistics.median(counts)), max(counts)
+
+
+def parameter_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the modules' parameters, shared ones counted once."""
+    return sum(parameter.nbytes for parameter in _initialized(modules))
 
 
 def _movement(plan: LevelPlan) -> str:

@@ -11,12 +11,12 @@ from torch import nn
 from .compiler import RoutingCompiler
 from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
 from .context import NO_CONTEXT, ContextRows
-from .engines import ENGINES, resolve_engine
+from .engines import resolve_engine
 from .errors import ConfigTypeError, InputError, InputTypeError
 from .experts import ExpertContext, ExpertMetadata
-from .explain import Explanation, explain_level
+from .explain import Explanation
 from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
-from .level import LevelInput, present_experts, run_level
+from .level import Level, LevelInput, present_experts
 from .names import NamedModules
 from .outputs import CELMoEOutput
 from .plan import RoutingPlan
@@ -77,6 +77,7 @@ class HierarchicalCELMoE(nn.Module):
                 for level in self.levels
             }
         )
+        self._levels = [Level(level) for level in self.levels]
         self.fusion = build_fusion(config, len(self.levels), fusion_module)
 
     @property
@@ -109,11 +110,11 @@ class HierarchicalCELMoE(nn.Module):
         plan = None if plan_or_routing is None and batch_size is None else self._compiler(plan_or_routing, batch_size)
         present = None if plan is None else present_experts(self.level_modules, plan)
         lines = []
-        for index, level in enumerate(self.levels):
-            modules = cast(NamedModules, self.level_modules[level.name])
-            planned = None if plan is None else plan.levels[level.name]
+        for index, level in enumerate(self._levels):
+            name = level.config.name
+            modules = cast(NamedModules, self.level_modules[name])
             experts = list(modules.values()) if present is None else present[index]
-            lines.append(explain_level(level.name, modules, self._engine, experts, planned))
+            lines.append(level.explain(modules, self._engine, experts, None if plan is None else plan.levels[name]))
         return Explanation(tuple(lines))
 
     def forward(
@@ -149,15 +150,14 @@ class HierarchicalCELMoE(nn.Module):
             # Into the host's memory nothing would wait for the copy.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
         experts = present_experts(self.level_modules, plan)
-        engine = ENGINES[self._engine]
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)
-        for level, present in zip(self.levels, experts, strict=True):
-            planned = plan.levels[level.name]
+        for level, present in zip(self._levels, experts, strict=True):
+            planned = plan.levels[level.config.name]
             # Of the host's plan, so that reading the routes of a batch that was routed by names asks no device.
-            level_output, blocks = run_level(level, present, engine, given, planned, host_plan.routes)
-            output.levels[level.name] = level_output
+            level_output, blocks = level.run(present, self._engine, given, planned, host_plan.routes)
+            output.levels[planned.name] = level_output
             if level_output.losses:
                 output.losses.update(level_output.losses)
                 output.loss_weights.update(level_output.loss_weights)

@@ -12,11 +12,15 @@ from torch.autograd import forward_ad
 
 from .config import HierarchyLevelConfig
 from .context import ContextRows
+from .cost import estimate, judged
 from .dispatch import Blocks, combine, dispatch, relay
-from .engines import Engine
+from .engines import AUTO, ENGINES, LOOPED
 from .errors import UnknownExpertError, UnknownLevelError, nearest
-from .experts import ExpertBatch
-from .names import modules_named, name_key
+from .experts import ExpertBatch, ExpertResult
+from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
+from .grouped import UnitBatch, UnitResult
+from .grouping import Arrangement, LevelClasses, Unit, arrange
+from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .plan import LevelPlan, RoutingPlan
 
@@ -26,7 +30,8 @@ class LevelInput(NamedTuple):
 
     Attributes:
         hidden: ``[B, ...]`` in batch order: the caller's rows, or the level above's.
-        blocks: The same rows as the experts of the level above gave them; ``None`` for the first level.
+        blocks: The same rows as the experts of the level above gave them; ``None`` for the first level, and where
+            they came in another order than its plan's.
         context: The batch's context.
         mask: ``[B, ...]`` or ``None``.
     """
@@ -86,58 +91,189 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
     return found
 
 
-def run_level(
-    config: HierarchyLevelConfig,
-    experts: Sequence[nn.Module],
-    engine: Engine,
-    given: LevelInput,
-    plan: LevelPlan,
-    make_routes: Callable[[str], list[str]],
-) -> tuple[LevelOutput, Blocks]:
-    """Run one level.
+class Level:
+    """One level of a model: its config, and what is known of its experts' classes.
 
-    Args:
+    Attributes:
         config: The level's config.
-        experts: The modules of the experts present.
-        engine: What runs them.
-        given: What the level is given.
-        plan: The level's plan.
-        make_routes: Given a level's name, the expert's name for each sample.
-
-    Returns:
-        Its output, and the same rows as its experts gave them.
+        classes: Its experts by structure.
     """
-    if not experts:
-        empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-        return LevelOutput.with_deferred_routes(config.name, empty, make_routes), ()
-    scales = [config.experts[name].input_gradient_scale for name in plan.experts]
-    results = engine(experts, _expert_batches(given, plan, scales))
-    blocks: Blocks = _promoted([result.hidden for result in results])
-    output = LevelOutput.with_deferred_routes(config.name, combine(blocks, plan), make_routes)
-    for name, result in zip(plan.experts, results, strict=True):
-        if result.losses:
-            _add_losses(output, name, result.losses, config.experts[name].loss_weight)
-        if result.aux:
-            output.aux[name] = result.aux
-    return output, blocks
+
+    def __init__(self, config: HierarchyLevelConfig) -> None:
+        self.config = config
+        self.classes = LevelClasses()
+
+    def run(
+        self,
+        experts: Sequence[nn.Module],
+        engine: str,
+        given: LevelInput,
+        plan: LevelPlan,
+        make_routes: Callable[[str], list[str]],
+    ) -> tuple[LevelOutput, Blocks | None]:
+        """Run the level.
+
+        Args:
+            experts: The modules of the experts present.
+            engine: The name of what runs them.
+            given: What the level is given.
+            plan: The level's plan.
+            make_routes: Given a level's name, the expert's name for each sample.
+
+        Returns:
+            Its output, and the same rows as its experts gave them, in the plan's order; without the rows where they
+            came in another one.
+        """
+        name = self.config.name
+        if not experts:
+            empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
+            return LevelOutput.with_deferred_routes(name, empty, make_routes), None
+        scales = [self.config.experts[expert].input_gradient_scale for expert in plan.experts]
+        arranged = self._arranged(experts, engine, scales, plan)
+        if arranged is None:
+            results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
+            blocks: list[torch.Tensor] = [result.hidden for result in results]
+            extras = [(result.losses, result.aux) for result in results]
+        else:
+            results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
+            blocks, extras = _by_expert(arranged, results)
+        promoted = _promoted(blocks)
+        order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
+        output = LevelOutput.with_deferred_routes(name, combine(promoted, order), make_routes)
+        for expert, (losses, aux) in zip(plan.experts, extras, strict=True):
+            if losses:
+                _add_losses(output, expert, losses, self.config.experts[expert].loss_weight)
+            if aux:
+                output.aux[expert] = dict(aux)
+        return output, promoted if order.order is plan.order else None
+
+    def explain(
+        self, modules: NamedModules, engine: str, experts: Sequence[nn.Module], plan: LevelPlan | None
+    ) -> LevelExplanation:
+        """How the level would run.
+
+        Args:
+            modules: All its experts.
+            engine: The name of what runs them.
+            experts: The modules of the experts in the plan; of all experts without one.
+            plan: The level's plan.
+        """
+        names = tuple(modules) if plan is None else plan.experts
+        classes: list[ClassExplanation] = []
+        if engine != LOOPED and experts:
+            scales = [self.config.experts[name].input_gradient_scale for name in names]
+            units = self.classes.units(names, experts, scales)
+            classes = [_explained(unit, engine, names, plan) for unit in units]
+        return explain_level(self.config.name, modules, engine, experts, plan, classes)
+
+    def _arranged(
+        self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan
+    ) -> Arrangement | None:
+        """The experts by units; ``None`` where they run one after another, in the plan's order."""
+        if engine == LOOPED or len(experts) == 1:
+            return None
+        units = self.classes.units(plan.experts, experts, scales)
+        if engine == AUTO:
+            units = [judged(unit) for unit in units]
+        if all(len(unit.members) == 1 for unit in units):
+            return None
+        if engine == AUTO or len(set(experts)) < len(experts):
+            # Experts that share a module must run in one loop, which knows of it.
+            can_group = len(set(experts)) == len(experts) and any(
+                unit.fault is None and len(unit.members) > 1 for unit in units
+            )
+            if not can_group and (engine == AUTO or not any(unit.fault for unit in units)):
+                return None
+        return arrange(units, plan)
 
 
-def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> list[ExpertBatch]:
-    """The batch of each expert present, in order."""
+def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | None) -> ClassExplanation:
+    counts = None if plan is None else [plan.counts[position] for position in unit.positions]
+    how, reason = LOOPED, "the only one of its kind"
+    looped: dict[str, int] = {}
+    if len(unit.members) > 1:
+        fault = unit.fault or next(iter(unit.record.faults.values()), None)
+        cost = estimate(unit)
+        terms = f"{cost.looped:.0f} µs to launch one by one, {cost.grouped:.0f} µs as one"
+        if fault is not None:
+            reason = f"for its experts {fault}"
+        elif engine == AUTO and judged(unit).fault is not None:
+            reason = f"for its experts are few ({terms})"
+        elif unit.record.programs:
+            for program in unit.record.programs.values():
+                looped |= program
+            how, reason = "grouped", f"run as one ({terms})"
+        else:
+            how, reason = "grouped", f"once proven at the first call ({terms})"
+    return ClassExplanation(
+        architecture=type(unit.members[0].module).__name__,
+        experts=tuple(names[position] for position in unit.positions),
+        engine=how,
+        reason=reason,
+        operations_looped=looped,
+        rows_per_expert=None if not counts else spread_of(counts),
+        parameter_bytes=parameter_bytes(member.module for member in unit.members),
+    )
+
+
+def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]:
+    """The batch of each unit, in order."""
+    plan, units = arranged.plan, arranged.units
+    names = arranged.names
+    hidden_blocks, mask_blocks, aligned_blocks = _blocks(given, plan, [unit.scale for unit in units])
+    context = given.context
+    batches: list[ExpertBatch] = []
+    for index, unit in enumerate(units):
+        hidden = _scaled(hidden_blocks[index], unit.scale)
+        mask = None if mask_blocks is None else mask_blocks[index]
+        aligned = [blocks[index] for blocks in aligned_blocks]
+        if len(unit.members) == 1:
+            own = context.whole if context.is_whole else context.build(aligned)
+            batches.append(ExpertBatch(hidden, own, mask, {"level": plan.name, "expert": names[index][0]}))
+        else:
+            counts = arranged.counts[index]
+            batches.append(UnitBatch(hidden, None, mask, {}, plan.name, names[index], counts, aligned, context))
+    return batches
+
+
+def _by_expert(
+    arranged: Arrangement, results: Sequence[ExpertResult]
+) -> tuple[list[torch.Tensor], list[tuple[Mapping[str, torch.Tensor], Mapping[str, object]]]]:
+    """The rows of all units, and the losses and aux of each expert in the plan's order."""
+    blocks: list[torch.Tensor] = []
+    found: dict[int, tuple[Mapping[str, torch.Tensor], Mapping[str, object]]] = {}
+    for unit, result in zip(arranged.units, results, strict=True):
+        if isinstance(result, UnitResult):
+            blocks += result.blocks
+            found.update(zip(unit.positions, result.by_expert, strict=True))
+        else:
+            blocks.append(result.hidden)
+            found[unit.positions[0]] = (result.losses, result.aux)
+    return blocks, [found[position] for position in range(len(found))]
+
+
+def _blocks(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> tuple[Blocks, Blocks | None, list[Blocks]]:
+    """Hidden states, mask and the context's batch-aligned tensors, cut as the plan says."""
     hidden, blocks, context, mask = given
     # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
     is_detached = not any(scales)
     if is_detached:
         hidden = hidden.detach()
     if blocks is not None and plan.follows_previous and not plan.is_sorted:
-        blocks = relay(hidden, [block.detach() for block in blocks] if is_detached else blocks, plan)
+        hidden_blocks = relay(hidden, [block.detach() for block in blocks] if is_detached else blocks, plan)
     else:
-        blocks = dispatch(hidden, plan)
+        hidden_blocks = dispatch(hidden, plan)
     mask_blocks = None if mask is None else dispatch(mask, plan)
-    aligned_blocks = [dispatch(tensor, plan) for tensor in context.aligned] if context.aligned else []
+    return hidden_blocks, mask_blocks, [dispatch(tensor, plan) for tensor in context.aligned] if context.aligned else []
+
+
+def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> list[ExpertBatch]:
+    """The batch of each expert present, in order."""
+    context = given.context
+    blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales)
     return [
         ExpertBatch(
-            blocks[index] if scale == 1.0 else _with_gradient_scaled(blocks[index], scale),
+            blocks[index] if scale == 1.0 else _scaled(blocks[index], scale),
             context.whole if context.is_whole else context.build([aligned[index] for aligned in aligned_blocks]),
             None if mask_blocks is None else mask_blocks[index],
             {"level": plan.name, "expert": name},
@@ -146,7 +282,10 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
     ]
 
 
-def _with_gradient_scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+    """The rows, with the gradient into them scaled."""
+    if scale == 1.0:
+        return rows
     if scale == 0.0:
         return rows.detach()
     if (

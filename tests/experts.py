@@ -534,6 +534,7 @@ class Kind:
         changes_dtype: Whether its rows come back in another dtype than they had.
         takes_integers: Whether it makes floating-point rows of integer ones.
         needs_positions: Whether it refuses rows without any position.
+        is_refused: Whether several of it can't always run as one.
     """
 
     make: Callable[[int, Registry], nn.Module]
@@ -543,6 +544,7 @@ class Kind:
     changes_dtype: bool = False
     takes_integers: bool = False
     needs_positions: bool = False
+    is_refused: bool = False
 
 
 def _kind(module: Callable[[int], nn.Module], **flags: bool) -> Kind:
@@ -561,31 +563,31 @@ KINDS: dict[str, Kind] = {
     "in_place": _kind(InPlace, any_dtype=True),
     "in_place_discarded": _kind(InPlaceDiscarded, any_dtype=True),
     "in_place_relu": _kind(InPlaceRelu),
-    "in_place_surroundings": _kind(InPlaceSurroundings, any_dtype=True),
+    "in_place_surroundings": _kind(InPlaceSurroundings, any_dtype=True, is_refused=True),
     "reads_mask": _kind(ReadsMask, any_dtype=True),
     "reads_context": _kind(ReadsContext, any_dtype=True),
     "context_view": _kind(ContextView, any_dtype=True),
     "embedding": _kind(TokenEmbedding, any_dtype=True),
     "lookup": _kind(Lookup, any_dtype=True, takes_integers=True),
     "losses": _kind(WithLosses),
-    "aux": _kind(WithAux),
-    "reads_state": _kind(ReadsState, any_dtype=True),
-    "batch_mean": _kind(BatchMean, row_wise=False, any_dtype=True),
-    "batch_norm": _kind(BatchNorm, row_wise=False, needs_positions=True),
-    "counts_rows": _kind(CountsRows, row_wise=False, any_dtype=True),
-    "branches": _kind(Branches, row_wise=False, any_dtype=True, needs_positions=True),
+    "aux": _kind(WithAux, is_refused=True),
+    "reads_state": _kind(ReadsState, any_dtype=True, is_refused=True),
+    "batch_mean": _kind(BatchMean, row_wise=False, any_dtype=True, is_refused=True),
+    "batch_norm": _kind(BatchNorm, row_wise=False, needs_positions=True, is_refused=True),
+    "counts_rows": _kind(CountsRows, row_wise=False, any_dtype=True, is_refused=True),
+    "branches": _kind(Branches, row_wise=False, any_dtype=True, needs_positions=True, is_refused=True),
     "dropout": _kind(Dropped, stochastic=True),
-    "counts": _kind(Counts, row_wise=False),
+    "counts": _kind(Counts, row_wise=False, is_refused=True),
     "own_parameter": _kind(OwnParameter, any_dtype=True),
     "own_buffer": _kind(OwnBuffer, any_dtype=True),
     "non_contiguous": _kind(NonContiguous),
     "detached_inside": _kind(DetachedInside),
-    "checkpointed": _kind(Checkpointed),
+    "checkpointed": _kind(Checkpointed, is_refused=True),
     "weight_norm": _kind(WeightNormed),
-    "remembers": _kind(Remembers, row_wise=False),
+    "remembers": _kind(Remembers, row_wise=False, is_refused=True),
     "double": _kind(Double, any_dtype=True, changes_dtype=True),
     # The next level's gradients are sums of its rows in bfloat16, so they depend on how many are summed at a time.
     "brain": _kind(Brain, row_wise=False, any_dtype=True, changes_dtype=True),
-    "shared_weight": Kind(lambda width, registry: SharedWeight(width, registry.weight())),
-    "shared_module": Kind(lambda _, registry: registry.module()),
+    "shared_weight": Kind(lambda width, registry: SharedWeight(width, registry.weight()), is_refused=True),
+    "shared_module": Kind(lambda _, registry: registry.module(), is_refused=True),
 }

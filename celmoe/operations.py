@@ -1,0 +1,222 @@
+"""Operations that the grouped engine knows, and what all of them need.
+
+What stands in `OPERATIONS` acts on each row alone, or says that it does not. Everything else is refused: a list of what
+is known to be right is sound, one of what is known to be wrong is not.
+
+Axes: R rows of all members, P members.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch.nn import functional as F
+
+from .product import spread
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, rows, stack
+from .segments import Segments
+
+
+class Run:
+    """One pass of a module that stands for all members of a class.
+
+    Attributes:
+        segments: The rows of each member.
+        operations: Names of the operations so far: the program.
+        looped: How many times each operation was looped over the members.
+        is_rehearsal: Whether random operations are to do something that can be compared.
+        may_write: Whether the rows that the class was given are a copy of its own.
+        writes: Whether anything was written in place.
+    """
+
+    def __init__(self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True) -> None:
+        self.segments = segments
+        self.may_write = may_write
+        self.writes = False
+        self.operations: list[str] = []
+        self.looped: Counter[str] = Counter()
+        self.is_rehearsal = is_rehearsal
+
+    @property
+    def num_members(self) -> int:
+        """Members P."""
+        return len(self.segments.counts)
+
+
+Handler: TypeAlias = Callable[..., Any]
+
+# By the very function or method that an expert calls.
+OPERATIONS: dict[Any, tuple[str, Handler]] = {}
+_ATTRIBUTES = (types.GetSetDescriptorType, property)
+_NAMESPACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._VF, torch.linalg)
+
+
+def operation(*names: str, namespaces: Sequence[Any] = _NAMESPACES) -> Callable[[Handler], Handler]:
+    """Register a handler ``(run, func, name, args, kwargs) -> value`` for functions and methods of these names."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            for namespace in namespaces:
+                if (func := getattr(namespace, name, None)) is not None:
+                    OPERATIONS[func] = (name, handler)
+        return handler
+
+    return register
+
+
+def axis_of(value: Ragged, dim: int) -> int:
+    """A dimension, counted from the front."""
+    if type(dim) is not int:
+        raise CannotGroupError(f"named an axis by {dim!r}")
+    num_axes = value.dim()
+    if not -max(num_axes, 1) <= dim < max(num_axes, 1):
+        raise IndexError(f"Dimension out of range (got {dim} for {num_axes} axes)")
+    return dim % num_axes if num_axes else 0
+
+
+def inner_axis(value: Ragged, dim: int) -> int:
+    """Where a dimension that the expert names is in the tensor behind the value."""
+    return axis_of(value, dim) + isinstance(value, Stack)
+
+
+def inner_axis_but_rows(value: Ragged, dim: int, name: str) -> int:
+    """As `inner_axis`, for operations that mix what stands along the axis."""
+    axis = inner_axis(value, dim)
+    if isinstance(value, Rows) and axis == value.axis:
+        raise CannotGroupError(f"mixed samples ({name} along the batch axis)")
+    return axis
+
+
+def like(value: Ragged, inner: torch.Tensor, axis: int | None = None) -> Ragged:
+    """A value of the same kind, with its row axis at ``axis`` if given."""
+    if isinstance(value, Rows):
+        return rows(inner, value.axis if axis is None else axis, value.factor)
+    return stack(inner, value.is_reduced) if isinstance(value, Stack) else common(inner)
+
+
+def operands(values: Iterable[Any]) -> list[Ragged]:
+    """The tensors among arguments."""
+    return [value for value in values if isinstance(value, Ragged)]
+
+
+def refuse_row_counts(name: str, values: Iterable[Any]) -> None:
+    """The number of rows may size a tensor; as a number in an operation its value would count."""
+    if any(isinstance(value, RowCount) for value in values):
+        raise CannotGroupError(f"computed with the number of their rows (in {name})")
+
+
+def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callable[[torch.Tensor], Ragged]]:
+    """Operands as plain tensors that broadcast as the expert's own would, and how to wrap a result.
+
+    Broadcasting aligns axes from the back, so every kind is brought to the same row axis or member axis there.
+    """
+    refuse_row_counts(name, values)
+    ragged = operands(values)
+    num_axes = max((value.dim() for value in ragged), default=0)
+    of_rows = [value for value in ragged if isinstance(value, Rows)]
+    if of_rows:
+        axis, factor = of_rows[0].axis + num_axes - of_rows[0].dim(), of_rows[0].factor
+        for value in of_rows[1:]:
+            if (value.axis + num_axes - value.dim(), value.factor) != (axis, factor):
+                raise CannotGroupError(f"put samples side by side with others ({name})")
+        plain = [
+            _to_rows(run, name, value, axis, factor, num_axes) if isinstance(value, Ragged) else value
+            for value in values
+        ]
+        return plain, lambda result: rows(result, axis, factor)
+    of_members = [value for value in ragged if isinstance(value, Stack)]
+    if of_members:
+        is_reduced = any(value.is_reduced for value in of_members)
+        plain = [_to_members(value, num_axes) if isinstance(value, Ragged) else value for value in values]
+        return plain, lambda result: stack(result, is_reduced)
+    return [value.inner if isinstance(value, Ragged) else value for value in values], common
+
+
+def _to_rows(run: Run, name: str, value: Ragged, axis: int, factor: int, num_axes: int) -> torch.Tensor:
+    if isinstance(value, Rows):
+        return value.inner
+    # Where the row axis would be among the value's own axes.
+    place = axis - (num_axes - value.dim())
+    if place >= 0 and value.shape[place] != 1:
+        raise CannotGroupError(f"joined a tensor of fixed length to the batch axis ({name})")
+    if isinstance(value, Common):
+        return value.inner
+    return by_row(run, cast(Stack, value), name, factor, place, num_axes - 1 - axis)
+
+
+def by_row(run: Run, value: Stack, name: str, factor: int, place: int, num_after: int) -> torch.Tensor:
+    """Each row's entry of a stack.
+
+    Args:
+        run: The pass.
+        value: One entry for each member.
+        name: The operation that asks.
+        factor: Positions folded into a row.
+        place: Which of the value's axes, one long, is to be the row axis; negative where they all come after it.
+        num_after: Axes that are to follow the row axis.
+    """
+    if value.is_reduced:
+        raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
+    inner = value.inner
+    if place < 0:
+        shape = inner.shape[1:]
+        entries = spread(inner, run.segments, factor)
+        return entries.view(entries.shape[0], *(1,) * (num_after - len(shape)), *shape)
+    return spread(inner.squeeze(place + 1), run.segments, factor).movedim(0, place)
+
+
+def _to_members(value: Ragged, num_axes: int) -> torch.Tensor:
+    if isinstance(value, Stack):
+        shape = value.inner.shape
+        missing = num_axes - value.dim()
+        return value.inner.view(shape[0], *(1,) * missing, *shape[1:]) if missing else value.inner
+    return value.inner
+
+
+def by_members(run: Run, value: Any) -> list[Any]:
+    """What each member would see of an argument."""
+    if isinstance(value, Rows):
+        counts = [count * value.factor for count in run.segments.counts]
+        return list(value.inner.split(counts, value.axis))
+    if isinstance(value, Stack):
+        return list(value.inner.unbind(0))
+    if isinstance(value, Common):
+        return [value.inner] * run.num_members
+    if isinstance(value, tuple | list):
+        items = [by_members(run, item) for item in value]
+        return [type(value)(parts) for parts in zip(*items, strict=True)] if items else [value] * run.num_members
+    return [value] * run.num_members
+
+
+def loop(run: Run, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], axis: int | None) -> Any:
+    """An operation without a grouped form, one member after another.
+
+    Args:
+        run: The pass.
+        func: The operation.
+        name: Its name.
+        args: As the expert passed them.
+        kwargs: Likewise.
+        axis: Where the result has its row axis; ``None`` where it is one entry a member.
+    """
+    run.looped[name] += 1
+    each_args = by_members(run, list(args))
+    each_kwargs = [dict(zip(kwargs, values, strict=True)) for values in by_members(run, list(kwargs.values()))]
+    results = [func(*some, **named) for some, named in zip(each_args, each_kwargs, strict=True)]
+    return stack(torch.stack(results)) if axis is None else rows(torch.cat(results, axis), axis)
+
+
+def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], defaults: Any = ()) -> list[Any]:
+    """Arguments by position, whichever way they were passed; ``defaults`` are those of the last names."""
+    if len(args) > len(names) or not kwargs.keys() <= set(names[len(args) :]):
+        raise CannotGroupError(f"passed arguments that are not known here ({', '.join(map(str, kwargs))})")
+    found = dict(zip(names, args, strict=False)) | kwargs
+    optional = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True)) if defaults else {}
+    missing = [name for name in names if name not in found and name not in optional]
+    if missing:
+        raise CannotGroupError(f"left out the argument {missing[0]!r}")
+    return [found[name] if name in found else optional[name] for name in names]

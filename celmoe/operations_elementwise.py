@@ -1,0 +1,106 @@
+"""Operations element by element, with broadcasting, in place or not; random ones among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .operations import Run, align, like, operation, operands, refuse_row_counts
+from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack
+
+# Functions of one or more tensors that agree on their axes; other arguments are numbers and options.
+ELEMENTWISE = (
+    "abs absolute neg negative positive sign sgn sqrt rsqrt square exp exp2 expm1 log log2 log10 log1p sin cos tan asin "
+    "acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv lgamma digamma reciprocal round floor "
+    "ceil trunc frac relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardsigmoid hardswish softplus softsign "
+    "tanhshrink softshrink hardshrink logsigmoid threshold add sub subtract rsub mul multiply div divide true_divide "
+    "floor_divide remainder fmod pow float_power maximum minimum fmax fmin clamp clip clamp_min clamp_max where "
+    "masked_fill lerp addcmul addcdiv eq ne lt le gt ge not_equal less less_equal greater greater_equal isnan isinf "
+    "isfinite isclose logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not "
+    "nan_to_num copysign hypot xlogy sinc logaddexp logaddexp2 heaviside prelu "
+    "__and__ __or__ __xor__ __invert__ __rand__ __ror__ __rxor__ __pow__ __rpow__ __rsub__ __rdiv__ __rtruediv__ "
+    "__rmul__ __radd__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ "
+    "__add__ __sub__ __mul__ __truediv__ __div__ __neg__ __abs__ __pos__ "
+    "mse_loss l1_loss smooth_l1_loss huber_loss "
+    "clone contiguous float double half bfloat16 long int bool to type_as detach data"
+).split()
+IN_PLACE = (
+    "add_ sub_ mul_ div_ pow_ neg_ exp_ sqrt_ rsqrt_ tanh_ sigmoid_ relu_ abs_ clamp_ clamp_min_ clamp_max_ fill_ zero_ "
+    "masked_fill_ lerp_ addcmul_ addcdiv_ copy_ floor_ ceil_ round_ square_ reciprocal_ log_ log1p_ sin_ cos_ "
+    "leaky_relu_ elu_ selu_ celu_ hardtanh_ threshold_ "
+    "__iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __iand__ __ior__ __ixor__"
+).split()
+# Losses reduce over everything unless they are told not to.
+_LOSSES = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
+
+
+@operation(*(name for name in ELEMENTWISE if name != "prelu"))
+def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Any of `ELEMENTWISE`."""
+    if name in _LOSSES:
+        if kwargs.get("reduction") != "none":
+            raise CannotGroupError(f"called {name} with a reduction")
+    elif kwargs.get("inplace"):
+        return in_place(run, func, name, args, kwargs)
+    named = list(kwargs)
+    plain, wrap = align(run, name, [*args, *kwargs.values()])
+    positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))
+    return wrap(func(*positional, **options))
+
+
+@operation(*IN_PLACE)
+def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
+    target = args[0]
+    others = operands([*args[1:], *kwargs.values()])
+    if isinstance(target, Stack):
+        raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")
+    if isinstance(target, Common) and not all(isinstance(other, Common) for other in others):
+        raise CannotGroupError(f"wrote their rows into a tensor of fixed size ({name})")
+    if any(other.dim() > target.dim() for other in others):
+        raise CannotGroupError(f"wrote more axes than there are ({name})")
+    if isinstance(target, Rows):
+        run.writes = True
+        if not run.may_write:
+            raise NeedsOwnRowsError
+    named = list(kwargs)
+    plain, _ = align(run, name, [*args, *kwargs.values()])
+    func(*plain[: len(args)], **dict(zip(named, plain[len(args) :], strict=True)))
+    return target  # type: ignore[no-any-return]  # it is what it was
+
+
+@operation("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", namespaces=(F,))
+def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Of rows: each draws its own numbers, as it would alone."""
+    value, *options = args
+    refuse_row_counts(name, [*options, *kwargs.values()])
+    options_by_name = dict(zip(("p", "training", "inplace"), options, strict=False)) | kwargs
+    p, training = options_by_name.get("p", 0.5), options_by_name.get("training", True)
+    if not training or p == 0.0:
+        return like(value, value.inner)
+    if not isinstance(value, Rows) or (name not in ("dropout", "alpha_dropout") and value.axis != 0):
+        raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
+    if run.is_rehearsal:
+        return like(value, value.inner * (1.0 - 0.5 * float(p)))
+    drawn = func(value.inner, p, True, options_by_name.get("inplace", False))
+    return value if options_by_name.get("inplace") else like(value, drawn)
+
+
+@operation("rand_like", "randn_like")
+def random_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """For rows only: for anything else every member would draw."""
+    value = args[0]
+    if not isinstance(value, Rows):
+        raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
+    return like(value, torch.full_like(value.inner, 0.5, **kwargs) if run.is_rehearsal else func(value.inner, **kwargs))
+
+
+@operation("zeros_like", "ones_like", "full_like")
+def constant_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """A constant of the same kind."""
+    refuse_row_counts(name, [*args[1:], *kwargs.values()])
+    if operands([*args[1:], *kwargs.values()]):
+        raise CannotGroupError(f"filled a tensor with another ({name})")
+    return like(args[0], func(args[0].inner, *args[1:], **kwargs))

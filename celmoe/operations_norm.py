@@ -1,0 +1,74 @@
+"""Normalization within each row, and pooling over its positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .operations import Run, align, arguments, like, operation
+from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
+
+
+def _scaled(run: Run, name: str, value: Ragged, weight: Ragged | None, bias: Ragged | None) -> Ragged:
+    if weight is None and bias is None:
+        return value
+    if weight is None or bias is None:
+        plain, wrap = align(run, name, [value, weight if bias is None else bias])
+        return wrap(plain[0] * plain[1] if bias is None else plain[0] + plain[1])
+    plain, wrap = align(run, name, [bias, value, weight])
+    return wrap(torch.addcmul(*plain))
+
+
+@operation("layer_norm", "rms_norm", namespaces=(F,))
+def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Over the last axes, then the members' weights by row."""
+    if name == "layer_norm":
+        names: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
+        value, shape, weight, bias, eps = arguments(names, args, kwargs, (None, None, 1e-5))
+    else:
+        names, bias = ("input", "normalized_shape", "weight", "eps"), None
+        value, shape, weight, eps = arguments(names, args, kwargs, (None, None))
+    if isinstance(value, Rows) and value.axis >= value.dim() - len(shape):
+        raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
+    normed = (
+        F.layer_norm(value.inner, shape, eps=eps) if name == "layer_norm" else F.rms_norm(value.inner, shape, eps=eps)
+    )
+    return _scaled(run, name, like(value, normed), weight, bias)
+
+
+@operation("group_norm", namespaces=(F,))
+def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Over groups of channels of each row, then the members' weights."""
+    names = ("input", "num_groups", "weight", "bias", "eps")
+    value, groups, weight, bias, eps = arguments(names, args, kwargs, (None, None, 1e-5))
+    if not isinstance(value, Rows) or value.axis != 0:
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    normed = like(value, F.group_norm(value.inner, groups, eps=eps))
+    after = value.dim() - 2
+    return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
+
+
+def _by_channel(value: Any, after: int) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Stack):
+        raise CannotGroupError("normalized with weights that are no parameters")
+    return stack(value.inner.view(*value.inner.shape, *(1,) * after), value.is_reduced)
+
+
+@operation(
+    *("avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d"),
+    namespaces=(F,),
+)
+def pool(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Over positions of each row and channel."""
+    value, *rest = args
+    if not isinstance(value, Rows) or value.axis != 0 or value.dim() != int(name[-2]) + 2:
+        raise CannotGroupError(f"called {name} with other axes than batch, channels and positions")
+    pooled = func(value.inner, *rest, **kwargs)
+    if not isinstance(pooled, torch.Tensor):
+        raise CannotGroupError(f"asked {name} for indices")
+    return like(value, pooled)

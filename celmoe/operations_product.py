@@ -1,0 +1,249 @@
+"""Matrix products with parameters: linear layers, matmul and its kin, einsum, convolutions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .operations import Run, align, arguments, like, loop, operation, operands, refuse_row_counts
+from .product import linear as segment_linear
+from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, rows, stack
+
+
+def _lowered(*tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors in autocast's dtype where it is on: PyTorch's own linear would cast there, and ours is not its."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    eligible = [
+        tensor is not None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors
+    ]
+    return [
+        tensor.to(dtype) if ok and tensor is not None else tensor for tensor, ok in zip(tensors, eligible, strict=True)
+    ]
+
+
+def by_weights(run: Run, value: Rows, weight_PNK: torch.Tensor, bias_PN: torch.Tensor | None) -> Rows:
+    """The rows' last axis through each row's member's weights."""
+    if value.axis == value.dim() - 1:
+        raise CannotGroupError("mixed samples (a product over the batch axis)")
+    inner, weight_PNK, bias_PN = _lowered(value.inner, weight_PNK, bias_PN)
+    if inner.dtype != weight_PNK.dtype or (bias_PN is not None and bias_PN.dtype != inner.dtype):
+        raise RuntimeError(f"expected m1 and m2 to have the same dtype, but got: {inner.dtype} != {weight_PNK.dtype}")
+    num_out, width = weight_PNK.shape[1:]
+    if inner.shape[-1] != width:
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({tuple(inner.shape)} by {width}x{num_out})")
+    leading = inner.movedim(value.axis, 0)
+    shape = leading.shape[:-1]
+    positions = shape.numel() // run.segments.num_rows
+    if not positions or not width or not num_out:
+        raise CannotGroupError("multiplied matrices without elements")
+    # Rows to the front, every position a row: [R · positions, K].
+    out = segment_linear(leading.reshape(-1, width), weight_PNK, bias_PN, run.segments, positions)
+    return rows(out.view(*shape, num_out).movedim(0, value.axis), value.axis, value.factor)
+
+
+def _weights(value: Stack) -> torch.Tensor:
+    if value.is_reduced:
+        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
+    return value.inner
+
+
+@operation("linear", namespaces=(F,))
+def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """``x Wᵀ + b``."""
+    value, weight, bias = arguments(("input", "weight", "bias"), args, kwargs, (None,))
+    if not isinstance(value, Rows) or not isinstance(weight, Stack) or weight.dim() != 2:
+        product = matmul(run, func, name, (value, like(weight, weight.inner.mT)), {}) if weight.dim() == 2 else None
+        if product is None:
+            raise CannotGroupError("multiplied by a weight that is no matrix")
+        return product if bias is None else _plus(run, product, bias)
+    if bias is None or (isinstance(bias, Stack) and bias.dim() == 1):
+        return by_weights(run, value, _weights(weight), None if bias is None else _weights(bias))
+    return _plus(run, by_weights(run, value, _weights(weight), None), bias)
+
+
+def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:
+    plain, wrap = align(run, "add", [bias, value])
+    return wrap(plain[0] * beta + plain[1] if beta != 1 else plain[1] + plain[0])
+
+
+@operation("matmul", "__matmul__", "mm", "bmm", "mv")
+def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """``a @ b``."""
+    left, right = arguments(("input", "other"), args, kwargs)
+    if not isinstance(left, Rows) and not isinstance(right, Rows):
+        return _of_members(left, right)
+    if left.dim() == 0 or right.dim() == 0:
+        raise CannotGroupError("multiplied a matrix by a number")
+    if isinstance(left, Rows) and isinstance(right, Stack):
+        if right.dim() == 1:
+            if left.axis == left.dim() - 1:
+                raise CannotGroupError("mixed samples (a product over the batch axis)")
+            return _without_last(by_weights(run, left, _weights(right).unsqueeze(1), None))
+        if right.dim() == 2 and left.axis < left.dim() - 1:
+            return by_weights(run, left, _weights(right).mT, None)
+    if isinstance(left, Stack) and isinstance(right, Rows) and left.dim() == 2 and right.axis < right.dim() - 2:
+        # W x = (xᵀ Wᵀ)ᵀ
+        turned = by_weights(run, rows(right.inner.mT, right.axis, right.factor), _weights(left), None)
+        return rows(turned.inner.mT, turned.axis, turned.factor)
+    return _batched(run, left, right)
+
+
+def _without_last(value: Rows) -> Rows:
+    return rows(value.inner.squeeze(-1), value.axis, value.factor)
+
+
+def _of_members(left: Ragged, right: Ragged) -> Ragged:
+    if isinstance(left, Common) and isinstance(right, Common):
+        return common(left.inner @ right.inner)
+    is_reduced = any(isinstance(each, Stack) and each.is_reduced for each in (left, right))
+    if left.dim() != 2 or right.dim() != 2:
+        raise CannotGroupError("multiplied parameters that are no matrices")
+    return stack(left.inner @ right.inner, is_reduced)
+
+
+def _batched(run: Run, left: Ragged, right: Ragged) -> Ragged:
+    """Matrices by row: the row axis is one of the axes in front of the last two of both."""
+    num_axes = max(left.dim(), right.dim())
+    found = set()
+    for value in (left, right):
+        if isinstance(value, Rows):
+            found.add((value.axis - value.dim(), value.factor))
+            is_left = value is left
+            # The axis that is summed, and of the right operand the last one, can't be the row axis.
+            if value.axis >= value.dim() - 2 and not (
+                is_left and value.dim() >= 2 and value.axis == value.dim() - 2 and isinstance(right, Common)
+            ):
+                raise CannotGroupError("mixed samples (a product over the batch axis)")
+        elif isinstance(value, Stack):
+            raise CannotGroupError("multiplied by a stack of weights")
+    if len(found) != 1:
+        raise CannotGroupError("put samples side by side with others (matmul)")
+    from_back, factor = next(iter(found))
+    for value in (left, right):
+        if isinstance(value, Common) and value.dim() >= -from_back and -from_back > 2 and value.shape[from_back] != 1:
+            raise CannotGroupError("joined a tensor of fixed length to the batch axis (matmul)")
+    out = left.inner @ right.inner
+    if right.dim() == 1:
+        num_axes, from_back = num_axes - 1, from_back + 1
+    return rows(out, num_axes + from_back, factor)
+
+
+@operation("addmm", "baddbmm", "addbmm", "addmv")
+def addmm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """``beta b + alpha x W``."""
+    bias, left, right, beta, alpha = arguments(("input", "a", "b", "beta", "alpha"), args, kwargs, (1, 1))
+    if name in {"addbmm", "addmv"}:
+        raise CannotGroupError(f"called {name}")
+    refuse_row_counts(name, [beta, alpha])
+    product = matmul(run, func, name, (left, right), {})
+    return _plus(run, product if alpha == 1 else like(product, product.inner * alpha), bias, beta)
+
+
+@operation("einsum", namespaces=(torch,))
+def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Of rows and a parameter: a product where one set of letters is summed and another one new; else by member."""
+    equation, *values = args
+    if len(values) == 1 and isinstance(values[0], tuple | list):
+        values = list(values[0])
+    if not isinstance(equation, str) or kwargs or "." in equation or "->" not in equation:
+        raise CannotGroupError("called einsum without letters for all axes")
+    inputs, output = equation.replace(" ", "").split("->")
+    letters = inputs.split(",")
+    if any(
+        len(each) != value.dim() or len(set(each)) != len(each) for each, value in zip(letters, values, strict=True)
+    ):
+        raise CannotGroupError("called einsum with a letter twice in one operand")
+    row_letters = {each[v.axis] for each, v in zip(letters, values, strict=True) if isinstance(v, Rows)}
+    if not row_letters:
+        if all(isinstance(value, Common) for value in values):
+            return common(torch.einsum(equation, *(value.inner for value in values)))
+        member = next(letter for letter in "ABCDEFGHIJ" if letter not in equation)
+        names = [member + each if isinstance(v, Stack) else each for each, v in zip(letters, values, strict=True)]
+        is_reduced = any(isinstance(value, Stack) and value.is_reduced for value in values)
+        return stack(torch.einsum(f"{','.join(names)}->{member}{output}", *(v.inner for v in values)), is_reduced)
+    if len(row_letters) > 1:
+        raise CannotGroupError("put samples side by side with others (einsum)")
+    letter = row_letters.pop()
+    if letter not in output or any(
+        letter in each for each, value in zip(letters, values, strict=True) if not isinstance(value, Rows)
+    ):
+        raise CannotGroupError("mixed samples (einsum over the batch axis)")
+    factors = {value.factor for value in values if isinstance(value, Rows)}
+    axis = output.index(letter)
+    if len(factors) > 1:
+        raise CannotGroupError("put samples side by side with others (einsum)")
+    if not any(isinstance(value, Stack) for value in values):
+        return rows(torch.einsum(equation, *(value.inner for value in values)), axis, factors.pop())
+    if len(values) == 2:
+        place = next(index for index, value in enumerate(values) if isinstance(value, Stack))
+        x, w = letters[1 - place], letters[place]
+        summed = [each for each in w if each in x and each not in output]
+        new = [each for each in w if each not in x]
+        rest = [each for each in x if each not in summed]
+        if summed and new and set(rest + new) == set(output) and len(summed) + len(new) == len(w):
+            value, weight = values[1 - place], _weights(values[place])
+            turned = value.inner.permute([x.index(each) for each in [*rest, *summed]])
+            sizes = [turned.shape[index] for index in range(len(rest))]
+            flat = rows(turned.reshape(*sizes, -1), rest.index(letter), value.factor)
+            matrix = weight.permute(0, *(1 + w.index(each) for each in [*new, *summed]))
+            new_sizes = [matrix.shape[1 + index] for index in range(len(new))]
+            out = by_weights(run, flat, matrix.reshape(matrix.shape[0], math.prod(new_sizes), -1), None)
+            found = [*rest, *new]
+            opened = out.inner.view(*out.inner.shape[:-1], *new_sizes)
+            return rows(opened.permute([found.index(each) for each in output]), axis, value.factor)
+    if any(isinstance(value, Stack) and value.is_reduced for value in values):
+        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in einsum)")
+    looped = loop(run, torch.einsum, name, [equation, *values], {}, axis)
+    return rows(looped.inner, axis, factors.pop())
+
+
+@operation("bilinear", namespaces=(F,))
+def bilinear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """By member."""
+    return _by_member_with_batch_first(run, func, name, args, kwargs)
+
+
+@operation("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", namespaces=(F,))
+def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """In one dimension a product with the patches; the rest by member."""
+    value = args[0] if args else kwargs["input"]
+    if name == "conv1d" and isinstance(value, Rows) and value.axis == 0 and value.dim() == 3:
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        value, weight, bias, stride, padding, dilation, groups = arguments(names, args, kwargs, (None, 1, 0, 1, 1))
+        step, width, spacing = (_one(each) for each in (stride, padding, dilation))
+        if isinstance(weight, Stack) and groups == 1 and spacing == 1 and None not in (step, width):
+            size = weight.inner.shape[-1]
+            padded = F.pad(value.inner, (width, width))
+            if 0 < size <= padded.shape[-1]:
+                # [R, C, L, size] -> [R, L, C · size]
+                patches = padded.unfold(2, size, step).transpose(1, 2).flatten(2)
+                kernel = _weights(weight).flatten(2)
+                offset = None if bias is None else _weights(bias)
+                out = by_weights(run, rows(patches, 0, value.factor), kernel, offset)
+                return rows(out.inner.transpose(1, 2), 0, value.factor)
+    return _by_member_with_batch_first(run, func, name, args, kwargs)
+
+
+def _one(value: Any) -> Any:
+    if isinstance(value, tuple | list) and len(value) == 1:
+        return value[0]
+    return value if isinstance(value, int) else None
+
+
+def _by_member_with_batch_first(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    refuse_row_counts(name, [*args, *kwargs.values()])
+    values = operands([*args, *kwargs.values()])
+    if not isinstance(values[0], Rows) or any(isinstance(each, Rows) and each.axis != 0 for each in values):
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    if any(isinstance(each, Stack) and each.is_reduced for each in values):
+        raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
+    if name.startswith("conv") and values[0].dim() != int(name[-2]) + 2:
+        raise CannotGroupError(f"called {name} without a batch axis")
+    looped = loop(run, func, name, args, kwargs, 0)
+    return rows(looped.inner, 0, values[0].factor)

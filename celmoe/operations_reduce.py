@@ -1,0 +1,161 @@
+"""Operations that reduce or normalize along an axis.
+
+Along other axes than the batch they act on each row alone. Sums and means over the batch become sums by segment: one
+number for each member, which may be a loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .operations import (
+    Run,
+    align,
+    arguments,
+    axis_of,
+    inner_axis_but_rows,
+    like,
+    operation,
+    operands,
+    refuse_row_counts,
+)
+from .product import segment_sum
+from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
+
+REDUCTIONS = (
+    "sum mean amax amin prod var std norm logsumexp all any argmax argmin max min median nansum nanmean".split()
+)
+# With the index of what they found.
+_PAIRS = {"max", "min", "median"}
+
+
+@operation(*REDUCTIONS)
+def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Any of `REDUCTIONS`."""
+    value, *rest = args
+    refuse_row_counts(name, [*rest, *kwargs.values()])
+    if operands([*rest, *kwargs.values()]):
+        return _between(run, func, name, args, kwargs)
+    options = dict(kwargs)
+    if name == "norm":
+        if rest:
+            options["p"] = rest.pop(0)
+        if not isinstance(options.get("p", 2), int | float):
+            raise CannotGroupError("took a norm of a name")
+    dim = rest.pop(0) if rest else options.pop("dim", None)
+    if rest:
+        options["keepdim"] = rest.pop(0)
+    if rest:
+        raise CannotGroupError(f"passed arguments that are not known here (to {name})")
+    keepdim = options.pop("keepdim", False)
+    num_axes = value.dim()
+    dims = sorted({axis_of(value, each) for each in _dims(dim, num_axes)})
+    if isinstance(value, Rows) and value.axis in dims:
+        return _over_rows(run, name, value, dims, keepdim, options)
+    shift = int(isinstance(value, Stack))
+    places = [each + shift for each in dims]
+    axis = None
+    if isinstance(value, Rows):
+        axis = value.axis if keepdim else value.axis - sum(place < value.axis for place in places)
+    if num_axes == 0:
+        places, keepdim = [], False
+        if name not in {"sum", "mean"}:
+            raise CannotGroupError(f"reduced a number ({name})")
+        return like(value, value.inner.to(options.get("dtype") or value.dtype))
+    if name in {"max", "min", "median", "argmax", "argmin", "prod", "all", "any"}:
+        if dim is None:
+            raise CannotGroupError(f"reduced over everything ({name})")
+        if len(places) != 1:
+            raise CannotGroupError(f"reduced over several axes ({name})")
+        found = getattr(torch, name)(value.inner, places[0], keepdim, **options)
+        if name in _PAIRS:
+            return type(found)(like(value, part, axis) for part in found)
+        return like(value, found, axis)
+    return like(value, getattr(torch, name)(value.inner, dim=places, keepdim=keepdim, **options), axis)
+
+
+def _dims(dim: Any, num_axes: int) -> Sequence[int]:
+    if dim is None or (isinstance(dim, tuple | list) and not dim):
+        return range(num_axes)
+    return dim if isinstance(dim, tuple | list) else [dim]
+
+
+def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool, options: dict[str, Any]) -> Stack:
+    if name not in {"sum", "mean"} or not (value.is_floating_point() or value.is_complex()):
+        raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
+    inner = value.inner.to(options.pop("dtype", None) or value.dtype)
+    if options:
+        raise CannotGroupError(f"passed arguments that are not known here (to {name})")
+    others = [each for each in dims if each != value.axis]
+    if others:
+        inner = inner.sum(others, keepdim=True)
+    total = segment_sum(inner.movedim(value.axis, 0), run.segments, value.factor)
+    if name == "mean":
+        width = math.prod(value.inner.shape[each] for each in others) * value.factor
+        counts = torch.tensor([count * width for count in run.segments.counts], device=total.device, dtype=total.dtype)
+        total = total / counts.view(-1, *(1,) * (total.dim() - 1))
+    # The row axis comes back one long, where it was.
+    total = total.unsqueeze(value.axis + 1)
+    if not keepdim:
+        total = total.flatten(1) if len(dims) == value.dim() else total.squeeze([each + 1 for each in dims])
+        if len(dims) == value.dim():
+            total = total[:, 0]
+    return stack(total, is_reduced=True)
+
+
+def _between(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """``max`` and ``min`` of two tensors go element by element."""
+    from_two = {"max": torch.maximum, "min": torch.minimum}
+    if name not in from_two or len(args) != 2 or kwargs:
+        raise CannotGroupError(f"called {name} with tensors for options")
+    plain, wrap = align(run, name, args)
+    return wrap(from_two[name](*plain))
+
+
+@operation("softmax", "log_softmax", "softmin", "normalize", namespaces=(torch, torch.Tensor, F))
+def along(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Normalizes along one axis."""
+    value, *rest = args
+    refuse_row_counts(name, [*rest, *kwargs.values()])
+    if operands([*rest, *kwargs.values()]):
+        raise CannotGroupError(f"called {name} with tensors for options")
+    options = dict(kwargs)
+    options.pop("_stacklevel", None)
+    if name == "normalize":
+        p, dim, eps, out = arguments(("p", "dim", "eps", "out"), rest, options, (2.0, 1, 1e-12, None))
+        if out is not None or not isinstance(dim, int):
+            raise CannotGroupError("normalized into a tensor of their own, or along several axes")
+        return like(value, F.normalize(value.inner, p, inner_axis_but_rows(value, dim, name), eps))
+    dim = rest.pop(0) if rest else options.pop("dim", None)
+    if dim is None or (
+        rest and func is not getattr(torch, name, None) and func is not getattr(torch.Tensor, name, None)
+    ):
+        raise CannotGroupError(f"left the axis of {name} open")
+    dtype = rest.pop(0) if rest else options.pop("dtype", None)
+    place = inner_axis_but_rows(value, dim, name)
+    return like(value, getattr(F, name)(value.inner, place, dtype=dtype))
+
+
+@operation("cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "glu")
+def ordered(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Runs along one axis, and keeps it."""
+    value, *rest = args
+    refuse_row_counts(name, [*rest, *kwargs.values()])
+    if operands([*rest, *kwargs.values()]):
+        raise CannotGroupError(f"called {name} with tensors for options")
+    options = dict(kwargs)
+    how = []
+    if name == "topk":
+        how = [rest.pop(0) if rest else options.pop("k")]
+    default = None if name.startswith("cum") or name == "logcumsumexp" else -1
+    dim = rest.pop(0) if rest else options.pop("dim", default)
+    if rest or dim is None:
+        raise CannotGroupError(f"passed arguments that are not known here (to {name})")
+    place = inner_axis_but_rows(value, dim, name)
+    found = (F.glu if name == "glu" else getattr(torch, name))(value.inner, *how, dim=place, **options)
+    return type(found)(like(value, part) for part in found) if isinstance(found, tuple) else like(value, found)

@@ -1,0 +1,283 @@
+"""Sums of products by segment: what a linear layer, its gradients, and the gradient of anything by member come down to.
+
+Three operations, each other's derivatives, so that any of them can be differentiated again and again:
+
+    multiply(x, w)[r] = w[m(r)] x[r]          spread(s)[r] = s[m(r)]
+    outer(y, x)[p]    = sum_r y[r] xᵀ[r]      segment_sum(x)[p] = sum_r x[r]       (r over the rows of member p)
+
+Axes: R rows (with positions folded in), P members, K and N widths; m(r) is row r's member.
+
+Who computes them is `backend_for`'s choice: on a CPU the members of equally many rows go through one batched product, for
+there a call costs less than moving rows does. Elsewhere calls are what costs, so there is one for all members.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch.autograd import Function
+
+from .segments import Segments
+
+
+class Backend(Protocol):
+    """Who computes the sums, without autograd. Rows come with ``factor`` positions each."""
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        """``[R, K]`` and ``[P, N, K]`` to ``[R, N]``, with a bias by member."""
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        """``[R, N]`` and ``[R, K]`` to ``[P, N, K]``."""
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        """``[R, K]`` to ``[P, K]``."""
+
+
+class _ByRuns:
+    """A batched product for every run of members with equally many rows: no row is moved, none is padded."""
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        width = w_PNK.shape[1]
+        out_RN = x_RK.new_empty(x_RK.shape[0], width)
+        w_PKN = w_PNK.transpose(1, 2)
+        for row, member, count, members in segments.runs:
+            first, length = row * factor, count * factor
+            if members == 1:
+                x, out = x_RK[first : first + length], out_RN[first : first + length]
+                if bias_PN is None:
+                    torch.mm(x, w_PKN[member], out=out)
+                else:
+                    torch.addmm(bias_PN[member], x, w_PKN[member], out=out)
+                continue
+            x = x_RK[first : first + length * members].view(members, length, -1)
+            out = out_RN[first : first + length * members].view(members, length, width)
+            w = w_PKN[member : member + members]
+            if bias_PN is None:
+                torch.bmm(x, w, out=out)
+            else:
+                torch.baddbmm(bias_PN[member : member + members].unsqueeze(1), x, w, out=out)
+        return out_RN
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        n, k = y_RN.shape[1], x_RK.shape[1]
+        out_PNK = x_RK.new_empty(len(segments.counts), n, k)
+        for row, member, count, members in segments.runs:
+            first, length = row * factor, count * factor
+            last = first + length * members
+            if members == 1:
+                torch.mm(y_RN[first:last].t(), x_RK[first:last], out=out_PNK[member])
+                continue
+            y = y_RN[first:last].view(members, length, n)
+            torch.bmm(
+                y.transpose(1, 2),
+                x_RK[first:last].view(members, length, k),
+                out=out_PNK[member : member + members],
+            )
+        return out_PNK
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        width = x_RK.shape[1]
+        out_PK = x_RK.new_empty(len(segments.counts), width)
+        for row, member, count, members in segments.runs:
+            first, length = row * factor, count * factor
+            x = x_RK[first : first + length * members].view(members, length, width)
+            torch.sum(x, 1, out=out_PK[member : member + members])
+        return out_PK
+
+
+class _Padded:
+    """Rows moved to as many places for every member as the largest has, and back: a few calls, whatever the members.
+
+    Places without a row hold zeros, and what is computed there is dropped.
+    """
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        w_PKN = w_PNK.transpose(1, 2)
+        x_PLK = self._spaced(x_RK, segments, factor)
+        out = torch.bmm(x_PLK, w_PKN) if bias_PN is None else torch.baddbmm(bias_PN.unsqueeze(1), x_PLK, w_PKN)
+        return out.flatten(0, 1).index_select(0, segments.padded(factor)[1])
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        y_PLN, x_PLK = self._spaced(y_RN, segments, factor), self._spaced(x_RK, segments, factor)
+        return torch.bmm(y_PLN.transpose(1, 2), x_PLK)
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        return self._spaced(x_RK, segments, factor).sum(1)
+
+    @staticmethod
+    def _spaced(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        index, _ = segments.padded(factor)
+        with_zeros = torch.cat([x_RK, x_RK.new_zeros(1, x_RK.shape[1])])
+        return with_zeros.index_select(0, index).view(len(segments.counts), -1, x_RK.shape[1])
+
+
+class _GroupedMM:
+    """PyTorch's own grouped product, one call for all members.
+
+    It takes no bias, and strides of multiples of 16 bytes only.
+    """
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        ends = segments.ends(factor)
+        out_RN = torch.nn.functional.grouped_mm(x_RK.contiguous(), w_PNK.transpose(1, 2), offs=ends)
+        if bias_PN is not None:
+            out_RN = out_RN + bias_PN.index_select(0, segments.member_of_row(factor))
+        return out_RN
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ends = segments.ends(factor)
+        return torch.nn.functional.grouped_mm(y_RN.contiguous().t(), x_RK.contiguous(), offs=ends)
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        # A product with ones: eight columns of them are 16 bytes in every dtype that it takes.
+        ones = x_RK.new_ones(x_RK.shape[0], 8)
+        return self.outer(x_RK, ones, segments, factor)[:, :, 0]
+
+
+BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped_mm": _GroupedMM()}
+# Up to so many times the rows, padding costs less than a call for every run.
+MOST_PADDING = 1.25
+
+
+def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], segments: Segments) -> str:
+    """The name of the backend that fits: a rule, not a measurement, so that a run repeats itself.
+
+    Args:
+        device: Its type.
+        dtype: Of rows and weights.
+        widths: Of the last axes of all operands.
+        segments: The rows of each member.
+    """
+    if device == "cpu":
+        return "runs"
+    if (
+        device == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and hasattr(torch.nn.functional, "grouped_mm")
+        and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    ):
+        return "grouped_mm"
+    most = max(segments.counts) * len(segments.counts)
+    return "padded" if most <= MOST_PADDING * segments.num_rows or device != "cpu" else "runs"
+
+
+def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
+    widths = tuple(operand.shape[-1] for operand in operands)
+    return BACKENDS[backend_for(segments.device.type, operands[0].dtype, widths, segments)]
+
+
+class _Linear(Function):
+    """``multiply``, or with ``is_transposed`` the same by the transposed weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RK: torch.Tensor,
+        w_PNK: torch.Tensor,
+        bias_PN: torch.Tensor | None,
+        segments: Segments,
+        factor: int,
+        is_transposed: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_RK, w_PNK)
+        ctx.segments, ctx.factor, ctx.is_transposed = segments, factor, is_transposed
+        weights = w_PNK.transpose(1, 2) if is_transposed else w_PNK
+        return _backend(segments, x_RK, weights).multiply(x_RK.contiguous(), weights, bias_PN, segments, factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_RK, w_PNK = ctx.saved_tensors
+        grad_RN = grads[0].contiguous()
+        segments, factor, is_transposed = ctx.segments, ctx.factor, ctx.is_transposed
+        grad_x = grad_w = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _Linear.apply(grad_RN, w_PNK, None, segments, factor, not is_transposed)
+        if ctx.needs_input_grad[1]:
+            left, right = (x_RK, grad_RN) if is_transposed else (grad_RN, x_RK)
+            grad_w = _Outer.apply(left, right, segments, factor)
+        if ctx.needs_input_grad[2]:
+            grad_bias = _SegmentSum.apply(grad_RN, segments, factor)
+        return grad_x, grad_w, grad_bias, None, None, None
+
+
+class _Outer(Function):
+    @staticmethod
+    def forward(ctx: Any, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.save_for_backward(y_RN, x_RK)
+        ctx.segments, ctx.factor = segments, factor
+        y_RN, x_RK = y_RN.contiguous(), x_RK.contiguous()
+        return _backend(segments, y_RN, x_RK).outer(y_RN, x_RK, segments, factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y_RN, x_RK = ctx.saved_tensors
+        grad_PNK = grads[0].contiguous()
+        grad_y = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_y = _Linear.apply(x_RK, grad_PNK, None, ctx.segments, ctx.factor, False)
+        if ctx.needs_input_grad[1]:
+            grad_x = _Linear.apply(y_RN, grad_PNK, None, ctx.segments, ctx.factor, True)
+        return grad_y, grad_x, None, None
+
+
+class _SegmentSum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.segments, ctx.factor = segments, factor
+        x_RK = x.reshape(x.shape[0], x.shape[1:].numel()).contiguous()
+        summed = _backend(segments, x_RK).segment_sum(x_RK, segments, factor)
+        return summed.view(len(segments.counts), *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return cast(torch.Tensor, _Spread.apply(grads[0], ctx.segments, ctx.factor)), None, None
+
+
+class _Spread(Function):
+    @staticmethod
+    def forward(ctx: Any, stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.segments, ctx.factor = segments, factor
+        return stack.index_select(0, segments.member_of_row(factor))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return cast(torch.Tensor, _SegmentSum.apply(grads[0], ctx.segments, ctx.factor)), None, None
+
+
+def linear(
+    x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+) -> torch.Tensor:
+    """``[R, N]``: each row through its member's weights, differentiable any number of times.
+
+    Args:
+        x_RK: ``[R, K]``, ``factor`` positions for each of the segments' rows.
+        w_PNK: ``[P, N, K]``.
+        bias_PN: ``[P, N]`` or ``None``.
+        segments: The rows of each member.
+        factor: Positions folded into each row.
+    """
+    return cast(torch.Tensor, _Linear.apply(x_RK, w_PNK, bias_PN, segments, factor, False))
+
+
+def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    """``[P, N, K]``: the sum over each member's rows of ``y xᵀ``."""
+    return cast(torch.Tensor, _Outer.apply(y_RN, x_RK, segments, factor))
+
+
+def segment_sum(x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    """``[R, ...]`` to ``[P, ...]``: the sum over each member's rows."""
+    return cast(torch.Tensor, _SegmentSum.apply(x, segments, factor))
+
+
+def spread(stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    """``[P, ...]`` to ``[R, ...]``: each row's member's entry."""
+    return cast(torch.Tensor, _Spread.apply(stack, segments, factor))

@@ -1,0 +1,234 @@
+"""The three kinds of values that an expert computes with while one module stands for all experts of a class.
+
+- `Rows`: one entry for each sample: the hidden states and what is made of them. Its row axis holds the rows of all
+  members, one member's after the other's.
+- `Stack`: one entry for each member: parameters, buffers and what is made of them alone.
+- `Common`: the same for all: constants that the forward pass makes, and what the context shares.
+
+To the expert's code each looks like the tensor that it would see if it ran alone, but for one thing: the number of rows
+is a symbol, `RowCount`, that may size tensors and nothing else. Whatever would read it, or a value, is a `CannotGroupError`.
+
+Axes: R rows of all members, P members.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, cast
+
+import torch
+
+
+class CannotGroupError(Exception):
+    """Why experts can't run as one, in words that complete "looped, for its experts …"."""
+
+
+class NeedsOwnRowsError(CannotGroupError):
+    """They write into rows that are not theirs alone this time."""
+
+
+class RowCount(torch.SymInt):
+    """The number of rows of an expert, times ``factor`` positions: a size, of which only products are known.
+
+    It is a symbolic integer because PyTorch takes those as sizes, while nothing in Python reads a value out of one
+    without asking it first: ``range``, ``math.log``, comparison and formatting all come by here.
+    """
+
+    def __init__(self, factor: int = 1) -> None:
+        super().__init__(None)
+        self.factor = factor
+
+    def __mul__(self, other: object) -> Any:
+        if type(other) is not int or other < 0:
+            self._refuse()
+        return RowCount(self.factor * cast(int, other)) if other else 0
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: object) -> RowCount:
+        if type(other) is not int or other < 1 or self.factor % other:
+            self._refuse()
+        return RowCount(self.factor // cast(int, other))
+
+    def __bool__(self) -> bool:
+        # Experts without rows don't run.
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, RowCount):
+            return self.factor == other.factor
+        self._refuse_above(other, 0)
+        return False
+
+    def __gt__(self, other: object) -> bool:  # type: ignore[override]
+        self._refuse_above(other, 0)
+        return True
+
+    def __ge__(self, other: object) -> bool:  # type: ignore[override]
+        self._refuse_above(other, 1)
+        return True
+
+    def __lt__(self, other: object) -> bool:  # type: ignore[override]
+        self._refuse_above(other, 1)
+        return False
+
+    def __le__(self, other: object) -> bool:  # type: ignore[override]
+        self._refuse_above(other, 0)
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __repr__(self) -> str:
+        return "rows"
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise CannotGroupError("read the number of their rows")
+
+    def _refuse_above(self, other: object, known: int) -> None:
+        """Of the number of rows it is known that there is one."""
+        if type(other) is not int or other > known:
+            self._refuse()
+
+    __int__ = __index__ = __float__ = __hash__ = __str__ = __format__ = _refuse  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = _refuse  # type: ignore[assignment]
+    __truediv__ = __rtruediv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = _refuse
+    __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = __round__ = __trunc__ = __floor__ = __ceil__ = _refuse
+    __lshift__ = __rshift__ = __and__ = __or__ = __xor__ = __invert__ = __reduce_ex__ = _refuse  # type: ignore[assignment]
+
+
+_NOTHING = torch.empty(0)
+
+
+def _of_inner(name: str) -> property:
+    """An attribute of the tensor behind a value, read without coming by the mode that watches the experts."""
+
+    def read(value: Ragged) -> Any:
+        with torch._C.DisableTorchFunction():
+            return getattr(value.inner, name)
+
+    return property(read)
+
+
+class Ragged(torch.Tensor):
+    """Base of the three: a tensor to Python, whose values only the operations of the grouped engine can reach.
+
+    Attributes:
+        inner: The plain tensor behind it.
+        inner_shape: Its shape.
+    """
+
+    inner: torch.Tensor
+    inner_shape: torch.Size
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        # While experts run, a mode takes every call before it comes here.
+        raise CannotGroupError(f"used a tensor outside of their forward pass ({getattr(func, '__name__', func)})")
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The shape that the expert sees."""
+        return self.inner_shape
+
+    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+        """The shape that the expert sees, or one axis of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """The number of axes that the expert sees."""
+        return len(self.inner_shape)
+
+    def numel(self) -> Any:
+        """The product of the shape that the expert sees."""
+        total: Any = 1
+        for size in self.shape:
+            total = total * size
+        return total
+
+    def is_floating_point(self) -> bool:
+        """As for the tensor behind it."""
+        return self.dtype.is_floating_point
+
+    def is_complex(self) -> bool:
+        """As for the tensor behind it."""
+        return self.dtype.is_complex
+
+    ndim = property(lambda self: self.dim())  # type: ignore[assignment]
+    dtype = _of_inner("dtype")  # type: ignore[assignment]
+    device = _of_inner("device")  # type: ignore[assignment]
+    layout = _of_inner("layout")  # type: ignore[assignment]
+    requires_grad = _of_inner("requires_grad")  # type: ignore[assignment]
+    is_cuda = _of_inner("is_cuda")  # type: ignore[assignment]
+    is_nested = is_sparse = is_quantized = is_meta = property(lambda _: False)  # type: ignore[assignment]
+
+
+class Rows(Ragged):
+    """One entry for each sample.
+
+    Attributes:
+        axis: The row axis.
+        factor: Positions folded into it: it is R · factor long, and each row's positions stand together.
+    """
+
+    axis: int
+    factor: int
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The shape that the expert sees: the row axis is a `RowCount` long."""
+        sizes: list[Any] = list(self.inner_shape)
+        sizes[self.axis] = RowCount(self.factor)
+        return torch.Size(sizes)
+
+
+class Stack(Ragged):
+    """One entry for each member: ``inner`` is ``[P, *shape]``.
+
+    Attributes:
+        is_reduced: Whether it was made of rows: then it may be a loss, but must not reach rows again.
+    """
+
+    is_reduced: bool
+    # What ``isinstance(…, nn.Parameter)`` looks for.
+    _is_param = False
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The shape that the expert sees."""
+        return self.inner_shape[1:]
+
+    def dim(self) -> int:
+        """The number of axes that the expert sees."""
+        return len(self.inner_shape) - 1
+
+
+class Common(Ragged):
+    """The same for all members."""
+
+
+def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
+    """A value with one entry for each sample along ``axis``."""
+    value = torch.Tensor._make_subclass(Rows, _NOTHING)
+    value.inner, value.inner_shape, value.axis, value.factor = inner, inner.shape, axis, factor
+    return value
+
+
+def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
+    """A value with one entry for each member along the first axis."""
+    value = torch.Tensor._make_subclass(Stack, _NOTHING)
+    value.inner, value.inner_shape, value.is_reduced = inner, inner.shape, is_reduced
+    return value
+
+
+def parameter(inner: torch.Tensor) -> Stack:
+    """A `Stack` that passes for an ``nn.Parameter``."""
+    value = stack(inner)
+    value._is_param = True
+    return value
+
+
+def common(inner: torch.Tensor) -> Common:
+    """A value that is the same for all members."""
+    value = torch.Tensor._make_subclass(Common, _NOTHING)
+    value.inner, value.inner_shape = inner, inner.shape
+    return value

@@ -1,0 +1,312 @@
+"""Which experts are the same architecture with other weights, and how to know cheaply that nothing has changed.
+
+A module is taken down to what can be compared: its class, its plain attributes, and by place its parameters and
+buffers, its children and those of theirs. Two experts of one signature compute the same function of their input and
+of their own tensors. The signature is kept beside a copy of every dictionary and list that it was read from; at every call
+these are compared with the living ones, at C's speed, so replacing, setting or hooking anything shows.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import itertools
+import types
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from .inspection import inspect_code, is_trusted
+from .ragged import CannotGroupError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [
+    getattr(torch_module, f"_global_{name}")
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+]
+# What every module has beside what it is made of; the hooks among them do not touch a forward pass.
+# What recurrent layers keep beside their parameters, and make anew of them when they differ.
+DERIVED = {"_flat_weights", "_flat_weight_refs"}
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | DERIVED
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice)
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+_facts = attrgetter("requires_grad", "dtype", "is_sparse")
+
+
+# Comparing a key costs a walk through it; its number does not.
+_NUMBERS: dict[tuple[Any, ...], int] = {}
+_MOST_NUMBERS = 65_536
+_next_number = itertools.count().__next__
+
+
+def _number(key: tuple[Any, ...]) -> int:
+    if (number := _NUMBERS.get(key)) is None:
+        if len(_NUMBERS) >= _MOST_NUMBERS:
+            _NUMBERS.clear()
+        number = _NUMBERS[key] = _next_number()
+    return number
+
+
+class Leaf(NamedTuple):
+    """Where a tensor stands in an expert: the number of its module, and its name there."""
+
+    module: int
+    name: str
+    is_buffer: bool
+
+
+class Signature(NamedTuple):
+    """What experts of one class share.
+
+    Attributes:
+        key: Equal for experts of one class, and for no others.
+        leaves: Where each distinct tensor stands; a tied one stands in several places.
+        fault: Why experts like this can't run as one, or ``None``.
+        objects: What the first expert of them holds beside tensors, modules and plain data.
+        id: The key's number.
+    """
+
+    key: tuple[Any, ...]
+    leaves: tuple[tuple[Leaf, ...], ...]
+    fault: str | None
+    objects: tuple[Any, ...] = ()
+    id: int = -1
+
+
+class _Look(NamedTuple):
+    """One look at an expert: what was read, and what it was read from."""
+
+    living: list[Any]
+    copies: list[Any]
+    code: dict[Any, str | None]
+    facts: tuple[Any, ...]
+    tensors: list[torch.Tensor]
+    signature: Signature
+
+
+class Inspected(dict[Any, "str | None"]):
+    """What is against each class's code, asked once in a call."""
+
+    def __missing__(self, subject: Any) -> str | None:
+        self[subject] = fault = inspect_code(subject)
+        return fault
+
+
+class Watched:
+    """An expert, its signature, and what it was read from.
+
+    Attributes:
+        module: The expert.
+        signature: As of the last look.
+        tensors: The distinct parameters and buffers, aligned with the signature's leaves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._looks: list[_Look] = []
+        self.signature = Signature((), (), None)
+        self.tensors: list[torch.Tensor] = []
+
+    def refresh(self, inspected: Inspected) -> None:
+        """Make signature and tensors true now."""
+        for look in self._looks:
+            if (
+                _is_equal(look.living, look.copies)
+                and look.facts == tuple(map(_facts, look.tensors))
+                and all(inspected[subject] == fault for subject, fault in look.code.items())
+            ):
+                self.signature, self.tensors = look.signature, look.tensors
+                return
+        reader = _Reader(inspected)
+        signature, tensors = reader.read(self.module)
+        look = _Look(reader.living, reader.copies, reader.code, tuple(map(_facts, tensors)), tensors, signature)
+        # Two are kept: training and evaluation take turns.
+        self._looks = [look, *self._looks[:1]]
+        self.signature, self.tensors = signature, tensors
+
+
+def _is_equal(living: list[Any], copies: list[Any]) -> bool:
+    try:
+        return living == copies
+    except Exception:  # noqa: BLE001  # attributes may compare in any way: what can't be compared has changed
+        return False
+
+
+def global_hooks() -> str | None:
+    """Why no expert may run with others as one, for hooks on all modules; ``None`` without any."""
+    return "there are hooks on all modules" if any(_GLOBAL_HOOKS) else None
+
+
+class _Reader:
+    """Reads one expert."""
+
+    def __init__(self, inspected: Inspected) -> None:
+        self.living: list[Any] = []
+        self.copies: list[Any] = []
+        # The classes and functions whose code it runs, and what is against each.
+        self.code: dict[Any, str | None] = {}
+        self._inspected = inspected
+        self.modules: dict[int, int] = {}
+        self.places: dict[int, list[Leaf]] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.objects: list[Any] = []
+
+    def read(self, module: nn.Module) -> tuple[Signature, list[torch.Tensor]]:
+        try:
+            key = self._module(module, "")
+        except CannotGroupError as error:
+            # Experts with one fault are told as one class: what they are beyond it is not known.
+            whole = ("fault", type(module), str(error))
+            return Signature(whole, (), str(error), (), _number(whole)), []
+        leaves = tuple(map(tuple, self.places.values()))
+        tensors = list(self.tensors.values())
+        shapes = tuple((tuple(each.shape), each.dtype, each.device, each.requires_grad) for each in tensors)
+        whole = (key, leaves, shapes)
+        return Signature(whole, leaves, None, tuple(self.objects), _number(whole)), tensors
+
+    def _watch(self, value: Any) -> None:
+        self.living.append(value)
+        self.copies.append(copied(value))
+
+    def _inspect(self, subject: Any) -> None:
+        if is_trusted(subject):
+            return
+        self.code[subject] = fault = self._inspected[subject]
+        if fault is not None:
+            raise CannotGroupError(fault)
+
+    def _module(self, module: nn.Module, path: str) -> tuple[Any, ...]:
+        if id(module) in self.modules:
+            return ("again", self.modules[id(module)])
+        number = self.modules[id(module)] = len(self.modules)
+        kind = type(module)
+        attributes = module.__dict__
+        self.living.append(attributes)
+        self.copies.append(dict(attributes))
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.living.append(attributes[name])
+            self.copies.append(dict(attributes[name]))
+        for name in _HOOKS:
+            self.living.append(attributes[name])
+            self.copies.append({})
+        if any(attributes[name] for name in _HOOKS):
+            raise CannotGroupError(f"have a module hook{_at(path)}")
+        self._inspect(kind)
+        plain = []
+        for name, value in attributes.items():
+            if name in _BOOKKEEPING:
+                continue
+            plain.append((name, self._plain(value, f"{path}.{name}".removeprefix("."))))
+            if isinstance(value, _CONTAINERS):
+                self._watch(value)
+        flat = attributes.get("_flat_weights")
+        if isinstance(flat, list):
+            if any(
+                each is not attributes["_parameters"].get(name) for each, name in zip(flat, module._flat_weights_names)
+            ):  # type: ignore[arg-type, call-overload]
+                raise CannotGroupError(f"hold other weights than their parameters{_at(path)}")
+            self.living.append(flat)
+            self.copies.append(list(flat))
+        tensors = []
+        for is_buffer, registry in enumerate((attributes["_parameters"], attributes["_buffers"])):
+            for name, tensor in registry.items():
+                tensors.append((name, self._tensor(tensor, Leaf(number, name, bool(is_buffer)), path)))
+        children = [
+            (name, None if child is None else self._module(child, f"{path}.{name}".removeprefix(".")))
+            for name, child in attributes["_modules"].items()
+        ]
+        return kind, tuple(plain), tuple(tensors), tuple(children)
+
+    def _tensor(self, tensor: torch.Tensor | None, leaf: Leaf, path: str) -> Any:
+        if tensor is None:
+            return None
+        name = f"{path}.{leaf.name}".removeprefix(".")
+        if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer):
+            raise CannotGroupError(f"hold {name!r}, a {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CannotGroupError(f"hold {name!r}, which is {tensor.layout}")
+        self.tensors[id(tensor)] = tensor
+        places = self.places.setdefault(id(tensor), [])
+        places.append(leaf)
+        return list(self.places).index(id(tensor)), isinstance(tensor, nn.Parameter)
+
+    def _plain(self, value: Any, path: str) -> Any:
+        """An attribute as something that can be compared; what can't be is the same only where it is one object."""
+        if isinstance(value, _PLAIN):
+            return type(value), value if value == value else repr(value)  # noqa: PLR0124  # not a number
+        if isinstance(value, torch.Tensor):
+            raise CannotGroupError(f"hold a tensor that is not registered, {path!r}")
+        if isinstance(value, nn.Module):
+            raise CannotGroupError(f"hold a module that is not registered, {path!r}")
+        if isinstance(value, dict):
+            items = tuple(
+                (self._plain(key, path), self._plain(item, f"{path}[{key!r}]")) for key, item in value.items()
+            )
+            return type(value), items
+        if isinstance(value, set | frozenset):
+            return type(value), frozenset(self._plain(item, path) for item in value)
+        if isinstance(value, list | tuple):
+            return type(value), tuple(self._plain(item, f"{path}[{index}]") for index, item in enumerate(value))
+        if isinstance(value, type):
+            return "type", value
+        if isinstance(value, types.BuiltinFunctionType) and getattr(value, "__self__", None) in (
+            None,
+            torch,
+            torch._C._nn,
+        ):
+            return "function", value
+        if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType | type):
+            return "function", value
+        if isinstance(value, types.FunctionType):
+            self._inspect(value)
+            return "function", value
+        if type(value).__reduce_ex__ is object.__reduce_ex__ and hasattr(value, "__dict__"):
+            # A config, say: the same where its fields are.
+            self._inspect(type(value))
+            self.objects.append(value)
+            self._watch(vars(value))
+            return type(value), self._plain(vars(value), path)
+        raise CannotGroupError(f"hold {path!r}, a {type(value).__name__}, which can't be compared")
+
+
+def _at(path: str) -> str:
+    return f" (at {path!r})" if path else ""
+
+
+def copied(value: Any) -> Any:
+    """A copy of containers within containers; what they hold is the same."""
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(copied, value))
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+
+
+def shared_tensor(members: Sequence[Watched]) -> str | None:
+    """The name of a tensor that two of the experts share; ``None`` where each has its own."""
+    seen: dict[int, int] = {}
+    for number, member in enumerate(members):
+        for tensor, leaves in zip(member.tensors, member.signature.leaves, strict=True):
+            if seen.setdefault(id(tensor), number) != number:
+                return leaves[0].name
+    return None
+
+
+def modules_of(expert: nn.Module) -> Iterator[nn.Module]:
+    """The expert's distinct modules, in the order in which signatures number them."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield module
+        for child in cast(dict[str, nn.Module | None], module._modules).values():
+            if child is not None:
+                yield from walk(child)
+
+    return walk(expert)

@@ -1,0 +1,348 @@
+"""One module that stands for all members of a class, and its run over all their rows.
+
+The template is a likeness of the first member: the same classes and attributes, copies of its containers, and in place
+of each tensor the stack of all members'. Its forward pass is the user's own code, run anew at every call, with every
+call into PyTorch taken by a mode that knows `OPERATIONS`. What can't be right for all is a `CannotGroupError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from . import operations_attention, operations_elementwise, operations_norm, operations_product  # noqa: F401  # register
+from . import operations_recurrent, operations_reduce, operations_shape  # noqa: F401  # register
+from .experts import ExpertBatch, ExpertResult
+from .operations import OPERATIONS, Run
+from .ragged import CannotGroupError, Ragged, Rows, Stack, common, parameter, rows, stack
+from .segments import Segments
+from .signature import DERIVED, Signature, copied, modules_of
+
+
+class Given:
+    """What a class is given: rows of all members, and how an expert would see them.
+
+    Attributes:
+        hidden: ``[R, ...]``.
+        mask: ``[R, ...]`` or ``None``.
+        aligned: The context's batch-aligned tensors, ``[R, ...]`` each.
+        build_context: Builds a context around values in place of those.
+        shared: The context's other tensors by id.
+    """
+
+    __slots__ = ("aligned", "build_context", "hidden", "mask", "shared")
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        aligned: Sequence[torch.Tensor],
+        build_context: Any,
+        shared: Mapping[int, torch.Tensor],
+    ) -> None:
+        self.hidden = hidden
+        self.mask = mask
+        self.aligned = aligned
+        self.build_context = build_context
+        self.shared = shared
+
+
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        hidden: ``[R, ...]``.
+        losses: By name, one for each member.
+        operations: The program: the operations in order.
+        looped: Those that were looped over the members, and how often.
+        writes: Whether anything was written in place.
+    """
+
+    __slots__ = ("hidden", "losses", "looped", "operations", "writes")
+
+    def __init__(self, hidden: torch.Tensor, losses: dict[str, list[torch.Tensor]], run: Run) -> None:
+        self.hidden = hidden
+        self.losses = losses
+        self.operations = tuple(run.operations)
+        self.looped = dict(run.looped)
+        self.writes = run.writes
+
+
+class StateProbe(dict[str, str]):
+    """In place of an expert's ``state``: whatever reads it finds out which expert it is."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise CannotGroupError("read their state")
+
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __reversed__ = __reduce_ex__ = __ior__ = __bool__ = _refuse  # type: ignore[assignment]
+    get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse  # type: ignore[assignment]
+
+
+class Template:
+    """A likeness of an expert."""
+
+    def __init__(self, expert: nn.Module, signature: Signature) -> None:
+        self._modules: list[nn.Module] = []
+        self._expert = self._likeness(expert, {})
+        self._signature = signature
+
+    def _likeness(self, module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        twin = module.__class__.__new__(module.__class__)
+        made[id(module)] = twin
+        self._modules.append(twin)
+        attributes = {
+            name: copied(value) if name not in ("_parameters", "_buffers", "_modules") else dict(value)
+            for name, value in module.__dict__.items()
+        }
+        twin.__dict__.update(attributes)
+        twin.__dict__["_modules"] = {
+            name: None if child is None else self._likeness(child, made) for name, child in module._modules.items()
+        }
+        return twin
+
+    def fill(self, values: Sequence[Any]) -> None:
+        """Put values in place of the expert's tensors, one for each of the signature's leaves."""
+        for value, leaves in zip(values, self._signature.leaves, strict=True):
+            for number, name, is_buffer in leaves:
+                module = self._modules[number]
+                (module._buffers if is_buffer else module._parameters)[name] = value
+                flat = module.__dict__.get("_flat_weights")
+                if flat is not None and name in module._flat_weights_names:  # type: ignore[operator]
+                    flat[module._flat_weights_names.index(name)] = value  # type: ignore[union-attr, operator]
+
+    def run(self, batch: ExpertBatch) -> Any:
+        """The expert's forward pass; an attribute that it writes is a `CannotGroupError`."""
+        watched = [part for module in self._modules for part in (module.__dict__, *_registries(module))]
+        watched += [
+            value
+            for module in self._modules
+            for name, value in module.__dict__.items()
+            if type(value) in (list, dict, set) and name not in DERIVED
+        ]
+        watched += [vars(each) for each in self._signature.objects]
+        before = [dict(each) if type(each) is dict else copied(each) for each in watched]
+        result = self._expert(batch)
+        for part, was in zip(watched, before, strict=True):
+            if not _is_same(part, was):
+                name = (
+                    next((key for key in part if not _has_same(part, was, key)), "?") if isinstance(part, dict) else ""
+                )
+                if any(part is vars(each) for each in self._signature.objects):
+                    part.clear()
+                    part.update(was)
+                raise CannotGroupError(f"wrote the attribute {name!r}" if name else "wrote into an attribute")
+        return result
+
+
+def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
+
+
+def _is_same(part: Any, was: Any) -> bool:
+    if isinstance(part, dict) and isinstance(was, dict):
+        return part.keys() == was.keys() and all(_has_same(part, was, key) for key in part if key not in DERIVED)
+    if isinstance(part, list) and isinstance(was, list):
+        return len(part) == len(was) and all(a is b or _is_plain_equal(a, b) for a, b in zip(part, was, strict=True))
+    return _is_plain_equal(part, was)
+
+
+def _has_same(part: dict[Any, Any], was: dict[Any, Any], key: Any) -> bool:
+    if key not in was:
+        return False
+    return part[key] is was[key] or _is_plain_equal(part[key], was[key])
+
+
+def _is_plain_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is b
+    if type(a) is not type(b):
+        return False
+    return _is_same(a, b) if isinstance(a, dict | list) else bool(a == b)
+
+
+class _Interception(TorchFunctionMode):
+    """Takes every call into PyTorch while a template runs."""
+
+    def __init__(self, run: Run, shared: Mapping[int, torch.Tensor]) -> None:
+        super().__init__()
+        self._run = run
+        self._shared = shared
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = OPERATIONS.get(func)
+        if known is None:
+            return self._unknown(func, args, kwargs)
+        name, handler = known
+        self._run.operations.append(name)
+        for value in args:
+            if isinstance(value, torch.Tensor | list | tuple) and not isinstance(value, Ragged):
+                args = tuple(map(self._registered, args))
+                break
+        if kwargs:
+            kwargs = {key: self._registered(value) for key, value in kwargs.items()}
+            if kwargs.get("out") is not None:
+                raise CannotGroupError(f"called {name} with 'out'")
+            kwargs.pop("out", None)
+        return handler(self._run, func, name, args, kwargs)
+
+    def _registered(self, value: Any) -> Any:
+        """Tensors that are not the run's own must be the context's."""
+        if isinstance(value, Ragged):
+            return value
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._shared:
+                raise CannotGroupError(f"read a tensor that is not registered (of shape {tuple(value.shape)})")
+            return common(value)
+        if type(value) in (list, tuple):
+            return type(value)(map(self._registered, value))
+        return value
+
+    def _unknown(self, func: Any, args: Any, kwargs: Any) -> Any:
+        name = _name_of(func)
+        if not _has_ragged([*args, *kwargs.values()]):
+            # Grad modes, autocast and the like: no tensor is in it.
+            if name in _HARMLESS:
+                return func(*args, **kwargs)
+            if name in _OF_PLAIN and all(isinstance(each, torch.Tensor) and id(each) in self._shared for each in args):
+                return func(*args, **kwargs)
+        if name in _READS:
+            raise CannotGroupError(f"read values ({name})")
+        raise CannotGroupError(f"called {name}, which is not known to act on each row alone")
+
+
+_HARMLESS = {
+    *("set_grad_enabled", "is_grad_enabled", "_set_grad_enabled", "is_autocast_enabled", "get_default_dtype", "finfo"),
+    *("is_tensor", "is_inference_mode_enabled", "promote_types", "result_type", "broadcast_shapes", "__set__"),
+    *("get_autocast_dtype", "autocast_increment_nesting", "autocast_decrement_nesting", "set_autocast_enabled"),
+    *("set_autocast_dtype", "set_autocast_cache_enabled", "is_autocast_cache_enabled", "clear_autocast_cache"),
+    *("autocast", "_enter_autocast", "_exit_autocast", "get_autocast_cpu_dtype"),
+}
+_OF_PLAIN = {
+    "shape",
+    "size",
+    "dim",
+    "ndim",
+    "dtype",
+    "device",
+    "is_floating_point",
+    "requires_grad",
+    "numel",
+    "__len__",
+}
+_READS = {
+    "__bool__",
+    "item",
+    "tolist",
+    "numpy",
+    "__array__",
+    "__len__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__contains__",
+}
+_READS |= {
+    "equal",
+    "allclose",
+    "nonzero",
+    "unique",
+    "data_ptr",
+    "is_nonzero",
+    "__repr__",
+    "__format__",
+    "__hash__",
+    "__iter__",
+}
+_READS |= {"__complex__", "argwhere", "masked_select", "unique_consecutive", "bincount", "histc"}
+
+
+def _name_of(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__", "__delete__"):
+        return str(getattr(getattr(func, "__self__", None), "__name__", name))
+    return str(name)
+
+
+def _has_ragged(values: Sequence[Any]) -> bool:
+    return any(
+        isinstance(value, Ragged) or (isinstance(value, list | tuple) and _has_ragged(value)) for value in values
+    )
+
+
+def run_template(
+    template: Template,
+    stacks: Sequence[torch.Tensor],
+    given: Given,
+    segments: Segments,
+    *,
+    is_rehearsal: bool = False,
+    may_write: bool = True,
+) -> Outcome:
+    """Run a class over all rows of its members.
+
+    Args:
+        template: A likeness of its members.
+        stacks: ``[P, *shape]`` for each of the signature's leaves.
+        given: The rows.
+        segments: The rows of each member.
+        is_rehearsal: Whether random operations are to do something that can be compared.
+        may_write: Whether the rows are a copy that the experts may write into.
+
+    Raises:
+        CannotGroupError: It can't be right for all. Whatever the expert raises passes through.
+    """
+    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write)
+    template.fill(
+        [
+            stack(values) if leaves[0].is_buffer else parameter(values)
+            for values, leaves in zip(stacks, template._signature.leaves, strict=True)
+        ]
+    )
+    try:
+        batch = ExpertBatch(
+            rows(given.hidden),
+            given.build_context([rows(each) for each in given.aligned]),
+            None if given.mask is None else rows(given.mask),
+            StateProbe(),
+        )
+        with _Interception(run, given.shared):
+            result = template.run(batch)
+        hidden, losses = _checked(result, given.hidden, segments)
+    finally:
+        # No copy of a weight outlives the call.
+        template.fill([None] * len(stacks))
+    return Outcome(hidden, losses, run)
+
+
+def _checked(
+    result: Any, given: torch.Tensor, segments: Segments
+) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+    if type(result) is not ExpertResult:
+        raise CannotGroupError(f"returned a {type(result).__name__}")
+    if not isinstance(result.aux, dict) or result.aux:
+        raise CannotGroupError("returned aux")
+    hidden = result.hidden
+    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1 or hidden.inner.shape != given.shape:
+        raise CannotGroupError("returned something else than a row for each sample")
+    if not (hidden.is_floating_point() or hidden.is_complex() or hidden.dtype == given.dtype):
+        raise CannotGroupError(f"returned rows of {hidden.dtype}")
+    if not isinstance(result.losses, dict):
+        raise CannotGroupError("returned losses that are no dict")
+    losses = {}
+    for name, loss in result.losses.items():
+        if isinstance(loss, Stack):
+            losses[name] = list(loss.inner.unbind(0))
+        elif isinstance(loss, Rows):
+            counts = [count * loss.factor for count in segments.counts]
+            losses[name] = list(loss.inner.split(counts, loss.axis))
+        else:
+            raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
+    return hidden.inner, losses
