@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import celmoe
-from benchmarks.multilingual.interrupts import interrupts_ignored
+from benchmarks.multilingual.interrupts import interrupts_held
 from benchmarks.multilingual.words import WordTable
 
 
@@ -129,7 +129,7 @@ def training_batches(
         worker_init_fn=_begin_worker,
         pin_memory=device.type == "cuda",
     )
-    with interrupts_ignored():
+    with interrupts_held():
         batches = iter(loader)
     for batch in batches:
         yield batch.to(device)
