@@ -245,6 +245,8 @@ def test_interrupting_the_process_saves_and_says_how_to_go_on(
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.multilingual", *arguments],
         cwd=ROOT,
+        # Threads that wait for one another take minutes over a few steps where something else uses the processors.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
