@@ -6,6 +6,8 @@ resumed run, or one with another number of loader processes, meets the same word
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import celmoe
-from benchmarks.multilingual.interrupts import interrupts_ignored
+from benchmarks.multilingual.interrupts import interrupts_held
 from benchmarks.multilingual.words import WordTable
 
 
@@ -99,9 +101,13 @@ class TrainingSteps(Dataset[torch.Tensor]):
         return self._permutation[place * self.batch_size : (place + 1) * self.batch_size]
 
 
-def _ignore_interrupts(worker_id: int) -> None:
+def _begin_worker(worker_id: int) -> None:
     del worker_id
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The loader may stop a worker while the worker's queue thread still shares tensors. Before Python 3.14 an
+    # interpreter's end unwinds such a thread out of torch's C++, which aborts the process: so it leaves without that
+    # end, as a forked one does. What fails in here reaches the parent by the queue, not by the exit code.
+    atexit.register(os._exit, 0)
 
 
 def training_batches(
@@ -120,10 +126,10 @@ def training_batches(
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_begin_worker,
         pin_memory=device.type == "cuda",
     )
-    with interrupts_ignored():
+    with interrupts_held():
         batches = iter(loader)
     for batch in batches:
         yield batch.to(device)

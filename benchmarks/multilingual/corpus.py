@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from simplemma.strategies.dictionaries.dictionary_factory import SUPPORTED_LANGUAGES, DefaultDictionaryFactory
 
-from benchmarks.multilingual.interrupts import interrupts_ignored
+from benchmarks.multilingual.interrupts import interrupts_held
 from benchmarks.multilingual.rules import FIELD_SEPARATOR, EditRule, find_rule
 
 FORMAT = 1
@@ -178,9 +178,9 @@ def build_samples(
     ordered = sorted(languages, key=lambda language: (language not in {"sw", "pl", "fi", "et", "hu"}, language))
     others = active_children()
     with ProcessPoolExecutor(builders, mp_context=get_context("spawn")) as pool:
-        with interrupts_ignored():
-            jobs = [pool.submit(_build, language, cap, cache_path(folder, language, cap)) for language in ordered]
         try:
+            with interrupts_held():
+                jobs = [pool.submit(_build, language, cap, cache_path(folder, language, cap)) for language in ordered]
             for job in as_completed(jobs):
                 on_built(job.result())
         except BaseException:

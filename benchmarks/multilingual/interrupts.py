@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -40,13 +42,18 @@ class InterruptGuard:
 
 
 @contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Children started in here are born deaf to Ctrl-C: a terminal sends it to all of them, and the parent decides."""
-    if threading.current_thread() is not threading.main_thread():
+def interrupts_held() -> Iterator[None]:
+    """Children started in here are born deaf to Ctrl-C: a terminal sends it to all of them, and the parent decides.
+
+    One that is pressed meanwhile reaches the parent afterwards. Windows has nothing that children inherit.
+    """
+    if sys.platform == "win32":
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Started in here by the first child's locks, it would take the mask away.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

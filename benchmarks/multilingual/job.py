@@ -207,11 +207,12 @@ def _train(job: Run, begun: float) -> bool:
         )
 
     left = progress.planned_steps - progress.step
-    reporter.say(
-        f"training {left:,} steps of {job.steps.batch_size:,} words, {left * job.steps.batch_size:,} words in all, "
-        "experts beside the universal expert alone"
-    )
     with InterruptGuard() as guard, reporter.bar("training", progress.total_steps) as bar:
+        # Said under guard: from this line on Ctrl-C saves.
+        reporter.say(
+            f"training {left:,} steps of {job.steps.batch_size:,} words, {left * job.steps.batch_size:,} words in all, "
+            "experts beside the universal expert alone"
+        )
         watchers = Watchers(
             on_step=lambda step, results, speeds: bar.move_to(
                 step, progress.total_steps, step_figures(results[EXPERTS], speeds[EXPERTS]) if results else None

@@ -233,28 +233,42 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no interrupt to another process")
-def test_interrupting_the_process_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--workers", "1", "--steps", "100000", "--report", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("steps", "awaited", "seconds"),
+    [(100_000, "training", 0), (100_000, "training", 1), (300, "step", 0)],
+    ids=["at once", "soon", "in the midst"],
+)
+def test_interrupting_the_process_saves_and_says_how_to_go_on(
+    steps: int, awaited: str, seconds: float, tmp_path: Path
+) -> None:
+    arguments = [*SMALL, "--workers", "1", "--steps", str(steps), "--report", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.multilingual", *arguments],
         cwd=ROOT,
+        # Threads that wait for one another take minutes over a few steps where something else uses the processors.
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("training"):
-            break
-    time.sleep(1)
-    # To the process alone: a signal to its whole group would end its loader processes on its behalf.
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(awaited):
+                break
+        time.sleep(seconds)
+        # To the process alone: a signal to its whole group would end its loader processes on its behalf.
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        # One that did not stop must not go on training behind the other tests.
+        process.kill()
     assert process.returncode == 130, err
     assert "go on with: python -m benchmarks.multilingual --resume" in out
     assert err == ""
-    assert (tmp_path / "checkpoint.pt").exists()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"]
+    assert f"stopped at step {saved} of {steps};" in out
 
 
 def test_a_bounded_run_ends_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
