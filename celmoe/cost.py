@@ -1,7 +1,7 @@
 """When running a class as one is worth it: a few constants, no clock.
 
-A loop launches every operation of an expert once for each expert present. As one, each is launched once, dearer, and the
-members' tensors are stacked first. What is computed is the same, so it does not count.
+A loop launches every operation of an expert once for each expert present. As one, each is launched once, dearer, and
+the members' tensors are stacked first. What is computed is the same, so it does not count.
 """
 
 from __future__ import annotations

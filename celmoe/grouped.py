@@ -1,8 +1,8 @@
 """The engine that runs all experts of one class as one module.
 
 A class runs as one where its structure allows it (`signature`), where all that its forward pass does is known to act on
-each row alone (`template`), and where that has been compared with the loop (`proof`). Whatever stands in the way is a reason
-in words; the class then runs looped, or is refused if ``engine="grouped"`` was asked for.
+each row alone (`template`), and where that has been compared with the loop (`proof`). Whatever stands in the way is a
+reason in words; the class then runs looped, or is refused if ``engine="grouped"`` was asked for.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     if why_not is None:
         outcome, why_not, error = _attempt(unit, batch)
     if outcome is not None:
-        by_expert = [
+        by_expert: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = [
             ({name: values[place] for name, values in outcome.losses.items()}, {}) for place in range(len(unit.members))
         ]
         return UnitResult(outcome.hidden, blocks=[outcome.hidden], by_expert=by_expert)

@@ -1,4 +1,4 @@
-"""The experts present at a level, put in classes: which run as one, in which order their rows stand, and what is known of them.
+"""The experts present at a level, put in classes: which run as one, and in which order their rows stand.
 
 Axes: R rows, P experts present.
 """
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from .plan import LevelPlan
-from .signature import Inspected, Signature, Watched, global_hooks, shared_tensor
+from .signature import Gathered, Inspected, Signature, Watched, global_hooks, shared_tensor
 from .template import Template
 
-# Up to so many rows an expert, members stand in the order of their number of rows: those with equally many share a call.
+# Up to so many rows an expert, members stand by their number of rows: those with equally many share a call.
 FEW_ROWS_PER_EXPERT = 96
 _MOST_CLASSES = 1024
 
@@ -66,7 +66,11 @@ class LevelClasses:
 
     def __init__(self) -> None:
         self._watched: dict[str, Watched] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self._numbers: dict[str, int] = {}
         self._records: dict[tuple[Any, ...], ClassRecord] = {}
+        self._gathered = Gathered(())
+        self._shares_tensors = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LevelClasses:
         return LevelClasses()
@@ -82,34 +86,58 @@ class LevelClasses:
             experts: They.
             scales: What the gradient into each one's input is multiplied by.
         """
+        self._refresh(names, experts)
+        numbers = [self._numbers[name] for name in names]
+        members = [self._watched[name] for name in names]
+        if numbers.count(numbers[0]) == len(numbers) and scales.count(scales[0]) == len(scales):
+            return [self._unit(tuple(range(len(names))), tuple(members), scales[0])]
+        found: dict[tuple[int, float], list[int]] = {}
+        for position, key in enumerate(zip(numbers, scales, strict=True)):
+            found.setdefault(key, []).append(position)
+        return [
+            self._unit(tuple(positions), tuple(members[position] for position in positions), scale)
+            for (_, scale), positions in found.items()
+        ]
+
+    def _refresh(self, names: Sequence[str], experts: Sequence[nn.Module]) -> None:
+        """Make true what is known of these experts."""
+        is_known = list(map(self._modules.get, names)) == experts
+        # Asking all at once costs less than asking some one by one, unless they are a few.
+        if is_known and 4 * len(names) >= len(self._watched):
+            if self._gathered.is_true():
+                return
+            names, experts = list(self._modules), list(self._modules.values())
         inspected = Inspected()
-        found: dict[tuple[Any, ...], list[tuple[int, Watched]]] = {}
-        for position, (name, expert, scale) in enumerate(zip(names, experts, scales, strict=True)):
+        is_same = True
+        for name, expert in zip(names, experts, strict=True):
             watched = self._watched.get(name)
             if watched is None or watched.module is not expert:
                 watched = self._watched[name] = Watched(expert)
+                self._modules[name] = expert
+            before = watched.look
             watched.refresh(inspected)
-            found.setdefault((watched.signature.id, scale), []).append((position, watched))
-        hooks = global_hooks()
-        return [self._unit(scale, members, hooks) for (_, scale), members in found.items()]
+            self._numbers[name] = watched.signature.id
+            is_same &= watched.look is before
+        if not is_same or 4 * len(names) >= len(self._watched):
+            everyone = list(self._watched.values())
+            self._gathered = Gathered(everyone)
+            self._shares_tensors = shared_tensor(everyone) is not None
 
-    def _unit(self, scale: float, members: list[tuple[int, Watched]], hooks: str | None) -> Unit:
-        positions = tuple(position for position, _ in members)
-        watched = tuple(each for _, each in members)
-        signature = watched[0].signature
+    def _unit(self, positions: tuple[int, ...], members: tuple[Watched, ...], scale: float) -> Unit:
+        signature = members[0].signature
         record = self._records.get(signature.key)
         if record is None:
             if len(self._records) >= _MOST_CLASSES:
                 self._records.clear()
             record = self._records[signature.key] = ClassRecord(signature)
         fault = None
-        if len({id(each.module) for each in watched}) < len(watched):
-            fault = "share a module"
-        elif len(watched) > 1:
-            fault = hooks or signature.fault
-            if fault is None and (name := shared_tensor(watched)) is not None:
+        if len(members) > 1:
+            fault = global_hooks() or signature.fault
+            if len({id(each.module) for each in members}) < len(members):
+                fault = "share a module"
+            elif fault is None and self._shares_tensors and (name := shared_tensor(members)) is not None:
                 fault = f"share the tensor {name!r}"
-        return Unit(positions, watched, record, scale, fault)
+        return Unit(positions, members, record, scale, fault)
 
 
 class Arrangement(NamedTuple):

@@ -2,8 +2,8 @@
 
 Values, shapes and attributes are watched while an expert runs. What can't be watched is read off its code beforehand:
 state that is neither the expert's own nor constant (global tables, closures over them), the identity of the expert
-(``id``), other sources of randomness than PyTorch's, and functions that bring an autograd of their own. Names are looked up
-when the code is inspected, and whether they still mean the same is asked before every call.
+(``id``), other sources of randomness than PyTorch's, functions that bring an autograd of their own. Names are looked
+up when the code is inspected, and whether they still mean the same is asked before every call.
 """
 
 from __future__ import annotations
@@ -204,43 +204,44 @@ class Inspection:
         """Refuse what may differ from one expert to the next, or remember anything."""
         if isinstance(value, _CONSTANTS) or _is_constant_tuple(value):
             return
+        if getattr(value, "__name__", name) in _IMPURE:
+            raise CannotGroupError(f"used {name}")
         module = getattr(value, "__module__", None) or ""
-        label = getattr(value, "__name__", name)
-        if isinstance(value, types.ModuleType):
-            if _root(value.__name__) not in _PURE:
-                raise CannotGroupError(f"used {name}")
-        elif isinstance(value, type):
-            if issubclass(value, torch.autograd.Function):
-                raise CannotGroupError(f"called the autograd function {label!r}")
-            if issubclass(value, torch.Generator) or label in _IMPURE:
-                raise CannotGroupError(f"used {name}")
-            if not _is_trusted(value) and id(value) not in self._seen:
-                self._seen.add(id(value))
-                self._inspect_class(value, (*_ENTRY, "__init__", "__new__", "__post_init__"))
-        elif isinstance(value, types.FunctionType):
-            if label in _IMPURE:
-                raise CannotGroupError(f"used {name}")
-            if _root(module) not in _PURE:
-                self._inspect_function(value)
-        elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.MethodWrapperType):
-            if label in _IMPURE or (module and _root(module) not in _PURE and not module.startswith("torch")):
-                raise CannotGroupError(f"used {name}")
-        elif isinstance(value, functools.partial):
-            for each in (value.func, *value.args, *value.keywords.values()):
-                self._judge(each, name, where)
-        elif module.startswith(("typing", "torch")) and not isinstance(
-            value, torch.Tensor | nn.Module | torch.Generator
-        ):
-            return
-        else:
-            raise CannotGroupError(f"read {where}{name!r} ({type(value).__name__})")
+        is_pure = not module or _root(module) in _PURE
+        match value:
+            case types.ModuleType():
+                if _root(value.__name__) not in _PURE:
+                    raise CannotGroupError(f"used {name}")
+            case type():
+                self._judge_class(value)
+            case types.FunctionType():
+                if not is_pure:
+                    self._inspect_function(value)
+            case types.BuiltinFunctionType() | types.MethodDescriptorType() | types.MethodWrapperType() if is_pure:
+                return
+            case functools.partial():
+                for each in (value.func, *value.args, *value.keywords.values()):
+                    self._judge(each, name, where)
+            case _ if isinstance(value, torch.Tensor | nn.Module | torch.Generator) or not module.startswith(
+                ("typing", "torch")
+            ):
+                raise CannotGroupError(f"read {where}{name!r} ({type(value).__name__})")
+
+    def _judge_class(self, value: type) -> None:
+        if issubclass(value, torch.autograd.Function):
+            raise CannotGroupError(f"called the autograd function {value.__name__!r}")
+        if issubclass(value, torch.Generator):
+            raise CannotGroupError(f"used {value.__name__}")
+        if not _is_trusted(value) and id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._inspect_class(value, (*_ENTRY, "__init__", "__new__", "__post_init__"))
 
 
 _MISSING = object()
 
 
 def _root(module: str) -> str:
-    return module.split(".")[0]
+    return module.split(".", maxsplit=1)[0]
 
 
 def _is_trusted(kind: type | types.FunctionType) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -91,6 +91,10 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
     return found
 
 
+# Losses and aux of each expert present.
+_Extras: TypeAlias = list[tuple[Mapping[str, torch.Tensor], Mapping[str, object]]]
+
+
 class Level:
     """One level of a model: its config, and what is known of its experts' classes.
 
@@ -133,7 +137,7 @@ class Level:
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
-            extras = [(result.losses, result.aux) for result in results]
+            extras: _Extras = [(result.losses, result.aux) for result in results]
         else:
             results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
             blocks, extras = _by_expert(arranged, results)
@@ -236,9 +240,7 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
     return batches
 
 
-def _by_expert(
-    arranged: Arrangement, results: Sequence[ExpertResult]
-) -> tuple[list[torch.Tensor], list[tuple[Mapping[str, torch.Tensor], Mapping[str, object]]]]:
+def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[list[torch.Tensor], _Extras]:
     """The rows of all units, and the losses and aux of each expert in the plan's order."""
     blocks: list[torch.Tensor] = []
     found: dict[int, tuple[Mapping[str, torch.Tensor], Mapping[str, object]]] = {}

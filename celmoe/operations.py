@@ -133,18 +133,18 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
         is_reduced = any(value.is_reduced for value in of_members)
         plain = [_to_members(value, num_axes) if isinstance(value, Ragged) else value for value in values]
         return plain, lambda result: stack(result, is_reduced)
-    return [value.inner if isinstance(value, Ragged) else value for value in values], common
+    return [value.plain if isinstance(value, Ragged) else value for value in values], common
 
 
 def _to_rows(run: Run, name: str, value: Ragged, axis: int, factor: int, num_axes: int) -> torch.Tensor:
     if isinstance(value, Rows):
-        return value.inner
+        return value.plain
     # Where the row axis would be among the value's own axes.
     place = axis - (num_axes - value.dim())
     if place >= 0 and value.shape[place] != 1:
         raise CannotGroupError(f"joined a tensor of fixed length to the batch axis ({name})")
     if isinstance(value, Common):
-        return value.inner
+        return value.plain
     return by_row(run, cast(Stack, value), name, factor, place, num_axes - 1 - axis)
 
 
@@ -161,7 +161,7 @@ def by_row(run: Run, value: Stack, name: str, factor: int, place: int, num_after
     """
     if value.is_reduced:
         raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
-    inner = value.inner
+    inner = value.plain
     if place < 0:
         shape = inner.shape[1:]
         entries = spread(inner, run.segments, factor)
@@ -171,21 +171,21 @@ def by_row(run: Run, value: Stack, name: str, factor: int, place: int, num_after
 
 def _to_members(value: Ragged, num_axes: int) -> torch.Tensor:
     if isinstance(value, Stack):
-        shape = value.inner.shape
+        shape = value.plain.shape
         missing = num_axes - value.dim()
-        return value.inner.view(shape[0], *(1,) * missing, *shape[1:]) if missing else value.inner
-    return value.inner
+        return value.plain.view(shape[0], *(1,) * missing, *shape[1:]) if missing else value.plain
+    return value.plain
 
 
 def by_members(run: Run, value: Any) -> list[Any]:
     """What each member would see of an argument."""
     if isinstance(value, Rows):
         counts = [count * value.factor for count in run.segments.counts]
-        return list(value.inner.split(counts, value.axis))
+        return list(value.plain.split(counts, value.axis))
     if isinstance(value, Stack):
-        return list(value.inner.unbind(0))
+        return list(value.plain.unbind(0))
     if isinstance(value, Common):
-        return [value.inner] * run.num_members
+        return [value.plain] * run.num_members
     if isinstance(value, tuple | list):
         items = [by_members(run, item) for item in value]
         return [type(value)(parts) for parts in zip(*items, strict=True)] if items else [value] * run.num_members

@@ -34,7 +34,7 @@ def attention(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         plain_mask = None
     if run.is_rehearsal:
         dropout = 0.0
-    out = F.scaled_dot_product_attention(query.inner, key.inner, value.inner, plain_mask, dropout, is_causal, **extra)
+    out = F.scaled_dot_product_attention(query.plain, key.plain, value.plain, plain_mask, dropout, is_causal, **extra)
     return rows(out, query.axis, query.factor)
 
 
@@ -60,18 +60,18 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
     width, heads = given["embed_dim_to_check"], given["num_heads"]
     if given["use_separate_proj_weight"]:
         weights = [given[f"{each}_proj_weight"] for each in "qkv"]
-        parts = [weight.inner for weight in weights]
+        parts = [weight.plain for weight in weights]
     else:
-        parts = list(given["in_proj_weight"].inner.split(width, 1))
-    biases = [None] * 3 if given["in_proj_bias"] is None else list(given["in_proj_bias"].inner.split(width, 1))
+        parts = list(given["in_proj_weight"].plain.split(width, 1))
+    biases = [None] * 3 if given["in_proj_bias"] is None else list(given["in_proj_bias"].plain.split(width, 1))
     if query is key and key is value and not given["use_separate_proj_weight"]:
         # One product for all three.
-        bias = None if given["in_proj_bias"] is None else given["in_proj_bias"].inner
-        packed = by_weights(run, _rows_first(query), given["in_proj_weight"].inner, bias)
-        projected = list(packed.inner.split(width, -1))
+        bias = None if given["in_proj_bias"] is None else given["in_proj_bias"].plain
+        packed = by_weights(run, _rows_first(query), given["in_proj_weight"].plain, bias)
+        projected = list(packed.plain.split(width, -1))
     else:
         projected = [
-            by_weights(run, _rows_first(each), weight, bias).inner
+            by_weights(run, _rows_first(each), weight, bias).plain
             for each, weight, bias in zip((query, key, value), parts, biases, strict=True)
         ]
     factor = query.factor
@@ -89,16 +89,16 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
         is_causal = given["is_causal"] and mask is None
         out = F.scaled_dot_product_attention(asks, keys, values, mask, dropout, is_causal)
     joined = rows(out.transpose(1, 2).flatten(2), 0, factor)
-    bias = None if given["out_proj_bias"] is None else given["out_proj_bias"].inner
-    result = by_weights(run, joined, given["out_proj_weight"].inner, bias)
-    back = rows(result.inner.transpose(0, 1), 1, factor)
+    bias = None if given["out_proj_bias"] is None else given["out_proj_bias"].plain
+    result = by_weights(run, joined, given["out_proj_weight"].plain, bias)
+    back = rows(result.plain.transpose(0, 1), 1, factor)
     if not needs_weights:
         return back, None
     return back, rows(weights_RHLS.mean(1) if given["average_attn_weights"] else weights_RHLS, 0, factor)
 
 
 def _rows_first(value: Rows) -> Rows:
-    return rows(value.inner.transpose(0, 1), 0, value.factor)
+    return rows(value.plain.transpose(0, 1), 0, value.factor)
 
 
 def _mask(run: Run, given: dict[str, Any], asks: torch.Tensor, heads: int, factor: int) -> torch.Tensor | None:
@@ -110,11 +110,11 @@ def _mask(run: Run, given: dict[str, Any], asks: torch.Tensor, heads: int, facto
     if padding is not None:
         if not isinstance(padding, Rows) or padding.axis != 0 or padding.factor != factor:
             raise CannotGroupError("called attention with a padding mask that is not for rows")
-        found = _added(padding.inner, asks.dtype)[:, None, None, :]
+        found = _added(padding.plain, asks.dtype)[:, None, None, :]
     if mask is not None:
         if isinstance(mask, Stack):
             raise CannotGroupError("called attention with a parameter for a mask")
-        added = _added(mask.inner, asks.dtype)
+        added = _added(mask.plain, asks.dtype)
         if isinstance(mask, Rows):
             if mask.axis != 0 or mask.dim() != 3 or mask.factor != heads * factor:
                 raise CannotGroupError("called attention with a mask that is not for rows")

@@ -7,37 +7,37 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .operations import Run, align, like, operation, operands, refuse_row_counts
+from .operations import Run, align, like, operands, operation, refuse_row_counts
 from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack
 
 # Functions of one or more tensors that agree on their axes; other arguments are numbers and options.
-ELEMENTWISE = (
-    "abs absolute neg negative positive sign sgn sqrt rsqrt square exp exp2 expm1 log log2 log10 log1p sin cos tan asin "
-    "acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv lgamma digamma reciprocal round floor "
-    "ceil trunc frac relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardsigmoid hardswish softplus softsign "
-    "tanhshrink softshrink hardshrink logsigmoid threshold add sub subtract rsub mul multiply div divide true_divide "
-    "floor_divide remainder fmod pow float_power maximum minimum fmax fmin clamp clip clamp_min clamp_max where "
-    "masked_fill lerp addcmul addcdiv eq ne lt le gt ge not_equal less less_equal greater greater_equal isnan isinf "
-    "isfinite isclose logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not "
-    "nan_to_num copysign hypot xlogy sinc logaddexp logaddexp2 heaviside prelu "
-    "__and__ __or__ __xor__ __invert__ __rand__ __ror__ __rxor__ __pow__ __rpow__ __rsub__ __rdiv__ __rtruediv__ "
-    "__rmul__ __radd__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ "
-    "__add__ __sub__ __mul__ __truediv__ __div__ __neg__ __abs__ __pos__ "
-    "mse_loss l1_loss smooth_l1_loss huber_loss "
-    "clone contiguous float double half bfloat16 long int bool to type_as detach data"
-).split()
-IN_PLACE = (
-    "add_ sub_ mul_ div_ pow_ neg_ exp_ sqrt_ rsqrt_ tanh_ sigmoid_ relu_ abs_ clamp_ clamp_min_ clamp_max_ fill_ zero_ "
-    "masked_fill_ lerp_ addcmul_ addcdiv_ copy_ floor_ ceil_ round_ square_ reciprocal_ log_ log1p_ sin_ cos_ "
-    "leaky_relu_ elu_ selu_ celu_ hardtanh_ threshold_ "
-    "__iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __iand__ __ior__ __ixor__"
-).split()
+ELEMENTWISE = """
+    abs absolute neg negative positive sign sgn sqrt rsqrt square exp exp2 expm1 log log2 log10 log1p sin cos tan
+    asin acos atan atan2 sinh cosh tanh asinh acosh atanh sigmoid logit erf erfc erfinv lgamma digamma reciprocal
+    round floor ceil trunc frac relu relu6 gelu silu mish elu selu celu leaky_relu hardtanh hardsigmoid hardswish
+    softplus softsign tanhshrink softshrink hardshrink logsigmoid threshold add sub subtract rsub mul multiply div
+    divide true_divide floor_divide remainder fmod pow float_power maximum minimum fmax fmin clamp clip clamp_min
+    clamp_max where masked_fill lerp addcmul addcdiv eq ne lt le gt ge not_equal less less_equal greater
+    greater_equal isnan isinf isfinite isclose logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+    bitwise_xor bitwise_not nan_to_num copysign hypot xlogy sinc logaddexp logaddexp2 heaviside __and__ __or__
+    __xor__ __invert__ __rand__ __ror__ __rxor__ __pow__ __rpow__ __rsub__ __rdiv__ __rtruediv__ __rmul__ __radd__
+    __floordiv__ __rfloordiv__ __mod__ __rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __add__ __sub__ __mul__
+    __truediv__ __div__ __neg__ __abs__ __pos__ mse_loss l1_loss smooth_l1_loss huber_loss clone contiguous float
+    double half bfloat16 long int bool to type_as detach data
+"""
+# The same, with their first argument written into.
+IN_PLACE = """
+    add_ sub_ mul_ div_ pow_ neg_ exp_ sqrt_ rsqrt_ tanh_ sigmoid_ relu_ abs_ clamp_ clamp_min_ clamp_max_ fill_
+    zero_ masked_fill_ lerp_ addcmul_ addcdiv_ copy_ floor_ ceil_ round_ square_ reciprocal_ log_ log1p_ sin_ cos_
+    leaky_relu_ elu_ selu_ celu_ hardtanh_ threshold_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__
+    __iand__ __ior__ __ixor__
+"""
 # Losses reduce over everything unless they are told not to.
 _LOSSES = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
 
 
-@operation(*(name for name in ELEMENTWISE if name != "prelu"))
-def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+@operation(*ELEMENTWISE.split())
+def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `ELEMENTWISE`."""
     if name in _LOSSES:
         if kwargs.get("reduction") != "none":
@@ -50,8 +50,8 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
     return wrap(func(*positional, **options))
 
 
-@operation(*IN_PLACE)
-def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+@operation(*IN_PLACE.split())
+def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
     target = args[0]
     others = operands([*args[1:], *kwargs.values()])
@@ -68,7 +68,7 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     named = list(kwargs)
     plain, _ = align(run, name, [*args, *kwargs.values()])
     func(*plain[: len(args)], **dict(zip(named, plain[len(args) :], strict=True)))
-    return target  # type: ignore[no-any-return]  # it is what it was
+    return target
 
 
 @operation("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", namespaces=(F,))
@@ -79,12 +79,12 @@ def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     options_by_name = dict(zip(("p", "training", "inplace"), options, strict=False)) | kwargs
     p, training = options_by_name.get("p", 0.5), options_by_name.get("training", True)
     if not training or p == 0.0:
-        return like(value, value.inner)
+        return like(value, value.plain)
     if not isinstance(value, Rows) or (name not in ("dropout", "alpha_dropout") and value.axis != 0):
         raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
     if run.is_rehearsal:
-        return like(value, value.inner * (1.0 - 0.5 * float(p)))
-    drawn = func(value.inner, p, True, options_by_name.get("inplace", False))
+        return like(value, value.plain * (1.0 - 0.5 * float(p)))
+    drawn = func(value.plain, p, True, options_by_name.get("inplace", False))
     return value if options_by_name.get("inplace") else like(value, drawn)
 
 
@@ -94,7 +94,7 @@ def random_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
     value = args[0]
     if not isinstance(value, Rows):
         raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
-    return like(value, torch.full_like(value.inner, 0.5, **kwargs) if run.is_rehearsal else func(value.inner, **kwargs))
+    return like(value, torch.full_like(value.plain, 0.5, **kwargs) if run.is_rehearsal else func(value.plain, **kwargs))
 
 
 @operation("zeros_like", "ones_like", "full_like")
@@ -103,4 +103,4 @@ def constant_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Rag
     refuse_row_counts(name, [*args[1:], *kwargs.values()])
     if operands([*args[1:], *kwargs.values()]):
         raise CannotGroupError(f"filled a tensor with another ({name})")
-    return like(args[0], func(args[0].inner, *args[1:], **kwargs))
+    return like(args[0], func(args[0].plain, *args[1:], **kwargs))

@@ -33,7 +33,7 @@ def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
     if isinstance(value, Rows) and value.axis >= value.dim() - len(shape):
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
     normed = (
-        F.layer_norm(value.inner, shape, eps=eps) if name == "layer_norm" else F.rms_norm(value.inner, shape, eps=eps)
+        F.layer_norm(value.plain, shape, eps=eps) if name == "layer_norm" else F.rms_norm(value.plain, shape, eps=eps)
     )
     return _scaled(run, name, like(value, normed), weight, bias)
 
@@ -45,7 +45,7 @@ def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
     value, groups, weight, bias, eps = arguments(names, args, kwargs, (None, None, 1e-5))
     if not isinstance(value, Rows) or value.axis != 0:
         raise CannotGroupError(f"called {name} with another axis than the batch first")
-    normed = like(value, F.group_norm(value.inner, groups, eps=eps))
+    normed = like(value, F.group_norm(value.plain, groups, eps=eps))
     after = value.dim() - 2
     return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
 
@@ -55,7 +55,7 @@ def _by_channel(value: Any, after: int) -> Any:
         return None
     if not isinstance(value, Stack):
         raise CannotGroupError("normalized with weights that are no parameters")
-    return stack(value.inner.view(*value.inner.shape, *(1,) * after), value.is_reduced)
+    return stack(value.plain.view(*value.plain.shape, *(1,) * after), value.is_reduced)
 
 
 @operation(
@@ -68,7 +68,7 @@ def pool(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     value, *rest = args
     if not isinstance(value, Rows) or value.axis != 0 or value.dim() != int(name[-2]) + 2:
         raise CannotGroupError(f"called {name} with other axes than batch, channels and positions")
-    pooled = func(value.inner, *rest, **kwargs)
+    pooled = func(value.plain, *rest, **kwargs)
     if not isinstance(pooled, torch.Tensor):
         raise CannotGroupError(f"asked {name} for indices")
     return like(value, pooled)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .operations import Run, align, arguments, like, loop, operation, operands, refuse_row_counts
+from .operations import Run, align, arguments, like, loop, operands, operation, refuse_row_counts
 from .product import linear as segment_linear
 from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, rows, stack
 
@@ -31,7 +31,7 @@ def by_weights(run: Run, value: Rows, weight_PNK: torch.Tensor, bias_PN: torch.T
     """The rows' last axis through each row's member's weights."""
     if value.axis == value.dim() - 1:
         raise CannotGroupError("mixed samples (a product over the batch axis)")
-    inner, weight_PNK, bias_PN = _lowered(value.inner, weight_PNK, bias_PN)
+    inner, weight_PNK, bias_PN = _lowered(value.plain, weight_PNK, bias_PN)
     if inner.dtype != weight_PNK.dtype or (bias_PN is not None and bias_PN.dtype != inner.dtype):
         raise RuntimeError(f"expected m1 and m2 to have the same dtype, but got: {inner.dtype} != {weight_PNK.dtype}")
     num_out, width = weight_PNK.shape[1:]
@@ -50,7 +50,7 @@ def by_weights(run: Run, value: Rows, weight_PNK: torch.Tensor, bias_PN: torch.T
 def _weights(value: Stack) -> torch.Tensor:
     if value.is_reduced:
         raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
-    return value.inner
+    return value.plain
 
 
 @operation("linear", namespaces=(F,))
@@ -58,7 +58,7 @@ def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """``x Wᵀ + b``."""
     value, weight, bias = arguments(("input", "weight", "bias"), args, kwargs, (None,))
     if not isinstance(value, Rows) or not isinstance(weight, Stack) or weight.dim() != 2:
-        product = matmul(run, func, name, (value, like(weight, weight.inner.mT)), {}) if weight.dim() == 2 else None
+        product = matmul(run, func, name, (value, like(weight, weight.plain.mT)), {}) if weight.dim() == 2 else None
         if product is None:
             raise CannotGroupError("multiplied by a weight that is no matrix")
         return product if bias is None else _plus(run, product, bias)
@@ -89,22 +89,22 @@ def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
             return by_weights(run, left, _weights(right).mT, None)
     if isinstance(left, Stack) and isinstance(right, Rows) and left.dim() == 2 and right.axis < right.dim() - 2:
         # W x = (xᵀ Wᵀ)ᵀ
-        turned = by_weights(run, rows(right.inner.mT, right.axis, right.factor), _weights(left), None)
-        return rows(turned.inner.mT, turned.axis, turned.factor)
+        turned = by_weights(run, rows(right.plain.mT, right.axis, right.factor), _weights(left), None)
+        return rows(turned.plain.mT, turned.axis, turned.factor)
     return _batched(run, left, right)
 
 
 def _without_last(value: Rows) -> Rows:
-    return rows(value.inner.squeeze(-1), value.axis, value.factor)
+    return rows(value.plain.squeeze(-1), value.axis, value.factor)
 
 
 def _of_members(left: Ragged, right: Ragged) -> Ragged:
     if isinstance(left, Common) and isinstance(right, Common):
-        return common(left.inner @ right.inner)
+        return common(left.plain @ right.plain)
     is_reduced = any(isinstance(each, Stack) and each.is_reduced for each in (left, right))
     if left.dim() != 2 or right.dim() != 2:
         raise CannotGroupError("multiplied parameters that are no matrices")
-    return stack(left.inner @ right.inner, is_reduced)
+    return stack(left.plain @ right.plain, is_reduced)
 
 
 def _batched(run: Run, left: Ragged, right: Ragged) -> Ragged:
@@ -128,7 +128,7 @@ def _batched(run: Run, left: Ragged, right: Ragged) -> Ragged:
     for value in (left, right):
         if isinstance(value, Common) and value.dim() >= -from_back and -from_back > 2 and value.shape[from_back] != 1:
             raise CannotGroupError("joined a tensor of fixed length to the batch axis (matmul)")
-    out = left.inner @ right.inner
+    out = left.plain @ right.plain
     if right.dim() == 1:
         num_axes, from_back = num_axes - 1, from_back + 1
     return rows(out, num_axes + from_back, factor)
@@ -142,7 +142,7 @@ def addmm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError(f"called {name}")
     refuse_row_counts(name, [beta, alpha])
     product = matmul(run, func, name, (left, right), {})
-    return _plus(run, product if alpha == 1 else like(product, product.inner * alpha), bias, beta)
+    return _plus(run, product if alpha == 1 else like(product, product.plain * alpha), bias, beta)
 
 
 @operation("einsum", namespaces=(torch,))
@@ -155,52 +155,55 @@ def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError("called einsum without letters for all axes")
     inputs, output = equation.replace(" ", "").split("->")
     letters = inputs.split(",")
-    if any(
-        len(each) != value.dim() or len(set(each)) != len(each) for each, value in zip(letters, values, strict=True)
-    ):
+    pairs = list(zip(letters, values, strict=True))
+    if any(len(each) != value.dim() or len(set(each)) != len(each) for each, value in pairs):
         raise CannotGroupError("called einsum with a letter twice in one operand")
-    row_letters = {each[v.axis] for each, v in zip(letters, values, strict=True) if isinstance(v, Rows)}
-    if not row_letters:
-        if all(isinstance(value, Common) for value in values):
-            return common(torch.einsum(equation, *(value.inner for value in values)))
-        member = next(letter for letter in "ABCDEFGHIJ" if letter not in equation)
-        names = [member + each if isinstance(v, Stack) else each for each, v in zip(letters, values, strict=True)]
-        is_reduced = any(isinstance(value, Stack) and value.is_reduced for value in values)
-        return stack(torch.einsum(f"{','.join(names)}->{member}{output}", *(v.inner for v in values)), is_reduced)
-    if len(row_letters) > 1:
+    of_rows = {(each[value.axis], value.factor) for each, value in pairs if isinstance(value, Rows)}
+    if not of_rows:
+        return _einsum_of_members(equation, pairs, output)
+    if len(of_rows) > 1:
         raise CannotGroupError("put samples side by side with others (einsum)")
-    letter = row_letters.pop()
-    if letter not in output or any(
-        letter in each for each, value in zip(letters, values, strict=True) if not isinstance(value, Rows)
-    ):
+    letter, factor = of_rows.pop()
+    if letter not in output or any(letter in each for each, value in pairs if not isinstance(value, Rows)):
         raise CannotGroupError("mixed samples (einsum over the batch axis)")
-    factors = {value.factor for value in values if isinstance(value, Rows)}
     axis = output.index(letter)
-    if len(factors) > 1:
-        raise CannotGroupError("put samples side by side with others (einsum)")
     if not any(isinstance(value, Stack) for value in values):
-        return rows(torch.einsum(equation, *(value.inner for value in values)), axis, factors.pop())
-    if len(values) == 2:
-        place = next(index for index, value in enumerate(values) if isinstance(value, Stack))
-        x, w = letters[1 - place], letters[place]
-        summed = [each for each in w if each in x and each not in output]
-        new = [each for each in w if each not in x]
-        rest = [each for each in x if each not in summed]
-        if summed and new and set(rest + new) == set(output) and len(summed) + len(new) == len(w):
-            value, weight = values[1 - place], _weights(values[place])
-            turned = value.inner.permute([x.index(each) for each in [*rest, *summed]])
-            sizes = [turned.shape[index] for index in range(len(rest))]
-            flat = rows(turned.reshape(*sizes, -1), rest.index(letter), value.factor)
-            matrix = weight.permute(0, *(1 + w.index(each) for each in [*new, *summed]))
-            new_sizes = [matrix.shape[1 + index] for index in range(len(new))]
-            out = by_weights(run, flat, matrix.reshape(matrix.shape[0], math.prod(new_sizes), -1), None)
-            found = [*rest, *new]
-            opened = out.inner.view(*out.inner.shape[:-1], *new_sizes)
-            return rows(opened.permute([found.index(each) for each in output]), axis, value.factor)
-    if any(isinstance(value, Stack) and value.is_reduced for value in values):
-        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in einsum)")
-    looped = loop(run, torch.einsum, name, [equation, *values], {}, axis)
-    return rows(looped.inner, axis, factors.pop())
+        return rows(torch.einsum(equation, *(value.plain for value in values)), axis, factor)
+    for value in values:
+        if isinstance(value, Stack):
+            _weights(value)
+    product = _einsum_as_product(run, pairs, output, letter) if len(values) == 2 else None
+    if product is None:
+        product = loop(run, torch.einsum, name, [equation, *values], {}, axis).plain
+    return rows(product, axis, factor)
+
+
+def _einsum_of_members(equation: str, pairs: list[tuple[str, Any]], output: str) -> Ragged:
+    if all(isinstance(value, Common) for _, value in pairs):
+        return common(torch.einsum(equation, *(value.plain for _, value in pairs)))
+    member = next(letter for letter in "ABCDEFGHIJ" if letter not in equation)
+    names = [member + each if isinstance(value, Stack) else each for each, value in pairs]
+    is_reduced = any(isinstance(value, Stack) and value.is_reduced for _, value in pairs)
+    joined = f"{','.join(names)}->{member}{output}"
+    return stack(torch.einsum(joined, *(value.plain for _, value in pairs)), is_reduced)
+
+
+def _einsum_as_product(run: Run, pairs: list[tuple[str, Any]], output: str, letter: str) -> torch.Tensor | None:
+    """``...k, ok -> ...o`` in whatever order and for sets of letters; ``None`` where it is something else."""
+    (w, weight), (x, value) = sorted(pairs, key=lambda pair: not isinstance(pair[1], Stack))
+    summed = [each for each in w if each in x and each not in output]
+    new = [each for each in w if each not in x]
+    rest = [each for each in x if each not in summed]
+    if not (summed and new and set(rest + new) == set(output) and len(summed) + len(new) == len(w)):
+        return None
+    turned = value.plain.permute([x.index(each) for each in [*rest, *summed]])
+    flat = rows(turned.flatten(len(rest)), rest.index(letter), value.factor)
+    matrix = weight.plain.permute(0, *(1 + w.index(each) for each in [*new, *summed]))
+    sizes = matrix.shape[1 : 1 + len(new)]
+    out = by_weights(run, flat, matrix.reshape(matrix.shape[0], math.prod(sizes), -1), None).plain
+    opened = out.view(*out.shape[:-1], *sizes)
+    found = [*rest, *new]
+    return opened.permute([found.index(each) for each in output])
 
 
 @operation("bilinear", namespaces=(F,))
@@ -218,15 +221,15 @@ def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
         value, weight, bias, stride, padding, dilation, groups = arguments(names, args, kwargs, (None, 1, 0, 1, 1))
         step, width, spacing = (_one(each) for each in (stride, padding, dilation))
         if isinstance(weight, Stack) and groups == 1 and spacing == 1 and None not in (step, width):
-            size = weight.inner.shape[-1]
-            padded = F.pad(value.inner, (width, width))
+            size = weight.plain.shape[-1]
+            padded = F.pad(value.plain, (width, width))
             if 0 < size <= padded.shape[-1]:
                 # [R, C, L, size] -> [R, L, C · size]
                 patches = padded.unfold(2, size, step).transpose(1, 2).flatten(2)
                 kernel = _weights(weight).flatten(2)
                 offset = None if bias is None else _weights(bias)
                 out = by_weights(run, rows(patches, 0, value.factor), kernel, offset)
-                return rows(out.inner.transpose(1, 2), 0, value.factor)
+                return rows(out.plain.transpose(1, 2), 0, value.factor)
     return _by_member_with_batch_first(run, func, name, args, kwargs)
 
 
@@ -246,4 +249,4 @@ def _by_member_with_batch_first(run: Run, func: Any, name: str, args: Any, kwarg
     if name.startswith("conv") and values[0].dim() != int(name[-2]) + 2:
         raise CannotGroupError(f"called {name} without a batch axis")
     looped = loop(run, func, name, args, kwargs, 0)
-    return rows(looped.inner, 0, values[0].factor)
+    return rows(looped.plain, 0, values[0].factor)

@@ -1,8 +1,8 @@
 """Recurrent layers: all rows of all members take each step together.
 
 The loop over members runs S · P tiny steps; here S steps serve them all, each one product by member. A layer of GRU is
-an autograd Function with its backward pass written out (backpropagation through time), for a graph of S · 10 nodes would cost more
-than the products; differentiated twice, it is such a graph.
+an autograd Function with its backward pass written out (backpropagation through time), for a graph of S · 10 nodes
+would cost more than the products; differentiated twice, it is such a graph.
 
 Axes: R rows, S positions, K input width, H hidden width, P members.
 """
@@ -83,17 +83,17 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
     if len(weights) != per_layer * layers * directions:
         raise CannotGroupError(f"called {name} with projections")
     # Positions first: [S, R, K].
-    inner = value.inner.transpose(0, 1) if batch_first else value.inner
+    inner = value.plain.transpose(0, 1) if batch_first else value.plain
     last: list[tuple[torch.Tensor, ...]] = []
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
             index = layer * directions + direction
             w_in, w_state, b_in, b_state = (
-                each.inner if each is not None else None
+                each.plain if each is not None else None
                 for each in (*weights[index * per_layer : (index + 1) * per_layer], None, None)[:4]
             )
-            start = tuple(each.inner[index] for each in states)
+            start = tuple(each.plain[index] for each in states)
             turned = inner.flip(0) if direction else inner
             out, end = _layer(run, name, turned, start, (w_in, w_state, b_in, b_state))
             outputs.append(out.flip(0) if direction else out)
@@ -115,7 +115,7 @@ def _layer(
     """One direction of one layer: ``[S, R, K]`` to ``[S, R, H]``, and the last state."""
     w_in, w_state, b_in, b_state = weights
     # The inputs' share of all steps is one product.
-    given = by_weights(run, rows(inner, 1), w_in, b_in).inner
+    given = by_weights(run, rows(inner, 1), w_in, b_in).plain
     if name == "gru":
         out = _GRU.apply(given.contiguous(), start[0].contiguous(), w_state, b_state, run.segments)
         return out, (out[-1],)

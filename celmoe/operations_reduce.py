@@ -20,18 +20,36 @@ from .operations import (
     axis_of,
     inner_axis_but_rows,
     like,
-    operation,
     operands,
+    operation,
     refuse_row_counts,
 )
 from .product import segment_sum
 from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
 
-REDUCTIONS = (
-    "sum mean amax amin prod var std norm logsumexp all any argmax argmin max min median nansum nanmean".split()
-)
+REDUCTIONS = [
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "var",
+    "std",
+    "norm",
+    "logsumexp",
+    "all",
+    "any",
+    "argmax",
+    "argmin",
+    "max",
+    "min",
+    "median",
+    "nansum",
+    "nanmean",
+]
 # With the index of what they found.
 _PAIRS = {"max", "min", "median"}
+_OF_ONE_AXIS = {*_PAIRS, "argmax", "argmin", "prod", "all", "any"}
 
 
 @operation(*REDUCTIONS)
@@ -40,7 +58,31 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if operands([*rest, *kwargs.values()]):
-        return _between(run, func, name, args, kwargs)
+        return _between(run, name, args, kwargs)
+    dim, keepdim, options = _how(name, rest, kwargs)
+    dims = sorted({axis_of(value, each) for each in _dims(dim, value.dim())})
+    if value.dim() == 0:
+        if name not in {"sum", "mean"}:
+            raise CannotGroupError(f"reduced a number ({name})")
+        return like(value, value.plain.to(options.get("dtype") or value.dtype))
+    if isinstance(value, Rows) and value.axis in dims:
+        return _over_rows(run, name, value, dims, keepdim, options)
+    places = [each + isinstance(value, Stack) for each in dims]
+    axis = None
+    if isinstance(value, Rows):
+        axis = value.axis if keepdim else value.axis - sum(place < value.axis for place in places)
+    if name not in _OF_ONE_AXIS:
+        return like(value, getattr(torch, name)(value.plain, dim=places, keepdim=keepdim, **options), axis)
+    if dim is None or len(places) != 1:
+        raise CannotGroupError(f"reduced over several axes ({name})")
+    found = getattr(torch, name)(value.plain, places[0], keepdim, **options)
+    if name in _PAIRS:
+        return type(found)(like(value, part, axis) for part in found)
+    return like(value, found, axis)
+
+
+def _how(name: str, rest: list[Any], kwargs: Any) -> tuple[Any, bool, dict[str, Any]]:
+    """The axes, whether they stay, and the other options."""
     options = dict(kwargs)
     if name == "norm":
         if rest:
@@ -52,31 +94,7 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         options["keepdim"] = rest.pop(0)
     if rest:
         raise CannotGroupError(f"passed arguments that are not known here (to {name})")
-    keepdim = options.pop("keepdim", False)
-    num_axes = value.dim()
-    dims = sorted({axis_of(value, each) for each in _dims(dim, num_axes)})
-    if isinstance(value, Rows) and value.axis in dims:
-        return _over_rows(run, name, value, dims, keepdim, options)
-    shift = int(isinstance(value, Stack))
-    places = [each + shift for each in dims]
-    axis = None
-    if isinstance(value, Rows):
-        axis = value.axis if keepdim else value.axis - sum(place < value.axis for place in places)
-    if num_axes == 0:
-        places, keepdim = [], False
-        if name not in {"sum", "mean"}:
-            raise CannotGroupError(f"reduced a number ({name})")
-        return like(value, value.inner.to(options.get("dtype") or value.dtype))
-    if name in {"max", "min", "median", "argmax", "argmin", "prod", "all", "any"}:
-        if dim is None:
-            raise CannotGroupError(f"reduced over everything ({name})")
-        if len(places) != 1:
-            raise CannotGroupError(f"reduced over several axes ({name})")
-        found = getattr(torch, name)(value.inner, places[0], keepdim, **options)
-        if name in _PAIRS:
-            return type(found)(like(value, part, axis) for part in found)
-        return like(value, found, axis)
-    return like(value, getattr(torch, name)(value.inner, dim=places, keepdim=keepdim, **options), axis)
+    return dim, options.pop("keepdim", False), options
 
 
 def _dims(dim: Any, num_axes: int) -> Sequence[int]:
@@ -88,7 +106,7 @@ def _dims(dim: Any, num_axes: int) -> Sequence[int]:
 def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool, options: dict[str, Any]) -> Stack:
     if name not in {"sum", "mean"} or not (value.is_floating_point() or value.is_complex()):
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
-    inner = value.inner.to(options.pop("dtype", None) or value.dtype)
+    inner = value.plain.to(options.pop("dtype", None) or value.dtype)
     if options:
         raise CannotGroupError(f"passed arguments that are not known here (to {name})")
     others = [each for each in dims if each != value.axis]
@@ -96,7 +114,7 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
         inner = inner.sum(others, keepdim=True)
     total = segment_sum(inner.movedim(value.axis, 0), run.segments, value.factor)
     if name == "mean":
-        width = math.prod(value.inner.shape[each] for each in others) * value.factor
+        width = math.prod(value.plain.shape[each] for each in others) * value.factor
         counts = torch.tensor([count * width for count in run.segments.counts], device=total.device, dtype=total.dtype)
         total = total / counts.view(-1, *(1,) * (total.dim() - 1))
     # The row axis comes back one long, where it was.
@@ -108,7 +126,7 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
     return stack(total, is_reduced=True)
 
 
-def _between(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def _between(run: Run, name: str, args: Any, kwargs: Any) -> Ragged:
     """``max`` and ``min`` of two tensors go element by element."""
     from_two = {"max": torch.maximum, "min": torch.minimum}
     if name not in from_two or len(args) != 2 or kwargs:
@@ -130,7 +148,7 @@ def along(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         p, dim, eps, out = arguments(("p", "dim", "eps", "out"), rest, options, (2.0, 1, 1e-12, None))
         if out is not None or not isinstance(dim, int):
             raise CannotGroupError("normalized into a tensor of their own, or along several axes")
-        return like(value, F.normalize(value.inner, p, inner_axis_but_rows(value, dim, name), eps))
+        return like(value, F.normalize(value.plain, p, inner_axis_but_rows(value, dim, name), eps))
     dim = rest.pop(0) if rest else options.pop("dim", None)
     if dim is None or (
         rest and func is not getattr(torch, name, None) and func is not getattr(torch.Tensor, name, None)
@@ -138,7 +156,7 @@ def along(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError(f"left the axis of {name} open")
     dtype = rest.pop(0) if rest else options.pop("dtype", None)
     place = inner_axis_but_rows(value, dim, name)
-    return like(value, getattr(F, name)(value.inner, place, dtype=dtype))
+    return like(value, getattr(F, name)(value.plain, place, dtype=dtype))
 
 
 @operation("cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "glu")
@@ -157,5 +175,7 @@ def ordered(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if rest or dim is None:
         raise CannotGroupError(f"passed arguments that are not known here (to {name})")
     place = inner_axis_but_rows(value, dim, name)
-    found = (F.glu if name == "glu" else getattr(torch, name))(value.inner, *how, dim=place, **options)
+    found = (
+        F.glu(value.plain, place) if name == "glu" else getattr(torch, name)(value.plain, *how, dim=place, **options)
+    )
     return type(found)(like(value, part) for part in found) if isinstance(found, tuple) else like(value, found)

@@ -21,8 +21,8 @@ from .operations import (
     inner_axis,
     inner_axis_but_rows,
     like,
-    operation,
     operands,
+    operation,
     refuse_row_counts,
 )
 from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, rows, stack
@@ -34,7 +34,7 @@ def _sizes(args: Sequence[Any]) -> list[Any]:
 
 
 @operation("view", "reshape")
-def reshape(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def reshape(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Fold axes: those behind the row axis may be folded into it and out again."""
     value, *rest = args
     sizes = _sizes(rest or [kwargs["shape"]])
@@ -43,14 +43,14 @@ def reshape(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if not isinstance(value, Rows):
         if any(isinstance(size, RowCount) for size in sizes):
             raise CannotGroupError(f"shaped a tensor of fixed size by the number of their rows ({name})")
-        lead = value.inner.shape[: isinstance(value, Stack)]
-        return like(value, value.inner.reshape(*lead, *_resolved(sizes, math.prod(value.shape))))
+        lead = value.plain.shape[: isinstance(value, Stack)]
+        return like(value, value.plain.reshape(*lead, *_resolved(sizes, math.prod(value.shape))))
     symbols = [place for place, size in enumerate(sizes) if isinstance(size, RowCount)]
     unknown = [place for place, size in enumerate(sizes) if type(size) is int and size == -1]
     if len(symbols) + len(unknown) == 0 or len(symbols) > 1 or len(unknown) > 1:
         raise CannotGroupError(f"shaped their rows by plain numbers ({name})")
     axis = (symbols or unknown)[0]
-    shape = value.inner.shape
+    shape = value.plain.shape
     before, after = math.prod(shape[: value.axis]), math.prod(shape[value.axis + 1 :])
     if before * after == 0:
         raise CannotGroupError(f"shaped rows without elements ({name})")
@@ -65,7 +65,7 @@ def reshape(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if not fits or (symbols and sizes[axis].factor != factor):
         raise CannotGroupError(f"mixed samples ({name} across the batch axis)")
     target = (*head, run.segments.num_rows * factor, *tail)
-    return rows(value.inner.view(target) if name == "view" else value.inner.reshape(target), axis, factor)
+    return rows(value.plain.view(target) if name == "view" else value.plain.reshape(target), axis, factor)
 
 
 def _resolved(sizes: Sequence[Any], numel: int) -> list[int]:
@@ -74,13 +74,13 @@ def _resolved(sizes: Sequence[Any], numel: int) -> list[int]:
 
 
 @operation("flatten")
-def flatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def flatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Fold a range of axes."""
     value, start, end = arguments(("input", "start_dim", "end_dim"), args, kwargs, (0, -1))
     first, last = axis_of(value, start), axis_of(value, end)
     shape = list(value.shape)
     if first == last or not shape:
-        return like(value, value.inner)
+        return like(value, value.plain)
     folded: Any = 1
     for size in shape[first : last + 1]:
         folded = folded * size
@@ -88,7 +88,7 @@ def flatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 
 @operation("unflatten")
-def unflatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def unflatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Unfold one axis."""
     value, dim, sizes = arguments(("input", "dim", "sizes"), args, kwargs)
     axis, shape = axis_of(value, dim), list(value.shape)
@@ -98,39 +98,39 @@ def unflatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 
 @operation("transpose", "swapaxes", "swapdims")
-def transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Swap two axes."""
     value, *dims = args
     dims += list(kwargs.values())
     first, second = (inner_axis(value, dim) for dim in dims)
     swapped = {first: second, second: first}
     axis = swapped.get(value.axis, value.axis) if isinstance(value, Rows) else None
-    return like(value, value.inner.transpose(first, second), axis)
+    return like(value, value.plain.transpose(first, second), axis)
 
 
 @operation("t", "T", "mT", "adjoint", "matrix_transpose")
-def matrix_transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def matrix_transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Swap the last two axes; of a vector nothing."""
     value = args[0]
     if value.dim() > 2 and name in {"t", "T"}:
         raise CannotGroupError(f"transposed more than two axes ({name})")
     if value.dim() < 2:
-        return like(value, value.inner)
+        return like(value, value.plain)
     return transpose(run, func, name, (value, -2, -1), {})
 
 
 @operation("permute")
-def permute(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def permute(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Reorder all axes."""
     value, *dims = args
     order = [inner_axis(value, dim) for dim in _sizes(dims or [kwargs["dims"]])]
     if isinstance(value, Stack):
         order = [0, *order]
-    return like(value, value.inner.permute(order), order.index(value.axis) if isinstance(value, Rows) else None)
+    return like(value, value.plain.permute(order), order.index(value.axis) if isinstance(value, Rows) else None)
 
 
 @operation("movedim", "moveaxis")
-def movedim(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def movedim(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Move one axis."""
     value, source, destination = arguments(("input", "source", "destination"), args, kwargs)
     source, destination = axis_of(value, source), axis_of(value, destination)
@@ -145,7 +145,7 @@ def unsqueeze(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     value, dim = arguments(("input", "dim"), args, kwargs)
     place = dim % (value.dim() + 1)
     axis = value.axis + (place <= value.axis) if isinstance(value, Rows) else None
-    return like(value, value.inner.unsqueeze(place + isinstance(value, Stack)), axis)
+    return like(value, value.plain.unsqueeze(place + isinstance(value, Stack)), axis)
 
 
 @operation("squeeze")
@@ -155,14 +155,14 @@ def squeeze(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if dim is None or not isinstance(dim, int):
         raise CannotGroupError("squeezed all axes, the batch axis if it happened to be one long")
     place = inner_axis_but_rows(value, dim, name)
-    if value.inner.shape[place] != 1:
-        return like(value, value.inner)
+    if value.plain.shape[place] != 1:
+        return like(value, value.plain)
     axis = value.axis - (place < value.axis) if isinstance(value, Rows) else None
-    return like(value, value.inner.squeeze(place), axis)
+    return like(value, value.plain.squeeze(place), axis)
 
 
 @operation("expand", "expand_as", "broadcast_to")
-def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Repeat axes that are one long, without a copy; to the number of rows, too."""
     value, *rest = args
     sizes = list(rest[0].shape) if name == "expand_as" else _sizes(rest or [next(iter(kwargs.values()))])
@@ -174,11 +174,11 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
             raise CannotGroupError(f"put samples side by side with others ({name})")
         if not symbols and sizes[axis] != -1:
             raise CannotGroupError(f"shaped their rows by plain numbers ({name})")
-        sizes[axis] = value.inner.shape[value.axis]
-        return rows(value.inner.expand(sizes), axis, value.factor)
+        sizes[axis] = value.plain.shape[value.axis]
+        return rows(value.plain.expand(sizes), axis, value.factor)
     if not symbols:
-        lead = value.inner.shape[: isinstance(value, Stack)]
-        inner = value.inner
+        lead = value.plain.shape[: isinstance(value, Stack)]
+        inner = value.plain
         if isinstance(value, Stack) and num_new:
             inner = inner.view(inner.shape[0], *(1,) * num_new, *inner.shape[1:])
         return like(value, inner.expand(*lead, *sizes))
@@ -191,12 +191,12 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if place >= 0 and value.shape[place] != 1:
         raise CannotGroupError(f"joined a tensor of fixed length to the batch axis ({name})")
     if isinstance(value, Common):
-        return rows(value.inner.expand(sizes), axis, factor)
+        return rows(value.plain.expand(sizes), axis, factor)
     return rows(by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes), axis, factor)
 
 
 @operation("repeat", "tile")
-def repeat(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def repeat(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Repeat axes with a copy; of the row axis once only."""
     value, *rest = args
     times = _sizes(rest or [next(iter(kwargs.values()))])
@@ -206,7 +206,7 @@ def repeat(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         if not symbols:
             if isinstance(value, Stack):
                 raise CannotGroupError(f"repeated a parameter ({name})")
-            return like(value, value.inner.repeat(times))
+            return like(value, value.plain.repeat(times))
         sizes = [1] * num_new + list(value.shape)
         if len(symbols) > 1 or sizes[symbols[0]] != 1 or any(t != 1 for i, t in enumerate(times) if i not in symbols):
             raise CannotGroupError(f"repeated in more ways than one ({name})")
@@ -217,7 +217,7 @@ def repeat(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     axis = value.axis + len(times) - value.dim()
     if times[axis] != 1:
         raise CannotGroupError(f"repeated their rows ({name})")
-    return rows(value.inner.repeat(times), axis, value.factor)
+    return rows(value.plain.repeat(times), axis, value.factor)
 
 
 @operation("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
@@ -230,7 +230,7 @@ def cut(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Ragged,
     if any(isinstance(each, Ragged) for each in how):
         raise CannotGroupError(f"cut by values ({name})")
     place = inner_axis_but_rows(value, dim, name)
-    parts = getattr(torch.Tensor, name)(value.inner, *how, place)
+    parts = getattr(torch.Tensor, name)(value.plain, *how, place)
     axis = value.axis - (name == "unbind" and place < value.axis) if isinstance(value, Rows) else None
     return tuple(like(value, part, axis) for part in parts)
 
@@ -242,7 +242,7 @@ def narrow(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     refuse_row_counts(name, [*rest, *kwargs.values()])
     place = inner_axis_but_rows(value, dim, name)
     axis = value.axis - (name == "select" and place < value.axis) if isinstance(value, Rows) else None
-    return like(value, getattr(torch.Tensor, name)(value.inner, place, *rest, **kwargs), axis)
+    return like(value, getattr(torch.Tensor, name)(value.plain, place, *rest, **kwargs), axis)
 
 
 @operation("__getitem__")
@@ -265,7 +265,7 @@ def index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if any(isinstance(part, RowCount) for each in keys if isinstance(each, slice) for part in _parts(each)):
         raise CannotGroupError("cut by the number of their rows")
     lead = (slice(None),) if isinstance(value, Stack) else ()
-    return like(value, value.inner[(*lead, *keys)], axis)
+    return like(value, value.plain[(*lead, *keys)], axis)
 
 
 def _parts(each: slice) -> tuple[Any, Any, Any]:
@@ -305,18 +305,18 @@ def look_up(run: Run, table: Ragged, ids: Ragged) -> Ragged:
         raise CannotGroupError(f"indexed by values of {ids.dtype}")
     if isinstance(table, Rows) or isinstance(ids, Stack):
         raise CannotGroupError("indexed their rows by values")
-    if isinstance(table, Common):
-        return like(ids, table.inner[ids.inner.long()])
-    length = table.inner.shape[1]
-    places = ids.inner.long()
+    if not isinstance(table, Stack):
+        return like(ids, table.plain[ids.plain.long()])
+    length = table.plain.shape[1]
+    places = ids.plain.long()
     if places.device.type == "cpu" and places.numel():
         low, high = places.aminmax()
         if low < -length or high >= length:
             raise IndexError(f"index out of range for a table of {length} entries")
     places = places.where(places >= 0, places + length)
-    flat = table.inner.flatten(0, 1)
-    if isinstance(ids, Common):
-        return stack(table.inner[:, places], table.is_reduced)
+    flat = table.plain.flatten(0, 1)
+    if not isinstance(ids, Rows):
+        return stack(table.plain[:, places], table.is_reduced)
     if table.is_reduced:
         raise CannotGroupError("mixed samples (what was reduced over the batch was looked up)")
     offsets = run.segments.member_of_row(ids.factor) * length
@@ -340,10 +340,10 @@ def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     found = look_up(run, table, ids)
     if padding is None:
         return found
-    length = table.inner.shape[int(isinstance(table, Stack))]
-    is_padding = (ids.inner == padding % length).unsqueeze(-1)
+    length = table.plain.shape[int(isinstance(table, Stack))]
+    is_padding = (ids.plain == padding % length).unsqueeze(-1)
     # The padding's entry gets no gradient.
-    return like(found, torch.where(is_padding, found.inner.detach(), found.inner))
+    return like(found, torch.where(is_padding, found.plain.detach(), found.plain))
 
 
 @operation("cat", "concat", "concatenate", "stack")
@@ -354,7 +354,7 @@ def join(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     first = next((value for value in values if isinstance(value, Rows)), None)
     if first is None:
         if all(isinstance(value, Common) for value in values):
-            return common(func([value.inner for value in values], dim))
+            return common(func([value.plain for value in values], dim))
         sizes = list(values[0].shape)
         plain, wrap = align(run, name, values)
         place = (dim % (len(sizes) + (name == "stack"))) + 1
@@ -370,14 +370,14 @@ def join(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if name != "stack" and place == first.axis:
         raise CannotGroupError(f"put samples side by side with others ({name} along the batch axis)")
     axis = first.axis + (name == "stack" and place <= first.axis)
-    return rows(func([value.inner for value in values], place), axis, first.factor)
+    return rows(func([value.plain for value in values], place), axis, first.factor)
 
 
 @operation("zeros", "ones", "full", "empty", "rand", "randn", namespaces=(torch,))
 @operation("new_zeros", "new_ones", "new_full", "new_empty", namespaces=(torch.Tensor,))
 def constant(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """A constant of a size; one with the number of rows among its sizes has an entry for each sample."""
-    receiver = [args[0].inner] if name.startswith("new_") else []
+    receiver = [args[0].plain] if name.startswith("new_") else []
     args = args[len(receiver) :]
     if operands([*args, *kwargs.values()]):
         raise CannotGroupError(f"filled a tensor with another ({name})")
@@ -432,7 +432,7 @@ def by_common_index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> R
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if not isinstance(places, Common) or operands([*rest, *kwargs.values()]):
         raise CannotGroupError(f"indexed by values ({name})")
-    return like(value, func(value.inner, inner_axis_but_rows(value, dim, name), places.inner, *rest, **kwargs))
+    return like(value, func(value.plain, inner_axis_but_rows(value, dim, name), places.plain, *rest, **kwargs))
 
 
 @operation("tril", "triu", "flip", "roll", "diagonal", "unfold")
@@ -441,18 +441,18 @@ def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> 
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if isinstance(value, Common):
-        return common(func(value.inner, *rest, **kwargs))
+        return common(func(value.plain, *rest, **kwargs))
     if name in {"tril", "triu"} and (not isinstance(value, Rows) or value.axis < value.dim() - 2):
-        return like(value, func(value.inner, *rest, **kwargs))
+        return like(value, func(value.plain, *rest, **kwargs))
     if name == "unfold" and isinstance(value, Rows) and not kwargs:
-        return like(value, func(value.inner, inner_axis_but_rows(value, rest[0], name), *rest[1:]))
+        return like(value, func(value.plain, inner_axis_but_rows(value, rest[0], name), *rest[1:]))
     if name == "flip" and not kwargs:
         dims = [inner_axis_but_rows(value, dim, name) for dim in _sizes(rest)]
-        return like(value, value.inner.flip(dims))
+        return like(value, value.plain.flip(dims))
     if name == "roll":
         shifts, dims = arguments(("shifts", "dims"), rest, kwargs, (None,))
         if isinstance(dims, int):
-            return like(value, value.inner.roll(shifts, inner_axis_but_rows(value, dims, name)))
+            return like(value, value.plain.roll(shifts, inner_axis_but_rows(value, dims, name)))
     raise CannotGroupError(f"called {name} on their rows or parameters")
 
 
@@ -465,4 +465,4 @@ def pad(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError("padded the batch axis")
     if mode != "constant" and (not isinstance(value, Rows) or value.axis != 0):
         raise CannotGroupError(f"padded by {mode}")
-    return like(value, F.pad(value.inner, widths, mode, fill))
+    return like(value, F.pad(value.plain, widths, mode, fill))

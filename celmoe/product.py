@@ -7,7 +7,7 @@ Three operations, each other's derivatives, so that any of them can be different
 
 Axes: R rows (with positions folded in), P members, K and N widths; m(r) is row r's member.
 
-Who computes them is `backend_for`'s choice: on a CPU the members of equally many rows go through one batched product, for
+Who computes them is `backend_for`'s choice: on a CPU the members of equally many rows share a batched product, for
 there a call costs less than moving rows does. Elsewhere calls are what costs, so there is one for all members.
 """
 

@@ -1,8 +1,8 @@
 """Grouped and looped side by side on a few rows, before a class is grouped for the first time.
 
-Two members see different numbers of the class's own rows; what they give, the gradients of what they were given, and those of
-their parameters must agree. It leaves no trace: members are likenesses with copies of their tensors, rows are copies,
-and random numbers are not drawn (both sides do the same in their place).
+Two members see different numbers of the class's own rows; what they give, the gradients of what they were given, and
+those of their parameters must agree. It leaves no trace: members are likenesses with copies of their tensors, rows are
+copies, and random numbers are not drawn (both sides do the same in their place).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _as_parameter(value: torch.Tensor, is_buffer: bool) -> torch.Tensor:
     if is_buffer:
         return value
     view = value.view_as(value)
-    view._is_param = True  # type: ignore[attr-defined]  # what isinstance(…, nn.Parameter) looks for
+    view._is_param = True
     return view
 
 
@@ -165,9 +165,9 @@ def _difference(
     leaves = [tensor for member in tensors for tensor in member]
     rows = [few.hidden, *([] if few.mask is None else [few.mask]), *few.aligned]
     inputs = [each for each in (*rows, *leaves) if each.requires_grad]
-    mine = _gradients([grouped.hidden, *(loss for each in grouped.losses.values() for loss in each)], inputs)
-    theirs = _gradients([hidden, *(each.losses[name] for name in names for each in looped)], inputs)
-    for where, left, right in zip(inputs, mine, theirs, strict=True):
+    found = _gradients([grouped.hidden, *(loss for each in grouped.losses.values() for loss in each)], inputs)
+    wanted = _gradients([hidden, *(each.losses[name] for name in names for each in looped)], inputs)
+    for where, left, right in zip(inputs, found, wanted, strict=True):
         if (left is None) != (right is None) or (left is not None and right is not None and not _agree(left, right)):
             return f"differ in the gradient of {_name(where, few, tensors, pair)}, run as one"
     return None

@@ -6,14 +6,14 @@
 - `Common`: the same for all: constants that the forward pass makes, and what the context shares.
 
 To the expert's code each looks like the tensor that it would see if it ran alone, but for one thing: the number of rows
-is a symbol, `RowCount`, that may size tensors and nothing else. Whatever would read it, or a value, is a `CannotGroupError`.
+is a symbol, `RowCount`, that may size tensors and nothing else. Reading it, or a value, is a `CannotGroupError`.
 
 Axes: R rows of all members, P members.
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 
@@ -34,20 +34,20 @@ class RowCount(torch.SymInt):
     """
 
     def __init__(self, factor: int = 1) -> None:
-        super().__init__(None)
+        super().__init__(None)  # type: ignore[no-untyped-call]  # torch annotates it not
         self.factor = factor
 
     def __mul__(self, other: object) -> Any:
         if type(other) is not int or other < 0:
             self._refuse()
-        return RowCount(self.factor * cast(int, other)) if other else 0
+        return RowCount(self.factor * other) if other else 0
 
     __rmul__ = __mul__
 
     def __floordiv__(self, other: object) -> RowCount:
         if type(other) is not int or other < 1 or self.factor % other:
             self._refuse()
-        return RowCount(self.factor // cast(int, other))
+        return RowCount(self.factor // other)
 
     def __bool__(self) -> bool:
         # Experts without rows don't run.
@@ -59,19 +59,19 @@ class RowCount(torch.SymInt):
         self._refuse_above(other, 0)
         return False
 
-    def __gt__(self, other: object) -> bool:  # type: ignore[override]
+    def __gt__(self, other: object) -> bool:
         self._refuse_above(other, 0)
         return True
 
-    def __ge__(self, other: object) -> bool:  # type: ignore[override]
+    def __ge__(self, other: object) -> bool:
         self._refuse_above(other, 1)
         return True
 
-    def __lt__(self, other: object) -> bool:  # type: ignore[override]
+    def __lt__(self, other: object) -> bool:
         self._refuse_above(other, 1)
         return False
 
-    def __le__(self, other: object) -> bool:  # type: ignore[override]
+    def __le__(self, other: object) -> bool:
         self._refuse_above(other, 0)
         return False
 
@@ -89,11 +89,11 @@ class RowCount(torch.SymInt):
         if type(other) is not int or other > known:
             self._refuse()
 
-    __int__ = __index__ = __float__ = __hash__ = __str__ = __format__ = _refuse  # type: ignore[assignment]
-    __add__ = __radd__ = __sub__ = __rsub__ = _refuse  # type: ignore[assignment]
+    __int__ = __index__ = __float__ = __hash__ = __str__ = __format__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = _refuse
     __truediv__ = __rtruediv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = _refuse
     __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = __round__ = __trunc__ = __floor__ = __ceil__ = _refuse
-    __lshift__ = __rshift__ = __and__ = __or__ = __xor__ = __invert__ = __reduce_ex__ = _refuse  # type: ignore[assignment]
+    __lshift__ = __rshift__ = __and__ = __or__ = __xor__ = __invert__ = __reduce_ex__ = _refuse
 
 
 _NOTHING = torch.empty(0)
@@ -104,7 +104,7 @@ def _of_inner(name: str) -> property:
 
     def read(value: Ragged) -> Any:
         with torch._C.DisableTorchFunction():
-            return getattr(value.inner, name)
+            return getattr(value.plain, name)
 
     return property(read)
 
@@ -113,12 +113,12 @@ class Ragged(torch.Tensor):
     """Base of the three: a tensor to Python, whose values only the operations of the grouped engine can reach.
 
     Attributes:
-        inner: The plain tensor behind it.
-        inner_shape: Its shape.
+        plain: The plain tensor behind it.
+        plain_shape: Its shape.
     """
 
-    inner: torch.Tensor
-    inner_shape: torch.Size
+    plain: torch.Tensor
+    plain_shape: torch.Size
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -126,17 +126,17 @@ class Ragged(torch.Tensor):
         raise CannotGroupError(f"used a tensor outside of their forward pass ({getattr(func, '__name__', func)})")
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:  # type: ignore[override]  # an attribute of every tensor
         """The shape that the expert sees."""
-        return self.inner_shape
+        return self.plain_shape
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         """The shape that the expert sees, or one axis of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
         """The number of axes that the expert sees."""
-        return len(self.inner_shape)
+        return len(self.plain_shape)
 
     def numel(self) -> Any:
         """The product of the shape that the expert sees."""
@@ -147,19 +147,19 @@ class Ragged(torch.Tensor):
 
     def is_floating_point(self) -> bool:
         """As for the tensor behind it."""
-        return self.dtype.is_floating_point
+        return bool(self.dtype.is_floating_point)
 
     def is_complex(self) -> bool:
         """As for the tensor behind it."""
-        return self.dtype.is_complex
+        return bool(self.dtype.is_complex)
 
-    ndim = property(lambda self: self.dim())  # type: ignore[assignment]
-    dtype = _of_inner("dtype")  # type: ignore[assignment]
-    device = _of_inner("device")  # type: ignore[assignment]
-    layout = _of_inner("layout")  # type: ignore[assignment]
-    requires_grad = _of_inner("requires_grad")  # type: ignore[assignment]
-    is_cuda = _of_inner("is_cuda")  # type: ignore[assignment]
-    is_nested = is_sparse = is_quantized = is_meta = property(lambda _: False)  # type: ignore[assignment]
+    ndim = property(lambda self: self.dim())
+    dtype = _of_inner("dtype")
+    device = _of_inner("device")
+    layout = _of_inner("layout")
+    requires_grad = _of_inner("requires_grad")
+    is_cuda = _of_inner("is_cuda")
+    is_nested = is_sparse = is_quantized = is_meta = property(lambda _: False)
 
 
 class Rows(Ragged):
@@ -174,15 +174,15 @@ class Rows(Ragged):
     factor: int
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:  # type: ignore[override]  # an attribute of every tensor
         """The shape that the expert sees: the row axis is a `RowCount` long."""
-        sizes: list[Any] = list(self.inner_shape)
+        sizes: list[Any] = list(self.plain_shape)
         sizes[self.axis] = RowCount(self.factor)
         return torch.Size(sizes)
 
 
 class Stack(Ragged):
-    """One entry for each member: ``inner`` is ``[P, *shape]``.
+    """One entry for each member: ``plain`` is ``[P, *shape]``.
 
     Attributes:
         is_reduced: Whether it was made of rows: then it may be a loss, but must not reach rows again.
@@ -193,13 +193,13 @@ class Stack(Ragged):
     _is_param = False
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:  # type: ignore[override]  # an attribute of every tensor
         """The shape that the expert sees."""
-        return self.inner_shape[1:]
+        return self.plain_shape[1:]
 
     def dim(self) -> int:
         """The number of axes that the expert sees."""
-        return len(self.inner_shape) - 1
+        return len(self.plain_shape) - 1
 
 
 class Common(Ragged):
@@ -209,14 +209,14 @@ class Common(Ragged):
 def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
     """A value with one entry for each sample along ``axis``."""
     value = torch.Tensor._make_subclass(Rows, _NOTHING)
-    value.inner, value.inner_shape, value.axis, value.factor = inner, inner.shape, axis, factor
+    value.plain, value.plain_shape, value.axis, value.factor = inner, inner.shape, axis, factor
     return value
 
 
 def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
     """A value with one entry for each member along the first axis."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
-    value.inner, value.inner_shape, value.is_reduced = inner, inner.shape, is_reduced
+    value.plain, value.plain_shape, value.is_reduced = inner, inner.shape, is_reduced
     return value
 
 
@@ -230,5 +230,5 @@ def parameter(inner: torch.Tensor) -> Stack:
 def common(inner: torch.Tensor) -> Common:
     """A value that is the same for all members."""
     value = torch.Tensor._make_subclass(Common, _NOTHING)
-    value.inner, value.inner_shape = inner, inner.shape
+    value.plain, value.plain_shape = inner, inner.shape
     return value

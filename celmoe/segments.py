@@ -19,13 +19,13 @@ class Run(NamedTuple):
     Attributes:
         row: The first row.
         member: The first member.
-        count: Rows of each.
+        length: Rows of each.
         members: How many members.
     """
 
     row: int
     member: int
-    count: int
+    length: int
     members: int
 
 
@@ -87,7 +87,7 @@ class Segments:
 def _runs(counts: Sequence[int]) -> list[Run]:
     runs: list[Run] = []
     for member, (start, count) in enumerate(zip(accumulate(counts, initial=0), counts, strict=False)):
-        if runs and runs[-1].count == count:
+        if runs and runs[-1].length == count:
             runs[-1] = runs[-1]._replace(members=runs[-1].members + 1)
         else:
             runs.append(Run(start, member, count, 1))

@@ -2,8 +2,8 @@
 
 A module is taken down to what can be compared: its class, its plain attributes, and by place its parameters and
 buffers, its children and those of theirs. Two experts of one signature compute the same function of their input and
-of their own tensors. The signature is kept beside a copy of every dictionary and list that it was read from; at every call
-these are compared with the living ones, at C's speed, so replacing, setting or hooking anything shows.
+of their own tensors. The signature is kept beside a copy of every dictionary and list that it was read from; at every
+call these are compared with the living ones, at C's speed, so replacing, setting or hooking anything shows.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import copy
 import enum
 import itertools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ DERIVED = {"_flat_weights", "_flat_weight_refs"}
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | DERIVED
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice)
 _CONTAINERS = (list, tuple, dict, set, frozenset)
-_facts = attrgetter("requires_grad", "dtype", "is_sparse")
+_facts = attrgetter("requires_grad", "dtype")
 
 
 # Comparing a key costs a walk through it; its number does not.
@@ -78,14 +79,45 @@ class Signature(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """One look at an expert: what was read, and what it was read from."""
+    """One look at an expert: what was read, and what it was read from.
 
+    Attributes:
+        registries: Dictionaries of its modules.
+        keys: What was in all of them, one after another.
+        values: Likewise.
+        living: Containers among its attributes.
+        copies: What those held.
+        empty: Registries without anything.
+        code: The classes and functions whose code it runs, and what is against each.
+        facts: Of each tensor.
+        tensors: The distinct parameters and buffers.
+        signature: What the expert is.
+    """
+
+    registries: list[dict[str, Any]]
+    keys: list[str]
+    values: list[Any]
     living: list[Any]
     copies: list[Any]
+    empty: list[Any]
     code: dict[Any, str | None]
-    facts: tuple[Any, ...]
+    facts: list[Any]
     tensors: list[torch.Tensor]
     signature: Signature
+
+    def is_true(self, inspected: Inspected) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            not any(self.empty)
+            and list(chain.from_iterable(self.registries)) == self.keys
+            and _is_equal(list(chain.from_iterable(map(dict.values, self.registries))), self.values)
+            and _is_equal(self.living, self.copies)
+            and self.facts == list(map(_facts, self.tensors))
+            and all(inspected[subject] == fault for subject, fault in self.code.items())
+        )
+
+
+_NO_LOOK = _Look([], [], [], [], [], [], {}, [], [], Signature((), (), None))
 
 
 class Inspected(dict[Any, "str | None"]):
@@ -101,32 +133,68 @@ class Watched:
 
     Attributes:
         module: The expert.
-        signature: As of the last look.
-        tensors: The distinct parameters and buffers, aligned with the signature's leaves.
+        look: The last look at it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._looks: list[_Look] = []
-        self.signature = Signature((), (), None)
-        self.tensors: list[torch.Tensor] = []
+        self.look = _NO_LOOK
 
     def refresh(self, inspected: Inspected) -> None:
         """Make signature and tensors true now."""
         for look in self._looks:
-            if (
-                _is_equal(look.living, look.copies)
-                and look.facts == tuple(map(_facts, look.tensors))
-                and all(inspected[subject] == fault for subject, fault in look.code.items())
-            ):
-                self.signature, self.tensors = look.signature, look.tensors
+            if look.is_true(inspected):
+                self.look = look
                 return
         reader = _Reader(inspected)
         signature, tensors = reader.read(self.module)
-        look = _Look(reader.living, reader.copies, reader.code, tuple(map(_facts, tensors)), tensors, signature)
+        self.look = _Look(
+            reader.registries,
+            [key for each in reader.registries for key in each],
+            [value for each in reader.registries for value in each.values()],
+            reader.living,
+            reader.copies,
+            reader.empty,
+            reader.code,
+            list(map(_facts, tensors)),
+            tensors,
+            signature,
+        )
         # Two are kept: training and evaluation take turns.
-        self._looks = [look, *self._looks[:1]]
-        self.signature, self.tensors = signature, tensors
+        self._looks = [self.look, *self._looks[:1]]
+
+    @property
+    def signature(self) -> Signature:
+        """As of the last look."""
+        return self.look.signature
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The distinct parameters and buffers, aligned with the signature's leaves."""
+        return self.look.tensors
+
+
+class Gathered:
+    """The looks at many experts, so that all are asked at once whether they are true."""
+
+    def __init__(self, experts: Sequence[Watched]) -> None:
+        looks = [expert.look for expert in experts]
+        code: dict[Any, str | None] = {}
+        for look in looks:
+            code |= look.code
+        joined = [list(chain.from_iterable(parts)) for parts in zip(*(look[:6] for look in looks), strict=True)]
+        self._look = _Look(
+            *(joined or _NO_LOOK[:6]),  # type: ignore[call-arg]  # the first six fields, in their order
+            code,
+            [each for look in looks for each in look.facts],
+            [each for look in looks for each in look.tensors],
+            _NO_LOOK.signature,
+        )
+
+    def is_true(self) -> bool:
+        """Whether nothing has changed in any of them."""
+        return self._look.is_true(Inspected())
 
 
 def _is_equal(living: list[Any], copies: list[Any]) -> bool:
@@ -145,8 +213,10 @@ class _Reader:
     """Reads one expert."""
 
     def __init__(self, inspected: Inspected) -> None:
+        self.registries: list[dict[str, Any]] = []
         self.living: list[Any] = []
         self.copies: list[Any] = []
+        self.empty: list[Any] = []
         # The classes and functions whose code it runs, and what is against each.
         self.code: dict[Any, str | None] = {}
         self._inspected = inspected
@@ -160,8 +230,8 @@ class _Reader:
             key = self._module(module, "")
         except CannotGroupError as error:
             # Experts with one fault are told as one class: what they are beyond it is not known.
-            whole = ("fault", type(module), str(error))
-            return Signature(whole, (), str(error), (), _number(whole)), []
+            faulty = ("fault", type(module), str(error))
+            return Signature(faulty, (), str(error), (), _number(faulty)), []
         leaves = tuple(map(tuple, self.places.values()))
         tensors = list(self.tensors.values())
         shapes = tuple((tuple(each.shape), each.dtype, each.device, each.requires_grad) for each in tensors)
@@ -185,14 +255,12 @@ class _Reader:
         number = self.modules[id(module)] = len(self.modules)
         kind = type(module)
         attributes = module.__dict__
-        self.living.append(attributes)
-        self.copies.append(dict(attributes))
-        for name in ("_parameters", "_buffers", "_modules"):
-            self.living.append(attributes[name])
-            self.copies.append(dict(attributes[name]))
-        for name in _HOOKS:
-            self.living.append(attributes[name])
-            self.copies.append({})
+        self.registries.append(attributes)
+        for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
+            if attributes[name]:
+                self.registries.append(attributes[name])
+            else:
+                self.empty.append(attributes[name])
         if any(attributes[name] for name in _HOOKS):
             raise CannotGroupError(f"have a module hook{_at(path)}")
         self._inspect(kind)
@@ -205,9 +273,8 @@ class _Reader:
                 self._watch(value)
         flat = attributes.get("_flat_weights")
         if isinstance(flat, list):
-            if any(
-                each is not attributes["_parameters"].get(name) for each, name in zip(flat, module._flat_weights_names)
-            ):  # type: ignore[arg-type, call-overload]
+            named = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
+            if any(each is not parameter for each, parameter in zip(flat, named, strict=False)):
                 raise CannotGroupError(f"hold other weights than their parameters{_at(path)}")
             self.living.append(flat)
             self.copies.append(list(flat))
@@ -237,7 +304,7 @@ class _Reader:
     def _plain(self, value: Any, path: str) -> Any:
         """An attribute as something that can be compared; what can't be is the same only where it is one object."""
         if isinstance(value, _PLAIN):
-            return type(value), value if value == value else repr(value)  # noqa: PLR0124  # not a number
+            return type(value), value if value == value else repr(value)  # not a number
         if isinstance(value, torch.Tensor):
             raise CannotGroupError(f"hold a tensor that is not registered, {path!r}")
         if isinstance(value, nn.Module):
@@ -264,7 +331,7 @@ class _Reader:
         if isinstance(value, types.FunctionType):
             self._inspect(value)
             return "function", value
-        if type(value).__reduce_ex__ is object.__reduce_ex__ and hasattr(value, "__dict__"):
+        if not hasattr(type(value), "__slots__") and hasattr(value, "__dict__"):
             # A config, say: the same where its fields are.
             self._inspect(type(value))
             self.objects.append(value)
@@ -294,19 +361,3 @@ def shared_tensor(members: Sequence[Watched]) -> str | None:
             if seen.setdefault(id(tensor), number) != number:
                 return leaves[0].name
     return None
-
-
-def modules_of(expert: nn.Module) -> Iterator[nn.Module]:
-    """The expert's distinct modules, in the order in which signatures number them."""
-    seen: set[int] = set()
-
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield module
-        for child in cast(dict[str, nn.Module | None], module._modules).values():
-            if child is not None:
-                yield from walk(child)
-
-    return walk(expert)

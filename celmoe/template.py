@@ -14,13 +14,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import operations_attention, operations_elementwise, operations_norm, operations_product  # noqa: F401  # register
-from . import operations_recurrent, operations_reduce, operations_shape  # noqa: F401  # register
+from . import (  # noqa: F401  # register  # noqa: F401  # register
+    operations_attention,
+    operations_elementwise,
+    operations_norm,
+    operations_product,
+    operations_recurrent,
+    operations_reduce,
+    operations_shape,
+)
 from .experts import ExpertBatch, ExpertResult
 from .operations import OPERATIONS, Run
 from .ragged import CannotGroupError, Ragged, Rows, Stack, common, parameter, rows, stack
 from .segments import Segments
-from .signature import DERIVED, Signature, copied, modules_of
+from .signature import DERIVED, Signature, copied
 
 
 class Given:
@@ -62,7 +69,7 @@ class Outcome:
         writes: Whether anything was written in place.
     """
 
-    __slots__ = ("hidden", "losses", "looped", "operations", "writes")
+    __slots__ = ("hidden", "looped", "losses", "operations", "writes")
 
     def __init__(self, hidden: torch.Tensor, losses: dict[str, list[torch.Tensor]], run: Run) -> None:
         self.hidden = hidden
@@ -78,9 +85,9 @@ class StateProbe(dict[str, str]):
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise CannotGroupError("read their state")
 
-    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse  # type: ignore[assignment]
-    __setitem__ = __delitem__ = __reversed__ = __reduce_ex__ = __ior__ = __bool__ = _refuse  # type: ignore[assignment]
-    get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse  # type: ignore[assignment]
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse
+    __setitem__ = __delitem__ = __reversed__ = __reduce_ex__ = __ior__ = __bool__ = _refuse
+    get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse
 
 
 class Template:
@@ -113,9 +120,10 @@ class Template:
             for number, name, is_buffer in leaves:
                 module = self._modules[number]
                 (module._buffers if is_buffer else module._parameters)[name] = value
-                flat = module.__dict__.get("_flat_weights")
-                if flat is not None and name in module._flat_weights_names:  # type: ignore[operator]
-                    flat[module._flat_weights_names.index(name)] = value  # type: ignore[union-attr, operator]
+                flat: list[Any] = module.__dict__.get("_flat_weights", [])
+                flat_names: list[str] = module.__dict__.get("_flat_weights_names", [])
+                if name in flat_names:
+                    flat[flat_names.index(name)] = value
 
     def run(self, batch: ExpertBatch) -> Any:
         """The expert's forward pass; an attribute that it writes is a `CannotGroupError`."""
@@ -330,7 +338,7 @@ def _checked(
     if not isinstance(result.aux, dict) or result.aux:
         raise CannotGroupError("returned aux")
     hidden = result.hidden
-    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1 or hidden.inner.shape != given.shape:
+    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1 or hidden.plain.shape != given.shape:
         raise CannotGroupError("returned something else than a row for each sample")
     if not (hidden.is_floating_point() or hidden.is_complex() or hidden.dtype == given.dtype):
         raise CannotGroupError(f"returned rows of {hidden.dtype}")
@@ -339,10 +347,10 @@ def _checked(
     losses = {}
     for name, loss in result.losses.items():
         if isinstance(loss, Stack):
-            losses[name] = list(loss.inner.unbind(0))
+            losses[name] = list(loss.plain.unbind(0))
         elif isinstance(loss, Rows):
             counts = [count * loss.factor for count in segments.counts]
-            losses[name] = list(loss.inner.split(counts, loss.axis))
+            losses[name] = list(loss.plain.split(counts, loss.axis))
         else:
             raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
-    return hidden.inner, losses
+    return hidden.plain, losses
