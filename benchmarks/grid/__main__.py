@@ -14,7 +14,7 @@ from rich.progress import track
 from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
 from benchmarks.peers import PeerUnavailableError, load_peer
-from benchmarks.workloads import EXPERTS, grid
+from benchmarks.workloads import LOOPED_EXPERTS, grid
 from celmoe.engines import AUTO, ENGINES
 
 # Three levels of 256 experts, and the hierarchy of the grid's largest workload.
@@ -27,7 +27,7 @@ def main() -> int:
     """Measure; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid", description=__doc__)
     parser.add_argument("--engine", choices=[AUTO, *ENGINES], default="looped", help="our engine")
-    parser.add_argument("--experts", choices=list(EXPERTS), nargs="+", default=list(EXPERTS), help="kinds to measure")
+    parser.add_argument("--experts", choices=LOOPED_EXPERTS, nargs="+", default=LOOPED_EXPERTS, help="kinds to measure")
     parser.add_argument("--most-samples", type=int, default=65_536, help="leave larger batches out")
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each workload is measured")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-grid"), help="where the results go")

@@ -6,7 +6,7 @@ Axes: B samples, E experts.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import cast
@@ -16,14 +16,12 @@ from torch import nn
 
 import celmoe
 from benchmarks.interleaved import Timings, interleave
+from benchmarks.steps import ROUTINGS, nudge, string_routed, training_step, turns
 from benchmarks.workloads import Workload
 
 OURS, PEER, BARE = "celmoe", "celmoe-vp", "bare loop"
 PLAN, LOOK_UPS, PEER_ROUTING = "plan", "look-ups", "routing of celmoe-vp"
 PLANNED_BATCH = 65_536
-_ROUTINGS = 4
-# Weights move between two timed steps, so that nothing computed from them can be kept: to and fro, so that they stay.
-_NUDGES = (1.0009765625, 1 / 1.0009765625)
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,12 @@ def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float)
     """Forward with string routing, a loss, backward and the clearing of gradients, in both libraries."""
     ours = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
     models = {OURS: ours, PEER: workload.build(peer)}
-    steps = {name: _training_step(model, workload) for name, model in models.items()}
+    steps = {
+        name: training_step(string_routed(model, workload), model.parameters(), workload)
+        for name, model in models.items()
+    }
     steps[BARE] = _bare_step(ours, workload)
-    timings = interleave(steps, seconds, _nudge(models.values()))
+    timings = interleave(steps, seconds, nudge(models.values()))
     low, high = timings.quartiles(PEER, OURS)
     return StepTiming(
         workload,
@@ -102,13 +103,13 @@ def time_planning(experts: Sequence[int], peer: ModuleType, seconds: float) -> P
     The peer routes within its forward pass. So it is given experts that return their input, one column of hidden
     states and no fusion: its figure holds the moving of that column.
     """
-    routings = [_routes(experts, seed) for seed in range(_ROUTINGS)]
+    routings = [_routes(experts, seed) for seed in range(ROUTINGS)]
     config = _config(celmoe, experts)
     compiler = celmoe.RoutingCompiler(config)
     tables = {level.name: {name: index for index, name in enumerate(level.experts)} for level in config.levels}
     model = peer.HierarchicalCELMoE(_config(peer, experts), lambda *_: _untouched(peer), _Last())
     column = torch.zeros(PLANNED_BATCH, 1)
-    turn = _turns(len(routings))
+    turn = turns(len(routings))
 
     def look_up() -> None:
         for level, routes in routings[turn()].items():
@@ -129,22 +130,10 @@ def time_planning(experts: Sequence[int], peer: ModuleType, seconds: float) -> P
     )
 
 
-def _training_step(model: nn.Module, workload: Workload) -> Callable[[], None]:
-    """What a user does, all but the optimizer's step."""
-    routings = [workload.routing(seed) for seed in range(_ROUTINGS)]
-    turn = _turns(len(routings))
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        fused: torch.Tensor = model(hidden, routings[turn()]).fused_hidden
-        return fused
-
-    return _step(forward, model, workload)
-
-
 def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable[[], None]:
     """As many rows for each expert, but cut where they stand: nothing is routed, gathered, copied or checked."""
-    plans = [model.compile_routing(workload.routing(seed)) for seed in range(_ROUTINGS)]
-    turn = _turns(len(plans))
+    plans = [model.compile_routing(workload.routing(seed)) for seed in range(ROUTINGS)]
+    turn = turns(len(plans))
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         level_hiddens = []
@@ -157,37 +146,7 @@ def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable
         fused: torch.Tensor = model.fusion(level_hiddens)
         return fused
 
-    return _step(forward, model, workload)
-
-
-def _step(forward: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, workload: Workload) -> Callable[[], None]:
-    hidden = workload.hidden().requires_grad_()
-    leaves = [hidden, *model.parameters()]
-
-    def step() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        forward(hidden).square().mean().backward()
-
-    return step
-
-
-def _nudge(models: Iterable[nn.Module]) -> Callable[[], None]:
-    parameters = [parameter.data for model in models for parameter in model.parameters()]
-    turn = _turns(len(_NUDGES))
-    return lambda: torch._foreach_mul_(parameters, _NUDGES[turn()])
-
-
-def _turns(length: int) -> Callable[[], int]:
-    """0, 1, … up to the length, and from 0 again."""
-    position = -1
-
-    def turn() -> int:
-        nonlocal position
-        position = (position + 1) % length
-        return position
-
-    return turn
+    return training_step(forward, model.parameters(), workload)
 
 
 def _ms(timings: Timings, name: str) -> float:

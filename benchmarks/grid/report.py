@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.grid.measure import PLANNED_BATCH, PlanTiming, StepTiming
-from benchmarks.workloads import EXPERTS
+from benchmarks.workloads import EXPERTS, Workload
+
+Timing = TypeVar("Timing", bound="RatioOfTimes")
 
 COLOURS = ("#0b6e99", "#e08214", "#6a3d9a")
 DOTS_PER_INCH = 130
+
+
+class RatioOfTimes(Protocol):
+    """A workload's ratio of times, with its quartiles over the rounds."""
+
+    @property
+    def workload(self) -> Workload:
+        """What was run."""
+
+    @property
+    def ratio(self) -> float:
+        """The median."""
+
+    @property
+    def low(self) -> float:
+        """The first quartile."""
+
+    @property
+    def high(self) -> float:
+        """The third quartile."""
 
 
 def write_steps(path: Path, steps: Sequence[StepTiming]) -> None:
@@ -37,7 +62,7 @@ def write_steps(path: Path, steps: Sequence[StepTiming]) -> None:
         }
         for each in steps
     ]
-    _write(path, rows)
+    write_rows(path, rows)
 
 
 def write_plans(path: Path, plans: Sequence[PlanTiming]) -> None:
@@ -54,7 +79,7 @@ def write_plans(path: Path, plans: Sequence[PlanTiming]) -> None:
         }
         for each in plans
     ]
-    _write(path, rows)
+    write_rows(path, rows)
 
 
 def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
@@ -62,6 +87,17 @@ def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
 
     Thin dotted lines are the bounds: what a loop over the experts would reach that routes and moves rows in no time.
     """
+
+    def draw_line(axes: Axes, line: Sequence[StepTiming], colour: str) -> None:
+        draw_ratios(axes, line, colour)
+        batches = [each.workload.batch_size for each in line]
+        axes.plot(batches, [each.bound for each in line], color=colour, linewidth=0.9, linestyle=":")
+
+    draw_panels(path, steps, draw_line)
+
+
+def draw_panels(path: Path, steps: Sequence[Timing], draw_line: Callable[[Axes, Sequence[Timing], str], None]) -> None:
+    """A panel for each kind of expert and width, by batch size; ``draw_line`` gets those of one number of experts."""
     kinds = [kind for kind in EXPERTS if any(each.workload.expert == kind for each in steps)]
     widths = sorted({each.workload.hidden_size for each in steps})
     counts = sorted({each.workload.num_experts for each in steps})
@@ -78,12 +114,7 @@ def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
                     if (each.workload.expert, each.workload.hidden_size, each.workload.num_experts)
                     == (kind, width, count)
                 ]
-                batches = [each.workload.batch_size for each in line]
-                low, high = [each.low for each in line], [each.high for each in line]
-                axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
-                axes.plot(batches, [each.ratio for each in line], color=colour, marker="o", markersize=3.5)
-                axes.lines[-1].set_label(f"{count} experts")
-                axes.plot(batches, [each.bound for each in line], color=colour, linewidth=0.9, linestyle=":")
+                draw_line(axes, line, colour)
             axes.axhline(1.0, color="#444444", linewidth=0.8, linestyle="--")
             axes.set(xscale="log", yscale="log", title=f"{kind}, H = {width}")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -92,9 +123,18 @@ def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
             axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[-1]:
         axes.set_xlabel("batch size")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    keys = [_key(count, colour) for count, colour in zip(counts, COLOURS, strict=False)]
+    panels[0][0].legend(handles=keys, frameon=False, fontsize=8)
     figure.supylabel("times as fast as celmoe-vp 1.1.4", fontsize=9)
     figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+def draw_ratios(axes: Axes, line: Sequence[RatioOfTimes], colour: str, style: str = "-") -> None:
+    """Ratios by batch size, with the middle half of the rounds as a band."""
+    batches = [each.workload.batch_size for each in line]
+    low, high = [each.low for each in line], [each.high for each in line]
+    axes.fill_between(batches, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(batches, [each.ratio for each in line], color=colour, linestyle=style, marker="o", markersize=3.5)
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -127,7 +167,12 @@ def plan_line(plan: PlanTiming) -> str:
     )
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+def _key(count: int, colour: str) -> Line2D:
+    return Line2D([], [], color=colour, marker="o", markersize=3.5, label=f"{count} experts")
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A CSV file with the first row's keys for its header."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

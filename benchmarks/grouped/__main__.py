@@ -1,0 +1,184 @@
+"""The command: measures an engine by the figures it is held to, writes tables and drawings, says what came out."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.grouped.contest import (
+    INFERENCE,
+    PEER,
+    STACK,
+    TRAINING,
+    Compared,
+    TooLongError,
+    compare,
+    rivals_of,
+)
+from benchmarks.grouped.equality import UnequalError
+from benchmarks.grouped.figures import draw_grid, draw_marks, draw_parts
+from benchmarks.grouped.marks import (
+    LONGER,
+    NAMED_LINES,
+    WORST,
+    Mark,
+    grid_marks,
+    named_marks,
+    operation_marks,
+    worst_mark,
+)
+from benchmarks.grouped.operations import OperationCount, count_growth
+from benchmarks.grouped.parts import time_parts
+from benchmarks.grouped.points import ROUTES, full_grid, short_grid
+from benchmarks.grouped.stack import STACKED
+from benchmarks.grouped.tables import (
+    marks_table,
+    operations_table,
+    write_compared,
+    write_marks,
+    write_operations,
+    write_parts,
+)
+from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.workloads import EXPERTS, Workload
+from celmoe.engines import AUTO, ENGINES
+
+NAMED, GRID, OPERATIONS = "named", "grid", "operations"
+
+
+@dataclass
+class Run:
+    """A run of the command.
+
+    Attributes:
+        engine: Our engine.
+        seconds: About how long a measure goes on.
+        report: Where the results go.
+        console: Where lines go.
+        peer: The peer's package.
+        refused: Why a workload was not reported, for each whose contenders are not equal.
+    """
+
+    engine: str
+    seconds: float
+    report: Path
+    console: Console
+    peer: ModuleType
+    refused: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def compare(
+        self, workload: Workload, rivals: Sequence[str], measures: Sequence[str], longer: int = 1
+    ) -> list[Compared]:
+        """Time a workload and say what came out; nothing of it where contenders differ or take too long."""
+        try:
+            found = compare(workload, self.peer, self.engine, longer * self.seconds, rivals, measures)
+        except UnequalError as error:
+            self.refused.append(f"{workload}: {error}")
+            self.say(f"REFUSED {self.refused[-1]}")
+            return []
+        except TooLongError as error:
+            self.say(f"left out {workload}: {error}")
+            return []
+        for each in found:
+            self.say(
+                f"{workload!s:42} {each.measure:25} {each.ratio:7.3f} ({each.low:.3f} to {each.high:.3f}), "
+                f"{each.ours_ms:.2f} ms against {each.other_ms:.2f} ms of {each.against}, {each.rounds} rounds"
+            )
+        return found
+
+    def named(self) -> list[Mark]:
+        """The lines with a workload of their own, the worst workloads, and what bounds the former."""
+        compared: list[Compared] = []
+        worst: list[Compared] = []
+        for line in track(NAMED_LINES, "named lines", console=self.console):
+            compared += self.compare(line.workload, rivals_of(line.workload), [TRAINING])
+        for workload in track(WORST, "worst workloads", console=self.console):
+            worst += self.compare(workload, [PEER], [TRAINING], LONGER)
+        if compared or worst:
+            write_compared(self.report / "named.csv", compared + worst)
+        measured = list(dict.fromkeys(each.workload for each in compared))
+        parts = [
+            time_parts(workload, self.engine, self.seconds)
+            for workload in track(measured, "what bounds them", console=self.console)
+        ]
+        if parts:
+            write_parts(self.report / "parts.csv", parts)
+            draw_parts(self.report / "parts.png", parts, compared)
+        return named_marks(compared) + ([worst_mark(worst)] if worst else [])
+
+    def grid(self, workloads: Sequence[Workload]) -> list[Mark]:
+        """All kinds and sizes against the peer, and those that can be stacked against the stack."""
+        compared: list[Compared] = []
+        for workload in track(workloads, "grid", console=self.console):
+            rivals = [PEER, STACK] if workload.expert in STACKED else [PEER]
+            compared += self.compare(workload, rivals, [TRAINING, INFERENCE])
+            if compared:
+                write_compared(self.report / "grid.csv", compared)
+        for measure, name in ((TRAINING, "training.png"), (INFERENCE, "inference.png")):
+            if drawn := [each for each in compared if (each.measure, each.against) == (measure, PEER)]:
+                draw_grid(self.report / name, drawn)
+        return grid_marks(compared)
+
+    def operations(self) -> list[Mark]:
+        """How many operations a step launches, by kind of expert and routes."""
+        counts: list[OperationCount] = []
+        points = [(expert, routes) for expert in EXPERTS for routes in ROUTES]
+        for expert, routes in track(points, "operations", console=self.console):
+            counts.append(count_growth(expert, routes, self.engine))
+            write_operations(self.report / "operations.csv", counts)
+        self.console.print(operations_table(counts))
+        return operation_marks(counts)
+
+
+def main() -> int:
+    """Measure; returns the exit code: 1 where a figure was missed or refused."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__)
+    parser.add_argument("--engine", choices=[AUTO, *ENGINES], default=AUTO, help="our engine")
+    parser.add_argument("--only", choices=[NAMED, GRID, OPERATIONS], help="one part of the figures")
+    parser.add_argument("--full", action="store_true", help="the whole grid in place of half of it; takes hours")
+    parser.add_argument("--seconds", type=float, default=1.0, help="about how long each measure goes on")
+    parser.add_argument("--report", type=Path, default=Path("celmoe-report-grouped"), help="where the results go")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    torch.set_num_threads(1)
+    try:
+        peer = load_peer("1.1.4")
+    except PeerUnavailableError as error:
+        console.print(f"the peer is not there to compare with: {error}", markup=False)
+        return 1
+    options.report.mkdir(parents=True, exist_ok=True)
+    run = Run(options.engine, options.seconds, options.report, console, peer)
+    run.say(
+        f"engine {options.engine}, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
+    )
+    marks: list[Mark] = []
+    if options.only in (None, OPERATIONS):
+        marks += run.operations()
+    if options.only in (None, NAMED):
+        marks += run.named()
+    if options.only in (None, GRID):
+        marks = run.grid(full_grid() if options.full else short_grid()) + marks
+    if marks:
+        console.print(marks_table(marks))
+        write_marks(options.report / "marks.csv", marks)
+        draw_marks(options.report / "marks.png", marks)
+    for why in run.refused:
+        run.say(f"refused: {why}")
+    return 1 if run.refused or any(mark.verdict == "missed" for mark in marks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

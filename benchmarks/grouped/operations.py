@@ -1,0 +1,95 @@
+"""Counting the ATen operations of a training step that launch work.
+
+It stands for accelerators, where a loop over experts is bound by the launches of kernels; no such machine is needed.
+
+Axes: B samples, H hidden size, E experts of the last level.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import celmoe
+from benchmarks.steps import string_routed, training_step
+from benchmarks.workloads import Workload
+
+COUNTED_BATCH, COUNTED_WIDTH = 4096, 64
+FEW_EXPERTS, MANY_EXPERTS = 4, 256
+
+_aten = torch.ops.aten
+# Views by another name, whose schema doesn't say so, and memory that is taken and not written.
+_LAUNCH_NOTHING = {
+    _aten._unsafe_view,
+    _aten.unsafe_chunk,
+    _aten.unsafe_split,
+    _aten.unsafe_split_with_sizes,
+    _aten.empty,
+    _aten.empty_like,
+    _aten.empty_strided,
+    _aten.new_empty,
+    _aten.new_empty_strided,
+}
+
+
+@dataclass(frozen=True)
+class OperationCount:
+    """How many operations a step takes, with few experts and with many.
+
+    Attributes:
+        expert: The kind of expert.
+        routes: The workload's routes.
+        few: Operations with `FEW_EXPERTS`.
+        many: Operations with `MANY_EXPERTS`.
+        grown: By operation, how many more there are with many experts; the largest first.
+    """
+
+    expert: str
+    routes: str
+    few: int
+    many: int
+    grown: Sequence[tuple[str, int]]
+
+    @property
+    def ratio(self) -> float:
+        """Many by few."""
+        return self.many / self.few
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch annotates it not
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view and func.overloadpacket not in _LAUNCH_NOTHING:
+            self.counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(step: Callable[[], object]) -> Counter[str]:
+    """The work-launching operations of one step, forward and backward, by name; views are not counted."""
+    counting = _Counting()
+    with counting:
+        step()
+    return counting.counts
+
+
+def count_growth(expert: str, routes: str, engine: str) -> OperationCount:
+    """Count a training step with few experts and with many. What a first call does once is not counted."""
+    counts = []
+    for experts in (FEW_EXPERTS, MANY_EXPERTS):
+        workload = Workload(expert, COUNTED_WIDTH, COUNTED_BATCH, experts, routes)
+        model = workload.build(celmoe, engine=engine)
+        step = training_step(string_routed(model, workload), model.parameters(), workload)
+        step()
+        counts.append(count_operations(step))
+    few, many = counts
+    return OperationCount(expert, routes, few.total(), many.total(), (many - few).most_common())

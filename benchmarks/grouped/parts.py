@@ -1,0 +1,74 @@
+"""Where the time of a training step goes.
+
+Each part is timed on its own, in turn with the others; the experts are what is left of a forward pass. Nothing is
+hooked into the model, since an engine may run hooked experts another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import celmoe
+from benchmarks.interleaved import interleave
+from benchmarks.steps import ROUTINGS, nudge, string_routed, training_step, turns
+from benchmarks.workloads import Workload
+
+PLANNING, MOVING, EXPERTS_RUN, FUSION, BACKWARD = "planning", "moving rows", "experts", "fusion", "backward"
+_FORWARD, _STEP = "forward", "step"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A training step's milliseconds by part.
+
+    Attributes:
+        workload: What was run.
+        ms: `PLANNING`: names to plans. `MOVING`: two gathers for each level whose rows are not in order yet, forward.
+            `EXPERTS_RUN`: the rest of the forward pass, checks and bookkeeping included. `FUSION`: forward.
+            `BACKWARD`: of all, with the clearing of gradients.
+    """
+
+    workload: Workload
+    ms: Mapping[str, float]
+
+
+def time_parts(workload: Workload, engine: str, seconds: float) -> Parts:
+    """Time the parts of our step for about so many seconds in all."""
+    model = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
+    routings = [workload.routing(seed) for seed in range(ROUTINGS)]
+    plans = [model.compile_routing(routing) for routing in routings]
+    planned, moved = turns(ROUTINGS), turns(ROUTINGS)
+    hidden = workload.hidden().requires_grad_()
+    level_hiddens = [workload.hidden(seed).requires_grad_() for seed in range(len(model.levels))]
+    forward = string_routed(model, workload)
+
+    def move() -> None:
+        for level in plans[moved()].levels.values():
+            if not level.is_sorted:
+                hidden.index_select(0, level.order).index_select(0, level.inverse)
+
+    timings = interleave(
+        {
+            _STEP: training_step(string_routed(model, workload), model.parameters(), workload),
+            _FORWARD: lambda: forward(hidden),
+            PLANNING: lambda: model.compile_routing(routings[planned()]),
+            MOVING: move,
+            FUSION: lambda: model.fusion(level_hiddens),
+        },
+        seconds,
+        nudge([model]),
+    )
+    ms = {name: 1e3 * timings.median(name) for name in timings.seconds}
+    rest = ms[_FORWARD] - ms[PLANNING] - ms[MOVING] - ms[FUSION]
+    return Parts(
+        workload,
+        {
+            PLANNING: ms[PLANNING],
+            MOVING: ms[MOVING],
+            EXPERTS_RUN: max(rest, 0.0),
+            FUSION: ms[FUSION],
+            BACKWARD: max(ms[_STEP] - ms[_FORWARD], 0.0),
+        },
+    )

@@ -1,0 +1,136 @@
+"""*Stack*: what an expert would write by hand for one model whose experts are all alike. Linear and MLP only.
+
+Routed by strings and planned by our own compiler at every call, so that what differs is how the experts run: every
+tensor of a level's experts is one parameter, and their products are one call.
+
+Axes: B samples, E experts of a level, H hidden size, F inner width.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import celmoe
+from benchmarks.grouped.layouts import Alone, Layout, Padded, Ragged
+from benchmarks.interleaved import interleave
+from benchmarks.steps import ROUTINGS, Forward, training_step, turns
+from benchmarks.workloads import MLP, Workload
+
+LayoutKind: TypeAlias = type[Ragged] | type[Padded]
+
+STACKED = ("linear", "mlp")
+# Padding to more than so many times the rows is no choice that anyone would make.
+MOST_PADDING = 4
+
+
+class StackedLinear(nn.Module):
+    """The linear layers of a level's experts."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        # [E, H, F], so that the gradient of a product is made as it is kept.
+        self.weight = nn.Parameter(torch.stack([layer.weight.detach().T for layer in layers]))
+        self.bias = _stacked([layer.bias for layer in layers])
+
+    def forward(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Rows of the layout with H columns to such with F."""
+        return layout.affine(rows, self.weight, self.bias)
+
+
+class StackedMLP(nn.Module):
+    """The `MLP` bodies of a level's experts."""
+
+    def __init__(self, bodies: Sequence[MLP]) -> None:
+        super().__init__()
+        self.scale = _stacked([body.norm.weight for body in bodies])
+        self.shift = _stacked([body.norm.bias for body in bodies])
+        self.up = StackedLinear([body.up for body in bodies])
+        self.down = StackedLinear([body.down for body in bodies])
+
+    def forward(self, rows: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Rows of the layout to such of the same shape."""
+        normed = functional.layer_norm(rows, rows.shape[-1:])
+        scaled = torch.addcmul(layout.spread(self.shift), normed, layout.spread(self.scale))
+        result: torch.Tensor = rows + self.down(functional.gelu(self.up(scaled, layout)), layout)
+        return result
+
+
+class Stack(nn.Module):
+    """The hierarchy with stacked experts, and with the parameters of the model that it is made from.
+
+    Args:
+        model: Of a workload of one of the kinds `STACKED`.
+
+    Attributes:
+        kinds: For each level with more than one expert, how its rows are laid out.
+    """
+
+    def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
+        super().__init__()
+        self.compiler = celmoe.RoutingCompiler(model.config)
+        self.levels = nn.ModuleList()
+        self.sizes = [len(level.experts) for level in model.levels]
+        for level in model.levels:
+            bodies = [model.level_modules[level.name][name].body for name in level.experts]  # type: ignore[index]
+            stacked = StackedLinear if isinstance(bodies[0], nn.Linear) else StackedMLP
+            self.levels.append(stacked(bodies))
+        self.fusion = copy.deepcopy(model.fusion)
+        self.kinds: tuple[LayoutKind, ...] = (Ragged,) * sum(size > 1 for size in self.sizes)
+
+    def forward(self, hidden: torch.Tensor, routing: celmoe.Routing) -> torch.Tensor:
+        """``[B, H]`` to the fused ``[B, H]``."""
+        plan = self.compiler(routing)
+        kinds = iter(self.kinds)
+        level_hiddens = []
+        for stacked, size, level in zip(self.levels, self.sizes, plan.levels.values(), strict=True):
+            layout = Alone() if size == 1 else next(kinds)(level, size)
+            hidden = layout.restore(stacked(layout.arrange(hidden), layout))
+            level_hiddens.append(hidden)
+        fused: torch.Tensor = self.fusion(level_hiddens)
+        return fused
+
+    def routed(self, workload: Workload) -> Forward:
+        """The forward pass over the workload's routings in turn."""
+        routings = [workload.routing(seed) for seed in range(ROUTINGS)]
+        turn = turns(len(routings))
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            fused: torch.Tensor = self(hidden, routings[turn()])
+            return fused
+
+        return forward
+
+
+def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Stack:
+    """The stack with those layouts that train fastest on the workload, as tried out now."""
+    stack = Stack(model)
+    plan = stack.compiler(workload.routing())
+    choices: list[tuple[LayoutKind, ...]] = [
+        (Ragged,) if size * max(level.counts) > MOST_PADDING * workload.batch_size else (Ragged, Padded)
+        for size, level in zip(stack.sizes, plan.levels.values(), strict=True)
+        if size > 1
+    ]
+    step = training_step(stack.routed(workload), stack.parameters(), workload)
+
+    def step_with(kinds: tuple[LayoutKind, ...]) -> Callable[[], None]:
+        def run() -> None:
+            stack.kinds = kinds
+            step()
+
+        return run
+
+    trials = {str(number): kinds for number, kinds in enumerate(itertools.product(*choices))}
+    timings = interleave({name: step_with(kinds) for name, kinds in trials.items()}, seconds=0.0)
+    stack.kinds = trials[min(trials, key=timings.median)]
+    return stack
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack([tensor.detach() for tensor in tensors]))

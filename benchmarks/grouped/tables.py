@@ -1,0 +1,107 @@
+"""The tables that a run leaves: for the terminal, and as CSV files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks.grid.report import write_rows
+from benchmarks.grouped.contest import Compared
+from benchmarks.grouped.marks import Mark
+from benchmarks.grouped.operations import FEW_EXPERTS, MANY_EXPERTS, OperationCount
+from benchmarks.grouped.parts import Parts
+
+_MOST_GROWN = 3
+_STYLES = {"missed": "red", "reached": "", "aim": "green"}
+
+
+def marks_table(marks: Sequence[Mark]) -> Table:
+    """What was measured beside what must be reached and what is aimed at."""
+    table = Table(title="Figures and what they are held to (operations: less is better)")
+    for heading in ("line", "measure", "measured", "must", "aim", ""):
+        table.add_column(heading, justify="right" if heading in ("measured", "must", "aim") else "left")
+    for mark in marks:
+        figures = (f"{each:.2f}" for each in (mark.measured, mark.goal.must, mark.goal.aim))
+        table.add_row(mark.line, mark.measure, *figures, mark.verdict, style=_STYLES[mark.verdict])
+    return table
+
+
+def operations_table(counts: Sequence[OperationCount]) -> Table:
+    """Operations with few and with many experts, and which of them grow most."""
+    table = Table(title="Work-launching ATen operations of a training step, views not counted")
+    headings = ("experts", "routes", f"E = {FEW_EXPERTS}", f"E = {MANY_EXPERTS}", "ratio", "what grows most")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("experts", "routes", headings[-1]) else "right")
+    for each in counts:
+        table.add_row(each.expert, each.routes, f"{each.few:,}", f"{each.many:,}", f"{each.ratio:.2f}", _grown(each))
+    return table
+
+
+def write_marks(path: Path, marks: Sequence[Mark]) -> None:
+    """One row a figure."""
+    rows = [
+        {
+            "line": each.line,
+            "measure": each.measure,
+            "measured": f"{each.measured:.3f}",
+            "must": each.goal.must,
+            "aim": each.goal.aim,
+            "verdict": each.verdict,
+        }
+        for each in marks
+    ]
+    write_rows(path, rows)
+
+
+def write_compared(path: Path, compared: Sequence[Compared]) -> None:
+    """One row a workload, measure and rival."""
+    rows = [
+        {
+            "experts": each.workload.expert,
+            "H": each.workload.hidden_size,
+            "B": each.workload.batch_size,
+            "E": each.workload.num_experts,
+            "routes": each.workload.routes,
+            "measure": each.measure,
+            "against": each.against,
+            "celmoe_ms": f"{each.ours_ms:.3f}",
+            "against_ms": f"{each.other_ms:.3f}",
+            "ratio": f"{each.ratio:.3f}",
+            "first_quartile": f"{each.low:.3f}",
+            "third_quartile": f"{each.high:.3f}",
+            "rounds": each.rounds,
+        }
+        for each in compared
+    ]
+    write_rows(path, rows)
+
+
+def write_operations(path: Path, counts: Sequence[OperationCount]) -> None:
+    """One row a kind of expert and routes."""
+    rows = [
+        {
+            "experts": each.expert,
+            "routes": each.routes,
+            "few": each.few,
+            "many": each.many,
+            "ratio": f"{each.ratio:.3f}",
+            "grown": _grown(each),
+        }
+        for each in counts
+    ]
+    write_rows(path, rows)
+
+
+def write_parts(path: Path, parts: Sequence[Parts]) -> None:
+    """One row a workload, a column a part, in milliseconds."""
+    rows = [
+        {"workload": str(each.workload), **{f"{name}_ms": f"{ms:.3f}" for name, ms in each.ms.items()}}
+        for each in parts
+    ]
+    write_rows(path, rows)
+
+
+def _grown(count: OperationCount) -> str:
+    return ", ".join(f"{name} +{more}" for name, more in count.grown[:_MOST_GROWN])
