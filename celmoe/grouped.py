@@ -157,8 +157,8 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
     why_not: str | None
     error: Exception | None = None
     try:
-        stacks = [torch.stack(tensors) for tensors in zip(*(member.tensors for member in unit.members), strict=True)]
-        outcome = run_template(template, stacks, given, segments, may_write=not is_known)
+        tensors = list(zip(*(member.tensors for member in unit.members), strict=True))
+        outcome = run_template(template, tensors, given, segments, may_write=not is_known)
         record.templates.append(template)
         if outcome.operations in record.programs:
             return outcome, None, None

@@ -183,7 +183,7 @@ def by_members(run: Run, value: Any) -> list[Any]:
         counts = [count * value.factor for count in run.segments.counts]
         return list(value.plain.split(counts, value.axis))
     if isinstance(value, Stack):
-        return list(value.plain.unbind(0))
+        return list(value.members or value.plain.unbind(0))
     if isinstance(value, Common):
         return [value.plain] * run.num_members
     if isinstance(value, tuple | list):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .operations import Run, align, arguments, operation
 from .operations_product import by_weights
-from .ragged import CannotGroupError, Ragged, Rows, Stack, rows
+from .ragged import CannotGroupError, Ragged, Rows, Stack, rows, stack
 
 
 @operation("scaled_dot_product_attention", namespaces=(F,))
@@ -58,21 +58,20 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
     if any(given[each] is not None for each in exotic) or given["add_zero_attn"]:
         raise CannotGroupError("called attention with biases or zeros beside its keys")
     width, heads = given["embed_dim_to_check"], given["num_heads"]
-    if given["use_separate_proj_weight"]:
-        weights = [given[f"{each}_proj_weight"] for each in "qkv"]
-        parts = [weight.plain for weight in weights]
-    else:
-        parts = list(given["in_proj_weight"].plain.split(width, 1))
-    biases = [None] * 3 if given["in_proj_bias"] is None else list(given["in_proj_bias"].plain.split(width, 1))
+    packed_bias = given["in_proj_bias"]
     if query is key and key is value and not given["use_separate_proj_weight"]:
         # One product for all three.
-        bias = None if given["in_proj_bias"] is None else given["in_proj_bias"].plain
-        packed = by_weights(run, _rows_first(query), given["in_proj_weight"].plain, bias)
+        packed = by_weights(run, _rows_first(query), given["in_proj_weight"], packed_bias)
         projected = list(packed.plain.split(width, -1))
     else:
+        if given["use_separate_proj_weight"]:
+            weights = [given[f"{each}_proj_weight"] for each in "qkv"]
+        else:
+            weights = [stack(part) for part in given["in_proj_weight"].plain.split(width, 1)]
+        biases = [None] * 3 if packed_bias is None else [stack(part) for part in packed_bias.plain.split(width, 1)]
         projected = [
             by_weights(run, _rows_first(each), weight, bias).plain
-            for each, weight, bias in zip((query, key, value), parts, biases, strict=True)
+            for each, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
     factor = query.factor
     # [R, L, D] -> [R, heads, L, D / heads]
@@ -89,8 +88,7 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
         is_causal = given["is_causal"] and mask is None
         out = F.scaled_dot_product_attention(asks, keys, values, mask, dropout, is_causal)
     joined = rows(out.transpose(1, 2).flatten(2), 0, factor)
-    bias = None if given["out_proj_bias"] is None else given["out_proj_bias"].plain
-    result = by_weights(run, joined, given["out_proj_weight"].plain, bias)
+    result = by_weights(run, joined, given["out_proj_weight"], given["out_proj_bias"])
     back = rows(result.plain.transpose(0, 1), 1, factor)
     if not needs_weights:
         return back, None

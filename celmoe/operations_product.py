@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .members import linear_of_members
 from .operations import Run, align, arguments, like, loop, operands, operation, refuse_row_counts
 from .product import linear as segment_linear
 from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, rows, stack
@@ -27,30 +28,37 @@ def _lowered(*tensors: torch.Tensor | None) -> list[Any]:
     ]
 
 
-def by_weights(run: Run, value: Rows, weight_PNK: torch.Tensor, bias_PN: torch.Tensor | None) -> Rows:
-    """The rows' last axis through each row's member's weights."""
+def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows:
+    """The rows' last axis through each row's member's weights: ``[..., K]`` to ``[..., N]`` by ``[N, K]`` each."""
     if value.axis == value.dim() - 1:
         raise CannotGroupError("mixed samples (a product over the batch axis)")
-    inner, weight_PNK, bias_PN = _lowered(value.plain, weight_PNK, bias_PN)
-    if inner.dtype != weight_PNK.dtype or (bias_PN is not None and bias_PN.dtype != inner.dtype):
-        raise RuntimeError(f"expected m1 and m2 to have the same dtype, but got: {inner.dtype} != {weight_PNK.dtype}")
-    num_out, width = weight_PNK.shape[1:]
-    if inner.shape[-1] != width:
-        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({tuple(inner.shape)} by {width}x{num_out})")
-    leading = inner.movedim(value.axis, 0)
-    shape = leading.shape[:-1]
+    if any(each is not None and each.is_reduced for each in (weight, bias)):
+        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
+    num_out, width = weight.shape
+    shape = value.plain.movedim(value.axis, 0).shape[:-1]
     positions = shape.numel() // run.segments.num_rows
+    if value.plain_shape[-1] != width:
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({tuple(value.plain_shape)}, {width}x{num_out})")
     if not positions or not width or not num_out:
         raise CannotGroupError("multiplied matrices without elements")
-    # Rows to the front, every position a row: [R · positions, K].
-    out = segment_linear(leading.reshape(-1, width), weight_PNK, bias_PN, run.segments, positions)
+    own, own_bias = weight.members, () if bias is None else bias.members
+    if torch.is_autocast_enabled(value.plain.device.type) or own is None or own_bias is None:
+        plain, weight_PNK, bias_PN = _lowered(value.plain, weight.plain, None if bias is None else bias.plain)
+        _require_one_dtype(plain, weight_PNK, bias_PN)
+        flat = plain.movedim(value.axis, 0).reshape(-1, width)
+        out = segment_linear(flat, weight_PNK, bias_PN, run.segments, positions)
+    else:
+        _require_one_dtype(value.plain, own[0], *own_bias[:1])
+        # Rows to the front, every position a row: [R · positions, K].
+        flat = value.plain.movedim(value.axis, 0).reshape(-1, width)
+        out = linear_of_members(flat, own, own_bias, run.segments, positions)
     return rows(out.view(*shape, num_out).movedim(0, value.axis), value.axis, value.factor)
 
 
-def _weights(value: Stack) -> torch.Tensor:
-    if value.is_reduced:
-        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
-    return value.plain
+def _require_one_dtype(*tensors: torch.Tensor | None) -> None:
+    found = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(found) > 1:
+        raise RuntimeError(f"expected m1 and m2 to have the same dtype, but got: {' and '.join(map(str, found))}")
 
 
 @operation("linear", namespaces=(F,))
@@ -63,8 +71,8 @@ def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
             raise CannotGroupError("multiplied by a weight that is no matrix")
         return product if bias is None else _plus(run, product, bias)
     if bias is None or (isinstance(bias, Stack) and bias.dim() == 1):
-        return by_weights(run, value, _weights(weight), None if bias is None else _weights(bias))
-    return _plus(run, by_weights(run, value, _weights(weight), None), bias)
+        return by_weights(run, value, weight, bias)
+    return _plus(run, by_weights(run, value, weight, None), bias)
 
 
 def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:
@@ -84,12 +92,12 @@ def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         if right.dim() == 1:
             if left.axis == left.dim() - 1:
                 raise CannotGroupError("mixed samples (a product over the batch axis)")
-            return _without_last(by_weights(run, left, _weights(right).unsqueeze(1), None))
+            return _without_last(by_weights(run, left, stack(right.plain.unsqueeze(1), right.is_reduced), None))
         if right.dim() == 2 and left.axis < left.dim() - 1:
-            return by_weights(run, left, _weights(right).mT, None)
+            return by_weights(run, left, stack(right.plain.mT, right.is_reduced), None)
     if isinstance(left, Stack) and isinstance(right, Rows) and left.dim() == 2 and right.axis < right.dim() - 2:
         # W x = (xᵀ Wᵀ)ᵀ
-        turned = by_weights(run, rows(right.plain.mT, right.axis, right.factor), _weights(left), None)
+        turned = by_weights(run, rows(right.plain.mT, right.axis, right.factor), left, None)
         return rows(turned.plain.mT, turned.axis, turned.factor)
     return _batched(run, left, right)
 
@@ -169,9 +177,8 @@ def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     axis = output.index(letter)
     if not any(isinstance(value, Stack) for value in values):
         return rows(torch.einsum(equation, *(value.plain for value in values)), axis, factor)
-    for value in values:
-        if isinstance(value, Stack):
-            _weights(value)
+    if any(isinstance(value, Stack) and value.is_reduced for value in values):
+        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in einsum)")
     product = _einsum_as_product(run, pairs, output, letter) if len(values) == 2 else None
     if product is None:
         product = loop(run, torch.einsum, name, [equation, *values], {}, axis).plain
@@ -200,7 +207,7 @@ def _einsum_as_product(run: Run, pairs: list[tuple[str, Any]], output: str, lett
     flat = rows(turned.flatten(len(rest)), rest.index(letter), value.factor)
     matrix = weight.plain.permute(0, *(1 + w.index(each) for each in [*new, *summed]))
     sizes = matrix.shape[1 : 1 + len(new)]
-    out = by_weights(run, flat, matrix.reshape(matrix.shape[0], math.prod(sizes), -1), None).plain
+    out = by_weights(run, flat, stack(matrix.reshape(matrix.shape[0], math.prod(sizes), -1)), None).plain
     opened = out.view(*out.shape[:-1], *sizes)
     found = [*rest, *new]
     return opened.permute([found.index(each) for each in output])
@@ -226,9 +233,8 @@ def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
             if 0 < size <= padded.shape[-1]:
                 # [R, C, L, size] -> [R, L, C · size]
                 patches = padded.unfold(2, size, step).transpose(1, 2).flatten(2)
-                kernel = _weights(weight).flatten(2)
-                offset = None if bias is None else _weights(bias)
-                out = by_weights(run, rows(patches, 0, value.factor), kernel, offset)
+                kernel = stack(weight.plain.flatten(2), weight.is_reduced)
+                out = by_weights(run, rows(patches, 0, value.factor), kernel, bias)
                 return rows(out.plain.transpose(1, 2), 0, value.factor)
     return _by_member_with_batch_first(run, func, name, args, kwargs)
 

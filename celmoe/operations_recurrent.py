@@ -89,13 +89,10 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
         outputs = []
         for direction in range(directions):
             index = layer * directions + direction
-            w_in, w_state, b_in, b_state = (
-                each.plain if each is not None else None
-                for each in (*weights[index * per_layer : (index + 1) * per_layer], None, None)[:4]
-            )
+            own = (*weights[index * per_layer : (index + 1) * per_layer], None, None)[:4]
             start = tuple(each.plain[index] for each in states)
             turned = inner.flip(0) if direction else inner
-            out, end = _layer(run, name, turned, start, (w_in, w_state, b_in, b_state))
+            out, end = _layer(run, name, turned, start, own)
             outputs.append(out.flip(0) if direction else out)
             last.append(end)
         inner = outputs[0] if directions == 1 else torch.cat(outputs, -1)
@@ -113,7 +110,8 @@ def _layer(
     weights: tuple[Any, ...],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """One direction of one layer: ``[S, R, K]`` to ``[S, R, H]``, and the last state."""
-    w_in, w_state, b_in, b_state = weights
+    w_in, state_weights, b_in, state_bias = weights
+    w_state, b_state = state_weights.plain, None if state_bias is None else state_bias.plain
     # The inputs' share of all steps is one product.
     given = by_weights(run, rows(inner, 1), w_in, b_in).plain
     if name == "gru":

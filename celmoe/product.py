@@ -170,9 +170,14 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], segmen
     return "padded" if most <= MOST_PADDING * segments.num_rows or device != "cpu" else "runs"
 
 
-def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
+def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
+    """The name of the backend for these operands."""
     widths = tuple(operand.shape[-1] for operand in operands)
-    return BACKENDS[backend_for(segments.device.type, operands[0].dtype, widths, segments)]
+    return backend_for(segments.device.type, operands[0].dtype, widths, segments)
+
+
+def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
+    return BACKENDS[backend_of(segments, *operands)]
 
 
 class _Linear(Function):

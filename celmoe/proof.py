@@ -111,9 +111,8 @@ def _private(given: Given) -> Given:
 
 
 def _grouped(pair: Sequence[Watched], tensors: list[list[torch.Tensor]], few: Given, segments: Segments) -> Outcome:
-    stacks = [torch.stack(values) for values in zip(*tensors, strict=True)]
     template = Template(pair[0].module, pair[0].signature)
-    return run_template(template, stacks, _private(few), segments, is_rehearsal=True)
+    return run_template(template, list(zip(*tensors, strict=True)), _private(few), segments, is_rehearsal=True)
 
 
 def _looped(pair: Sequence[Watched], tensors: list[list[torch.Tensor]], few: Given) -> list[ExpertResult]:

@@ -13,6 +13,7 @@ Axes: R rows of all members, P members.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -103,8 +104,9 @@ def _of_inner(name: str) -> property:
     """An attribute of the tensor behind a value, read without coming by the mode that watches the experts."""
 
     def read(value: Ragged) -> Any:
+        members = value.members if isinstance(value, Stack) else None
         with torch._C.DisableTorchFunction():
-            return getattr(value.plain, name)
+            return getattr(value.plain if members is None else members[0], name)
 
     return property(read)
 
@@ -186,9 +188,12 @@ class Stack(Ragged):
 
     Attributes:
         is_reduced: Whether it was made of rows: then it may be a loss, but must not reach rows again.
+        members: The members' own tensors, where it is nothing but those: stacked only when something asks for all.
     """
 
     is_reduced: bool
+    members: Sequence[torch.Tensor] | None
+    _stacked: torch.Tensor | None
     # What ``isinstance(…, nn.Parameter)`` looks for.
     _is_param = False
 
@@ -196,6 +201,14 @@ class Stack(Ragged):
     def shape(self) -> torch.Size:  # type: ignore[override]  # an attribute of every tensor
         """The shape that the expert sees."""
         return self.plain_shape[1:]
+
+    @property
+    def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
+        """The plain tensor behind it."""
+        if self._stacked is None:
+            with torch._C.DisableTorchFunction():
+                self._stacked = torch.stack(list(self.members or ()))
+        return self._stacked
 
     def dim(self) -> int:
         """The number of axes that the expert sees."""
@@ -216,14 +229,15 @@ def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
 def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
     """A value with one entry for each member along the first axis."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
-    value.plain, value.plain_shape, value.is_reduced = inner, inner.shape, is_reduced
+    value._stacked, value.plain_shape, value.is_reduced, value.members = inner, inner.shape, is_reduced, None
     return value
 
 
-def parameter(inner: torch.Tensor) -> Stack:
-    """A `Stack` that passes for an ``nn.Parameter``."""
-    value = stack(inner)
-    value._is_param = True
+def registered(members: Sequence[torch.Tensor], is_parameter: bool) -> Stack:
+    """The members' own parameters, or buffers."""
+    value = torch.Tensor._make_subclass(Stack, _NOTHING)
+    value._stacked, value.is_reduced, value.members, value._is_param = None, False, members, is_parameter
+    value.plain_shape = torch.Size((len(members), *members[0].shape))
     return value
 
 

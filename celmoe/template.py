@@ -25,7 +25,7 @@ from . import (  # noqa: F401  # register  # noqa: F401  # register
 )
 from .experts import ExpertBatch, ExpertResult
 from .operations import OPERATIONS, Run
-from .ragged import CannotGroupError, Ragged, Rows, Stack, common, parameter, rows, stack
+from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, rows
 from .segments import Segments
 from .signature import DERIVED, Signature, copied
 
@@ -287,7 +287,7 @@ def _has_ragged(values: Sequence[Any]) -> bool:
 
 def run_template(
     template: Template,
-    stacks: Sequence[torch.Tensor],
+    tensors: Sequence[Sequence[torch.Tensor]],
     given: Given,
     segments: Segments,
     *,
@@ -298,7 +298,7 @@ def run_template(
 
     Args:
         template: A likeness of its members.
-        stacks: ``[P, *shape]`` for each of the signature's leaves.
+        tensors: For each of the signature's leaves, those of all members.
         given: The rows.
         segments: The rows of each member.
         is_rehearsal: Whether random operations are to do something that can be compared.
@@ -310,8 +310,8 @@ def run_template(
     run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write)
     template.fill(
         [
-            stack(values) if leaves[0].is_buffer else parameter(values)
-            for values, leaves in zip(stacks, template._signature.leaves, strict=True)
+            registered(values, not leaves[0].is_buffer)
+            for values, leaves in zip(tensors, template._signature.leaves, strict=True)
         ]
     )
     try:
@@ -326,7 +326,7 @@ def run_template(
         hidden, losses = _checked(result, given.hidden, segments)
     finally:
         # No copy of a weight outlives the call.
-        template.fill([None] * len(stacks))
+        template.fill([None] * len(tensors))
     return Outcome(hidden, losses, run)
 
 

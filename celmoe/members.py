@@ -1,0 +1,182 @@
+"""A linear layer of every member, with the weights where they are: in the members' own parameters.
+
+Stacking all weights first would write, and then read, as many bytes as they have, every time; and by the time that a
+product reads them the processor's caches no longer hold them. Here a few are stacked just before the product that reads
+them, small enough for the second cache; large ones are multiplied as they are. The gradients of all members are one
+tensor, of which each member's is a view.
+
+Axes: R rows (with positions folded in), P members, K and N widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.autograd import Function
+
+from .product import backend_of, linear, outer, segment_sum
+from .segments import Segments
+
+# What is stacked at a time: half of a common second cache.
+_BYTES_AT_A_TIME = 1 << 18
+
+
+class _Part(NamedTuple):
+    """Neighbouring members that share a product: their rows, and how many each has."""
+
+    first: int
+    last: int
+    member: int
+    members: int
+    length: int
+
+
+def _parts(segments: Segments, factor: int, weight: torch.Tensor) -> Iterator[_Part]:
+    most = max(1, _BYTES_AT_A_TIME // weight.nbytes)
+    for row, member, length, members in segments.runs:
+        start = row * factor
+        for done in range(0, members, most):
+            some = min(most, members - done)
+            last = start + length * factor * some
+            yield _Part(start, last, member + done, some, length * factor)
+            start = last
+
+
+def _multiply(
+    x_RK: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], segments: Segments, factor: int
+) -> torch.Tensor:
+    width = weights[0].shape[0]
+    out_RN = x_RK.new_empty(x_RK.shape[0], width)
+    for first, last, member, members, length in _parts(segments, factor, weights[0]):
+        x, out = x_RK[first:last], out_RN[first:last]
+        if members == 1:
+            if biases:
+                torch.addmm(biases[member], x, weights[member].t(), out=out)
+            else:
+                torch.mm(x, weights[member].t(), out=out)
+            continue
+        w = torch.stack(list(weights[member : member + members])).transpose(1, 2)
+        x, out = x.view(members, length, -1), out.view(members, length, width)
+        if biases:
+            bias = torch.stack(list(biases[member : member + members])).unsqueeze(1)
+            torch.baddbmm(bias, x, w, out=out)
+        else:
+            torch.bmm(x, w, out=out)
+    return out_RN
+
+
+class _Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    rows: bool
+    weights: bool
+    biases: bool
+
+
+def _gradients(
+    grad_RN: torch.Tensor,
+    x_RK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    segments: Segments,
+    factor: int,
+    wanted: _Wanted,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Of rows ``[R, K]``, weights ``[P, N, K]`` and biases ``[P, N]``."""
+    num_members, (n, k) = len(weights), weights[0].shape
+    grad_x = torch.empty_like(x_RK) if wanted.rows else None
+    grad_w = x_RK.new_empty(num_members, n, k) if wanted.weights else None
+    grad_b = x_RK.new_empty(num_members, n) if wanted.biases else None
+    for first, last, member, members, length in _parts(segments, factor, weights[0]):
+        x, grad = x_RK[first:last], grad_RN[first:last]
+        if members == 1:
+            if grad_x is not None:
+                torch.mm(grad, weights[member], out=grad_x[first:last])
+            if grad_w is not None:
+                torch.mm(grad.t(), x, out=grad_w[member])
+            if grad_b is not None:
+                torch.sum(grad, 0, out=grad_b[member])
+            continue
+        grad = grad.view(members, length, n)
+        if grad_x is not None:
+            w = torch.stack(list(weights[member : member + members]))
+            torch.bmm(grad, w, out=grad_x[first:last].view(members, length, k))
+        if grad_w is not None:
+            torch.bmm(grad.transpose(1, 2), x.view(members, length, k), out=grad_w[member : member + members])
+        if grad_b is not None:
+            torch.sum(grad, 1, out=grad_b[member : member + members])
+    return grad_x, grad_w, grad_b
+
+
+class _LinearOfMembers(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RK: torch.Tensor, segments: Segments, factor: int, has_bias: bool, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_RK, *tensors)
+        ctx.segments, ctx.factor, ctx.has_bias = segments, factor, has_bias
+        weights, biases = _halves(tensors, has_bias)
+        return _multiply(x_RK.contiguous(), weights, biases, segments, factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_RK, *tensors = ctx.saved_tensors
+        segments, factor, needed = ctx.segments, ctx.factor, ctx.needs_input_grad
+        weights, biases = _halves(tensors, ctx.has_bias)
+        of_weights, of_biases = _halves(needed[4:], ctx.has_bias)
+        wanted = _Wanted(needed[0], any(of_weights), any(of_biases))
+        grad_RN = grads[0].contiguous()
+        if torch.is_grad_enabled():
+            found = _differentiable(grad_RN, x_RK, weights, segments, factor, wanted)
+        else:
+            found = _gradients(grad_RN, x_RK.contiguous(), weights, segments, factor, wanted)
+        grad_x, grad_w, grad_b = found
+        none = [None] * len(weights)
+        by_member = [*(none if grad_w is None else grad_w.unbind(0))]
+        if biases:
+            by_member += none if grad_b is None else grad_b.unbind(0)
+        return grad_x, None, None, None, *by_member
+
+
+def _differentiable(
+    grad_RN: torch.Tensor,
+    x_RK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    segments: Segments,
+    factor: int,
+    wanted: _Wanted,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The same as a graph that can be differentiated again."""
+    return (
+        linear(grad_RN, torch.stack(list(weights)).mT, None, segments, factor) if wanted.rows else None,
+        outer(grad_RN, x_RK, segments, factor) if wanted.weights else None,
+        segment_sum(grad_RN, segments, factor) if wanted.biases else None,
+    )
+
+
+def _halves(values: Sequence[Any], has_bias: bool) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Weights and biases."""
+    return (values[: len(values) // 2], values[len(values) // 2 :]) if has_bias else (values, ())
+
+
+def linear_of_members(
+    x_RK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    segments: Segments,
+    factor: int,
+) -> torch.Tensor:
+    """``[R, N]``: each row through its member's weights, differentiable any number of times.
+
+    Args:
+        x_RK: ``[R, K]``, ``factor`` positions for each of the segments' rows.
+        weights: P times ``[N, K]``.
+        biases: P times ``[N]``, or none.
+        segments: The rows of each member.
+        factor: Positions folded into each row.
+    """
+    if backend_of(segments, x_RK, weights[0]) != "runs":
+        bias = torch.stack(list(biases)) if biases else None
+        return linear(x_RK, torch.stack(list(weights)), bias, segments, factor)
+    return cast(torch.Tensor, _LinearOfMembers.apply(x_RK, segments, factor, bool(biases), *weights, *biases))
