@@ -17,7 +17,8 @@ from .plan import LevelPlan
 from .signature import Gathered, Inspected, Signature, Watched, global_hooks, shared_tensor
 from .template import Template
 
-# Up to so many rows an expert, members stand by their number of rows: those with equally many share a call.
+# Up to so many rows an expert, on a CPU, members stand by their number of rows: those with equally many share a call.
+# Elsewhere they always do: those with about as many do.
 FEW_ROWS_PER_EXPERT = 96
 _MOST_CLASSES = 1024
 
@@ -193,7 +194,7 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
 def _by_count(unit: Unit, plan: LevelPlan) -> Unit:
     """The unit with its members by their number of rows, where that saves calls."""
     total = sum(plan.counts[position] for position in unit.positions)
-    if plan.order.device.type != "cpu" or total > FEW_ROWS_PER_EXPERT * len(unit.positions):
+    if plan.order.device.type == "cpu" and total > FEW_ROWS_PER_EXPERT * len(unit.positions):
         return unit
     order = sorted(range(len(unit.positions)), key=lambda place: plan.counts[unit.positions[place]])
     if order == list(range(len(order))):

@@ -88,6 +88,12 @@ def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     return value if options_by_name.get("inplace") else like(value, drawn)
 
 
+@operation("is_floating_point", "is_complex", "numel", namespaces=(torch,))
+def fact(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """What the expert may know of a tensor."""
+    return getattr(args[0], name)()
+
+
 @operation("rand_like", "randn_like")
 def random_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """For rows only: for anything else every member would draw."""

@@ -91,7 +91,7 @@ class _ByRuns:
 
 
 class _Padded:
-    """Rows moved to as many places for every member as the largest has, and back: a few calls, whatever the members.
+    """Members of like numbers of rows are given equally many places: a few calls, however many members there are.
 
     Places without a row hold zeros, and what is computed there is dropped.
     """
@@ -100,22 +100,34 @@ class _Padded:
         self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
     ) -> torch.Tensor:
         w_PKN = w_PNK.transpose(1, 2)
-        x_PLK = self._spaced(x_RK, segments, factor)
-        out = torch.bmm(x_PLK, w_PKN) if bias_PN is None else torch.baddbmm(bias_PN.unsqueeze(1), x_PLK, w_PKN)
-        return out.flatten(0, 1).index_select(0, segments.padded(factor)[1])
+        parts = []
+        for x_MLK, members in self._bucketed(x_RK, segments, factor):
+            w = w_PKN[members]
+            out = torch.bmm(x_MLK, w) if bias_PN is None else torch.baddbmm(bias_PN[members].unsqueeze(1), x_MLK, w)
+            parts.append(out.flatten(0, 1))
+        return _joined(parts).index_select(0, segments.padded(factor)[1])
 
     def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        y_PLN, x_PLK = self._spaced(y_RN, segments, factor), self._spaced(x_RK, segments, factor)
-        return torch.bmm(y_PLN.transpose(1, 2), x_PLK)
+        y, x = self._bucketed(y_RN, segments, factor), self._bucketed(x_RK, segments, factor)
+        return _joined([torch.bmm(left.transpose(1, 2), right) for (left, _), (right, _) in zip(y, x, strict=True)])
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        return self._spaced(x_RK, segments, factor).sum(1)
+        return _joined([x_MLK.sum(1) for x_MLK, _ in self._bucketed(x_RK, segments, factor)])
 
     @staticmethod
-    def _spaced(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    def _bucketed(x_RK: torch.Tensor, segments: Segments, factor: int) -> list[tuple[torch.Tensor, slice]]:
+        """``[members, places, K]`` for each bucket, and which members those are."""
         index, _ = segments.padded(factor)
-        with_zeros = torch.cat([x_RK, x_RK.new_zeros(1, x_RK.shape[1])])
-        return with_zeros.index_select(0, index).view(len(segments.counts), -1, x_RK.shape[1])
+        placed = torch.cat([x_RK, x_RK.new_zeros(1, x_RK.shape[1])]).index_select(0, index)
+        found = []
+        for place, member, most, members in segments.buckets:
+            part = placed[place * factor : (place + most * members) * factor]
+            found.append((part.view(members, most * factor, x_RK.shape[1]), slice(member, member + members)))
+        return found
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _GroupedMM:
@@ -144,18 +156,15 @@ class _GroupedMM:
 
 
 BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped_mm": _GroupedMM()}
-# Up to so many times the rows, padding costs less than a call for every run.
-MOST_PADDING = 1.25
 
 
-def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], segments: Segments) -> str:
+def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
     """The name of the backend that fits: a rule, not a measurement, so that a run repeats itself.
 
     Args:
         device: Its type.
         dtype: Of rows and weights.
         widths: Of the last axes of all operands.
-        segments: The rows of each member.
     """
     if device == "cpu":
         return "runs"
@@ -166,14 +175,12 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], segmen
         and all(width * dtype.itemsize % 16 == 0 for width in widths)
     ):
         return "grouped_mm"
-    most = max(segments.counts) * len(segments.counts)
-    return "padded" if most <= MOST_PADDING * segments.num_rows or device != "cpu" else "runs"
+    return "padded"
 
 
 def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
     """The name of the backend for these operands."""
-    widths = tuple(operand.shape[-1] for operand in operands)
-    return backend_for(segments.device.type, operands[0].dtype, widths, segments)
+    return backend_for(segments.device.type, operands[0].dtype, tuple(operand.shape[-1] for operand in operands))
 
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:

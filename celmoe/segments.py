@@ -29,6 +29,26 @@ class Run(NamedTuple):
     members: int
 
 
+class Bucket(NamedTuple):
+    """Neighbouring members with about equally many rows, each given the places of the largest of them.
+
+    Attributes:
+        place: The first place.
+        member: The first member.
+        most: Places of each: the most rows of a member.
+        members: How many members.
+    """
+
+    place: int
+    member: int
+    most: int
+    members: int
+
+
+# So many places for a row, at the most: more members a bucket are fewer calls, and more that is computed in vain.
+MOST_PLACES_A_ROW = 1.25
+
+
 class Segments:
     """The rows of P members.
 
@@ -36,6 +56,7 @@ class Segments:
         counts: Rows of each member; never zero.
         num_rows: Rows R.
         runs: The members by equal counts, in order.
+        buckets: The members by like counts, in order.
         device: Where index tensors are made.
     """
 
@@ -44,6 +65,7 @@ class Segments:
         self.num_rows = sum(counts)
         self.device = device
         self.runs = _runs(self.counts)
+        self.buckets = _buckets(self.runs)
         self._members: dict[int, torch.Tensor] = {}
         self._ends: dict[int, torch.Tensor] = {}
         self._padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -64,24 +86,51 @@ class Segments:
         return self._ends[factor]
 
     def padded(self, factor: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices into rows with one row of zeros behind them, and back.
+        """Indices from rows, with one row of zeros behind them, to places, and back.
 
         Returns:
-            ``[P · N]`` int64, N the most rows of a member: which row stands at each place, R · factor for none; and
-            ``[R · factor]`` int64: each row's place.
+            int64: for each place of all buckets its row, R · factor where there is none; and for each of the R · factor
+            rows its place.
         """
         if factor not in self._padded:
+            total = self.num_rows * factor
             counts = np.asarray(self.counts, dtype=np.int64) * factor
-            most, total = int(counts.max()), self.num_rows * factor
-            starts = np.cumsum(counts) - counts
-            places = np.arange(total) + np.repeat(np.arange(len(counts)) * most - starts, counts)
-            index = np.full(len(counts) * most, total, dtype=np.int64)
+            firsts = np.concatenate(
+                [(each.place + np.arange(each.members) * each.most) * factor for each in self.buckets]
+            )
+            # Each row's place: its member's first one, and as far behind it as the row is behind the member's first.
+            places = np.arange(total) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+            index = np.full(self.num_places * factor, total, dtype=np.int64)
             index[places] = np.arange(total)
             self._padded[factor] = (
                 torch.from_numpy(index).to(self.device, non_blocking=True),
                 torch.from_numpy(places).to(self.device, non_blocking=True),
             )
         return self._padded[factor]
+
+    @property
+    def num_places(self) -> int:
+        """Places of all buckets."""
+        last = self.buckets[-1]
+        return last.place + last.most * last.members
+
+
+def _buckets(runs: Sequence[Run]) -> list[Bucket]:
+    """Runs joined while their places are at most so many a row."""
+    buckets: list[Bucket] = []
+    rows = 0
+    for run in runs:
+        if buckets:
+            last = buckets[-1]
+            most, members = max(last.most, run.length), last.members + run.members
+            if most * members <= MOST_PLACES_A_ROW * (rows + run.length * run.members):
+                buckets[-1] = Bucket(last.place, last.member, most, members)
+                rows += run.length * run.members
+                continue
+        place = buckets[-1].place + buckets[-1].most * buckets[-1].members if buckets else 0
+        buckets.append(Bucket(place, run.member, run.length, run.members))
+        rows = run.length * run.members
+    return buckets
 
 
 def _runs(counts: Sequence[int]) -> list[Run]:
