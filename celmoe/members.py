@@ -2,8 +2,7 @@
 
 Stacking all weights first would write, and then read, as many bytes as they have, every time; and by the time that a
 product reads them the processor's caches no longer hold them. Here a few are stacked just before the product that reads
-them, small enough for the second cache; large ones are multiplied as they are. The gradients of all members are one
-tensor, of which each member's is a view.
+them, small enough for the second cache; large ones are multiplied as they are.
 
 Axes: R rows (with positions folded in), P members, K and N widths.
 """
@@ -75,6 +74,14 @@ class _Wanted(NamedTuple):
     biases: bool
 
 
+class _Gradients(NamedTuple):
+    """Of rows ``[R, K]``, and of each member's weight and bias; none where none is asked for."""
+
+    rows: torch.Tensor | None
+    weights: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor]
+
+
 def _gradients(
     grad_RN: torch.Tensor,
     x_RK: torch.Tensor,
@@ -82,31 +89,32 @@ def _gradients(
     segments: Segments,
     factor: int,
     wanted: _Wanted,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Of rows ``[R, K]``, weights ``[P, N, K]`` and biases ``[P, N]``."""
-    num_members, (n, k) = len(weights), weights[0].shape
+) -> _Gradients:
+    (n, k) = weights[0].shape
     grad_x = torch.empty_like(x_RK) if wanted.rows else None
-    grad_w = x_RK.new_empty(num_members, n, k) if wanted.weights else None
-    grad_b = x_RK.new_empty(num_members, n) if wanted.biases else None
+    # As many tensors as there are parts: one for all would be fresh memory at every step, which costs more to get than
+    # to fill.
+    grad_w: list[torch.Tensor] = []
+    grad_b: list[torch.Tensor] = []
     for first, last, member, members, length in _parts(segments, factor, weights[0]):
         x, grad = x_RK[first:last], grad_RN[first:last]
         if members == 1:
             if grad_x is not None:
                 torch.mm(grad, weights[member], out=grad_x[first:last])
-            if grad_w is not None:
-                torch.mm(grad.t(), x, out=grad_w[member])
-            if grad_b is not None:
-                torch.sum(grad, 0, out=grad_b[member])
+            if wanted.weights:
+                grad_w.append(torch.mm(grad.t(), x))
+            if wanted.biases:
+                grad_b.append(torch.sum(grad, 0))
             continue
         grad = grad.view(members, length, n)
         if grad_x is not None:
             w = torch.stack(list(weights[member : member + members]))
             torch.bmm(grad, w, out=grad_x[first:last].view(members, length, k))
-        if grad_w is not None:
-            torch.bmm(grad.transpose(1, 2), x.view(members, length, k), out=grad_w[member : member + members])
-        if grad_b is not None:
-            torch.sum(grad, 1, out=grad_b[member : member + members])
-    return grad_x, grad_w, grad_b
+        if wanted.weights:
+            grad_w += torch.bmm(grad.transpose(1, 2), x.view(members, length, k)).unbind(0)
+        if wanted.biases:
+            grad_b += torch.sum(grad, 1).unbind(0)
+    return _Gradients(grad_x, grad_w, grad_b)
 
 
 class _LinearOfMembers(Function):
@@ -131,12 +139,9 @@ class _LinearOfMembers(Function):
             found = _differentiable(grad_RN, x_RK, weights, segments, factor, wanted)
         else:
             found = _gradients(grad_RN, x_RK.contiguous(), weights, segments, factor, wanted)
-        grad_x, grad_w, grad_b = found
         none = [None] * len(weights)
-        by_member = [*(none if grad_w is None else grad_w.unbind(0))]
-        if biases:
-            by_member += none if grad_b is None else grad_b.unbind(0)
-        return grad_x, None, None, None, *by_member
+        by_member = [*(found.weights or none), *(found.biases or none if biases else ())]
+        return found.rows, None, None, None, *by_member
 
 
 def _differentiable(
@@ -146,12 +151,12 @@ def _differentiable(
     segments: Segments,
     factor: int,
     wanted: _Wanted,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> _Gradients:
     """The same as a graph that can be differentiated again."""
-    return (
+    return _Gradients(
         linear(grad_RN, torch.stack(list(weights)).mT, None, segments, factor) if wanted.rows else None,
-        outer(grad_RN, x_RK, segments, factor) if wanted.weights else None,
-        segment_sum(grad_RN, segments, factor) if wanted.biases else None,
+        outer(grad_RN, x_RK, segments, factor).unbind(0) if wanted.weights else (),
+        segment_sum(grad_RN, segments, factor).unbind(0) if wanted.biases else (),
     )
 
 
