@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from pathlib import Path
 
-import torch
-from rich.console import Console
 from rich.progress import track
 
 from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
-from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.setting import make_console, prepare
 from benchmarks.workloads import LOOPED_EXPERTS, grid
 from celmoe.engines import AUTO, ENGINES
 
@@ -35,15 +32,10 @@ def main() -> int:
     workloads = [each for each in grid() if each.expert in options.experts and each.batch_size <= options.most_samples]
     if not workloads:
         parser.error(f"'--most-samples' must be at least 16 (got {options.most_samples})")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    torch.set_num_threads(1)
-    try:
-        peer = load_peer("1.1.4")
-    except PeerUnavailableError as error:
-        console.print(f"the peer is not there to compare with: {error}", markup=False)
+    console = make_console()
+    peer = prepare(options.report, console)
+    if peer is None:
         return 1
-    console.print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread", markup=False)
-    options.report.mkdir(parents=True, exist_ok=True)
     plans: list[PlanTiming] = []
     for experts in PLANNED:
         plans.append(time_planning(experts, peer, options.seconds))

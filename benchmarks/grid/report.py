@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.grid.measure import PLANNED_BATCH, PlanTiming, StepTiming
 from benchmarks.workloads import EXPERTS, Workload
@@ -47,16 +47,11 @@ def write_steps(path: Path, steps: Sequence[StepTiming]) -> None:
     """One row a workload."""
     rows = [
         {
-            "experts": each.workload.expert,
-            "H": each.workload.hidden_size,
-            "B": each.workload.batch_size,
-            "E": each.workload.num_experts,
+            **workload_columns(each.workload),
             "celmoe_ms": f"{each.ours_ms:.3f}",
             "celmoe_vp_ms": f"{each.peer_ms:.3f}",
             "bare_loop_ms": f"{each.bare_ms:.3f}",
-            "ratio": f"{each.ratio:.3f}",
-            "first_quartile": f"{each.low:.3f}",
-            "third_quartile": f"{each.high:.3f}",
+            **ratio_columns(each),
             "bound": f"{each.bound:.3f}",
             "rounds": each.rounds,
         }
@@ -96,8 +91,20 @@ def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
     draw_panels(path, steps, draw_line)
 
 
-def draw_panels(path: Path, steps: Sequence[Timing], draw_line: Callable[[Axes, Sequence[Timing], str], None]) -> None:
-    """A panel for each kind of expert and width, by batch size; ``draw_line`` gets those of one number of experts."""
+def draw_panels(
+    path: Path,
+    steps: Sequence[Timing],
+    draw_line: Callable[[Axes, Sequence[Timing], str], None],
+    note: str = "",
+) -> None:
+    """A panel for each kind of expert and width, by batch size.
+
+    Args:
+        path: The file to write.
+        steps: What is drawn.
+        draw_line: Draws those of one panel and one number of experts, in its colour.
+        note: What a reader must know besides, for the label of the axis.
+    """
     kinds = [kind for kind in EXPERTS if any(each.workload.expert == kind for each in steps)]
     widths = sorted({each.workload.hidden_size for each in steps})
     counts = sorted({each.workload.num_experts for each in steps})
@@ -107,16 +114,16 @@ def draw_panels(path: Path, steps: Sequence[Timing], draw_line: Callable[[Axes, 
     for row, width in enumerate(widths):
         for column, kind in enumerate(kinds):
             axes = panels[row][column]
+            panel = [each for each in steps if (each.workload.expert, each.workload.hidden_size) == (kind, width)]
+            if not panel:
+                axes.set_axis_off()
+                continue
             for count, colour in zip(counts, COLOURS, strict=False):
-                line = [
-                    each
-                    for each in steps
-                    if (each.workload.expert, each.workload.hidden_size, each.workload.num_experts)
-                    == (kind, width, count)
-                ]
-                draw_line(axes, line, colour)
+                if line := [each for each in panel if each.workload.num_experts == count]:
+                    draw_line(axes, line, colour)
             axes.axhline(1.0, color="#444444", linewidth=0.8, linestyle="--")
             axes.set(xscale="log", yscale="log", title=f"{kind}, H = {width}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value in (2, 5) else ""))
             axes.grid(alpha=0.25, linewidth=0.6)
@@ -125,7 +132,7 @@ def draw_panels(path: Path, steps: Sequence[Timing], draw_line: Callable[[Axes, 
         axes.set_xlabel("batch size")
     keys = [_key(count, colour) for count, colour in zip(counts, COLOURS, strict=False)]
     panels[0][0].legend(handles=keys, frameon=False, fontsize=8)
-    figure.supylabel("times as fast as celmoe-vp 1.1.4", fontsize=9)
+    figure.supylabel(f"times as fast as celmoe-vp 1.1.4{note}", fontsize=9)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
@@ -169,6 +176,25 @@ def plan_line(plan: PlanTiming) -> str:
 
 def _key(count: int, colour: str) -> Line2D:
     return Line2D([], [], color=colour, marker="o", markersize=3.5, label=f"{count} experts")
+
+
+def workload_columns(workload: Workload) -> dict[str, object]:
+    """The columns of a CSV file that say what was run."""
+    return {
+        "experts": workload.expert,
+        "H": workload.hidden_size,
+        "B": workload.batch_size,
+        "E": workload.num_experts,
+    }
+
+
+def ratio_columns(timing: RatioOfTimes) -> dict[str, str]:
+    """The columns that say how fast."""
+    return {
+        "ratio": f"{timing.ratio:.3f}",
+        "first_quartile": f"{timing.low:.3f}",
+        "third_quartile": f"{timing.high:.3f}",
+    }
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

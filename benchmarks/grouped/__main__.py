@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -48,7 +46,7 @@ from benchmarks.grouped.tables import (
     write_operations,
     write_parts,
 )
-from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.setting import make_console, prepare
 from benchmarks.workloads import EXPERTS, Workload
 from celmoe.engines import AUTO, ENGINES
 
@@ -62,6 +60,7 @@ class Run:
     Attributes:
         engine: Our engine.
         seconds: About how long a measure goes on.
+        experts: The kinds of experts that are measured.
         report: Where the results go.
         console: Where lines go.
         peer: The peer's package.
@@ -70,6 +69,7 @@ class Run:
 
     engine: str
     seconds: float
+    experts: Sequence[str]
     report: Path
     console: Console
     peer: ModuleType
@@ -99,13 +99,18 @@ class Run:
             )
         return found
 
+    def wanted(self, workloads: Sequence[Workload]) -> list[Workload]:
+        """Those of the kinds of experts that are measured."""
+        return [each for each in workloads if each.expert in self.experts]
+
     def named(self) -> list[Mark]:
         """The lines with a workload of their own, the worst workloads, and what bounds the former."""
         compared: list[Compared] = []
         worst: list[Compared] = []
-        for line in track(NAMED_LINES, "named lines", console=self.console):
-            compared += self.compare(line.workload, rivals_of(line.workload), [TRAINING])
-        for workload in track(WORST, "worst workloads", console=self.console):
+        lines = self.wanted([line.workload for line in NAMED_LINES])
+        for workload in track(lines, "named lines", console=self.console):
+            compared += self.compare(workload, rivals_of(workload), [TRAINING])
+        for workload in track(self.wanted(WORST), "worst workloads", console=self.console):
             worst += self.compare(workload, [PEER], [TRAINING], LONGER)
         if compared or worst:
             write_compared(self.report / "named.csv", compared + worst)
@@ -122,7 +127,7 @@ class Run:
     def grid(self, workloads: Sequence[Workload]) -> list[Mark]:
         """All kinds and sizes against the peer, and those that can be stacked against the stack."""
         compared: list[Compared] = []
-        for workload in track(workloads, "grid", console=self.console):
+        for workload in track(self.wanted(workloads), "grid", console=self.console):
             rivals = [PEER, STACK] if workload.expert in STACKED else [PEER]
             compared += self.compare(workload, rivals, [TRAINING, INFERENCE])
             if compared:
@@ -135,7 +140,7 @@ class Run:
     def operations(self) -> list[Mark]:
         """How many operations a step launches, by kind of expert and routes."""
         counts: list[OperationCount] = []
-        points = [(expert, routes) for expert in EXPERTS for routes in ROUTES]
+        points = [(expert, routes) for expert in self.experts for routes in ROUTES]
         for expert, routes in track(points, "operations", console=self.console):
             counts.append(count_growth(expert, routes, self.engine))
             write_operations(self.report / "operations.csv", counts)
@@ -148,22 +153,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__)
     parser.add_argument("--engine", choices=[AUTO, *ENGINES], default=AUTO, help="our engine")
     parser.add_argument("--only", choices=[NAMED, GRID, OPERATIONS], help="one part of the figures")
+    parser.add_argument("--experts", choices=list(EXPERTS), nargs="+", default=list(EXPERTS), help="kinds to measure")
     parser.add_argument("--full", action="store_true", help="the whole grid in place of half of it; takes hours")
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each measure goes on")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-grouped"), help="where the results go")
     options = parser.parse_args()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    torch.set_num_threads(1)
-    try:
-        peer = load_peer("1.1.4")
-    except PeerUnavailableError as error:
-        console.print(f"the peer is not there to compare with: {error}", markup=False)
+    console = make_console()
+    peer = prepare(options.report, console)
+    if peer is None:
         return 1
-    options.report.mkdir(parents=True, exist_ok=True)
-    run = Run(options.engine, options.seconds, options.report, console, peer)
-    run.say(
-        f"engine {options.engine}, torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread"
-    )
+    run = Run(options.engine, options.seconds, options.experts, options.report, console, peer)
+    run.say(f"engine {options.engine}")
     marks: list[Mark] = []
     if options.only in (None, OPERATIONS):
         marks += run.operations()

@@ -11,14 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.grid.report import COLOURS, DOTS_PER_INCH, draw_panels, draw_ratios
-from benchmarks.grouped.contest import DENSE, PEER, STACK, Compared
+from benchmarks.grouped.contest import DENSE, STACK, Compared
 from benchmarks.grouped.marks import Mark
 from benchmarks.grouped.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, PLANNING, Parts
 
 _VERDICT_COLOURS = {"missed": "#b2182b", "reached": COLOURS[0], "aim": "#1b7837"}
 _PART_COLOURS = {PLANNING: "#8c8c8c", MOVING: "#e08214", EXPERTS_RUN: "#0b6e99", FUSION: "#6a3d9a", BACKWARD: "#a6cee3"}
 _ROUTE_STYLES = {"uniform": "-", "zipf": "--"}
-_RIVAL_MARKERS = {PEER: "X", DENSE: "|", STACK: "D"}
 _ROW_HEIGHT = 0.3
 
 
@@ -27,9 +26,10 @@ def draw_grid(path: Path, compared: Sequence[Compared]) -> None:
 
     def draw_line(axes: Axes, line: Sequence[Compared], colour: str) -> None:
         for routes, style in _ROUTE_STYLES.items():
-            draw_ratios(axes, [each for each in line if each.workload.routes == routes], colour, style)
+            if drawn := [each for each in line if each.workload.routes == routes]:
+                draw_ratios(axes, drawn, colour, style)
 
-    draw_panels(path, compared, draw_line)
+    draw_panels(path, compared, draw_line, " (dashed: Zipf routes)")
 
 
 def draw_marks(path: Path, marks: Sequence[Mark]) -> None:
@@ -47,24 +47,23 @@ def draw_marks(path: Path, marks: Sequence[Mark]) -> None:
 
 
 def draw_parts(path: Path, parts: Sequence[Parts], compared: Sequence[Compared]) -> None:
-    """What bounds each workload: the parts of a step in units of the dense one's, and where the rivals' steps end."""
+    """What bounds each workload: a step as long as it is beside the dense one, cut by its parts' shares."""
     figure, axes = _new_rows([str(each.workload) for each in parts], 1.4 * _ROW_HEIGHT)
-    ms_of = {(each.workload, each.against): each.other_ms for each in compared}
+    ratio_of = {(each.workload, each.against): each.ratio for each in compared}
+    axes.axvline(1.0, color="#222222", linewidth=0.8, linestyle="--", label="dense")
     for row, each in enumerate(parts):
-        unit = ms_of[each.workload, DENSE]
+        by_dense = ratio_of[each.workload, DENSE]
+        total = sum(each.ms.values())
         end = 0.0
         for name, ms in each.ms.items():
-            label = name if row == 0 else None
-            axes.barh(row, ms / unit, left=end, height=0.6, color=_PART_COLOURS[name], label=label)
-            end += ms / unit
-        for rival, marker in _RIVAL_MARKERS.items():
-            if (each.workload, rival) in ms_of:
-                label = rival if row == 0 else None
-                at = ms_of[each.workload, rival] / unit
-                axes.plot(at, row, color="#222222", marker=marker, markersize=9, linestyle="", label=label)
-    axes.set(xscale="symlog", xlim=(0, None), title="a training step's parts, in dense steps")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(frameon=False, fontsize=8)
+            length = ms / total / by_dense
+            axes.barh(row, length, left=end, height=0.6, color=_PART_COLOURS[name], label=name if row == 0 else None)
+            end += length
+        if by_stack := ratio_of.get((each.workload, STACK)):
+            label = "stack" if row == 0 else None
+            axes.plot(by_stack / by_dense, row, color="#222222", marker="D", markersize=6, linestyle="", label=label)
+    axes.set_title("a training step and its parts, in dense steps")
+    figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 

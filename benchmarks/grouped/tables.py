@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.grid.report import write_rows
+from benchmarks.grid.report import ratio_columns, workload_columns, write_rows
 from benchmarks.grouped.contest import Compared
 from benchmarks.grouped.marks import Mark
 from benchmarks.grouped.operations import FEW_EXPERTS, MANY_EXPERTS, OperationCount
@@ -59,18 +59,13 @@ def write_compared(path: Path, compared: Sequence[Compared]) -> None:
     """One row a workload, measure and rival."""
     rows = [
         {
-            "experts": each.workload.expert,
-            "H": each.workload.hidden_size,
-            "B": each.workload.batch_size,
-            "E": each.workload.num_experts,
+            **workload_columns(each.workload),
             "routes": each.workload.routes,
             "measure": each.measure,
             "against": each.against,
             "celmoe_ms": f"{each.ours_ms:.3f}",
             "against_ms": f"{each.other_ms:.3f}",
-            "ratio": f"{each.ratio:.3f}",
-            "first_quartile": f"{each.low:.3f}",
-            "third_quartile": f"{each.high:.3f}",
+            **ratio_columns(each),
             "rounds": each.rounds,
         }
         for each in compared

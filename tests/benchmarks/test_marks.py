@@ -1,0 +1,92 @@
+"""What is measured, what it is held to, and what a run leaves."""
+
+import csv
+import itertools
+
+import pytest
+
+from benchmarks.grouped.contest import DENSE, INFERENCE, PEER, STACK, TRAINING, Compared, rivals_of
+from benchmarks.grouped.figures import draw_grid, draw_marks, draw_parts
+from benchmarks.grouped.marks import (
+    NAMED_LINES,
+    WORST,
+    Goal,
+    Mark,
+    grid_marks,
+    named_marks,
+    operation_marks,
+    worst_mark,
+)
+from benchmarks.grouped.operations import OperationCount
+from benchmarks.grouped.parts import EXPERTS_RUN, time_parts
+from benchmarks.grouped.points import MOST_BYTES, full_grid, needed_bytes, short_grid
+from benchmarks.grouped.tables import write_compared, write_marks, write_parts
+from benchmarks.workloads import EXPERTS, Workload
+
+
+def compared(workload, ratio, against=PEER, measure=TRAINING):
+    return Compared(workload, measure, against, 10.0, 10.0 * ratio, ratio, 0.9 * ratio, 1.1 * ratio, 5)
+
+
+@pytest.mark.parametrize(
+    ("measured", "is_count", "verdict"),
+    [(0.9, False, "missed"), (1.1, False, "reached"), (2.0, False, "aim"), (0.9, True, "aim"), (2.1, True, "missed")],
+)
+def test_verdicts(measured, is_count, verdict):
+    goal = Goal(2.0, 1.0) if is_count else Goal(1.0, 2.0)
+    assert Mark("a", "b", measured, goal, is_count).verdict == verdict
+
+
+def test_means_are_of_their_own_measure_and_rival():
+    workload = Workload("linear", 64, 64, 4)
+    found = [
+        compared(workload, 2.0),
+        compared(workload, 8.0),
+        compared(workload, 3.0, measure=INFERENCE),
+        compared(workload, 0.5, STACK),
+    ]
+    assert [mark.measured for mark in grid_marks(found)] == pytest.approx([4.0, 3.0, 0.5])
+    assert [mark.verdict for mark in grid_marks(found)] == ["aim", "aim", "missed"]
+
+
+def test_the_worst_of_operations_and_of_workloads_count():
+    counts = [OperationCount("mlp", "uniform", 10, 11, ()), OperationCount("gru", "uniform", 10, 30, ())]
+    (mark,) = operation_marks(counts)
+    assert mark.measured == 3.0
+    assert "gru" in mark.line
+    assert worst_mark([compared(WORST[0], 1.2), compared(WORST[1], 0.9)]).measured == 0.9
+
+
+def test_the_grid_holds_every_value():
+    whole = full_grid()
+    assert len(set(whole)) == len(whole) == 228
+    assert all(needed_bytes(each) <= MOST_BYTES for each in whole)
+    half = short_grid()
+    assert set(half) < set(whole)
+    for name in ("expert", "num_experts", "routes"):
+        values = [getattr(each, name) for each in half]
+        fair = len(values) / len(set(values))
+        assert all(0.7 * fair < values.count(value) < 1.6 * fair for value in set(values)), name
+    assert {each.expert for each in half} == set(EXPERTS)
+
+
+def test_what_a_run_leaves(tmp_path):
+    workloads = [line.workload for line in NAMED_LINES]
+    found = [compared(workload, 1.5, rival) for workload in workloads for rival in rivals_of(workload)]
+    marks = named_marks(found)
+    assert [(mark.measure.split()[-1]) for mark in marks if "65536" in mark.line] == ["peer", "dense"]
+    assert len(marks) == sum(len(line.goals) for line in NAMED_LINES)
+    parts = [time_parts(Workload("linear", 8, 20, 3), "looped", 0.0)]
+    assert parts[0].ms[EXPERTS_RUN] > 0
+    of_parts = [compared(parts[0].workload, 0.5, rival) for rival in (DENSE, STACK)]
+    grid = [compared(each, 1.5) for each in itertools.islice(short_grid(), 20)]
+    draw_grid(tmp_path / "grid.png", grid)
+    draw_marks(tmp_path / "marks.png", marks)
+    draw_parts(tmp_path / "parts.png", parts, of_parts)
+    write_compared(tmp_path / "grid.csv", grid)
+    write_marks(tmp_path / "marks.csv", marks)
+    write_parts(tmp_path / "parts.csv", parts)
+    assert {each.name for each in tmp_path.iterdir()} >= {"grid.png", "marks.png", "parts.png"}
+    with (tmp_path / "grid.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert (first["experts"], first["H"], first["routes"], first["ratio"]) == ("linear", "64", "uniform", "1.500")
