@@ -14,7 +14,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -175,30 +174,28 @@ def oracle_of(model: HierarchicalCELMoE) -> Callable[..., CELMoEOutput]:
     return partial(reference_forward, model)
 
 
-@contextmanager
-def seeded(seed: int = 0) -> Iterator[None]:
+def seed_all(seed: int = 0) -> None:
     """All streams of random numbers begin anew."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # the global stream is what experts draw from
-    yield
 
 
 def observe(model: HierarchicalCELMoE, forward: Callable[..., CELMoEOutput], batch: Batch) -> dict[str, Any]:
     """All that a call and its backward pass do that a user can see, by name."""
     model.zero_grad(set_to_none=True)
     before = {name: leaf.detach().clone() for name, leaf in batch.leaves.items()}
-    with seeded():
-        output = batch(forward)
-        found: dict[str, Any] = {f"levels[{name!r}].hidden": level.hidden for name, level in output.levels.items()}
-        found |= {f"losses[{name!r}]": loss for name, loss in output.losses.items()}
-        found |= {"fused_hidden": output.fused_hidden, "aux": output.levels[LEVEL].aux}
-        objective = parity._objective(output, "fused", False)
-        for index, loss in enumerate(output.losses.values(), start=1):
-            if loss.requires_grad:
-                objective = objective + loss.double().sum() * (0.3 + 0.1 * index)
-        if objective.requires_grad:
-            objective.backward()
+    seed_all()
+    output = batch(forward)
+    found: dict[str, Any] = {f"levels[{name!r}].hidden": level.hidden for name, level in output.levels.items()}
+    found |= {f"losses[{name!r}]": loss for name, loss in output.losses.items()}
+    found |= {"fused_hidden": output.fused_hidden, "aux": output.levels[LEVEL].aux}
+    objective = parity._objective(output, "fused", False)
+    for index, loss in enumerate(output.losses.values(), start=1):
+        if loss.requires_grad:
+            objective = objective + loss.double().sum() * (0.3 + 0.1 * index)
+    if objective.requires_grad:
+        objective.backward()
     for name, leaf in batch.leaves.items():
         if not torch.equal(leaf, before[name]):
             raise ParityError(f"caller's {name}: changed by the call")
@@ -234,6 +231,12 @@ def assert_like_oracle(subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, ma
     """
     mine = observe(subject, subject, make_batch())
     assert_same(mine, observe(twin, oracle_of(twin), make_batch()))
+
+
+def changed(model: HierarchicalCELMoE, change: Change) -> HierarchicalCELMoE:
+    """The model after a change that draws the same numbers every time."""
+    seed_all(1)
+    return change(model) or model
 
 
 def engines_of(model: HierarchicalCELMoE, batch: Batch) -> dict[str, str]:
@@ -311,7 +314,7 @@ def check_change(
     assert_like_oracle(subject, twin, make_batch)
     if grouped_first:
         assert_ran_grouped(subject, make_batch())
-    subject, twin = change(subject) or subject, change(twin) or twin
+    subject, twin = changed(subject, change), changed(twin, change)
     subject.engine = engine
     for next_batch in (make_batch, *BATCHES[1:3]):
         try:
