@@ -150,7 +150,8 @@ def build(
             [HierarchyLevelConfig(LEVEL, {name: ExpertConfig(name) for name in NAMES})],
             use_learned_fusion=False,
         )
-        return HierarchicalCELMoE(config, lambda *_: make(), engine=engine).to(dtype)
+        model = HierarchicalCELMoE(config, lambda *_: make(), engine=engine)
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 def experts_of(model: HierarchicalCELMoE) -> list[Any]:
