@@ -8,8 +8,7 @@ Axes: N rows of one expert, S positions (all middle axes together), D width.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +18,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from celmoe import ExpertBatch, ExpertModule, ExpertResult
-
-NUM_TOKENS = 7
+from tests import architectures
+from tests.architectures import NUM_TOKENS, context_leaves, positions
 
 
 class Pair(NamedTuple):
@@ -39,11 +38,6 @@ class Features:
     label: str = "features"
 
 
-def positions(rows: torch.Tensor) -> torch.Tensor:
-    """``[N, ..., D]`` -> ``[N, S, D]``; rows without positions have one."""
-    return rows.unsqueeze(1) if rows.dim() == 2 else rows.flatten(1, -2)
-
-
 def per_row(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The mean of each row along a ramp, shaped to broadcast against ``like``: ``[N, 1, ..., D]``."""
     mean = rows.to(like.dtype).reshape(rows.shape[0], -1).mean(1) if rows.numel() else rows.new_zeros(rows.shape[0])
@@ -56,26 +50,6 @@ def ramp(like: torch.Tensor) -> torch.Tensor:
     A layer norm undoes a shift that is the same for all features, and leaves rounding for its gradient.
     """
     return torch.linspace(0.5, 1.5, like.shape[-1]).to(like.dtype)
-
-
-def context_leaves(value: Any, rowwise: bool = True) -> Iterator[tuple[Any, bool]]:
-    """All leaves of a context, each with whether its key says that its rows are the samples'.
-
-    Keys and fields that begin with ``all_`` hold what every expert shares, everything else holds rows.
-    """
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, list | tuple):
-        items = [("", item) for item in value]
-    elif dataclasses.is_dataclass(value):
-        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    else:
-        yield value, rowwise
-        return
-    for key, item in items:
-        yield from context_leaves(item, rowwise and not str(key).startswith("all_"))
 
 
 class Linear(ExpertModule):
@@ -590,4 +564,55 @@ KINDS: dict[str, Kind] = {
     "brain": _kind(Brain, row_wise=False, any_dtype=True, changes_dtype=True),
     "shared_weight": Kind(lambda width, registry: SharedWeight(width, registry.weight()), is_refused=True),
     "shared_module": Kind(lambda _, registry: registry.module(), is_refused=True),
+    "layer_norm": _kind(architectures.NormMLP),
+    "rms_norm": _kind(lambda width: architectures.NormMLP(width, lambda width: nn.RMSNorm(width, 1e-3))),
+    "group_norm": _kind(architectures.GroupNormMLP, needs_positions=True),
+    "functional_norms": _kind(architectures.FunctionalNorms),
+    "gated": _kind(architectures.GatedMLP),
+    "sequential": _kind(architectures.Sequence),
+    "module_list": _kind(architectures.Stack),
+    "tied_inside": _kind(architectures.TiedInside),
+    "einsum": _kind(architectures.Einsum),
+    "matmul": _kind(architectures.Matmul),
+    "matmul_left": _kind(architectures.MatmulLeft),
+    "addmm": _kind(architectures.Addmm),
+    "bmm": _kind(architectures.Bmm),
+    "scale_shift": _kind(architectures.ScaleShift, any_dtype=True),
+    "views": _kind(architectures.Views),
+    "embeddings": _kind(architectures.Embeddings, any_dtype=True),
+    "id_arithmetic": _kind(architectures.IdArithmetic, any_dtype=True),
+    "conv1d": _kind(architectures.Convolution1d, needs_positions=True),
+    "conv2d": _kind(architectures.Convolution2d, needs_positions=True),
+    "attention": _kind(architectures.Attention, needs_positions=True),
+    "attention_weights": _kind(architectures.AttentionWeights, needs_positions=True),
+    "encoder_layer": _kind(architectures.EncoderLayer, needs_positions=True),
+    "encoder_norm_first": _kind(lambda width: architectures.EncoderLayer(width, norm_first=True), needs_positions=True),
+    "encoder_dropout": _kind(
+        lambda width: architectures.EncoderLayer(width, dropout=0.2), needs_positions=True, stochastic=True
+    ),
+    "packed_attention": _kind(architectures.PackedAttention, needs_positions=True),
+    "softmax_attention": _kind(architectures.SoftmaxAttention, needs_positions=True),
+    "rnn": _kind(lambda width: architectures.Recurrence(width, nn.RNN), needs_positions=True),
+    "lstm": _kind(lambda width: architectures.Recurrence(width, nn.LSTM), needs_positions=True),
+    "lstm_two_layers": _kind(
+        lambda width: architectures.Recurrence(width, nn.LSTM, num_layers=2), needs_positions=True
+    ),
+    "lstm_two_ways": _kind(
+        lambda width: architectures.Recurrence(width, nn.LSTM, bidirectional=True), needs_positions=True
+    ),
+    "gru_two_ways": _kind(
+        lambda width: architectures.Recurrence(width, nn.GRU, num_layers=2, bidirectional=True), needs_positions=True
+    ),
+    "lstm_learned_start": _kind(architectures.LearnedStart, needs_positions=True),
+    "gru_cell": _kind(architectures.Cell, needs_positions=True),
+    "flattened": _kind(architectures.Flattened),
+    "positions_first": _kind(architectures.PositionsFirst, needs_positions=True),
+    "buffers": _kind(architectures.ReadsBuffers),
+    "batch_norm_eval": _kind(architectures.BatchNormInEval, needs_positions=True),
+    "widths": _kind(architectures.WidthsInAList),
+    "split_widths": _kind(architectures.SplitWidths),
+    "row_losses": _kind(architectures.RowLosses),
+    "mean_losses": _kind(architectures.MeanLosses, needs_positions=True),
+    "parameter_losses": _kind(architectures.ParameterLosses),
+    "masked_losses": _kind(architectures.MaskedLosses),
 }

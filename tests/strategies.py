@@ -328,8 +328,8 @@ def _in_form(ids: Sequence[int], names: Sequence[str], form: str) -> Any:
 # Kinds that meet only together or on certain inputs would seldom do so by chance.
 THEMES: dict[str, tuple[str, ...]] = {
     "any": tuple(KINDS),
-    "context": ("reads_context", "context_view", "embedding", "in_place_surroundings"),
-    "mask": ("reads_mask", "in_place_surroundings", "transformer"),
+    "context": ("reads_context", "context_view", "embedding", "embeddings", "id_arithmetic", "in_place_surroundings"),
+    "mask": ("reads_mask", "in_place_surroundings", "transformer", "attention", "encoder_layer", "masked_losses"),
     "results": ("losses", "aux", "non_contiguous", "own_parameter", "own_buffer", "shared_module", "identity"),
     "in place": ("in_place", "in_place_discarded", "in_place_relu", "in_place_surroundings", "identity"),
     "random": ("dropout", "linear"),

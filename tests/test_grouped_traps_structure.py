@@ -1,0 +1,690 @@
+"""Experts of unlike or unusual structure, and code in them that goes round the operations on their own weights.
+
+What can be run as one may be: then the numbers must be the oracle's. What can't must be refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
+
+from celmoe import (
+    CELMoEConfig,
+    EngineRefusedError,
+    ExpertConfig,
+    ExpertResult,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+)
+from tests.traps import (
+    ARMINGS,
+    BATCHES,
+    GROUPED,
+    NAMES,
+    WIDTH,
+    Batch,
+    Plain,
+    Trapped,
+    Traps,
+    assert_like_oracle,
+    build,
+    check_auto,
+    experts_of,
+    seed_all,
+)
+
+ANY = r"\w"  # Which of several good reasons the engine has is its own affair.
+
+CODE = Traps()
+
+
+class Doubled(torch.autograd.Function):
+    """Each row alone, with a gradient that is not what the values would say."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows * 2
+
+    @staticmethod
+    def backward(ctx: Any, grads: torch.Tensor) -> torch.Tensor:
+        return grads * 3
+
+
+class Centred(torch.autograd.Function):
+    """Values of each row alone; only the gradient mixes the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grads: torch.Tensor) -> torch.Tensor:
+        return grads - grads.mean(0)
+
+
+class Clipped(torch.autograd.Function):
+    """As `Centred`, and only where gradients are large."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grads: torch.Tensor) -> torch.Tensor:
+        return grads / max(1.0, float(grads.norm()) / 2)
+
+
+class Product(torch.autograd.Function):
+    """With a parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, weight = ctx.saved_tensors
+        return grads @ weight, grads.T @ rows
+
+
+@CODE.add(r"function|Doubled", may_run=True)
+def a_function_of_each_row(self, rows, batch):
+    return Doubled.apply(rows)
+
+
+@CODE.add(r"function|Centred|mix|batch|rows|gradient")
+def a_function_whose_gradient_mixes_rows(self, rows, batch):
+    return Centred.apply(rows)
+
+
+@CODE.add(r"function|Clipped|mix|batch|rows|gradient")
+def a_function_that_clips_the_gradient(self, rows, batch):
+    return Clipped.apply(rows)
+
+
+@CODE.add(r"function|Product", may_run=True)
+def a_function_of_a_parameter(self, rows, batch):
+    return Product.apply(rows, self.linear.weight)
+
+
+@CODE.add(r"hook|gradient")
+def a_hook_on_the_rows_that_mixes_them(self, rows, batch):
+    if rows.requires_grad:
+        rows.register_hook(lambda grads: grads - grads.mean(0))
+    return rows * 1
+
+
+@CODE.add(r"checkpoint|function", may_run=True)
+def a_checkpoint_inside(self, rows, batch):
+    return checkpoint(lambda given: torch.sin(self.linear(given)), rows, use_reentrant=False)
+
+
+@CODE.add(r"checkpoint|function", may_run=True)
+def a_reentrant_checkpoint_inside(self, rows, batch):
+    return checkpoint(lambda given: torch.sin(self.linear(given)), rows, use_reentrant=True)
+
+
+@CODE.add(ANY, may_run=True)
+def a_gradient_inside(self, rows, batch):
+    with torch.enable_grad():
+        given = rows if rows.requires_grad else rows.detach().requires_grad_()
+        return torch.autograd.grad(self.linear(given).sin().sum(), given, create_graph=True)[0]
+
+
+@CODE.add(ANY, may_run=True)
+def a_vmap_inside(self, rows, batch):
+    return vmap(lambda row: torch.sin(self.linear(row)))(rows)
+
+
+@CODE.add(ANY, may_run=True)
+def a_functional_gradient_inside(self, rows, batch):
+    return grad(lambda given: self.linear(given).sin().sum())(rows)
+
+
+@CODE.add(ANY, may_run=True)
+def a_functional_call_inside(self, rows, batch):
+    parameters = {name: value * 2 for name, value in self.linear.named_parameters()}
+    return functional_call(self.linear, parameters, (rows,))
+
+
+@CODE.add(ANY, may_run=True)
+def without_gradients_inside(self, rows, batch):
+    with torch.no_grad():
+        gate = torch.sigmoid(self.linear(rows))
+    return rows * gate
+
+
+@CODE.add(ANY, may_run=True)
+def autocast_inside(self, rows, batch):
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        return self.linear(rows)
+
+
+@CODE.add(ANY, may_run=True)
+def a_detached_parameter(self, rows, batch):
+    return rows @ self.linear.weight.detach() + self.linear.bias.data
+
+
+@CODE.add(ANY, may_run=True)
+def all_of_its_parameters(self, rows, batch):
+    return rows + sum(parameter.pow(2).sum() for parameter in self.parameters())
+
+
+@CODE.add(ANY, may_run=True)
+def its_state_dict(self, rows, batch):
+    return rows @ self.state_dict()["linear.weight"]
+
+
+@CODE.add(ANY, may_run=True)
+def a_gradient_that_is_there(self, rows, batch):
+    grads = self.linear.weight.grad
+    return rows if grads is None else rows @ grads.detach()
+
+
+@CODE.add(ANY, may_run=True)
+def identity_of_a_parameter(self, rows, batch):
+    return rows * (2 if self.linear.weight is dict(self.named_parameters())["linear.weight"] else 1)
+
+
+@CODE.add(ANY, may_run=True)
+def whether_a_parameter_is_trained(self, rows, batch):
+    return rows * 2 if self.linear.weight.requires_grad else rows
+
+
+@CODE.add(ANY, may_run=True)
+def rows_of_a_parameter_in_a_loop(self, rows, batch):
+    return rows + sum(row * (1 + index) for index, row in enumerate(self.linear.weight))
+
+
+@CODE.add(ANY, may_run=True)
+def a_result_that_is_its_own_weight(self, rows, batch):
+    return self.linear.bias.expand_as(rows)
+
+
+@pytest.mark.parametrize("trap", list(CODE))
+def test_grouped_refuses_or_is_right(trap: str):
+    CODE.check_refusal(trap)
+
+
+@pytest.mark.parametrize("trap", list(CODE))
+def test_auto_is_right(trap: str):
+    CODE.check_auto(trap)
+
+
+@pytest.mark.parametrize("arming", ARMINGS)
+@pytest.mark.parametrize("trap", list(CODE))
+def test_armed_after_a_grouped_call(trap: str, arming: str):
+    CODE.check_arming(trap, arming)
+
+
+class Operation(Trapped):
+    """What a function makes of the rows and two parameters, ``[D, D]`` and ``[D]``."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def spring(self, batch):
+        return ExpertResult(OPERATIONS[self.name](batch.hidden, self.weight, self.scale))
+
+
+# Operations on parameters alone: a reduction, a sort or a transpose of the stack is not that of its members.
+OPERATIONS = {
+    "norm": lambda x, w, s: x @ (w / w.norm()),
+    "row norms": lambda x, w, s: F.linear(x, F.normalize(w, dim=1)),
+    "column norms": lambda x, w, s: F.linear(x, F.normalize(w, dim=0)),
+    "mean": lambda x, w, s: x * s.mean(),
+    "sum over -1": lambda x, w, s: x + w.sum(-1),
+    "sum over 0": lambda x, w, s: x + w.sum(0),
+    "softmax over 0": lambda x, w, s: x @ w.softmax(0),
+    "softmax over -1": lambda x, w, s: x * s.softmax(-1),
+    "max": lambda x, w, s: x + w.max(),
+    "max over 0": lambda x, w, s: x + w.max(0).values,
+    "sort": lambda x, w, s: x * s.sort().values,
+    "argsort": lambda x, w, s: x[..., s.argsort()],
+    "cumsum": lambda x, w, s: x + s.cumsum(0),
+    "flip": lambda x, w, s: x * s.flip(0),
+    "roll": lambda x, w, s: x @ w.roll(1, 0),
+    "outer": lambda x, w, s: x @ torch.outer(s, s),
+    "gram": lambda x, w, s: x @ (w.T @ w),
+    "dot": lambda x, w, s: x * (s @ s),
+    "matrix and vector": lambda x, w, s: x + w @ s,
+    "rows and vector": lambda x, w, s: x * (x @ s).unsqueeze(-1),
+    "vector and rows": lambda x, w, s: x + (s @ x.T).unsqueeze(-1),
+    "einsum of weights": lambda x, w, s: x @ torch.einsum("ij,j,jk->ik", w, s, w),
+    "weight on the left": lambda x, w, s: (w @ x.T).T,
+    "one row": lambda x, w, s: x * w[2],
+    "one column": lambda x, w, s: x * w[:, 2],
+    "one number": lambda x, w, s: x * w[1, 2],
+    "rows by index": lambda x, w, s: x @ w[[0, 0, 3, 2, 1, 7, 5, 6]],
+    "every second": lambda x, w, s: x + w[::2].sum(0),
+    "index of the rows": lambda x, w, s: x + w[(x.detach() > 0).sum(-1) % WIDTH],
+    "diagonal": lambda x, w, s: x * w.diagonal(),
+    "triangle": lambda x, w, s: x @ w.tril(),
+    "flattened": lambda x, w, s: x * w.view(-1)[:WIDTH],
+    "unbound": lambda x, w, s: sum(F.relu(x * row) for row in w.unbind()),
+    "split": lambda x, w, s: x @ torch.cat(w.split([3, 5])[::-1]),
+    "transposed": lambda x, w, s: x @ w.mT + x @ w.transpose(0, 1),
+    "permuted": lambda x, w, s: x @ w.permute(1, 0),
+    "cat": lambda x, w, s: F.linear(x, torch.cat([w, w * 2])).chunk(2, -1)[1],
+    "stack": lambda x, w, s: torch.einsum("...d,kde->...ke", x, torch.stack([w, w.T])).sum(-2),
+    "repeat": lambda x, w, s: x @ w.repeat(1, 2)[:, :WIDTH],
+    "zeros like": lambda x, w, s: x + torch.zeros_like(w)[0] + w.new_ones(WIDTH),
+    "where": lambda x, w, s: x @ torch.where(w > 0, w, -w),
+    "clamp": lambda x, w, s: x * s.clamp(-0.5, 0.5),
+    "exponential": lambda x, w, s: x * s.exp().log1p(),
+    "power": lambda x, w, s: x.abs().pow(s.abs()),
+    "inverse": lambda x, w, s: x @ torch.linalg.inv(w + 3 * torch.eye(WIDTH)),
+    "solve": lambda x, w, s: torch.linalg.solve(w + 3 * torch.eye(WIDTH), x.T).T,
+    "matrix exponential": lambda x, w, s: x @ torch.linalg.matrix_exp(w),
+    "determinant": lambda x, w, s: x * torch.linalg.slogdet(w)[1],
+    "kron": lambda x, w, s: x * torch.kron(s[:2], s[:4]),
+    "low rank": lambda x, w, s: x @ w[:, :2] @ w[:2],
+    "copy in place": lambda x, w, s: x @ w.clone().mul_(2).fill_diagonal_(0),
+    "other dtype": lambda x, w, s: (x.double() @ w.double()).to(x.dtype),
+    "bilinear": lambda x, w, s: F.bilinear(x, x, w.unsqueeze(0)) * s,
+    "prelu": lambda x, w, s: F.prelu(x, s.abs()),
+    "rms norm": lambda x, w, s: F.rms_norm(x, (WIDTH,), s, 1e-3),
+    "layer norm": lambda x, w, s: F.layer_norm(x, (WIDTH,), s, w[0], 1e-3),
+    "group norm": lambda x, w, s: F.group_norm(x, 2, s, w[0]),
+    "instance statistics": lambda x, w, s: F.batch_norm(
+        x, w[0].detach(), s.detach().abs() + 1, s, None, training=False
+    ),
+    "cross distances": lambda x, w, s: torch.cdist(x, w),
+    "cosines": lambda x, w, s: F.cosine_similarity(x.unsqueeze(1), w, dim=-1),
+    "attention to a memory": lambda x, w, s: F.scaled_dot_product_attention(x, w, w * s),
+    "convolution": lambda x, w, s: F.conv1d(x.unsqueeze(1), w[:1, None, :3], padding=1).squeeze(1),
+    "table": lambda x, w, s: x + F.embedding((x.detach() > 0).sum(-1) % WIDTH, w),
+    "bag": lambda x, w, s: x + F.embedding_bag((x.detach() > 0).long(), w),
+    "in place on own rows": lambda x, w, s: (x @ w).mul_(s).add_(s).relu_(),
+    "out of place index": lambda x, w, s: x.index_fill(-1, torch.tensor([0]), 0.0) * s,
+    "lerp": lambda x, w, s: torch.lerp(x, x @ w, s.sigmoid()),
+    "baddbmm": lambda x, w, s: torch.baddbmm(w.unsqueeze(0), x.unsqueeze(2), x.unsqueeze(1)).sum(1),
+    "outer of rows": lambda x, w, s: (x.unsqueeze(2) * x.unsqueeze(1) * w).sum(1),
+    "frozen copy": lambda x, w, s: x @ w.detach() + s.detach(),
+    "scalar of a weight": lambda x, w, s: x * s[0] + s[1:2],
+    "unused": lambda x, w, s: x * 2,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_on_parameters(name: str):
+    """Grouped, looped for that operation alone, or refused; and never wrong."""
+    for engine in (GROUPED, "auto"):
+        subject, twin = (build(lambda: Operation(name).arm(), engine) for _ in range(2))
+        for make_batch in BATCHES[:2]:
+            try:
+                assert_like_oracle(subject, twin, make_batch)
+            except EngineRefusedError:
+                assert engine == GROUPED
+
+
+class Varied(Trapped):
+    """Its structure depends on which of its siblings it is."""
+
+    def __init__(self, number: int, vary: Any) -> None:
+        super().__init__()
+        vary(self, number)
+
+    def forward(self, batch):
+        return super().forward(batch)
+
+
+def frozen(expert, number):
+    expert.linear.bias.requires_grad_(number % 2 > 0)
+
+
+def another_width(expert, number):
+    expert.linear = nn.Sequential(nn.Linear(WIDTH, 3 + number % 3), nn.Linear(3 + number % 3, WIDTH))
+
+
+def no_bias(expert, number):
+    expert.linear = nn.Linear(WIDTH, WIDTH, bias=number % 2 > 0)
+
+
+def another_dtype(expert, number):
+    if number % 2:
+        expert.linear = nn.Sequential(Cast(torch.float64), nn.Linear(WIDTH, WIDTH).double(), Cast(torch.float32))
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.dtype)
+
+
+def another_activation(expert, number):
+    expert.linear = nn.Sequential(expert.linear, [nn.Tanh(), nn.ReLU()][number % 2])
+
+
+def another_slope(expert, number):
+    expert.linear = nn.Sequential(expert.linear, nn.LeakyReLU(0.1 + 0.3 * (number % 2)))
+
+
+def another_epsilon(expert, number):
+    expert.linear = nn.Sequential(expert.linear, nn.LayerNorm(WIDTH, eps=[1e-5, 0.5][number % 2]))
+
+
+def tied_or_not(expert, number):
+    first = nn.Linear(WIDTH, WIDTH)
+    second = first if number % 2 else nn.Linear(WIDTH, WIDTH)
+    expert.linear = nn.Sequential(first, second)
+
+
+def weights_tied_or_not(expert, number):
+    expert.linear = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    if number % 2:
+        expert.linear[1].weight = expert.linear[0].weight
+
+
+def own_forward(expert, number):
+    if number % 2:
+        expert.linear.forward = lambda rows: F.linear(rows, expert.linear.weight, expert.linear.bias * 3)
+
+
+def another_order(expert, number):
+    """The same names and shapes, called in another order."""
+    layers = [("one", nn.Linear(WIDTH, WIDTH)), ("two", nn.Linear(WIDTH, WIDTH))]
+    expert.linear = nn.Sequential()
+    for name, layer in layers[:: 1 if number % 2 else -1]:
+        expert.linear.add_module(name, layer)
+
+
+def another_mode(expert, number):
+    expert.linear = nn.Sequential(expert.linear, nn.BatchNorm1d(WIDTH).eval())
+    expert.linear[1].running_mean.normal_()
+
+
+def transposed_memory(expert, number):
+    if number % 2:
+        expert.linear.weight = nn.Parameter(expert.linear.weight.detach().T.contiguous().T)
+
+
+def buffer_or_parameter(expert, number):
+    if number % 2:
+        bias = expert.linear.bias.detach()
+        del expert.linear.bias
+        expert.linear.register_buffer("bias", bias)
+
+
+SHARED: dict[str, Any] = {}
+
+
+def _shared(name: str, make: Any) -> Any:
+    return SHARED.setdefault(name, make())
+
+
+def shares_a_weight(expert, number):
+    expert.linear.weight = _shared("weight", lambda: nn.Parameter(torch.randn(WIDTH, WIDTH)))
+
+
+def shares_a_layer(expert, number):
+    expert.linear = _shared("layer", lambda: nn.Linear(WIDTH, WIDTH))
+
+
+def shares_a_weight_in_pairs(expert, number):
+    expert.linear.weight = _shared(f"weight {number // 2}", lambda: nn.Parameter(torch.randn(WIDTH, WIDTH)))
+
+
+def shares_storage(expert, number):
+    """Parameters of their own, that see one another's values: views of one tensor."""
+    storage = _shared("storage", lambda: torch.randn(WIDTH + 5, WIDTH))
+    expert.linear.weight = nn.Parameter(storage[number % 5 : number % 5 + WIDTH])
+
+
+def shares_a_buffer(expert, number):
+    expert.linear = nn.Sequential(expert.linear, AddBuffer(_shared("buffer", lambda: torch.randn(WIDTH))))
+
+
+class AddBuffer(nn.Module):
+    table: torch.Tensor
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows + self.table
+
+
+VARIETIES = {
+    each.__name__: each
+    for each in (
+        frozen,
+        another_width,
+        no_bias,
+        another_dtype,
+        another_activation,
+        another_slope,
+        another_epsilon,
+        tied_or_not,
+        weights_tied_or_not,
+        own_forward,
+        another_order,
+        another_mode,
+        transposed_memory,
+        buffer_or_parameter,
+        shares_a_weight,
+        shares_a_layer,
+        shares_a_weight_in_pairs,
+        shares_storage,
+        shares_a_buffer,
+    )
+}
+
+
+def varied(name: str, engine: str) -> HierarchicalCELMoE:
+    SHARED.clear()
+    numbers = iter(range(len(NAMES)))
+    return build(lambda: Varied(next(numbers), VARIETIES[name]), engine)
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+@pytest.mark.parametrize("name", VARIETIES)
+def test_experts_that_differ_or_share(name: str, engine: str):
+    """Told apart, or refused: what is one architecture by name and shape need not be one."""
+    subject, twin = varied(name, engine), varied(name, engine)
+    for make_batch in (*BATCHES, BATCHES[0]):
+        try:
+            assert_like_oracle(subject, twin, make_batch)
+        except EngineRefusedError:
+            assert engine == GROUPED
+
+
+@pytest.mark.parametrize("name", ["shares_a_weight", "shares_a_layer"])
+def test_shared_parameters_are_refused_by_name(name: str):
+    with pytest.raises(EngineRefusedError, match=r"(?i)shar|weight"):
+        Batch()(varied(name, GROUPED))
+
+
+def weight_normed():
+    return weight_norm(nn.Linear(WIDTH, WIDTH))
+
+
+def spectrally_normed():
+    return spectral_norm(nn.Linear(WIDTH, WIDTH))
+
+
+def orthogonal_weight():
+    return orthogonal(nn.Linear(WIDTH, WIDTH))
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.triu() + weight.triu(1).T
+
+
+def parametrized():
+    layer = nn.Linear(WIDTH, WIDTH)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    return layer
+
+
+def pruned():
+    return prune.random_unstructured(nn.Linear(WIDTH, WIDTH), "weight", amount=0.4)
+
+
+class Hierarchy(nn.Module):
+    """Another hierarchy inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        level = HierarchyLevelConfig("inner", {name: ExpertConfig(name) for name in "xy"})
+        self.inner = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level]), lambda *_: Plain(), engine="looped")
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.inner(rows, {"inner": "y"}).fused_hidden
+
+
+class Scripted(nn.Module):
+    """Attribute access of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterDict({"one": nn.Parameter(torch.randn(WIDTH, WIDTH))})
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__("weights")["one"] if name == "weight" else super().__getattr__(name)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.weight
+
+
+LAYERS = (weight_normed, spectrally_normed, orthogonal_weight, parametrized, pruned, Hierarchy, Scripted)
+
+
+class With(Trapped):
+    """A plain expert around another layer."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.linear = make()
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+@pytest.mark.parametrize("make", LAYERS)
+def test_layers_that_are_more_than_their_weights(make: Any, engine: str):
+    subject, twin = (build(lambda: With(make), engine) for _ in range(2))
+    for make_batch in (*BATCHES, BATCHES[0]):
+        try:
+            assert_like_oracle(subject, twin, make_batch)
+        except EngineRefusedError:
+            assert engine == GROUPED
+
+
+@pytest.mark.parametrize("make", LAYERS[:5])
+def test_parametrized_layers_in_eval(make: Any):
+    subject, twin = (build(lambda: With(make), "auto").eval() for _ in range(2))
+    for make_batch in BATCHES:
+        assert_like_oracle(subject, twin, make_batch)
+
+
+def test_lazy_layers():
+    """Weights that come to be at the first call: drawn in the experts' order, and absent ones' not at all."""
+
+    def make():
+        return With(functools.partial(nn.LazyLinear, WIDTH))
+
+    models = [build(make, "auto"), build(make)]
+    outputs = []
+    for model in models:
+        forward = model if model.engine == "auto" else functools.partial(_oracle, model)
+        for batch in (Batch(), Batch((3, 4), 1)):
+            seed_all()
+            outputs.append(batch(forward).fused_hidden)
+    for mine, theirs in zip(outputs[:2], outputs[2:], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for model in models:
+        assert isinstance(experts_of(model)[-1].linear.weight, nn.UninitializedParameter)
+
+
+def _oracle(model: HierarchicalCELMoE, *given: Any) -> Any:
+    from celmoe.reference import reference_forward
+
+    return reference_forward(model, *given)
+
+
+def test_classes_by_name_are_not_classes_by_code():
+    """Two Python classes of one name, and of the same parameters."""
+
+    def make_class(factor: int) -> type[Trapped]:
+        class Twin(Trapped):
+            def forward(self, batch):
+                return ExpertResult(self.linear(batch.hidden) * factor)
+
+        return Twin
+
+    kinds = [make_class(2), make_class(3)]
+
+    def model_of(engine: str) -> HierarchicalCELMoE:
+        numbers = iter(range(len(NAMES)))
+
+        def make() -> Trapped:
+            return kinds[next(numbers) % 2]()
+
+        return build(make, engine)
+
+    for engine in (GROUPED, "auto"):
+        subject, twin = model_of(engine), model_of(engine)
+        try:
+            assert_like_oracle(subject, twin, Batch)
+        except EngineRefusedError:
+            assert engine == GROUPED
+
+
+class TwoWidths(Trapped):
+    """Classes side by side: three experts of one width, three of another."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.linear = nn.Sequential(nn.Linear(WIDTH, inner), nn.Tanh(), nn.Linear(inner, WIDTH))
+
+
+def test_two_classes_in_one_level_are_both_grouped():
+    def model_of(engine: str) -> HierarchicalCELMoE:
+        numbers = iter(range(len(NAMES)))
+        return build(lambda: TwoWidths([4, 12][next(numbers) % 2]), engine)
+
+    subject, twin = model_of(GROUPED), model_of(GROUPED)
+    for make_batch in BATCHES:
+        assert_like_oracle(subject, twin, make_batch)
+    (level,) = subject.explain(Batch().routing).levels
+    assert sorted(each.experts for each in level.classes) == [("a", "c", "e"), ("b", "d")]
+    assert {each.engine for each in level.classes} == {"grouped"}
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+def test_one_expert_of_its_kind_is_no_degradation(engine: str):
+    """It runs alone whatever it does, and its siblings run as one."""
+
+    def model_of() -> HierarchicalCELMoE:
+        model = build(Plain, engine)
+        experts_of(model)[1].forward = functools.partial(_forward_with_aux, experts_of(model)[1])
+        return model
+
+    subject, twin = model_of(), model_of()
+    for make_batch in BATCHES:
+        assert_like_oracle(subject, twin, make_batch)
+
+
+def _forward_with_aux(expert, batch):
+    return ExpertResult(expert.linear(batch.hidden), aux={"rows": len(batch.hidden)})
+
+
+def test_auto_runs_every_variety_of_batch():
+    check_auto(Plain)

@@ -1,0 +1,414 @@
+"""What the tests of the grouped engine's promises share: experts with a trap in them, batches, and one comparison.
+
+A *trap* is an expert that looks as if its siblings could run as one module over all their rows, and can't: the rows of
+an ordinary batch would not show it. Unarmed it is a plain layer, so that a first call can be grouped; `Trapped.arm`
+sets the trap, by nothing but an attribute where that is enough.
+
+Every trap is checked in three ways (`check_refusal`, `check_auto`, `check_arming`). The oracle runs on a second model,
+built in the same way and led through the same calls: what experts hide from `copy.deepcopy` (closures, tables keyed by
+`id`, hooks) it has as well.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from celmoe import (
+    CELMoEConfig,
+    CELMoEOutput,
+    EngineRefusedError,
+    ExpertBatch,
+    ExpertConfig,
+    ExpertModule,
+    ExpertResult,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+)
+from celmoe.reference import reference_forward
+from tests import parity
+from tests.parity import ParityError
+
+# The engine under test, by its name in the registry.
+GROUPED = "grouped"
+
+WIDTH = 8
+NAMES = ("a", "b", "c", "d", "e", "absent")
+LEVEL = "language"
+
+Make = Callable[[], nn.Module]
+Change = Callable[[HierarchicalCELMoE], HierarchicalCELMoE | None]
+
+
+class Batch:
+    """One batch: how many rows each expert has, and what their numbers are like.
+
+    Args:
+        counts: Rows of the experts in the order of `NAMES`.
+        seed: Of the numbers.
+        large: An expert, one of whose rows is a hundred times as large, in hidden and context.
+        trailing: Axes between samples and width.
+        dtype: Of the floating-point tensors.
+    """
+
+    def __init__(
+        self,
+        counts: tuple[int, ...] = (7, 3, 5, 1, 9),
+        seed: int = 0,
+        *,
+        large: int | None = None,
+        trailing: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.tensor([expert for expert, count in enumerate(counts) for _ in range(count)])
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+        self.routing = {LEVEL: [NAMES[each] for each in ids.tolist()]}
+        size = len(ids)
+        hidden = torch.randn(size, *trailing, WIDTH, generator=generator)
+        scale = torch.rand(size, 2, generator=generator) + 0.5
+        if large is not None:
+            row = ids.tolist().index(large)
+            hidden[row] *= 100
+            scale[row] *= 100
+        self.leaves = {"hidden": hidden.to(dtype).requires_grad_(), "scale": scale.to(dtype).requires_grad_()}
+        # One more than any expert has rows of, and than the batch has.
+        lengths = torch.randint(1, 5, (size,), generator=generator)
+        lengths[0] = 5
+        self.context = {"scale": self.leaves["scale"], "lengths": lengths, "table": torch.ones(3, WIDTH, dtype=dtype)}
+        self.mask = torch.rand((size, *trailing), generator=generator) < 0.7
+
+    def __call__(self, forward: Callable[..., CELMoEOutput]) -> CELMoEOutput:
+        return forward(self.leaves["hidden"], self.routing, self.context, self.mask)
+
+
+# An ordinary batch; one with a value that ordinary ones don't have; one with few rows, and most experts absent.
+BATCHES = (
+    Batch,
+    partial(Batch, (5, 8, 1, 4, 3), 1, large=1),
+    partial(Batch, (1, 2), 2),
+    partial(Batch, (10, 12, 9, 11, 10), 3, large=4),
+)
+
+
+class Trapped(ExpertModule):
+    """A layer, until it is armed.
+
+    Subclasses say what springs. Where the trap wants things of its own, `prepare` makes them when it is set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.armed = False
+
+    def arm(self) -> Trapped:
+        """Set the trap."""
+        self.prepare()
+        self.armed = True
+        return self
+
+    def prepare(self) -> None:
+        """Make what the trap needs."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        if self.armed:
+            return self.spring(batch)
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)))
+
+    def spring(self, batch: ExpertBatch) -> ExpertResult:
+        """What an armed one does; by default, what `change` makes of the layer's rows."""
+        return ExpertResult(self.change(torch.tanh(self.linear(batch.hidden)), batch))
+
+    def change(self, rows: torch.Tensor, batch: ExpertBatch) -> torch.Tensor:
+        """The rows that an armed one gives."""
+        raise NotImplementedError
+
+
+class Plain(Trapped):
+    """No trap."""
+
+    def arm(self) -> Trapped:
+        raise AssertionError("there is no trap to set")
+
+
+def build(
+    make: Make, engine: str = GROUPED, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> HierarchicalCELMoE:
+    """A model of one level with such experts, the same one every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = CELMoEConfig(
+            WIDTH,
+            [HierarchyLevelConfig(LEVEL, {name: ExpertConfig(name) for name in NAMES})],
+            use_learned_fusion=False,
+        )
+        model = HierarchicalCELMoE(config, lambda *_: make(), engine=engine)
+    return model if dtype == torch.float32 else model.to(dtype)
+
+
+def experts_of(model: HierarchicalCELMoE) -> list[Any]:
+    """The experts, in the order of `NAMES`."""
+    return [model.level_modules[LEVEL][name] for name in NAMES]
+
+
+def arm_all(model: HierarchicalCELMoE) -> None:
+    """Set every expert's trap."""
+    for expert in experts_of(model):
+        expert.arm()
+
+
+def arm_one(model: HierarchicalCELMoE) -> None:
+    """Set the second expert's trap."""
+    experts_of(model)[1].arm()
+
+
+def oracle_of(model: HierarchicalCELMoE) -> Callable[..., CELMoEOutput]:
+    """The model's naive forward."""
+    return partial(reference_forward, model)
+
+
+def seed_all(seed: int = 0) -> None:
+    """All streams of random numbers begin anew."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # the global stream is what experts draw from
+
+
+def observe(model: HierarchicalCELMoE, forward: Callable[..., CELMoEOutput], batch: Batch) -> dict[str, Any]:
+    """All that a call and its backward pass do that a user can see, by name."""
+    model.zero_grad(set_to_none=True)
+    before = {name: leaf.detach().clone() for name, leaf in batch.leaves.items()}
+    seed_all()
+    output = batch(forward)
+    found: dict[str, Any] = {f"levels[{name!r}].hidden": level.hidden for name, level in output.levels.items()}
+    found |= {f"losses[{name!r}]": loss for name, loss in output.losses.items()}
+    found |= {"fused_hidden": output.fused_hidden, "aux": output.levels[LEVEL].aux}
+    objective = parity._objective(output, "fused", False)
+    for index, loss in enumerate(output.losses.values(), start=1):
+        if loss.requires_grad:
+            objective = objective + loss.double().sum() * (0.3 + 0.1 * index)
+    if objective.requires_grad:
+        objective.backward()
+    for name, leaf in batch.leaves.items():
+        if not torch.equal(leaf, before[name]):
+            raise ParityError(f"caller's {name}: changed by the call")
+    grads = {**batch.leaves, **dict(model.named_parameters())}
+    found |= {f"gradient of {name!r}": tensor.grad for name, tensor in grads.items()}
+    found |= {f"buffer {name!r}": buffer.clone() for name, buffer in model.named_buffers()}
+    found |= {f"parameter {name!r}": parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return found
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Both saw the same, as strictly as `assert_parity` compares.
+
+    Raises:
+        ParityError: They did not.
+    """
+    parity._equal("what there is", list(found), list(expected))
+    for name, mine in found.items():
+        theirs = expected[name]
+        if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+            parity._close(name, mine, theirs, layout=not name.startswith("gradient"))
+        elif mine is None or theirs is None:
+            parity._equal(name, mine, theirs)
+        else:
+            parity._compare_values(name, mine, theirs)
+
+
+def assert_like_oracle(subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, make_batch: Callable[[], Batch]) -> None:
+    """The model gives what the oracle gives on its twin.
+
+    Raises:
+        EngineRefusedError: The model is told to run grouped, and will not.
+    """
+    mine = observe(subject, subject, make_batch())
+    assert_same(mine, observe(twin, oracle_of(twin), make_batch()))
+
+
+def changed(model: HierarchicalCELMoE, change: Change) -> HierarchicalCELMoE:
+    """The model after a change that draws the same numbers every time."""
+    seed_all(1)
+    return change(model) or model
+
+
+def engines_of(model: HierarchicalCELMoE, batch: Batch) -> dict[str, str]:
+    """By expert present, the engine that ran it at the last call."""
+    (level,) = model.explain(batch.routing).levels
+    return {name: each.engine for each in level.classes for name in each.experts}
+
+
+def assert_ran_grouped(model: HierarchicalCELMoE, batch: Batch) -> None:
+    """The last call ran all experts that were present as one.
+
+    Without it, what follows would prove nothing about a grouped call.
+    """
+    (level,) = model.explain(batch.routing).levels
+    for each in level.classes:
+        assert len(each.experts) == 1 or each.engine == "grouped", f"{each.experts} ran {each.engine}: {each.reason}"
+    assert any(len(each.experts) > 1 for each in level.classes), "each expert stands alone"
+
+
+def check_refusal(make: Make, reason: str, *, may_run: bool = False, setup: Change | None = None) -> None:
+    """``engine="grouped"`` refuses the experts for this reason; where it may run them, it gives the oracle's numbers.
+
+    A refusal holds for the next call too, and leaves the model as it was.
+    """
+    for make_batch in BATCHES[:2]:
+        subject, twin = build(make), build(make)
+        for model in (subject, twin):
+            if setup is not None:
+                setup(model)
+        for _ in range(2):
+            before = {name: value.clone() for name, value in subject.state_dict().items()}
+            refusal = None
+            try:
+                assert_like_oracle(subject, twin, make_batch)
+            except EngineRefusedError as error:
+                refusal = str(error)
+            if refusal is None:
+                assert may_run, "it was run"
+                continue
+            assert re.search(reason, refusal, re.IGNORECASE), f"no {reason!r} in {refusal}"
+            after = subject.state_dict()
+            assert all(torch.equal(value, after[name]) for name, value in before.items()), "it was no clean refusal"
+
+
+def check_auto(make: Make, *, setup: Change | None = None) -> None:
+    """``engine="auto"`` gives the oracle's numbers, on one batch after another."""
+    subject, twin = build(make, "auto"), build(make)
+    for model in (subject, twin):
+        if setup is not None:
+            setup(model)
+    for make_batch in (*BATCHES, BATCHES[0]):
+        assert_like_oracle(subject, twin, make_batch)
+
+
+def check_change(
+    make: Make,
+    change: Change,
+    *,
+    engine: str,
+    make_batch: Callable[[], Batch] = Batch,
+    dtype: torch.dtype = torch.float32,
+    grouped_first: bool = True,
+) -> None:
+    """After a first call that was grouped comes the change, and the next calls are still right.
+
+    Args:
+        make: Makes an expert.
+        change: Changes a model, or gives another one for it.
+        engine: Runs what comes after the change: it may refuse, but not be wrong.
+        make_batch: Makes the first batch.
+        dtype: Of the model.
+        grouped_first: Whether to insist that the first call was grouped.
+    """
+    subject, twin = build(make, dtype=dtype), build(make, dtype=dtype)
+    assert_like_oracle(subject, twin, make_batch)
+    if grouped_first:
+        assert_ran_grouped(subject, make_batch())
+    subject, twin = changed(subject, change), changed(twin, change)
+    subject.engine = engine
+    for next_batch in (make_batch, *BATCHES[1:3]):
+        try:
+            assert_like_oracle(subject, twin, next_batch)
+        except EngineRefusedError:
+            assert engine == GROUPED
+            # What the refused call did not do must not be done by the oracle's either.
+            return
+
+
+# Who runs what comes after, and which experts are armed. The clean siblings of one that is armed may still be grouped.
+ARMINGS = {
+    "all, grouped": (GROUPED, arm_all),
+    "all, auto": ("auto", arm_all),
+    "one, grouped": (GROUPED, arm_one),
+}
+
+
+def shows(make: Callable[[], Trapped]) -> bool:
+    """Whether an armed expert, run once over the rows of siblings with equal weights, gives something else than they.
+
+    A trap that no batch can spring would pass whatever an engine does.
+    """
+    for make_batch in BATCHES:
+        twin = build(lambda: make().arm())
+        for expert in experts_of(twin):
+            expert.load_state_dict(experts_of(twin)[0].state_dict())
+        batch = make_batch()
+        expected = batch(oracle_of(twin)).levels[LEVEL].hidden
+        batch.routing[LEVEL].sort()
+        order = sorted(range(len(expected)), key=make_batch().routing[LEVEL].__getitem__)
+        rows = ExpertBatch(
+            batch.leaves["hidden"][order],
+            {key: value if key == "table" else value[order] for key, value in batch.context.items()},
+            batch.mask[order],
+            {"level": LEVEL, "expert": "a"},
+        )
+        if not torch.allclose(experts_of(twin)[0](rows).hidden, expected[order], atol=1e-4):
+            return True
+    return False
+
+
+class Traps:
+    """A table of traps, each from a function that says what an armed expert does.
+
+    Example::
+
+        TRAPS = Traps()
+
+        @TRAPS.add("mean")
+        def batch_mean(self, rows, batch):
+            return rows + batch.hidden.mean(0)
+    """
+
+    def __init__(self) -> None:
+        self.classes: dict[str, type[Trapped]] = {}
+        self.reasons: dict[str, str] = {}
+        self.may_run: set[str] = set()
+
+    def add(self, reason: str, *, method: str = "change", may_run: bool = False, **others: Any) -> Callable[[Any], Any]:
+        """Add the trap that a function is.
+
+        Args:
+            reason: What the refusal must say; a regular expression.
+            method: Of `Trapped`, that the function stands for.
+            may_run: Whether the engine may as well run it, and be right.
+            others: Further methods and class attributes.
+        """
+
+        def add(function: Any) -> Any:
+            name = function.__name__
+            self.classes[name] = type(name, (Trapped,), {method: function, "__module__": __name__, **others})
+            self.reasons[name] = reason
+            if may_run:
+                self.may_run.add(name)
+            return function
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.classes)
+
+    def check_refusal(self, name: str) -> None:
+        """See `check_refusal`."""
+        make = self.classes[name]
+        check_refusal(lambda: make().arm(), self.reasons[name], may_run=name in self.may_run)
+
+    def check_auto(self, name: str) -> None:
+        """See `check_auto`."""
+        make = self.classes[name]
+        check_auto(lambda: make().arm())
+
+    def check_arming(self, name: str, arming: str) -> None:
+        """Experts are clean at first, and armed after a call that was grouped; see `ARMINGS`."""
+        engine, arm = ARMINGS[arming]
+        check_change(self.classes[name], arm, engine=engine)
