@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 from .grouping import Unit
 
-# Microseconds, measured on one thread of a CPU: see notes/performance.md.
-_CALL = 8.0
-_GROUPED_CALL = 25.0
-_PASS = 250.0
-_TENSOR = 2.0
-_BYTES_PER_MICROSECOND = 8_000.0
+# Microseconds of a training step, on one thread of a CPU: see notes/performance.md.
+_EXPERT = 60.0
+_CALL = 35.0
+_GROUPED_CALL = 90.0
+_PASS = 1200.0
+_TENSOR = 7.0
+# An operation to about so many tensors; and what attention and recurrent layers launch beside.
+_TENSORS_A_CALL = 1.2
+_CALLS_WITHIN = {"in_proj_weight": 8, "weight_hh_l0": 20}
 
 
 class Cost(NamedTuple):
@@ -31,15 +34,12 @@ class Cost(NamedTuple):
 
 
 def estimate(unit: Unit) -> Cost:
-    """What launching costs either way, for the operations that an expert of its size has."""
-    signature = unit.record.signature
+    """What launching costs either way, told from the tensors that an expert has: the same before and after a call."""
+    leaves = unit.record.signature.leaves
     members = len(unit.members)
-    # Before a program is known: a tensor is used about once, between two other operations.
-    operations = max(map(len, unit.record.programs), default=3 * max(1, len(signature.leaves)))
-    size = sum(tensor.nbytes for tensor in unit.members[0].tensors)
-    looped = members * operations * _CALL
-    stacking = members * (len(signature.leaves) * _TENSOR + size / _BYTES_PER_MICROSECOND)
-    return Cost(looped, _PASS + operations * _GROUPED_CALL + stacking)
+    calls = len(leaves) / _TENSORS_A_CALL + sum(_CALLS_WITHIN.get(places[0].name, 0) for places in leaves)
+    looped = members * (_EXPERT + calls * _CALL)
+    return Cost(looped, _PASS + calls * _GROUPED_CALL + members * len(leaves) * _TENSOR)
 
 
 def judged(unit: Unit) -> Unit:

@@ -102,7 +102,7 @@ class Explanation:
             for each in line.classes:
                 rows = "" if each.rows_per_expert is None else ", {} {:g} {} rows each".format(*each.rows_per_expert)
                 lines.append(
-                    f"{line.level}: {len(each.experts)} {each.architecture} {each.engine}, {each.reason}{rows}, "
+                    f"{line.level if line.level.isprintable() else repr(line.level)}: {len(each.experts)} {each.architecture} {each.engine}, {each.reason}{rows}, "
                     f"{each.parameter_bytes / 1e6:.2f} MB"
                 )
         return ["", *lines] if lines else []

@@ -22,6 +22,7 @@ from .looped import run_looped
 from .proof import prove
 from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
+from .tally import Tally, entering, leaving
 from .template import Given, Outcome, Template, run_template
 
 # Programs of one class: more of them are a class that computes something else at every call.
@@ -157,8 +158,22 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
     why_not: str | None
     error: Exception | None = None
     try:
-        tensors = list(zip(*(member.tensors for member in unit.members), strict=True))
+        tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
+        tally = Tally() if record.has_losses else None
+        if tally is not None:
+            tensors = [entering(each, tally) for each in tensors]
         outcome = run_template(template, tensors, given, segments, may_write=not is_known)
+        if tally is not None:
+            outcome.hidden = leaving(outcome.hidden, tally, None)
+            outcome.losses = {
+                name: [leaving(value, tally, member) for member, value in enumerate(values)]
+                for name, values in outcome.losses.items()
+            }
+        elif outcome.losses:
+            # Found out only now: once more, with a tally.
+            record.has_losses = True
+            _set_random_state(batch.hidden.device, state)
+            return _attempt(unit, batch)
         record.templates.append(template)
         if outcome.operations in record.programs:
             return outcome, None, None

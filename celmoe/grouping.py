@@ -34,6 +34,7 @@ class ClassRecord:
         attempts: Proofs so far.
         templates: Likenesses at rest: a pass takes one, for several threads may run at once.
         writes: Whether its experts write into their rows.
+        has_losses: Whether they return losses.
     """
 
     signature: Signature
@@ -42,6 +43,7 @@ class ClassRecord:
     attempts: int = 0
     templates: list[Template] = field(default_factory=list)
     writes: bool = False
+    has_losses: bool = False
 
 
 class Unit(NamedTuple):

@@ -170,7 +170,7 @@ class Inspection:
         for name, chain, is_written in _accesses(code):
             used.update(chain)
             if is_written:
-                raise CannotGroupError(f"wrote the global {name!r}")
+                raise CannotGroupError(f"wrote {name!r}, which is not their own")
             if name is not None:
                 self._resolve(name, chain, namespace)
         for constant in code.co_consts:
@@ -288,6 +288,8 @@ def _accesses(code: types.CodeType) -> Iterator[tuple[str | None, list[str], boo
                 yield str(instruction.argval), [], True
             case "LOAD_ATTR" | "LOAD_METHOD" | "LOAD_SUPER_ATTR":
                 chain.append(str(instruction.argval))
+            case "STORE_DEREF" | "DELETE_DEREF" if instruction.argval in code.co_freevars:
+                yield str(instruction.argval), [], True
             case "STORE_ATTR" if name is not None:
                 yield name, chain, True
                 name, chain = None, []

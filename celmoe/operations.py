@@ -8,7 +8,6 @@ Axes: R rows of all members, P members.
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast
@@ -51,7 +50,6 @@ Handler: TypeAlias = Callable[..., Any]
 
 # By the very function or method that an expert calls.
 OPERATIONS: dict[Any, tuple[str, Handler]] = {}
-_ATTRIBUTES = (types.GetSetDescriptorType, property)
 _NAMESPACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._VF, torch.linalg)
 
 
@@ -95,7 +93,9 @@ def like(value: Ragged, inner: torch.Tensor, axis: int | None = None) -> Ragged:
     """A value of the same kind, with its row axis at ``axis`` if given."""
     if isinstance(value, Rows):
         return rows(inner, value.axis if axis is None else axis, value.factor)
-    return stack(inner, value.is_reduced) if isinstance(value, Stack) else common(inner)
+    if isinstance(value, Stack):
+        return stack(inner, value.is_reduced)
+    return common(inner, isinstance(value, Common) and value.is_given)
 
 
 def operands(values: Iterable[Any]) -> list[Ragged]:

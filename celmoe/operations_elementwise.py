@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .operations import Run, align, like, operands, operation, refuse_row_counts
+from .operations_reduce import reduce
 from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack
 
 # Functions of one or more tensors that agree on their axes; other arguments are numbers and options.
@@ -40,8 +41,13 @@ _LOSSES = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
 def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `ELEMENTWISE`."""
     if name in _LOSSES:
-        if kwargs.get("reduction") != "none":
-            raise CannotGroupError(f"called {name} with a reduction")
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        reduction = kwargs.get("reduction", "mean")
+        if len(args) > 2 or not {*kwargs} <= {"input", "target", "reduction", "beta", "delta"}:
+            raise CannotGroupError(f"passed arguments that are not known here (to {name})")
+        if reduction in ("mean", "sum"):
+            each = elementwise(run, func, name, args, kwargs | {"reduction": "none"})
+            return reduce(run, getattr(torch.Tensor, reduction), reduction, (each,), {})
     elif kwargs.get("inplace"):
         return in_place(run, func, name, args, kwargs)
     named = list(kwargs)
@@ -57,8 +63,8 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     others = operands([*args[1:], *kwargs.values()])
     if isinstance(target, Stack):
         raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")
-    if isinstance(target, Common) and not all(isinstance(other, Common) for other in others):
-        raise CannotGroupError(f"wrote their rows into a tensor of fixed size ({name})")
+    if isinstance(target, Common) and (target.is_given or not all(isinstance(other, Common) for other in others)):
+        raise CannotGroupError(f"wrote into a tensor that is shared, or of fixed size ({name})")
     if any(other.dim() > target.dim() for other in others):
         raise CannotGroupError(f"wrote more axes than there are ({name})")
     if isinstance(target, Rows):

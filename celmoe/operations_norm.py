@@ -58,6 +58,34 @@ def _by_channel(value: Any, after: int) -> Any:
     return stack(value.plain.view(*value.plain.shape, *(1,) * after), value.is_reduced)
 
 
+@operation("batch_norm", namespaces=(F,))
+def batch_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """In evaluation each member's running statistics are constants; in training it mixes samples."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+    value, mean, variance, weight, bias, training, _, eps = arguments(
+        names, args, kwargs, (None, None, False, 0.1, 1e-5)
+    )
+    if training or mean is None:
+        raise CannotGroupError("mixed samples (batch_norm over the batch axis)")
+    if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 2:
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    after = value.dim() - 2
+    scale = stack((variance.plain + eps).rsqrt())
+    plain, wrap = align(run, name, [value, _by_channel(mean, after), _by_channel(scale, after)])
+    normed = wrap((plain[0] - plain[1]) * plain[2])
+    return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
+
+
+@operation("prelu", namespaces=(torch, torch.Tensor, F))
+def prelu(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """By channel, which is the axis behind the batch."""
+    value, weight = arguments(("input", "weight"), args, kwargs)
+    if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 2 or not isinstance(weight, Stack):
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    plain, wrap = align(run, name, [value, _by_channel(weight, value.dim() - 2)])
+    return wrap(torch.where(plain[0] > 0, plain[0], plain[0] * plain[1]))
+
+
 @operation(
     *("avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
     *("adaptive_max_pool1d", "adaptive_max_pool2d"),

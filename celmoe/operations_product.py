@@ -159,10 +159,13 @@ def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     equation, *values = args
     if len(values) == 1 and isinstance(values[0], tuple | list):
         values = list(values[0])
-    if not isinstance(equation, str) or kwargs or "." in equation or "->" not in equation:
-        raise CannotGroupError("called einsum without letters for all axes")
+    if not isinstance(equation, str) or kwargs or "->" not in equation:
+        raise CannotGroupError("called einsum without letters for its result")
     inputs, output = equation.replace(" ", "").split("->")
     letters = inputs.split(",")
+    if "..." in equation:
+        letters, output = _spelled(letters, output, values)
+        equation = f"{','.join(letters)}->{output}"
     pairs = list(zip(letters, values, strict=True))
     if any(len(each) != value.dim() or len(set(each)) != len(each) for each, value in pairs):
         raise CannotGroupError("called einsum with a letter twice in one operand")
@@ -183,6 +186,19 @@ def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if product is None:
         product = loop(run, torch.einsum, name, [equation, *values], {}, axis).plain
     return rows(product, axis, factor)
+
+
+def _spelled(letters: list[str], output: str, values: list[Any]) -> tuple[list[str], str]:
+    """Letters in place of the dots, which stand for the last of as many axes as the longest has."""
+    free = [letter for letter in "ABCDEFGHIJ" if letter not in "".join(letters)]
+    lengths = [value.dim() - len(each.replace("...", "")) for each, value in zip(letters, values, strict=True)]
+    most = max(length for each, length in zip(letters, lengths, strict=True) if "..." in each)
+    dots = "".join(free[:most])
+    spelled = [
+        each.replace("...", dots[most - length :]) if "..." in each else each
+        for each, length in zip(letters, lengths, strict=True)
+    ]
+    return spelled, output.replace("...", dots)
 
 
 def _einsum_of_members(equation: str, pairs: list[tuple[str, Any]], output: str) -> Ragged:

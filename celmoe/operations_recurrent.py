@@ -96,8 +96,8 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
             outputs.append(out.flip(0) if direction else out)
             last.append(end)
         inner = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        if dropout and training and layer < layers - 1:
-            inner = inner * (1.0 - 0.5 * dropout) if run.is_rehearsal else F.dropout(inner, dropout)
+        if dropout and training and layer < layers - 1 and not run.is_rehearsal:
+            inner = F.dropout(inner, dropout)
     result = rows(inner.transpose(0, 1), 0) if batch_first else rows(inner, 1)
     return (result, *(rows(torch.stack(each), 1) for each in zip(*last, strict=True)))
 

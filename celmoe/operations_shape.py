@@ -73,6 +73,12 @@ def _resolved(sizes: Sequence[Any], numel: int) -> list[int]:
     return [(numel // known if known else 0) if size == -1 else size for size in sizes]
 
 
+@operation("view_as", "reshape_as")
+def reshape_as(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """To the shape of another."""
+    return reshape(run, func, "reshape", (args[0], list(args[1].shape)), {})
+
+
 @operation("flatten")
 def flatten(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Fold a range of axes."""

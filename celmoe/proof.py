@@ -45,9 +45,14 @@ class _Rehearsal(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs = kwargs | ({"dropout_p": 0.0} if "dropout_p" in kwargs else {})
+        if name in _DROPOUT_PLACES and len(args) > _DROPOUT_PLACES[name]:
+            place = _DROPOUT_PLACES[name]
+            args = (*args[:place], 0.0, *args[place + 1 :])
         return func(*args, **kwargs)
 
 
+# Where functions that drop out inside take their rate.
+_DROPOUT_PLACES = {"multi_head_attention_forward": 10, "gru": 5, "lstm": 5, "rnn_tanh": 5, "rnn_relu": 5}
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 
 

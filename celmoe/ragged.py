@@ -216,7 +216,13 @@ class Stack(Ragged):
 
 
 class Common(Ragged):
-    """The same for all members."""
+    """The same for all members.
+
+    Attributes:
+        is_given: Whether it is the context's, and not the run's own.
+    """
+
+    is_given: bool
 
 
 def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
@@ -241,8 +247,9 @@ def registered(members: Sequence[torch.Tensor], is_parameter: bool) -> Stack:
     return value
 
 
-def common(inner: torch.Tensor) -> Common:
+def common(inner: torch.Tensor, is_given: bool = False) -> Common:
     """A value that is the same for all members."""
     value = torch.Tensor._make_subclass(Common, _NOTHING)
+    value.is_given = is_given
     value.plain, value.plain_shape = inner, inner.shape
     return value

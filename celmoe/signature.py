@@ -82,6 +82,8 @@ class _Look(NamedTuple):
     """One look at an expert: what was read, and what it was read from.
 
     Attributes:
+        modules: Its modules.
+        kinds: Their classes.
         registries: Dictionaries of its modules.
         keys: What was in all of them, one after another.
         values: Likewise.
@@ -94,6 +96,8 @@ class _Look(NamedTuple):
         signature: What the expert is.
     """
 
+    modules: list[nn.Module]
+    kinds: list[type]
     registries: list[dict[str, Any]]
     keys: list[str]
     values: list[Any]
@@ -109,6 +113,7 @@ class _Look(NamedTuple):
         """Whether nothing has changed since."""
         return (
             not any(self.empty)
+            and list(map(type, self.modules)) == self.kinds
             and list(chain.from_iterable(self.registries)) == self.keys
             and _is_equal(list(chain.from_iterable(map(dict.values, self.registries))), self.values)
             and _is_equal(self.living, self.copies)
@@ -117,7 +122,7 @@ class _Look(NamedTuple):
         )
 
 
-_NO_LOOK = _Look([], [], [], [], [], [], {}, [], [], Signature((), (), None))
+_NO_LOOK = _Look([], [], [], [], [], [], [], [], {}, [], [], Signature((), (), None))
 
 
 class Inspected(dict[Any, "str | None"]):
@@ -150,6 +155,8 @@ class Watched:
         reader = _Reader(inspected)
         signature, tensors = reader.read(self.module)
         self.look = _Look(
+            reader.watched,
+            list(map(type, reader.watched)),
             reader.registries,
             [key for each in reader.registries for key in each],
             [value for each in reader.registries for value in each.values()],
@@ -183,9 +190,9 @@ class Gathered:
         code: dict[Any, str | None] = {}
         for look in looks:
             code |= look.code
-        joined = [list(chain.from_iterable(parts)) for parts in zip(*(look[:6] for look in looks), strict=True)]
+        joined = [list(chain.from_iterable(parts)) for parts in zip(*(look[:8] for look in looks), strict=True)]
         self._look = _Look(
-            *(joined or _NO_LOOK[:6]),  # type: ignore[call-arg]  # the first six fields, in their order
+            *(joined or _NO_LOOK[:8]),  # type: ignore[call-arg]  # the first eight fields, in their order
             code,
             [each for look in looks for each in look.facts],
             [each for look in looks for each in look.tensors],
@@ -213,6 +220,7 @@ class _Reader:
     """Reads one expert."""
 
     def __init__(self, inspected: Inspected) -> None:
+        self.watched: list[nn.Module] = []
         self.registries: list[dict[str, Any]] = []
         self.living: list[Any] = []
         self.copies: list[Any] = []
@@ -255,6 +263,7 @@ class _Reader:
         number = self.modules[id(module)] = len(self.modules)
         kind = type(module)
         attributes = module.__dict__
+        self.watched.append(module)
         self.registries.append(attributes)
         for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
             if attributes[name]:

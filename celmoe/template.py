@@ -185,7 +185,8 @@ class _Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        known = OPERATIONS.get(func)
+        # Reading an attribute calls a method of its descriptor, and another such object every time.
+        known = OPERATIONS.get(func.__self__ if getattr(func, "__name__", "") == "__get__" else func)
         if known is None:
             return self._unknown(func, args, kwargs)
         name, handler = known
@@ -208,7 +209,7 @@ class _Interception(TorchFunctionMode):
         if isinstance(value, torch.Tensor):
             if id(value) not in self._shared:
                 raise CannotGroupError(f"read a tensor that is not registered (of shape {tuple(value.shape)})")
-            return common(value)
+            return common(value, is_given=True)
         if type(value) in (list, tuple):
             return type(value)(map(self._registered, value))
         return value

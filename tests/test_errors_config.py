@@ -394,7 +394,7 @@ def test_a_class_is_no_fusion():
     ("engine", "words"),
     [
         ("loop", "got 'loop'; nearest: 'looped'"),
-        ("LOOPED", "got 'LOOPED'; nearest: 'looped'"),
+        ("LOOPED", "got 'LOOPED'; nearest: 'looped', 'grouped'"),
         ("", "got ''; known: {known}"),
         (None, "got None; known: {known}"),
         (1, "got 1; known: {known}"),

@@ -86,16 +86,16 @@ def test_experts_without_parameters():
 
 
 def test_the_dict_is_plain_data():
-    plain = build().explain(GOOD).as_dict()
+    plain = build(engine="looped").explain(GOOD).as_dict()
     assert list(plain) == ["family", "language"]
     assert json.loads(json.dumps(plain))["language"]["num_present"] == 3
-    assert plain["language"]["engine"] == build().engine
+    assert plain["language"]["engine"] == "looped"
 
 
 def test_the_table():
     config = two_levels()
     config.levels.append(level("a rather long level's name", ("x",)))
-    explanation = build(config).explain({**GOOD, "a rather long level's name": "x"})
+    explanation = build(config, engine="looped").explain({**GOOD, "a rather long level's name": "x"})
     lines = str(explanation).splitlines()
     assert len(lines) == 2 + 3
     assert lines[0].startswith("level ")
@@ -107,7 +107,7 @@ def test_the_table():
 
 
 def test_a_name_with_a_line_break_does_not_break_the_table():
-    explanation = build(two_levels_named("a\nb")).explain()
+    explanation = build(two_levels_named("a\nb"), engine="looped").explain()
     assert len(str(explanation).splitlines()) == 3
 
 
@@ -134,3 +134,14 @@ def test_a_removed_expert_is_refused_as_in_a_forward_pass():
     del model.level_modules["language"]["fr"]
     with pytest.raises(UnknownExpertError, match="got no 'fr'"):
         model.explain(GOOD)
+
+
+def test_classes_below_the_table():
+    model = build(engine="grouped")
+    before = model.explain(GOOD)
+    assert [each.engine for each in before.levels[1].classes] == ["grouped"]
+    assert "once proven" in str(before)
+    lines = str(build(two_levels_named("a\nb"), engine="grouped").explain()).splitlines()
+    assert len(lines) == 3 + 2
+    assert lines[-1].startswith("'a\\nb': 2 Counting ")
+    assert json.loads(json.dumps(before.as_dict()))["language"]["classes"][0]["operations_looped"] == {}

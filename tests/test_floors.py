@@ -15,18 +15,18 @@ import celmoe
 PACKAGE = Path(celmoe.__file__).parent
 
 FLOORS = [
-    {"version", "errors", "ragged", "segments"},
+    {"version", "errors", "ragged", "segments", "tally"},
     {"config", "experts", "product", "inspection"},
+    {"members"},
     {"routing", "names", "context", "fusion", "operations", "signature"},
     {
         "plan",
-        "operations_elementwise",
         "operations_shape",
         "operations_reduce",
         "operations_product",
         "operations_norm",
     },
-    {"planner", "operations_attention", "operations_recurrent"},
+    {"planner", "operations_elementwise", "operations_attention", "operations_recurrent"},
     {"compiler", "dispatch", "outputs", "explain", "template"},
     {"looped", "loss", "proof", "grouping"},
     {"cost", "grouped"},
@@ -87,7 +87,7 @@ def test_the_street_is_used():
     reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
     assert {"compiler", "config", "errors"} <= reached["hierarchy"]
     assert {file for file, found in reached.items() if not found} <= {
-        *("version", "errors", "experts", "names", "ragged", "segments")
+        *("version", "errors", "experts", "names", "ragged", "segments", "tally")
     }
 
 

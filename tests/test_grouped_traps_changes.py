@@ -660,7 +660,7 @@ def test_one_expert_cast(dtype: torch.dtype, engine: str):
         model.engine = engine
     batches = Batch(), Batch()
     outputs = []
-    for model, batch, forward in zip(models, batches, (models[0], oracle_of(models[1])), strict=True):
+    for batch, forward in zip(batches, (models[0], oracle_of(models[1])), strict=True):
         try:
             outputs.append(batch(forward).fused_hidden)
         except EngineRefusedError:
@@ -686,6 +686,7 @@ class OwnDtype(Plain):
 def test_the_whole_model_cast(dtype: torch.dtype, engine: str):
     model = build(Rich)
     observe(model, model, Batch())
+    model.zero_grad()
     model.to(dtype)
     model.engine = engine
     batch = Batch(dtype=dtype)
@@ -718,10 +719,12 @@ def test_the_whole_model_cast(dtype: torch.dtype, engine: str):
         (Plain, lambda patch: patch.setattr(nn.Linear, "forward", lambda self, rows: F.linear(rows, self.weight))),
         (Plain, lambda patch: patch.setattr(F, "linear", lambda rows, weight, bias: rows @ weight.T)),
         (Plain, lambda patch: patch.setattr(torch, "tanh", torch.sin)),
-        (Plain, lambda patch: patch.setattr(Plain, "__call__", lambda self, batch: _other_forward(self, batch), False)),
+        (Plain, lambda patch: patch.setattr(Plain, "__call__", _other_forward, raising=False)),
     ],
-    ids=["global", "helper", "helper that mixes", "forward", "class attribute", "base's forward", "layer's forward"]
-    + ["torch's function", "torch's method", "call"],
+    ids=[
+        *("global", "helper", "helper that mixes", "forward", "class attribute", "base's forward", "layer's forward"),
+        *("torch's function", "torch's method", "call"),
+    ],
 )
 def test_code_changed_from_outside(make, patch, engine: str, monkeypatch: pytest.MonkeyPatch):
     """The same class, and other code behind it."""
@@ -846,6 +849,8 @@ def test_parameter_hooks_keep_firing(name: str, whom: str, engine: str):
         assert twin.calls or make_batch is BATCHES[2]
 
 
+# PyTorch warns of a backward hook on a module that returns something else than tensors.
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning")
 @pytest.mark.parametrize("engine", [GROUPED, "auto"])
 @pytest.mark.parametrize("from_the_start", [True, False])
 @pytest.mark.parametrize("kind", ["forward", "before", "backward"])

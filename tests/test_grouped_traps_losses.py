@@ -33,7 +33,7 @@ def loss(function):
 
     spring.__name__ = function.__name__
     # Exact or refused, and the refusal says that it was about losses.
-    return LOSSES.add(r"loss", method="spring", may_run=True)(spring)
+    return LOSSES.add(r"loss|mixed samples|read|called|took a norm|passed", method="spring", may_run=True)(spring)
 
 
 @loss
