@@ -100,9 +100,10 @@ class Explanation:
         lines = []
         for line in self.levels:
             for each in line.classes:
+                level = line.level if line.level.isprintable() else repr(line.level)
                 rows = "" if each.rows_per_expert is None else ", {} {:g} {} rows each".format(*each.rows_per_expert)
                 lines.append(
-                    f"{line.level if line.level.isprintable() else repr(line.level)}: {len(each.experts)} {each.architecture} {each.engine}, {each.reason}{rows}, "
+                    f"{level}: {len(each.experts)} {each.architecture} {each.engine}, {each.reason}{rows}, "
                     f"{each.parameter_bytes / 1e6:.2f} MB"
                 )
         return ["", *lines] if lines else []

@@ -851,6 +851,7 @@ def test_parameter_hooks_keep_firing(name: str, whom: str, engine: str):
 
 # PyTorch warns of a backward hook on a module that returns something else than tensors.
 @pytest.mark.filterwarnings("ignore:For backward hooks to be called:UserWarning")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("engine", [GROUPED, "auto"])
 @pytest.mark.parametrize("from_the_start", [True, False])
 @pytest.mark.parametrize("kind", ["forward", "before", "backward"])
