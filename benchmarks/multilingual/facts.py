@@ -27,6 +27,11 @@ def processor_name() -> str:
     return next(filter(None, named), platform.processor() or platform.machine())
 
 
+def engines_by_level(model: celmoe.HierarchicalCELMoE) -> dict[str, str]:
+    """What runs each level by now; "mixed" where some classes of experts are grouped and others looped."""
+    return {line.level: line.engine for line in model.explain().levels}
+
+
 def measurement_facts(options: Options, settings: NetworkSettings, weights: LossWeights) -> dict[str, Any]:
     """Versions, machine, date, time limit, and the sizes and weights that the job has built in."""
     accelerator = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else None

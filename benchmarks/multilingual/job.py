@@ -32,7 +32,7 @@ from benchmarks.multilingual.evaluation import (
     rule_accuracy,
     score_languages,
 )
-from benchmarks.multilingual.facts import measurement_facts
+from benchmarks.multilingual.facts import engines_by_level, measurement_facts
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
@@ -249,9 +249,12 @@ def _evaluate(job: Run) -> None:
     systems = [*predictions, IDENTITY_BASELINE]
     folder = options.report
     words = progress.step * job.steps.batch_size
+    experts = next(each for each in contenders if each.name == EXPERTS)
+    engines = engines_by_level(experts.network.hierarchy)
     run_facts = {
         **_identity_facts(job.identity, progress),
         **measurement_facts(options, NetworkSettings(), LossWeights()),
+        "engines": engines,
         "words_trained": words,
         "words_per_second": {each.name: words / max(each.seconds, 1e-9) for each in contenders},
         "training_seconds": {each.name: each.seconds for each in contenders},
@@ -270,4 +273,6 @@ def _evaluate(job: Run) -> None:
     means = ", ".join(f"{system} {macro_mean(scores, system):.1%}" for system in systems)
     beaten = all(macro_mean(scores, EXPERTS) > macro_mean(scores, other) for other in systems if other != EXPERTS)
     verdict = "the experts beat both baselines" if beaten else "the experts do NOT beat both baselines"
+    ran = ", ".join(f"{level} {engine}" for level, engine in engines.items())
+    reporter.say(f"levels by engine {options.engine}: {ran}; the experts' steps took {experts.seconds:.0f} s")
     reporter.say(f"mean over {len(scores)} languages: {means}: {verdict}")
