@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,12 +22,17 @@ import celmoe
 from benchmarks import peers
 from benchmarks.multilingual import compare as comparing
 from benchmarks.multilingual import job
+from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.checkpoint import FORMAT
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar
-from benchmarks.multilingual.losses import LossWeights
-from benchmarks.multilingual.network import NetworkSettings
+from benchmarks.multilingual.hierarchy_clock import HierarchyClock
+from benchmarks.multilingual.losses import Losses, LossWeights
+from benchmarks.multilingual.network import LEVELS, Lemmatizer, NetworkSettings, hierarchy_config
 from benchmarks.multilingual.options import DEFAULT_MINUTES
+from benchmarks.multilingual.rules import EditRule
+from benchmarks.multilingual.training import make_contender, train_step
+from benchmarks.multilingual.words import WINDOW, Vocabulary
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--languages", "id,ms", "--batch-size", "256"]
@@ -133,6 +138,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     ours, theirs = parameters(uninterrupted), parameters(tmp_path)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (tmp_path / "accuracy.csv").read_text() == (uninterrupted / "accuracy.csv").read_text()
+
+
+def test_grouped_and_looped_runs_train_to_like_parameters_and_a_grouped_one_can_be_resumed(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grouped = [*HERE, "--engine", "grouped"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*SMALL, *grouped, "--steps", "6", "--seed", "5", "--report", str(whole)]) == 0
+    assert "levels by engine grouped: universal looped, family looped, language grouped" in capsys.readouterr().out
+    engines = {"universal": "looped", "family": "looped", "language": "grouped"}
+    assert json.loads((whole / "accuracy.json").read_text())["run"]["engines"] == engines
+    move_to = Bar.move_to
+
+    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
+        move_to(bar, done, total, figures)
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "move_to", interrupt_at_three)
+        assert main([*SMALL, *grouped, "--steps", "6", "--seed", "5", "--report", str(parts)]) == 130
+    assert "--engine grouped" in capsys.readouterr().out
+    assert main(["--resume", *grouped, "--report", str(parts)]) == 0
+    ours, resumed, looped = parameters(whole), parameters(parts), parameters(uninterrupted)
+    assert all(torch.equal(ours[name], resumed[name]) for name in ours)
+    for name in ours:
+        torch.testing.assert_close(ours[name], looped[name], rtol=0, atol=1e-4, msg=name)
 
 
 def test_resuming_a_finished_run_says_so_and_writes_nothing(
@@ -298,8 +330,87 @@ def test_the_comparison_stands_without_the_peer(
 def test_the_comparison_with_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--compare", "--steps", "3", "--report", str(tmp_path)]) == 0
     systems = {each["system"]: each for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]}
-    if comparing.PEER in systems:
-        assert systems[comparing.PEER]["largest_parameter_difference"] < 1e-4
-        assert systems[comparing.PEER]["steps"] == 3
-    else:
-        assert "WITHOUT THE PEER" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert f"{torch.get_num_threads()} threads" in said.out
+    peers_found = [comparing.PEER] if comparing.PEER in systems else []
+    assert peers_found or "WITHOUT THE PEER" in said.err
+    bounds = ["one expert a level", "no hierarchy"]
+    assert list(systems) == ["celmoe looped", "celmoe grouped", *peers_found, "celmoe.reference", *bounds]
+    for name, system in systems.items():
+        assert system["steps"] == 3
+        assert system["words_per_second"] == pytest.approx(256_000 / system["milliseconds_a_step"])
+        if name == "no hierarchy":
+            assert system["hierarchy_share"] is None
+        else:
+            assert 0 < system["hierarchy_share"] < 1
+            assert system["hierarchy_milliseconds"] > 0
+        if name in {"celmoe looped", *bounds}:
+            assert system["largest_parameter_difference"] is None
+        else:
+            assert system["largest_parameter_difference"] < 1e-4
+
+
+def test_one_engine_alone_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(version: str) -> None:
+        raise peers.PeerUnavailableError("no network")
+
+    monkeypatch.setattr(comparing, "load_peer", missing)
+    assert main([*SMALL, "--compare", "--engine", "grouped", "--steps", "1", "--report", str(tmp_path)]) == 0
+    systems = [each["system"] for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]]
+    assert systems == ["celmoe grouped", "celmoe.reference", "one expert a level", "no hierarchy"]
+
+
+class TimedByHand(Lemmatizer):
+    """Every part takes a time of its own, forward and backward."""
+
+    now = 0.0
+
+    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
+        output = super().run_hierarchy(self.takes(hidden, 10, 1_000), batch)
+        output.fused_hidden = self.takes(output.fused_hidden, 20, 2_000)
+        return output
+
+    def takes(self, tensor: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
+        network = self
+
+        class Takes(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                network.now += forward
+                return value.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                network.now += backward
+                return gradient
+
+        return cast("torch.Tensor", Takes.apply(tensor))
+
+
+@pytest.mark.parametrize("engine", ["looped", "grouped"])
+def test_the_clock_reads_the_hierarchy_and_nothing_beside(engine: str) -> None:
+    vocabulary = Vocabulary(
+        languages=["id", "ms"], characters="ab", rules=[EditRule(0, "", 0, "")] * 2, candidates=[[0, 1], [0, 1]]
+    )
+    network = TimedByHand(vocabulary, NetworkSettings(width=8, universal_width=8, family_width=8, language_width=8))
+    network.hierarchy.engine = engine
+    clock = HierarchyClock(network, lambda: network.now)
+    encode, score = network.encoder.mix.forward, network.head.forward
+    network.encoder.mix.forward = lambda places: network.takes(encode(places), 1, 100)  # type: ignore[method-assign]
+    network.head.forward = (  # type: ignore[method-assign]
+        lambda hidden, plan: score(network.takes(hidden, 40, 4_000), plan)
+    )
+    compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, vocabulary.languages, LEVELS, NetworkSettings()))
+    languages = ["id", "ms", "ms", "id", "ms"]
+    batch = Batch(
+        characters=torch.zeros(5, WINDOW, dtype=torch.int32),
+        targets=torch.tensor([0, 1, 0, 1, 1]),
+        languages=languages,
+        plan=compiler({"language": languages}),
+    )
+    contender = make_contender("timed by hand", network, Losses(network, LossWeights()))
+    for _ in range(2):
+        train_step(contender, batch, 1e-3, done=0.0, read=False)
+    assert clock.seconds == [3_030, 3_030]
+    # The encoder's and the head's are outside of it.
+    assert network.now == 2 * (3_030 + 101 + 4_040)
