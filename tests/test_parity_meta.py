@@ -620,6 +620,45 @@ def test_values_that_are_not_finite_compare_with_nothing():
         assert_parity(model, case.inputs)
 
 
+def scaled(factor: float, case: Case) -> None:
+    """Compare an engine whose rows are off by this factor, with the oracle in float64 at hand."""
+    wide = replace(case, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        change_rows(lambda rows: rows * factor)(patch)
+        assert_parity(
+            *(case.model("looped"), case.inputs), optimizers=(), in_float64=lambda: (wide.model("looped"), wide.inputs)
+        )
+
+
+def test_an_error_of_a_few_roundings_is_none_of_rounding():
+    """Where the oracle is exact to a rounding, float64 at hand excuses nothing."""
+    case = replace(CASE, dtype=torch.float32)
+    scaled(1 + 2e-6, case)
+    with pytest.raises(ParityError, match=RESULT):
+        scaled(1 + 3e-5, case)
+
+
+def test_rounding_that_the_step_itself_magnifies_is_no_error():
+    """Rows far from zero, then normalized: the oracle is itself off by more than the tolerance."""
+
+    def far_from_zero(case: Case) -> Any:
+        def make_inputs(step: int) -> Any:
+            inputs = case.inputs(step)
+            hidden = 1000 + inputs.hidden.detach()
+            return replace(inputs, hidden=hidden, leaves={})
+
+        return make_inputs
+
+    case = replace(of_kind("identity"), fusion="position_aware", dtype=torch.float32)
+    wide = replace(case, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        change_rows(lambda rows: rows * (1 + torch.finfo(rows.dtype).eps))(patch)
+        with pytest.raises(ParityError, match=GRADIENT):
+            assert_parity(case.model("looped"), far_from_zero(case), optimizers=())
+        in_float64 = wide.model("looped"), far_from_zero(wide)
+        assert_parity(case.model("looped"), far_from_zero(case), optimizers=(), in_float64=lambda: in_float64)
+
+
 def test_an_optimizer_that_touches_absent_experts_is_caught(monkeypatch: pytest.MonkeyPatch):
     """An AdamW that decays what had no gradient, in both: only the look at untouched parameters can see it."""
     right = torch.optim.AdamW.step

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 
 from celmoe import EngineRefusedError
@@ -27,8 +28,18 @@ def assert_equal(engine: str, case: Case, **options: Any) -> None:
     if engine != "looped" and any(KINDS[kind].stochastic for kind in case.kinds):
         # Run as one they draw other numbers.
         case = replace(case, training=False)
+
+    def in_float64() -> Any:
+        wide = replace(case, dtype=torch.float64)
+        return wide.model(engine), wide.inputs
+
     try:
-        assert_parity(case.model(engine), case.inputs, seed=case.seed, **options)
+        assert_parity(
+            *(case.model(engine), case.inputs),
+            seed=case.seed,
+            in_float64=in_float64 if case.dtype == torch.float32 else None,
+            **options,
+        )
     except EngineRefusedError:
         assert engine == "grouped"
         assert 0 in case.trailing or any(KINDS[kind].is_refused for kind in case.kinds)
