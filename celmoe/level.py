@@ -174,7 +174,7 @@ class Level:
         self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan
     ) -> Arrangement | None:
         """The experts by units; ``None`` where they run one after another, in the plan's order."""
-        if engine == LOOPED or len(experts) == 1:
+        if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
         units = self.classes.units(plan.experts, experts, scales)
         if engine == AUTO:

@@ -93,13 +93,13 @@ def assert_parity(
 
     options = (objective, per_sample, seed)
 
-    def compare(close: _Closeness) -> Evidence:
+    def compare(close: Closeness) -> Evidence:
         return _compare(
             lambda evidence: _Comparison(model, model, close, evidence, *options), make_inputs, optimizers, steps
         )
 
     try:
-        return compare(_Closeness())
+        return compare(Closeness())
     except _ValuesDifferError:
         if in_float64 is None:
             raise
@@ -109,7 +109,7 @@ def assert_parity(
         lambda evidence: _OracleTwice(model, wide_model, make_wide_inputs, rounding, evidence, *options),
         *(make_inputs, optimizers, steps),
     )
-    return compare(_Closeness(rounding.seen))
+    return compare(Closeness(rounding.seen))
 
 
 def _compare(
@@ -149,7 +149,7 @@ class _Comparison:
         self,
         subject: HierarchicalCELMoE,
         oracle: HierarchicalCELMoE,
-        close: _Closeness,
+        close: Closeness,
         evidence: Evidence,
         objective: str,
         per_sample: bool,
@@ -195,7 +195,7 @@ class _Comparison:
         theirs_by_key = dict(self.oracle.named_parameters())
         for key, value in self.subject.named_parameters():
             mine, theirs = subject.state.get(value, {}), oracle.state.get(theirs_by_key[key], {})
-            self._compare_values(f"optimizer state of {key!r} {where}", mine, theirs)
+            compare_values(self.close, f"optimizer state of {key!r} {where}", mine, theirs)
 
     def _make_both(self, make_inputs: Callable[[int], Inputs], step: int) -> tuple[Inputs, Inputs]:
         return make_inputs(step), make_inputs(step)
@@ -236,27 +236,27 @@ class _Comparison:
         self.evidence.engine_calls += spy.calls
 
     def _compare_outputs(self, output: CELMoEOutput, expected: CELMoEOutput) -> None:
-        _equal("levels", list(output.levels), list(expected.levels))
+        equal("levels", list(output.levels), list(expected.levels))
         for name, level in output.levels.items():
             wanted = expected.levels[name]
             where = f"levels[{name!r}]"
-            _equal(f"{where}.name", level.name, wanted.name)
-            _equal(f"{where}.routes", level.routes, wanted.routes)
+            equal(f"{where}.name", level.name, wanted.name)
+            equal(f"{where}.routes", level.routes, wanted.routes)
             self.close(f"{where}.hidden", level.hidden, wanted.hidden)
             if self.per_sample:
                 continue
             self._compare_losses(where, level, wanted)
-            self._compare_values(f"{where}.aux", level.aux, wanted.aux)
+            compare_values(self.close, f"{where}.aux", level.aux, wanted.aux)
         self.close("fused_hidden", output.fused_hidden, expected.fused_hidden)
         if not self.per_sample:
             self._compare_losses("output", output, expected)
-            self._compare_values("output.aux", output.aux, expected.aux)
+            compare_values(self.close, "output.aux", output.aux, expected.aux)
 
     def _compare_losses(self, where: str, output: Any, expected: Any) -> None:
-        _equal(f"{where}.losses", list(output.losses), list(expected.losses))
+        equal(f"{where}.losses", list(output.losses), list(expected.losses))
         for key, value in output.losses.items():
             self.close(f"{where}.losses[{key!r}]", value, expected.losses[key])
-        _equal(f"{where}.loss_weights", output.loss_weights, expected.loss_weights)
+        equal(f"{where}.loss_weights", output.loss_weights, expected.loss_weights)
         self.evidence.losses += len(output.losses)
 
     def _compare_gradients(
@@ -267,8 +267,8 @@ class _Comparison:
         wanted: Inputs,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] | None,
     ) -> None:
-        losses = [_objective(each, self.objective, self.per_sample) for each in (output, expected)]
-        _equal("objective.requires_grad", losses[0].requires_grad, losses[1].requires_grad)
+        losses = [objective_of(each, self.objective, self.per_sample) for each in (output, expected)]
+        equal("objective.requires_grad", losses[0].requires_grad, losses[1].requires_grad)
         if not losses[1].requires_grad:
             return
         for optimizer in optimizers or ():
@@ -300,17 +300,6 @@ class _Comparison:
         for optimizer in optimizers or ():
             if optimizer is not None:
                 optimizer.step()
-
-    def _compare_values(self, where: str, mine: Any, theirs: Any) -> None:
-        """Compare tensors within whatever holds them."""
-        if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
-            self.close(where, mine, theirs, layout=False)
-        elif isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-            _equal(where, list(mine), list(theirs))
-            for key in mine:
-                self._compare_values(f"{where}[{key!r}]", mine[key], theirs[key])
-        else:
-            _equal(where, mine, theirs)
 
 
 class _OracleTwice(_Comparison):
@@ -365,7 +354,7 @@ def _trains(model: nn.Module) -> bool:
     return next(model.parameters(), None) is not None
 
 
-def _objective(output: CELMoEOutput, objective: str, per_sample: bool) -> torch.Tensor:
+def objective_of(output: CELMoEOutput, objective: str, per_sample: bool) -> torch.Tensor:
     """A number that depends on every element of what is asked for, each with a weight of its own."""
     hiddens = [level.hidden for level in output.levels.values()]
     match objective:
@@ -388,12 +377,25 @@ def _objective(output: CELMoEOutput, objective: str, per_sample: bool) -> torch.
     return total
 
 
-def _equal(where: str, mine: Any, theirs: Any) -> None:
+def equal(where: str, mine: Any, theirs: Any) -> None:
+    """Hold two values to be of one type and equal."""
     if type(mine) is not type(theirs) or mine != theirs:
         raise ParityError(f"{where}: is {mine!r}, should be {theirs!r}")
 
 
-class _Closeness:
+def compare_values(close: Closeness, where: str, mine: Any, theirs: Any) -> None:
+    """Compare tensors within whatever holds them."""
+    if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        close(where, mine, theirs, layout=False)
+    elif isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        equal(where, list(mine), list(theirs))
+        for key in mine:
+            compare_values(close, f"{where}[{key!r}]", mine[key], theirs[key])
+    else:
+        equal(where, mine, theirs)
+
+
+class Closeness:
     """Holds two values to be equal up to rounding.
 
     Args:
@@ -404,11 +406,11 @@ class _Closeness:
         self.rounding = rounding or {}
 
     def __call__(self, where: str, mine: torch.Tensor, theirs: torch.Tensor, *, layout: bool = True) -> None:
-        _equal(f"{where}.shape", tuple(mine.shape), tuple(theirs.shape))
-        _equal(f"{where}.dtype", mine.dtype, theirs.dtype)
+        equal(f"{where}.shape", tuple(mine.shape), tuple(theirs.shape))
+        equal(f"{where}.dtype", mine.dtype, theirs.dtype)
         if layout:
-            _equal(f"{where}.is_contiguous()", mine.is_contiguous(), theirs.is_contiguous())
-            _equal(f"{where}.requires_grad", mine.requires_grad, theirs.requires_grad)
+            equal(f"{where}.is_contiguous()", mine.is_contiguous(), theirs.is_contiguous())
+            equal(f"{where}.requires_grad", mine.requires_grad, theirs.requires_grad)
         if not mine.is_floating_point():
             if not torch.equal(mine, theirs):
                 raise ParityError(f"{where}: values differ")
@@ -421,7 +423,7 @@ class _Closeness:
             raise _ValuesDifferError(f"{where}: values differ by {difference:.3e}, the largest is {largest:.3e}")
 
 
-class _Rounding(_Closeness):
+class _Rounding(Closeness):
     """Only notes how far two values are apart."""
 
     def __init__(self) -> None:

@@ -503,7 +503,7 @@ def examples(number: int) -> settings:
 
 
 @cache
-def pool(number: int = 1000) -> tuple[Case, ...]:
+def pool(number: int = 2000) -> tuple[Case, ...]:
     """What `cases` draws, the same cases every time: to ask what they hold, without a search and its shrinking."""
     drawn: list[Case] = []
 

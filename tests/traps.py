@@ -191,7 +191,7 @@ def observe(model: HierarchicalCELMoE, forward: Callable[..., CELMoEOutput], bat
     found: dict[str, Any] = {f"levels[{name!r}].hidden": level.hidden for name, level in output.levels.items()}
     found |= {f"losses[{name!r}]": loss for name, loss in output.losses.items()}
     found |= {"fused_hidden": output.fused_hidden, "aux": output.levels[LEVEL].aux}
-    objective = parity._objective(output, "fused", False)
+    objective = parity.objective_of(output, "fused", False)
     for index, loss in enumerate(output.losses.values(), start=1):
         if loss.requires_grad:
             objective = objective + loss.double().sum() * (0.3 + 0.1 * index)
@@ -213,15 +213,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     Raises:
         ParityError: They did not.
     """
-    parity._equal("what there is", list(found), list(expected))
+    close = parity.Closeness()
+    parity.equal("what there is", list(found), list(expected))
     for name, mine in found.items():
         theirs = expected[name]
         if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
-            parity._close(name, mine, theirs, layout=not name.startswith("gradient"))
+            close(name, mine, theirs, layout=not name.startswith("gradient"))
         elif mine is None or theirs is None:
-            parity._equal(name, mine, theirs)
+            parity.equal(name, mine, theirs)
         else:
-            parity._compare_values(name, mine, theirs)
+            parity.compare_values(close, name, mine, theirs)
 
 
 def assert_like_oracle(subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, make_batch: Callable[[], Batch]) -> None:
