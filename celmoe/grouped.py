@@ -7,9 +7,9 @@ reason in words; the class then runs looped, or is refused if ``engine="grouped"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,6 +24,9 @@ from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
 from .tally import Tally, entering, leaving
 from .template import Given, Outcome, Template, run_template
+
+# Losses and aux of an expert.
+Extras: TypeAlias = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 
 # Programs of one class: more of them are a class that computes something else at every call.
 _MOST_PROOFS = 32
@@ -54,11 +57,11 @@ class UnitResult(ExpertResult):
 
     Attributes:
         blocks: The rows, in as many tensors as they were computed in.
-        by_expert: Losses and aux of each.
+        by_expert: Losses and aux of each; empty where none has any.
     """
 
     blocks: list[torch.Tensor] = field(default_factory=list)
-    by_expert: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = field(default_factory=list)
+    by_expert: list[Extras] = field(default_factory=list)
 
 
 def kind_of(batch: UnitBatch) -> tuple[Any, ...]:
@@ -112,10 +115,13 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     if why_not is None:
         outcome, why_not, error = _attempt(unit, batch)
     if outcome is not None:
-        by_expert: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = [
-            ({name: values[place] for name, values in outcome.losses.items()}, {}) for place in range(len(unit.members))
-        ]
-        return UnitResult(outcome.hidden, blocks=[outcome.hidden], by_expert=by_expert)
+        losses = outcome.losses
+        extras: list[Extras] = (
+            [({name: values[place] for name, values in losses.items()}, {}) for place in range(len(unit.members))]
+            if losses
+            else []
+        )
+        return UnitResult(outcome.hidden, blocks=[outcome.hidden], by_expert=extras)
     assert why_not is not None
     if is_strict and error is None:
         raise _refusal(unit, batch, why_not)

@@ -71,7 +71,7 @@ class LevelClasses:
         self._watched: dict[str, Watched] = {}
         self._modules: dict[str, nn.Module] = {}
         self._numbers: dict[str, int] = {}
-        self._records: dict[tuple[Any, ...], ClassRecord] = {}
+        self._records: dict[int, ClassRecord] = {}
         self._gathered = Gathered(())
         self._shares_tensors = False
 
@@ -128,11 +128,11 @@ class LevelClasses:
 
     def _unit(self, positions: tuple[int, ...], members: tuple[Watched, ...], scale: float) -> Unit:
         signature = members[0].signature
-        record = self._records.get(signature.key)
+        record = self._records.get(signature.id)
         if record is None:
             if len(self._records) >= _MOST_CLASSES:
                 self._records.clear()
-            record = self._records[signature.key] = ClassRecord(signature)
+            record = self._records[signature.id] = ClassRecord(signature)
         fault = None
         if len(members) > 1:
             fault = global_hooks() or signature.fault
@@ -198,7 +198,8 @@ def _by_count(unit: Unit, plan: LevelPlan) -> Unit:
     total = sum(plan.counts[position] for position in unit.positions)
     if plan.order.device.type == "cpu" and total > FEW_ROWS_PER_EXPERT * len(unit.positions):
         return unit
-    order = sorted(range(len(unit.positions)), key=lambda place: plan.counts[unit.positions[place]])
+    counts = [plan.counts[position] for position in unit.positions]
+    order = sorted(range(len(counts)), key=counts.__getitem__)
     if order == list(range(len(order))):
         return unit
     return unit._replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from .engines import AUTO, ENGINES, LOOPED
 from .errors import UnknownExpertError, UnknownLevelError, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped import UnitBatch, UnitResult
+from .grouped import Extras, UnitBatch, UnitResult
 from .grouping import Arrangement, LevelClasses, Unit, arrange
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
@@ -91,10 +91,6 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
     return found
 
 
-# Losses and aux of each expert present.
-_Extras: TypeAlias = list[tuple[Mapping[str, torch.Tensor], Mapping[str, object]]]
-
-
 class Level:
     """One level of a model: its config, and what is known of its experts' classes.
 
@@ -137,14 +133,15 @@ class Level:
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
-            extras: _Extras = [(result.losses, result.aux) for result in results]
+            extras: dict[int, Extras] = {place: (result.losses, result.aux) for place, result in enumerate(results)}
         else:
             results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
         output = LevelOutput.with_deferred_routes(name, combine(promoted, order), make_routes)
-        for expert, (losses, aux) in zip(plan.experts, extras, strict=True):
+        for place in sorted(extras):
+            expert, (losses, aux) = plan.experts[place], extras[place]
             if losses:
                 _add_losses(output, expert, losses, self.config.experts[expert].loss_weight)
             if aux:
@@ -240,18 +237,18 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
     return batches
 
 
-def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[list[torch.Tensor], _Extras]:
-    """The rows of all units, and the losses and aux of each expert in the plan's order."""
+def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[list[torch.Tensor], dict[int, Extras]]:
+    """The rows of all units, and losses and aux by the places of the experts that may have some."""
     blocks: list[torch.Tensor] = []
-    found: dict[int, tuple[Mapping[str, torch.Tensor], Mapping[str, object]]] = {}
+    found: dict[int, Extras] = {}
     for unit, result in zip(arranged.units, results, strict=True):
         if isinstance(result, UnitResult):
             blocks += result.blocks
-            found.update(zip(unit.positions, result.by_expert, strict=True))
+            found.update(zip(unit.positions, result.by_expert, strict=False))
         else:
             blocks.append(result.hidden)
             found[unit.positions[0]] = (result.losses, result.aux)
-    return blocks, [found[position] for position in range(len(found))]
+    return blocks, found
 
 
 def _blocks(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> tuple[Blocks, Blocks | None, list[Blocks]]:

@@ -6,7 +6,7 @@ Axes: R rows of all members, one member's after the other's; P members.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +78,13 @@ class Segments:
             self._members[factor] = torch.from_numpy(members).to(self.device, non_blocking=True)
         return self._members[factor]
 
+    def row_runs(self, factor: int = 1) -> list[tuple[int, int, int, int]]:
+        """For each run its first row, the row after its last, its first member and how many members it has."""
+        return [
+            (row * factor, (row + length * members) * factor, member, members)
+            for row, member, length, members in self.runs
+        ]
+
     def ends(self, factor: int = 1) -> torch.Tensor:
         """``[P]`` int32: the row after the last one of each member, ``factor`` positions a row."""
         if factor not in self._ends:
@@ -135,9 +142,9 @@ def _buckets(runs: Sequence[Run]) -> list[Bucket]:
 
 def _runs(counts: Sequence[int]) -> list[Run]:
     runs: list[Run] = []
-    for member, (start, count) in enumerate(zip(accumulate(counts, initial=0), counts, strict=False)):
-        if runs and runs[-1].length == count:
-            runs[-1] = runs[-1]._replace(members=runs[-1].members + 1)
-        else:
-            runs.append(Run(start, member, count, 1))
+    row = member = 0
+    for count, group in groupby(counts):
+        members = len(list(group))
+        runs.append(Run(row, member, count, members))
+        row, member = row + count * members, member + members
     return runs

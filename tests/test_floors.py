@@ -17,7 +17,7 @@ PACKAGE = Path(celmoe.__file__).parent
 FLOORS = [
     {"version", "errors", "ragged", "segments", "tally"},
     {"config", "experts", "product", "inspection"},
-    {"members"},
+    {"members", "affine"},
     {"routing", "names", "context", "fusion", "operations", "signature"},
     {
         "plan",
