@@ -1,7 +1,8 @@
 """When running a class as one is worth it: a few constants, no clock.
 
-A loop launches every operation of an expert once for each expert present. As one, each is launched once, dearer, and
-the members' tensors are stacked first. What is computed is the same, so it does not count.
+A loop calls every operation of an expert once for each expert present. As one, each is called once, dearer, in a mode
+that takes every call apart. On a CPU a loop has the better of the caches in return: an expert's rows and weights are
+still there when the next operation wants them, while those of a whole class have to be fetched again each time.
 """
 
 from __future__ import annotations
@@ -10,44 +11,68 @@ from typing import NamedTuple
 
 from .grouping import Unit
 
-# Microseconds of a training step, on one thread of a CPU: see notes/performance.md.
-_EXPERT = 60.0
-_CALL = 35.0
+
+class _Within(NamedTuple):
+    """Calls behind one operation, in a loop and as one."""
+
+    looped: int
+    grouped: int
+
+
+# Microseconds of a training step, on one thread of a CPU: fitted to both engines' times for four kinds of experts, 2 to
+# 256 of them and 16 to 4,096 samples. See notes/performance.md.
+_CALL = 28.0
 _GROUPED_CALL = 90.0
-_PASS = 1200.0
-_TENSOR = 7.0
-# An operation to about so many tensors; and what attention and recurrent layers launch beside.
+_PASS = 1500.0
+_KILOBYTE_OF_WEIGHTS = 0.13
+_ROW_OF_A_FEATURE = 0.001
+# An operation to about so many tensors; attention and recurrent layers make more calls, and are for sequences.
 _TENSORS_A_CALL = 1.2
-_CALLS_WITHIN = {"in_proj_weight": 8, "weight_hh_l0": 20}
+_WITHIN = {"in_proj_weight": _Within(26, 27), "weight_hh_l0": _Within(140, 54)}
+_POSITIONS = 16
 
 
 class Cost(NamedTuple):
-    """The terms, in microseconds for a pass.
+    """The terms, in microseconds for a pass; what is the same either way is left out.
 
     Attributes:
-        looped: Launching each expert's operations.
-        grouped: Launching them once, and stacking the members' tensors.
+        looped: Calling each expert's operations.
+        grouped: Calling them once, and fetching all rows and weights anew for each.
     """
 
     looped: float
     grouped: float
 
 
-def estimate(unit: Unit) -> Cost:
-    """What launching costs either way, told from the tensors that an expert has: the same before and after a call."""
-    leaves = unit.record.signature.leaves
-    members = len(unit.members)
-    calls = len(leaves) / _TENSORS_A_CALL + sum(_CALLS_WITHIN.get(places[0].name, 0) for places in leaves)
-    looped = members * (_EXPERT + calls * _CALL)
-    return Cost(looped, _PASS + calls * _GROUPED_CALL + members * len(leaves) * _TENSOR)
+def estimate(unit: Unit, rows: int) -> Cost:
+    """What a unit costs either way.
+
+    It is told from the tensors that an expert has and from the numbers of experts and rows, so it is the same before
+    and after a call, and in every process.
+
+    Args:
+        unit: The experts.
+        rows: Samples of all of them.
+    """
+    first = unit.members[0]
+    within = [_WITHIN[places[0].name] for places in unit.record.signature.leaves if places[0].name in _WITHIN]
+    calls = len(first.tensors) / _TENSORS_A_CALL
+    looped = _CALL * len(unit.members) * (calls + sum(each.looped for each in within))
+    grouped = _PASS + _GROUPED_CALL * (calls + sum(each.grouped for each in within))
+    if all(tensor.is_cpu for tensor in first.tensors):
+        kilobytes = sum(tensor.nbytes for tensor in first.tensors) / 1024
+        features = sum(tensor.shape[0] for tensor in first.tensors if tensor.dim())
+        grouped += _KILOBYTE_OF_WEIGHTS * kilobytes * len(unit.members)
+        grouped += _ROW_OF_A_FEATURE * features * rows * (_POSITIONS if within else 1)
+    return Cost(looped, grouped)
 
 
-def judged(unit: Unit) -> Unit:
+def judged(unit: Unit, rows: int) -> Unit:
     """The unit, with a fault where a loop over it costs less."""
     if unit.fault is not None or len(unit.members) == 1:
         return unit
-    cost = estimate(unit)
+    cost = estimate(unit, rows)
     if cost.grouped < cost.looped:
         return unit
-    few = f"are few ({cost.looped:.0f} µs to launch one by one, {cost.grouped:.0f} µs as one)"
+    few = f"are few or large ({cost.looped:.0f} µs one by one, {cost.grouped:.0f} µs as one)"
     return unit._replace(fault=few)

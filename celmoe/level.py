@@ -175,7 +175,7 @@ class Level:
             return None
         units = self.classes.units(plan.experts, experts, scales)
         if engine == AUTO:
-            units = [judged(unit) for unit in units]
+            units = [judged(unit, _rows_of(unit, plan)) for unit in units]
         if all(len(unit.members) == 1 for unit in units):
             return None
         if engine == AUTO or len(set(experts)) < len(experts):
@@ -194,12 +194,13 @@ def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | 
     looped: dict[str, int] = {}
     if len(unit.members) > 1:
         fault = unit.fault or next(iter(unit.record.faults.values()), None)
-        cost = estimate(unit)
-        terms = f"{cost.looped:.0f} µs to launch one by one, {cost.grouped:.0f} µs as one"
+        rows = 0 if plan is None else _rows_of(unit, plan)
+        cost = estimate(unit, rows)
+        terms = f"{cost.looped:.0f} µs one by one, {cost.grouped:.0f} µs as one"
         if fault is not None:
             reason = f"for its experts {fault}"
-        elif engine == AUTO and judged(unit).fault is not None:
-            reason = f"for its experts are few ({terms})"
+        elif engine == AUTO and (why_not := judged(unit, rows).fault) is not None:
+            reason = f"for its experts {why_not}"
         elif unit.record.programs:
             for program in unit.record.programs.values():
                 looped |= program
@@ -215,6 +216,10 @@ def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | 
         rows_per_expert=None if not counts else spread_of(counts),
         parameter_bytes=parameter_bytes(member.module for member in unit.members),
     )
+
+
+def _rows_of(unit: Unit, plan: LevelPlan) -> int:
+    return sum(plan.counts[position] for position in unit.positions)
 
 
 def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]:

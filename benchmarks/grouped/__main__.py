@@ -151,7 +151,7 @@ class Run:
 def main() -> int:
     """Measure; returns the exit code: 1 where a figure was missed or refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__)
-    parser.add_argument("--engine", choices=[AUTO, *ENGINES], default=AUTO, help="our engine")
+    parser.add_argument("--engine", choices=list(ENGINES), default=AUTO, help="our engine")
     parser.add_argument("--only", choices=[NAMED, GRID, OPERATIONS], help="one part of the figures")
     parser.add_argument("--experts", choices=list(EXPERTS), nargs="+", default=list(EXPERTS), help="kinds to measure")
     parser.add_argument("--full", action="store_true", help="the whole grid in place of half of it; takes hours")

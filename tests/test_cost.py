@@ -1,0 +1,85 @@
+"""Which engine `auto` takes: by structure and counts alone, the same whatever was run before, and told by explain."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
+from celmoe.cost import estimate, judged
+from tests.architectures import Recurrence
+
+
+class Wide(ExpertModule):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, batch):
+        return ExpertResult(self.linear(batch.hidden))
+
+
+def model_of(number: int, make: Any = None, width: int = 8) -> HierarchicalCELMoE:
+    names = [f"expert {place}" for place in range(number)]
+    level = HierarchyLevelConfig("level", {name: ExpertConfig(name) for name in names})
+    return HierarchicalCELMoE(
+        CELMoEConfig(width, [level], use_learned_fusion=False), lambda *_: make() if make else Wide(width)
+    )
+
+
+def unit_of(model: HierarchicalCELMoE):
+    modules = model.level_modules["level"]
+    (unit,) = model._levels[0].classes.units(list(modules), list(modules.values()), [1.0] * len(modules))
+    return unit
+
+
+def classes_of(model: HierarchicalCELMoE, routing):
+    return [each.engine for each in model.explain(routing).levels[0].classes]
+
+
+def test_many_small_experts_run_as_one_and_few_in_a_loop():
+    few, many = model_of(3), model_of(100)
+    for model, engine in ((few, "looped"), (many, "grouped")):
+        names = list(model.level_modules["level"])
+        assert classes_of(model, {"level": names * 2}) == [engine]
+
+
+def test_large_weights_and_many_rows_speak_for_the_loop_on_a_cpu():
+    small, large = unit_of(model_of(100)), unit_of(model_of(100, partial(Wide, 512), 512))
+    assert judged(small, 200).fault is None
+    assert "are few or large" in judged(large, 200).fault
+    assert "are few or large" in judged(small, 10_000_000).fault
+
+
+def test_elsewhere_calls_alone_count():
+    unit = unit_of(model_of(100).to("meta"))
+    assert estimate(unit, 10) == estimate(unit, 10_000_000)
+    assert judged(unit, 10_000_000).fault is None
+
+
+def test_recurrent_experts_are_few_later():
+    assert judged(unit_of(model_of(8)), 64).fault is not None
+    assert judged(unit_of(model_of(8, partial(Recurrence, 8, nn.GRU))), 64).fault is None
+
+
+@pytest.mark.parametrize("number", [3, 100])
+def test_the_estimate_is_what_it_was_before_the_call(number):
+    model = model_of(number)
+    routing = {"level": list(model.level_modules["level"]) * 2}
+    before = estimate(unit_of(model), 2 * number), classes_of(model, routing)
+    model(torch.randn(2 * number, 8), routing).fused_hidden.sum().backward()
+    assert (estimate(unit_of(model), 2 * number), classes_of(model, routing)) == before
+
+
+def test_explain_says_what_runs():
+    for number in (3, 100):
+        model = model_of(number)
+        routing = {"level": list(model.level_modules["level"]) * 2}
+        model(torch.randn(2 * number, 8), routing)
+        (found,) = model.explain(routing).levels[0].classes
+        assert bool(unit_of(model).record.programs) == (found.engine == "grouped")
+        assert "µs" in found.reason
