@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .context import ContextRows
 from .dispatch import cut
@@ -24,6 +25,7 @@ from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
 from .tally import Tally, entering, leaving
 from .template import Given, Outcome, Template, run_template
+from .watchers import StopRecomputationError, is_symbolic, is_watched, unwatched
 
 # Programs of one class: more of them are a class that computes something else at every call.
 _MOST_PROOFS = 32
@@ -109,9 +111,16 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     why_not = unit.fault or _transforms() or record.faults.get(kind)
     outcome: Outcome | None = None
     error: Exception | None = None
+    if why_not is None and kind not in record.kinds and is_watched():
+        # On trial first: a failed attempt, and a proof, are not for the caller's watchers.
+        state = _random_state(batch.hidden.device)
+        with unwatched():
+            why_not, error = _attempt(unit, batch)[1:]
+        _set_random_state(batch.hidden.device, state)
     if why_not is None:
         outcome, why_not, error = _attempt(unit, batch)
     if outcome is not None:
+        record.kinds.add(kind)
         by_expert: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = [
             ({name: values[place] for name, values in outcome.losses.items()}, {}) for place in range(len(unit.members))
         ]
@@ -138,7 +147,9 @@ def _refusal(unit: Unit, batch: UnitBatch, why_not: str) -> EngineRefusedError:
 def _transforms() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "are under a transform of torch.func"
-    if torch._C._get_tracing_state() or torch.compiler.is_compiling():
+    if forward_ad._current_level >= 0:
+        return "are differentiated forward"
+    if torch._C._get_tracing_state() or torch.compiler.is_compiling() or is_symbolic():
         return "are being traced"
     return None
 
@@ -192,6 +203,8 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
         return _attempt(unit, batch)
     except CannotGroupError as fault:
         why_not = str(fault)
+    except StopRecomputationError:
+        raise
     except Exception as raised:  # noqa: BLE001  # the loop will tell whether it is the expert's own
         why_not, error = f"raise {type(raised).__name__} when they run as one ({raised})", raised
     _set_random_state(batch.hidden.device, state)
