@@ -165,7 +165,7 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str
     Args:
         device: Its type.
         dtype: Of rows and weights.
-        widths: Of the last axes of all operands.
+        widths: Of all operands' axes, but for rows and members.
     """
     if device == "cpu":
         return "runs"
@@ -181,7 +181,9 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str
 
 def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
     """The name of the backend for these operands."""
-    return backend_for(segments.device.type, operands[0].dtype, tuple(operand.shape[-1] for operand in operands))
+    # Weights may be turned: then it is their other axis that memory is laid out by.
+    widths = tuple(width for operand in operands for width in operand.shape[1:])
+    return backend_for(segments.device.type, operands[0].dtype, widths)
 
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
