@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.autograd import Function
 
-from .product import segment_sum, spread
+from .product import is_batched, segment_sum, spread
 from .segments import Segments
 
 
@@ -71,7 +71,7 @@ class _Affine(Function):
         of_weights, of_biases = any(needed[4 : 4 + len(weights)]), any(needed[4 + len(weights) :])
         grad_w: Sequence[torch.Tensor | None] = [None] * len(weights)
         grad_b: Sequence[torch.Tensor | None] = [None] * ctx.num_biases
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad_RK):
             # The same as a graph that can be differentiated again.
             w_RK = spread(torch.stack(weights), segments, factor) if weights else None
             grad_x = grad_RK if w_RK is None else grad_RK * w_RK

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 
 from .context import ContextRows
 from .dispatch import cut
@@ -24,6 +25,7 @@ from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
 from .tally import Tally, entering, leaving
 from .template import Given, Outcome, Template, run_template
+from .watchers import StopRecomputationError, is_symbolic, is_watched, unwatched
 
 # Losses and aux of an expert.
 Extras: TypeAlias = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
@@ -112,9 +114,16 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     why_not = unit.fault or _transforms() or record.faults.get(kind)
     outcome: Outcome | None = None
     error: Exception | None = None
+    if why_not is None and kind not in record.kinds and is_watched():
+        # On trial first: a failed attempt, and a proof, are not for the caller's watchers.
+        state = _random_state(batch.hidden.device)
+        with unwatched():
+            why_not, error = _attempt(unit, batch)[1:]
+        _set_random_state(batch.hidden.device, state)
     if why_not is None:
         outcome, why_not, error = _attempt(unit, batch)
     if outcome is not None:
+        record.kinds.add(kind)
         losses = outcome.losses
         extras: list[Extras] = (
             [({name: values[place] for name, values in losses.items()}, {}) for place in range(len(unit.members))]
@@ -144,7 +153,9 @@ def _refusal(unit: Unit, batch: UnitBatch, why_not: str) -> EngineRefusedError:
 def _transforms() -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "are under a transform of torch.func"
-    if torch._C._get_tracing_state() or torch.compiler.is_compiling():
+    if forward_ad._current_level >= 0:
+        return "are differentiated forward"
+    if torch._C._get_tracing_state() or torch.compiler.is_compiling() or is_symbolic():
         return "are being traced"
     return None
 
@@ -198,6 +209,8 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
         return _attempt(unit, batch)
     except CannotGroupError as fault:
         why_not = str(fault)
+    except StopRecomputationError:
+        raise
     except Exception as raised:  # noqa: BLE001  # the loop will tell whether it is the expert's own
         why_not, error = f"raise {type(raised).__name__} when they run as one ({raised})", raised
     _set_random_state(batch.hidden.device, state)

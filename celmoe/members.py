@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.autograd import Function
 
-from .product import backend_of, linear, outer, segment_sum
+from .product import backend_of, is_batched, linear, outer, segment_sum
 from .segments import Segments
 
 # What is stacked at a time. Measured: a quarter of it is a tenth slower, for more calls, and all at once no faster.
@@ -149,7 +149,7 @@ class _LinearOfMembers(Function):
         of_weights, of_biases = _halves(needed[4:], ctx.has_bias)
         wanted = _Wanted(needed[0], any(of_weights), any(of_biases))
         grad_RN = grads[0].contiguous()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad_RN):
             found = _differentiable(grad_RN, x_RK, weights, segments, factor, wanted)
         else:
             found = _gradients(grad_RN, x_RK.contiguous(), weights, segments, factor, wanted)

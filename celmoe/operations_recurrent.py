@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .operations import Run, arguments, operation
 from .operations_product import by_weights
-from .product import linear, outer, segment_sum
+from .product import is_batched, linear, outer, segment_sum
 from .ragged import CannotGroupError, Rows, Stack, rows
 from .segments import Segments
 
@@ -171,7 +171,7 @@ class _GRU(Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         given_SRG, start_RH, w_PGH, b_PG, out, kept = ctx.saved_tensors
         segments = ctx.segments
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(*grads):
             return (*_again(given_SRG, start_RH, w_PGH, b_PG, segments, grads[0], ctx.needs_input_grad), None)
         num_positions, num_rows, width = out.shape
         grad_given = torch.empty_like(given_SRG)
@@ -215,6 +215,7 @@ def _again(
     """The gradients as a graph that can be differentiated again."""
     inputs = [given, start, w, b]
     wanted = [each for each, needs in zip(inputs, needed, strict=False) if needs and each is not None]
-    out, _ = _unrolled(_step_gru, given, (start,), w, b, segments)
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, allow_unused=True))
+    with torch.enable_grad():
+        out, _ = _unrolled(_step_gru, given, (start,), w, b, segments)
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return [next(found) if needs and each is not None else None for each, needs in zip(inputs, needed, strict=False)]

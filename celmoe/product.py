@@ -13,6 +13,7 @@ there a call costs less than moving rows does. Elsewhere calls are what costs, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -164,7 +165,7 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str
     Args:
         device: Its type.
         dtype: Of rows and weights.
-        widths: Of the last axes of all operands.
+        widths: Of all operands' axes, but for rows and members.
     """
     if device == "cpu":
         return "runs"
@@ -180,7 +181,9 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str
 
 def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
     """The name of the backend for these operands."""
-    return backend_for(segments.device.type, operands[0].dtype, tuple(operand.shape[-1] for operand in operands))
+    # Weights may be turned: then it is their other axis that memory is laid out by.
+    widths = tuple(width for operand in operands for width in operand.shape[1:])
+    return backend_for(segments.device.type, operands[0].dtype, widths)
 
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
@@ -212,12 +215,12 @@ class _Linear(Function):
         segments, factor, is_transposed = ctx.segments, ctx.factor, ctx.is_transposed
         grad_x = grad_w = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _Linear.apply(grad_RN, w_PNK, None, segments, factor, not is_transposed)
+            grad_x = linear(grad_RN, w_PNK, None, segments, factor, is_transposed=not is_transposed)
         if ctx.needs_input_grad[1]:
             left, right = (x_RK, grad_RN) if is_transposed else (grad_RN, x_RK)
-            grad_w = _Outer.apply(left, right, segments, factor)
+            grad_w = outer(left, right, segments, factor)
         if ctx.needs_input_grad[2]:
-            grad_bias = _SegmentSum.apply(grad_RN, segments, factor)
+            grad_bias = segment_sum(grad_RN, segments, factor)
         return grad_x, grad_w, grad_bias, None, None, None
 
 
@@ -235,9 +238,9 @@ class _Outer(Function):
         grad_PNK = grads[0].contiguous()
         grad_y = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_y = _Linear.apply(x_RK, grad_PNK, None, ctx.segments, ctx.factor, False)
+            grad_y = linear(x_RK, grad_PNK, None, ctx.segments, ctx.factor)
         if ctx.needs_input_grad[1]:
-            grad_x = _Linear.apply(y_RN, grad_PNK, None, ctx.segments, ctx.factor, True)
+            grad_x = linear(y_RN, grad_PNK, None, ctx.segments, ctx.factor, is_transposed=True)
         return grad_y, grad_x, None, None
 
 
@@ -251,7 +254,7 @@ class _SegmentSum(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return cast(torch.Tensor, _Spread.apply(grads[0], ctx.segments, ctx.factor)), None, None
+        return spread(grads[0], ctx.segments, ctx.factor), None, None
 
 
 class _Spread(Function):
@@ -262,11 +265,25 @@ class _Spread(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return cast(torch.Tensor, _SegmentSum.apply(grads[0], ctx.segments, ctx.factor)), None, None
+        return segment_sum(grads[0], ctx.segments, ctx.factor), None, None
+
+
+def is_batched(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are batches of gradients, as for ``is_grads_batched``: then plain operators must do.
+
+    A forward pass under such a transform is never grouped.
+    """
+    return torch._C._are_functorch_transforms_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
 
 
 def linear(
-    x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    x_RK: torch.Tensor,
+    w_PNK: torch.Tensor,
+    bias_PN: torch.Tensor | None,
+    segments: Segments,
+    factor: int,
+    *,
+    is_transposed: bool = False,
 ) -> torch.Tensor:
     """``[R, N]``: each row through its member's weights, differentiable any number of times.
 
@@ -276,20 +293,37 @@ def linear(
         bias_PN: ``[P, N]`` or ``None``.
         segments: The rows of each member.
         factor: Positions folded into each row.
+        is_transposed: Whether the weights are ``[P, K, N]``.
     """
-    return cast(torch.Tensor, _Linear.apply(x_RK, w_PNK, bias_PN, segments, factor, False))
+    if is_batched(x_RK, w_PNK):
+        w_PKN = w_PNK if is_transposed else w_PNK.mT
+        out_RN = torch.cat([x @ w for x, w in zip(_cut(x_RK, segments, factor), w_PKN.unbind(0), strict=True)])
+        return out_RN if bias_PN is None else out_RN + spread(bias_PN, segments, factor)
+    return cast(torch.Tensor, _Linear.apply(x_RK, w_PNK, bias_PN, segments, factor, is_transposed))
 
 
 def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
     """``[P, N, K]``: the sum over each member's rows of ``y xᵀ``."""
+    if is_batched(y_RN, x_RK):
+        pairs = zip(_cut(y_RN, segments, factor), _cut(x_RK, segments, factor), strict=True)
+        return torch.stack([y.mT @ x for y, x in pairs])
     return cast(torch.Tensor, _Outer.apply(y_RN, x_RK, segments, factor))
 
 
 def segment_sum(x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
     """``[R, ...]`` to ``[P, ...]``: the sum over each member's rows."""
+    if is_batched(x):
+        return torch.stack([each.sum(0) for each in _cut(x, segments, factor)])
     return cast(torch.Tensor, _SegmentSum.apply(x, segments, factor))
 
 
 def spread(stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
     """``[P, ...]`` to ``[R, ...]``: each row's member's entry."""
+    if is_batched(stack):
+        return stack.index_select(0, segments.member_of_row(factor))
     return cast(torch.Tensor, _Spread.apply(stack, segments, factor))
+
+
+def _cut(x: torch.Tensor, segments: Segments, factor: int) -> Sequence[torch.Tensor]:
+    """The rows of each member."""
+    return cast(Sequence[torch.Tensor], x.split([count * factor for count in segments.counts]))

@@ -20,6 +20,7 @@ from .ragged import CannotGroupError
 from .segments import Segments
 from .signature import Watched
 from .template import Given, Outcome, Template, run_template
+from .watchers import unwatched
 
 # Rows of the two members.
 COUNTS = (2, 3)
@@ -71,7 +72,7 @@ def prove(members: Sequence[Watched], given: Given, program: tuple[str, ...]) ->
     num_rows = given.hidden.shape[0]
     autocast = _autocast_of(given.hidden.device.type)
     # A mode of inference would hold the rows' gradients back.
-    with torch.inference_mode(False), torch.enable_grad(), autocast:
+    with torch.inference_mode(False), torch.enable_grad(), unwatched(), autocast:
         index = torch.arange(sum(COUNTS), device=given.hidden.device) % num_rows
         few = Given(
             _copy(given.hidden.index_select(0, index)),

@@ -497,6 +497,19 @@ def _nested_in(codes_above: Sequence[int], sorted_ids: Sequence[int]) -> tuple[i
     return tuple(per_parent[present.index(code)] for code in codes_above)
 
 
+def of_siblings(case: Case) -> Case:
+    """The case with one class a level: kind, flag and scale are the first expert's, so that more of them run as one."""
+    levels = tuple(
+        replace(
+            level,
+            experts=tuple(replace(each, kind=first.kind, stop=first.stop, scale=first.scale) for each in level.experts),
+        )
+        for level in case.levels
+        for first in level.experts[:1]
+    )
+    return replace(case, levels=levels)
+
+
 def examples(number: int) -> settings:
     """Settings for this many examples under the default profile, and as many times more as another profile draws."""
     return settings(max_examples=max(1, number * settings.default.max_examples // 100))

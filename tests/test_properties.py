@@ -16,7 +16,7 @@ from celmoe import EngineRefusedError
 from celmoe.engines import ENGINES
 from tests.experts import KINDS
 from tests.parity import assert_parity
-from tests.strategies import Case, cases, examples
+from tests.strategies import Case, cases, examples, of_siblings
 
 pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
 
@@ -50,6 +50,13 @@ def assert_equal(engine: str, case: Case, **options: Any) -> None:
 @given(case=cases())
 def test_values_and_gradients_equal_the_oracles(engine: str, case: Case):
     assert_equal(engine, case, objective=case.objective, optimizers=())
+
+
+@examples(100)
+@given(case=cases().map(of_siblings))
+def test_siblings_run_as_one_equal_the_oracle(case: Case):
+    """Left to chance, few classes have more than one member: experts seldom agree in kind, flag and scale."""
+    assert_equal("grouped", case, objective=case.objective, optimizers=())
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
