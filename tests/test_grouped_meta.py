@@ -320,7 +320,7 @@ def _catches(mutant: Mutant, case: Case) -> bool:
 def test_the_proof_catches_it_first(name: str, monkeypatch: Patch):
     """``"grouped"`` is refused, for what differs; under ``"auto"`` the loop steps in and is right."""
     mutant = MUTANTS[name]
-    monkeypatch.setattr(celmoe.level, "judged", lambda unit: unit)
+    monkeypatch.setattr(celmoe.level, "judged", lambda unit, rows: unit)
     mutant.apply(monkeypatch)
     with pytest.raises(EngineRefusedError, match=f"differ in (their|the) {mutant.proof}, run as one"):
         assert_parity(mutant.case.model("grouped"), mutant.case.inputs)
@@ -340,7 +340,7 @@ def test_what_the_proof_does_not_see(name: str, monkeypatch: Patch):
 def test_zeros_for_losses_that_were_not_used(monkeypatch: Patch):
     """Where one expert's loss is all that is differentiated."""
     case = of_kind("losses")
-    monkeypatch.setattr(parity, "_objective", lambda output, *_: next(iter(output.losses.values())).sum())
+    monkeypatch.setattr(parity, "objective_of", lambda output, *_: next(iter(output.losses.values())).sum())
     evidence = assert_parity(case.model("grouped"), case.inputs)
     assert evidence.missing_gradients > evidence.gradients
     zeros_for_losses_not_used(monkeypatch)
