@@ -171,7 +171,7 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
     try:
         template = record.templates.pop()
     except IndexError:
-        template = Template(unit.members[0].module, record.signature)
+        template = Template(unit.members[0].module, unit.members[0].signature)
     why_not: str | None
     error: Exception | None = None
     try:

@@ -95,7 +95,10 @@ _CONSTANTS = (
     torch.Size,
     enum.Enum,
     slice,
+    types.NotImplementedType,
 )
+# What they wrap a class's `__repr__` in keeps a set of those that are being printed.
+_PRINTERS = {"dataclasses", "reprlib"}
 _ENTRY = ("forward", "__call__", "__getattr__", "__getattribute__", "__enter__", "__exit__")
 
 
@@ -148,7 +151,7 @@ class Inspection:
 
     def _inspect_function(self, function: types.FunctionType) -> set[str]:
         """The attribute names that its code uses."""
-        if id(function) in self._seen:
+        if id(function) in self._seen or function.__globals__.get("__name__") in _PRINTERS:
             return set()
         self._seen.add(id(function))
         code = function.__code__

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import itertools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -29,12 +30,12 @@ _GLOBAL_HOOKS = [
     getattr(torch_module, f"_global_{name}")
     for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 ]
-# What every module has beside what it is made of; the hooks among them do not touch a forward pass.
 # What recurrent layers keep beside their parameters, and make anew of them when they differ.
 DERIVED = {"_flat_weights", "_flat_weight_refs"}
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | DERIVED
+# What every module has beside what it is made of; the hooks among them do not touch a forward pass.
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | DERIVED
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice)
-_CONTAINERS = (list, tuple, dict, set, frozenset)
+CONTAINERS = (list, tuple, dict, set, frozenset)
 _facts = attrgetter("requires_grad", "dtype")
 
 
@@ -67,7 +68,7 @@ class Signature(NamedTuple):
         key: Equal for experts of one class, and for no others.
         leaves: Where each distinct tensor stands; a tied one stands in several places.
         fault: Why experts like this can't run as one, or ``None``.
-        objects: What the first expert of them holds beside tensors, modules and plain data.
+        objects: What the expert that it was read from holds beside tensors, modules and plain data.
         id: The key's number.
     """
 
@@ -236,7 +237,7 @@ class _Reader:
     def read(self, module: nn.Module) -> tuple[Signature, list[torch.Tensor]]:
         try:
             key = self._module(module, "")
-        except CannotGroupError as error:
+        except (CannotGroupError, RecursionError) as error:
             # Experts with one fault are told as one class: what they are beyond it is not known.
             faulty = ("fault", type(module), str(error))
             return Signature(faulty, (), str(error), (), _number(faulty)), []
@@ -275,10 +276,10 @@ class _Reader:
         self._inspect(kind)
         plain = []
         for name, value in attributes.items():
-            if name in _BOOKKEEPING:
+            if name in BOOKKEEPING:
                 continue
             plain.append((name, self._plain(value, f"{path}.{name}".removeprefix("."))))
-            if isinstance(value, _CONTAINERS):
+            if isinstance(value, CONTAINERS):
                 self._watch(value)
         flat = attributes.get("_flat_weights")
         if isinstance(flat, list):
@@ -313,20 +314,15 @@ class _Reader:
     def _plain(self, value: Any, path: str) -> Any:
         """An attribute as something that can be compared; what can't be is the same only where it is one object."""
         if isinstance(value, _PLAIN):
+            if not isinstance(value, enum.Enum) and getattr(value, "__dict__", None):
+                raise CannotGroupError(f"hold {path!r}, a {type(value).__name__} with attributes")
             return type(value), value if value == value else repr(value)  # not a number
         if isinstance(value, torch.Tensor):
             raise CannotGroupError(f"hold a tensor that is not registered, {path!r}")
         if isinstance(value, nn.Module):
             raise CannotGroupError(f"hold a module that is not registered, {path!r}")
-        if isinstance(value, dict):
-            items = tuple(
-                (self._plain(key, path), self._plain(item, f"{path}[{key!r}]")) for key, item in value.items()
-            )
-            return type(value), items
-        if isinstance(value, set | frozenset):
-            return type(value), frozenset(self._plain(item, path) for item in value)
-        if isinstance(value, list | tuple):
-            return type(value), tuple(self._plain(item, f"{path}[{index}]") for index, item in enumerate(value))
+        if isinstance(value, CONTAINERS):
+            return type(value), self._contents(value, path)
         if isinstance(value, type):
             return "type", value
         if isinstance(value, types.BuiltinFunctionType) and getattr(value, "__self__", None) in (
@@ -340,26 +336,76 @@ class _Reader:
         if isinstance(value, types.FunctionType):
             self._inspect(value)
             return "function", value
-        if not hasattr(type(value), "__slots__") and hasattr(value, "__dict__"):
+        return self._object(value, path)
+
+    def _object(self, value: Any, path: str) -> Any:
+        if type(value) is functools.partial:
+            self._watch(value.args)
+            self._watch(value.keywords)
+            parts = (value.func, value.args, value.keywords)
+            return type(value), tuple(self._plain(each, path) for each in parts)
+        if _is_its_dict(value):
+            for index, each in enumerate(self.objects):
+                if value is each:
+                    return "again", index
             # A config, say: the same where its fields are.
             self._inspect(type(value))
             self.objects.append(value)
             self._watch(vars(value))
             return type(value), self._plain(vars(value), path)
-        raise CannotGroupError(f"hold {path!r}, a {type(value).__name__}, which can't be compared")
+        raise _incomparable(value, path)
+
+    def _contents(self, value: Any, path: str) -> Any:
+        if type(value) not in CONTAINERS:
+            # What it holds beside its items, and does with them, is its own.
+            if isinstance(value, set | frozenset) or getattr(value, "__dict__", None):
+                raise _incomparable(value, path)
+            if not hasattr(value, "_fields"):
+                self._inspect(type(value))
+        if isinstance(value, dict):
+            return tuple((self._plain(key, path), self._plain(item, f"{path}[{key!r}]")) for key, item in value.items())
+        if isinstance(value, set | frozenset):
+            return frozenset(self._plain(item, path) for item in value)
+        return tuple(self._plain(item, f"{path}[{index}]") for index, item in enumerate(value))
+
+
+def _is_its_dict(value: Any) -> bool:
+    """Whether all that an object holds is in its ``__dict__``: nothing in slots, or where only C code sees it."""
+    kind = type(value)
+    if not hasattr(value, "__dict__") or hasattr(kind, "__slots__"):
+        return False
+    makers = [vars(base).get("__new__") for base in kind.__mro__ if base not in (object, types.SimpleNamespace)]
+    return not any(isinstance(each, types.BuiltinFunctionType) for each in makers)
+
+
+def _incomparable(value: object, path: str) -> CannotGroupError:
+    return CannotGroupError(f"hold {path!r}, a {type(value).__name__}, which can't be compared")
 
 
 def _at(path: str) -> str:
     return f" (at {path!r})" if path else ""
 
 
-def copied(value: Any) -> Any:
-    """A copy of containers within containers; what they hold is the same."""
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    if type(value) in (list, tuple, set, frozenset):
-        return type(value)(map(copied, value))
-    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
+def copied(value: Any, of: Callable[[Any], Any] = lambda item: item) -> Any:
+    """A copy of containers within containers, of whatever kind, that hold ``of`` what the others hold."""
+    kind = type(value)
+    if kind is dict:
+        return {key: copied(item, of) for key, item in value.items()}
+    if kind in (list, set, frozenset):
+        return kind(copied(item, of) for item in value)
+    if isinstance(value, tuple):
+        items = tuple(copied(item, of) for item in value)
+        is_same = all(item is was for item, was in zip(items, value, strict=True))
+        return value if is_same else tuple.__new__(kind, items)
+    if not isinstance(value, CONTAINERS):
+        return of(value)
+    twin: Any = copy.copy(value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            dict.__setitem__(twin, key, copied(item, of))
+    elif isinstance(value, list):
+        list.__setitem__(twin, slice(None), [copied(item, of) for item in value])
+    return twin
 
 
 def shared_tensor(members: Sequence[Watched]) -> str | None:

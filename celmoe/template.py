@@ -7,6 +7,8 @@ call into PyTorch taken by a mode that knows `OPERATIONS`. What can't be right f
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -27,7 +29,7 @@ from .experts import ExpertBatch, ExpertResult
 from .operations import OPERATIONS, Run
 from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, rows
 from .segments import Segments
-from .signature import DERIVED, Signature, copied
+from .signature import BOOKKEEPING, CONTAINERS, DERIVED, Signature, copied
 
 
 class Given:
@@ -91,12 +93,20 @@ class StateProbe(dict[str, str]):
 
 
 class Template:
-    """A likeness of an expert."""
+    """A likeness of an expert, with copies of all that it holds but functions: what happens to either is its own.
+
+    Args:
+        expert: The expert.
+        signature: What was read from this very expert.
+    """
 
     def __init__(self, expert: nn.Module, signature: Signature) -> None:
         self._modules: list[nn.Module] = []
-        self._expert = self._likeness(expert, {})
         self._signature = signature
+        self._objects = {id(each) for each in signature.objects}
+        self._twins: dict[int, Any] = {}
+        self._containers: list[Any] = []
+        self._expert = self._likeness(expert, {})
 
     def _likeness(self, module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
         if id(module) in made:
@@ -105,13 +115,35 @@ class Template:
         made[id(module)] = twin
         self._modules.append(twin)
         attributes = {
-            name: copied(value) if name not in ("_parameters", "_buffers", "_modules") else dict(value)
-            for name, value in module.__dict__.items()
+            name: copied(value) if name in BOOKKEEPING else self._held(value) for name, value in module.__dict__.items()
         }
         twin.__dict__.update(attributes)
         twin.__dict__["_modules"] = {
             name: None if child is None else self._likeness(child, made) for name, child in module._modules.items()
         }
+        return twin
+
+    def _held(self, value: Any) -> Any:
+        """A copy of what a module or an object holds."""
+        twin = copied(value, self._twin)
+        if isinstance(twin, CONTAINERS):
+            self._containers.append(twin)
+        return twin
+
+    def _twin(self, value: Any) -> Any:
+        """A copy of an object; the same one wherever it is held."""
+        if id(value) in self._twins:
+            return self._twins[id(value)]
+        if type(value) is functools.partial:
+            args, keywords = (copied(each, self._twin) for each in (value.args, value.keywords))
+            bound = self._twins[id(value)] = functools.partial(self._twin(value.func), *args, **keywords)
+            self._containers += bound.args, bound.keywords
+            return bound
+        if id(value) not in self._objects:
+            return value
+        maker: Any = types.SimpleNamespace if isinstance(value, types.SimpleNamespace) else object
+        twin = self._twins[id(value)] = maker.__new__(type(value))
+        vars(twin).update({name: self._held(each) for name, each in vars(value).items()})
         return twin
 
     def fill(self, values: Sequence[Any]) -> None:
@@ -128,23 +160,14 @@ class Template:
     def run(self, batch: ExpertBatch) -> Any:
         """The expert's forward pass; an attribute that it writes is a `CannotGroupError`."""
         watched = [part for module in self._modules for part in (module.__dict__, *_registries(module))]
-        watched += [
-            value
-            for module in self._modules
-            for name, value in module.__dict__.items()
-            if type(value) in (list, dict, set) and name not in DERIVED
-        ]
-        watched += [vars(each) for each in self._signature.objects]
-        before = [dict(each) if type(each) is dict else copied(each) for each in watched]
+        watched += map(vars, self._twins.values())
+        before = [dict(each) for each in watched] + [copied(each) for each in self._containers]
         result = self._expert(batch)
-        for part, was in zip(watched, before, strict=True):
+        for part, was in zip([*watched, *self._containers], before, strict=True):
             if not _is_same(part, was):
                 name = (
                     next((key for key in part if not _has_same(part, was, key)), "?") if isinstance(part, dict) else ""
                 )
-                if any(part is vars(each) for each in self._signature.objects):
-                    part.clear()
-                    part.update(was)
                 raise CannotGroupError(f"wrote the attribute {name!r}" if name else "wrote into an attribute")
         return result
 

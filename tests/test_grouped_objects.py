@@ -1,0 +1,282 @@
+"""Experts that hold objects, and containers within containers: what is read for all of them must be each one's own."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import random
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from celmoe import ExpertResult, HierarchicalCELMoE
+from tests.traps import (
+    BATCHES,
+    GROUPED,
+    NAMES,
+    Batch,
+    Plain,
+    assert_like_oracle,
+    assert_ran_grouped,
+    build,
+    check_auto,
+    check_refusal,
+    experts_of,
+)
+
+
+@dataclasses.dataclass
+class Config:
+    scale: float = 2.0
+
+
+@dataclasses.dataclass(eq=False)
+class Tree:
+    config: Config
+
+
+class Pair(NamedTuple):
+    scales: list[float]
+    name: str = "pair"
+
+
+class Numbers(list[float]):
+    """A list of the user's own kind."""
+
+
+# What makes something that an expert holds, and what finds in it the place where a number stands.
+OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "namespace": (lambda: types.SimpleNamespace(scale=2.0), lambda held: held),
+    "dataclass": (Config, lambda held: held),
+    "object in an object": (lambda: Tree(Config()), lambda held: held.config),
+    "object in a list": (lambda: [Config()], lambda held: held[0]),
+    "object in a dict": (lambda: {"a": Config()}, lambda held: held["a"]),
+    "object in an ordered dict": (lambda: collections.OrderedDict(a=Config()), lambda held: held["a"]),
+    "object in a named tuple": (lambda: Pair([Config()]), lambda held: held.scales[0]),
+}
+LISTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "list": (lambda: [2.0], lambda held: held),
+    "list of the user's": (lambda: Numbers([2.0]), lambda held: held),
+    "list in an object": (lambda: types.SimpleNamespace(scales=[2.0]), lambda held: held.scales),
+    "list in a dict": (lambda: {"a": [2.0]}, lambda held: held["a"]),
+    "list in an ordered dict": (lambda: collections.OrderedDict(a=[2.0]), lambda held: held["a"]),
+    "list in a default dict": (lambda: collections.defaultdict(list, a=[2.0]), lambda held: held["a"]),
+    "list in a tuple": (lambda: ([2.0],), lambda held: held[0]),
+    "list in a named tuple": (lambda: Pair([2.0]), lambda held: held.scales),
+    "list in a list in an object": (lambda: types.SimpleNamespace(all=[[2.0]]), lambda held: held.all[0]),
+    "list in a partial": (lambda: functools.partial(sum, [2.0]), lambda held: held.args[0]),
+    "dict in a partial": (lambda: functools.partial(dict, numbers=[2.0]), lambda held: held.keywords["numbers"]),
+}
+HOLDERS = {**OBJECTS, **LISTS}
+
+
+class Holding(Plain):
+    """Multiplies its rows by a number that it holds somewhere, and may count it up first."""
+
+    def __init__(self, holder: str, *, writes: bool = False) -> None:
+        super().__init__()
+        make, self.place = HOLDERS[holder]
+        self.held = make()
+        self.writes = writes
+
+
+class HoldsObject(Holding):
+    def forward(self, batch):
+        place = self.place(self.held)
+        if self.writes:
+            place.scale += 1
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)) * place.scale)
+
+
+class HoldsList(Holding):
+    def forward(self, batch):
+        place = self.place(self.held)
+        if self.writes:
+            place[0] += 1
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)) * place[0])
+
+
+def holding(holder: str, **options: Any) -> Holding:
+    return (HoldsObject if holder in OBJECTS else HoldsList)(holder, **options)
+
+
+def set_number(model: HierarchicalCELMoE, expert: int, number: float) -> None:
+    held = experts_of(model)[expert]
+    place = held.place(held.held)
+    if isinstance(held, HoldsObject):
+        place.scale = number
+    else:
+        place[0] = number
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_one_experts_number_changes_between_calls(holder: str, engine: str):
+    """Whichever it is: one of them has lent its attributes to the module that stands for all."""
+    for expert in range(5):
+        subject, twin = (build(lambda: holding(holder), engine) for _ in range(2))
+        assert_like_oracle(subject, twin, Batch)
+        if engine == GROUPED:
+            assert_ran_grouped(subject, Batch())
+        for model in (subject, twin):
+            set_number(model, expert, 5.0)
+        for make_batch in (Batch, *BATCHES[1:3]):
+            assert_like_oracle(subject, twin, make_batch)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_an_expert_that_counts_up_its_number(holder: str):
+    def make() -> Holding:
+        return holding(holder, writes=True)
+
+    check_refusal(make, r"wrote|writ|compared")
+    check_auto(make)
+
+
+class Activated(Plain):
+    """Calls something that it holds."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, batch):
+        return ExpertResult(self.function(self.linear(batch.hidden)))
+
+
+class Slope:
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def __call__(self, rows):
+        return rows * self.slope
+
+    def apply(self, rows):
+        return rows * self.slope
+
+
+class Slotted:
+    __slots__ = ("slope",)
+
+    def __init__(self, slope: float) -> None:
+        self.slope = slope
+
+    def __call__(self, rows):
+        return rows * self.slope
+
+
+class Labelled(float):
+    """A number with another one beside it."""
+
+    def __new__(cls, slope):
+        self = super().__new__(cls, 1.0)
+        self.slope = slope
+        return self
+
+    def __call__(self, rows):
+        return rows * self.slope
+
+
+class Listed(list):
+    """A list with a number beside it."""
+
+    def __init__(self, slope):
+        super().__init__([1.0])
+        self.slope = slope
+
+    def __call__(self, rows):
+        return rows * self.slope
+
+
+class CallableError(Exception):
+    """What it was made with is where only C code sees it."""
+
+    def __call__(self, rows):
+        return rows * self.args[0]
+
+
+FUNCTIONS: dict[str, Callable[[float], Any]] = {
+    "partial with a keyword": lambda slope: functools.partial(F.leaky_relu, negative_slope=slope),
+    "partial with an argument": lambda slope: functools.partial(torch.mul, slope),
+    "partial of an object": lambda slope: functools.partial(Slope(slope)),
+    "bound method": lambda slope: Slope(slope).apply,
+    "object that is called": Slope,
+    "object with slots": Slotted,
+    "number with an attribute": Labelled,
+    "list with an attribute": Listed,
+    "exception": CallableError,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_one_expert_calls_something_else_than_its_siblings(function: str):
+    """Whichever it is: a proof on two of them would show some."""
+    for other in range(5):
+
+        def make(other: int = other) -> HierarchicalCELMoE:
+            slopes = iter([0.9 if number == other else 0.1 for number in range(len(NAMES))])
+            return build(lambda: Activated(FUNCTIONS[function](next(slopes))), "auto")
+
+        subject, twin = make(), make()
+        for make_batch in BATCHES:
+            assert_like_oracle(subject, twin, make_batch)
+
+
+def test_equal_partials_run_as_one():
+    subject, twin = (build(lambda: Activated(FUNCTIONS["partial with a keyword"](0.1))) for _ in range(2))
+    for make_batch in BATCHES:
+        assert_like_oracle(subject, twin, make_batch)
+    assert_ran_grouped(subject, BATCHES[-1]())
+
+
+class HoldsItself(Plain):
+    def __init__(self, holder: Any) -> None:
+        super().__init__()
+        self.held = holder
+        holder.append(holder) if isinstance(holder, list) else setattr(holder, "own", holder)
+
+
+@pytest.mark.parametrize("holder", [list, types.SimpleNamespace])
+def test_what_holds_itself(holder: Any):
+    """Reading it comes to an end."""
+    subject, twin = (build(lambda: HoldsItself(holder()), "auto") for _ in range(2))
+    assert_like_oracle(subject, twin, Batch)
+
+
+def test_one_object_held_twice_stays_one():
+    """The module that stands for all has copies, and asks whether they are one as the expert would."""
+
+    class Twice(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Config()
+            self.linear.config = self.config
+
+        def forward(self, batch):
+            rows = torch.tanh(self.linear(batch.hidden))
+            return ExpertResult(rows * self.config.scale if self.linear.config is self.config else rows)
+
+    subject, twin = build(Twice), build(Twice)
+    assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+
+
+class Draws(Plain):
+    """A stream of numbers that only its object's C code sees."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.stream = random.Random(seed)
+
+    def forward(self, batch):
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)) * self.stream.random())
+
+
+def test_an_objects_hidden_state():
+    check_auto(lambda: Draws(0))
+    check_refusal(lambda: Draws(0), "compared|random|used")
