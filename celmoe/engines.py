@@ -19,8 +19,9 @@ Engine: TypeAlias = Callable[[Sequence[Any], Iterable[ExpertBatch]], list[Expert
 
 AUTO = "auto"
 LOOPED = "looped"
+GROUPED = "grouped"
 ENVIRONMENT = "CELMOE_ENGINE"
-ENGINES: dict[str, Engine] = {AUTO: run_auto, LOOPED: run_looped, "grouped": run_grouped}
+ENGINES: dict[str, Engine] = {AUTO: run_auto, LOOPED: run_looped, GROUPED: run_grouped}
 
 
 def resolve_engine(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from benchmarks.grouped.marks import (
     operation_marks,
     worst_mark,
 )
-from benchmarks.grouped.operations import OperationCount, count_growth
+from benchmarks.grouped.operations import ARRANGEMENTS, OperationCount, count_growth
 from benchmarks.grouped.parts import time_parts
 from benchmarks.grouped.points import ROUTES, full_grid, short_grid
 from benchmarks.grouped.stack import STACKED
@@ -48,7 +49,7 @@ from benchmarks.grouped.tables import (
 )
 from benchmarks.setting import make_console, prepare
 from benchmarks.workloads import EXPERTS, Workload
-from celmoe.engines import AUTO, ENGINES
+from celmoe.engines import AUTO, ENGINES, GROUPED
 
 NAMED, GRID, OPERATIONS = "named", "grid", "operations"
 
@@ -140,9 +141,11 @@ class Run:
     def operations(self) -> list[Mark]:
         """How many operations a step launches, by kind of expert and routes."""
         counts: list[OperationCount] = []
-        points = [(expert, routes) for expert in self.experts for routes in ROUTES]
-        for expert, routes in track(points, "operations", console=self.console):
-            counts.append(count_growth(expert, routes, self.engine))
+        # Whether to group is not the question here, but what grouping launches.
+        engine = GROUPED if self.engine == AUTO else self.engine
+        points = itertools.product(self.experts, ROUTES, ARRANGEMENTS)
+        for expert, routes, arrangement in track(list(points), "operations", console=self.console):
+            counts.append(count_growth(expert, routes, engine, arrangement))
             write_operations(self.report / "operations.csv", counts)
         self.console.print(operations_table(counts))
         return operation_marks(counts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.grid.report import geometric_mean
 from benchmarks.grouped.contest import DENSE, INFERENCE, PEER, STACK, TRAINING, Compared
-from benchmarks.grouped.operations import OperationCount
+from benchmarks.grouped.operations import ACCELERATOR, OperationCount
 from benchmarks.workloads import Workload
 
 
@@ -114,10 +114,11 @@ def worst_mark(compared: Sequence[Compared]) -> Mark:
 
 
 def operation_marks(counts: Sequence[OperationCount]) -> list[Mark]:
-    """By routes, the kind of expert whose operations grow most with the number of experts."""
+    """By routes, the kind of expert whose operations grow most on an accelerator with the number of experts."""
     marks = []
     for routes, goal in _COUNT_GOALS.items():
-        largest = max((each for each in counts if each.routes == routes), key=lambda each: each.ratio, default=None)
+        found = [each for each in counts if (each.routes, each.arrangement) == (routes, ACCELERATOR)]
+        largest = max(found, key=lambda each: each.ratio, default=None)
         if largest is not None:
             line = f"most of all kinds: {largest.expert}, {routes}"
             marks.append(Mark(line, "operations, E=256 by E=4", largest.ratio, goal, is_count=True))

@@ -1,26 +1,33 @@
 """Counting the ATen operations of a training step that launch work.
 
-It stands for accelerators, where a loop over experts is bound by the launches of kernels; no such machine is needed.
+It stands for accelerators, where a loop over experts is bound by the launches of kernels; no such machine is needed:
+products are counted as they are arranged there, though they run here. A CPU's own arrangement is counted beside it. It
+makes a call for every number of rows that experts have, which costs less there than moving rows does.
 
 Axes: B samples, H hidden size, E experts of the last level.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import celmoe
+import celmoe.grouping
+import celmoe.product
 from benchmarks.steps import string_routed, training_step
 from benchmarks.workloads import Workload
 
 COUNTED_BATCH, COUNTED_WIDTH = 4096, 64
 FEW_EXPERTS, MANY_EXPERTS = 4, 256
+ARRANGEMENTS = ACCELERATOR, CPU = "accelerator", "cpu"
 
 _aten = torch.ops.aten
 # Views by another name, whose schema doesn't say so, and memory that is taken and not written.
@@ -44,6 +51,7 @@ class OperationCount:
     Attributes:
         expert: The kind of expert.
         routes: The workload's routes.
+        arrangement: `ACCELERATOR` or `CPU`: whose arrangement of products.
         few: Operations with `FEW_EXPERTS`.
         many: Operations with `MANY_EXPERTS`.
         grown: By operation, how many more there are with many experts; the largest first.
@@ -51,6 +59,7 @@ class OperationCount:
 
     expert: str
     routes: str
+    arrangement: str
     few: int
     many: int
     grown: Sequence[tuple[str, int]]
@@ -82,14 +91,29 @@ def count_operations(step: Callable[[], object]) -> Counter[str]:
     return counting.counts
 
 
-def count_growth(expert: str, routes: str, engine: str) -> OperationCount:
+@contextlib.contextmanager
+def arranged_for(arrangement: str) -> Iterator[None]:
+    """Products as the grouped engine arranges them for an accelerator, or for a CPU."""
+    if arrangement == CPU:
+        yield
+        return
+    right = celmoe.product.backend_for
+    with (
+        mock.patch.object(celmoe.product, "backend_for", lambda _, *rest: right("an accelerator", *rest)),
+        mock.patch.object(celmoe.grouping, "FEW_ROWS_PER_EXPERT", float("inf")),
+    ):
+        yield
+
+
+def count_growth(expert: str, routes: str, engine: str, arrangement: str) -> OperationCount:
     """Count a training step with few experts and with many. What a first call does once is not counted."""
     counts = []
     for experts in (FEW_EXPERTS, MANY_EXPERTS):
         workload = Workload(expert, COUNTED_WIDTH, COUNTED_BATCH, experts, routes)
         model = workload.build(celmoe, engine=engine)
         step = training_step(string_routed(model, workload), model.parameters(), workload)
-        step()
-        counts.append(count_operations(step))
+        with arranged_for(arrangement):
+            step()
+            counts.append(count_operations(step))
     few, many = counts
-    return OperationCount(expert, routes, few.total(), many.total(), (many - few).most_common())
+    return OperationCount(expert, routes, arrangement, few.total(), many.total(), (many - few).most_common())

@@ -31,11 +31,20 @@ def marks_table(marks: Sequence[Mark]) -> Table:
 def operations_table(counts: Sequence[OperationCount]) -> Table:
     """Operations with few and with many experts, and which of them grow most."""
     table = Table(title="Work-launching ATen operations of a training step, views not counted")
-    headings = ("experts", "routes", f"E = {FEW_EXPERTS}", f"E = {MANY_EXPERTS}", "ratio", "what grows most")
+    headings = (
+        "experts",
+        "routes",
+        "arranged for",
+        f"E = {FEW_EXPERTS}",
+        f"E = {MANY_EXPERTS}",
+        "ratio",
+        "what grows most",
+    )
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("experts", "routes", headings[-1]) else "right")
+        table.add_column(heading, justify="left" if heading in (*headings[:3], headings[-1]) else "right")
     for each in counts:
-        table.add_row(each.expert, each.routes, f"{each.few:,}", f"{each.many:,}", f"{each.ratio:.2f}", _grown(each))
+        numbers = f"{each.few:,}", f"{each.many:,}", f"{each.ratio:.2f}"
+        table.add_row(each.expert, each.routes, each.arrangement, *numbers, _grown(each))
     return table
 
 
@@ -74,11 +83,12 @@ def write_compared(path: Path, compared: Sequence[Compared]) -> None:
 
 
 def write_operations(path: Path, counts: Sequence[OperationCount]) -> None:
-    """One row a kind of expert and routes."""
+    """One row a kind of expert, routes and arrangement."""
     rows = [
         {
             "experts": each.expert,
             "routes": each.routes,
+            "arranged_for": each.arrangement,
             "few": each.few,
             "many": each.many,
             "ratio": f"{each.ratio:.3f}",

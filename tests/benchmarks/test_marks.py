@@ -17,7 +17,7 @@ from benchmarks.grouped.marks import (
     operation_marks,
     worst_mark,
 )
-from benchmarks.grouped.operations import OperationCount
+from benchmarks.grouped.operations import ACCELERATOR, CPU, OperationCount
 from benchmarks.grouped.parts import EXPERTS_RUN, time_parts
 from benchmarks.grouped.points import MOST_BYTES, full_grid, needed_bytes, short_grid
 from benchmarks.grouped.tables import write_compared, write_marks, write_parts
@@ -50,7 +50,11 @@ def test_means_are_of_their_own_measure_and_rival():
 
 
 def test_the_worst_of_operations_and_of_workloads_count():
-    counts = [OperationCount("mlp", "uniform", 10, 11, ()), OperationCount("gru", "uniform", 10, 30, ())]
+    counts = [
+        OperationCount("mlp", "uniform", ACCELERATOR, 10, 11, ()),
+        OperationCount("gru", "uniform", ACCELERATOR, 10, 30, ()),
+        OperationCount("gru", "uniform", CPU, 10, 90, ()),
+    ]
     (mark,) = operation_marks(counts)
     assert mark.measured == 3.0
     assert "gru" in mark.line

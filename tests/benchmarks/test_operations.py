@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from benchmarks.grouped.operations import FEW_EXPERTS, MANY_EXPERTS, OperationCount, count_growth, count_operations
+import celmoe.product
+from benchmarks.grouped.operations import (
+    ACCELERATOR,
+    CPU,
+    FEW_EXPERTS,
+    MANY_EXPERTS,
+    OperationCount,
+    count_growth,
+    count_operations,
+)
 
 
 def test_views_and_bare_memory_are_not_counted():
@@ -40,14 +49,20 @@ def test_operations_in_place_and_copies_are_counted():
 
 
 def test_a_loop_over_experts_grows_with_them():
-    looped = count_growth("linear", "uniform", "looped")
+    looped = count_growth("linear", "uniform", "looped", CPU)
     experts = MANY_EXPERTS + 16 - FEW_EXPERTS - 2
     assert looped.many - looped.few == sum(more for _, more in looped.grown)
     assert dict(looped.grown)["aten.addmm"] == experts
     assert looped.ratio > 10
-    again = count_growth("linear", "uniform", "looped")
+    again = count_growth("linear", "uniform", "looped", CPU)
     assert again == looped
 
 
+def test_one_call_for_many_members_where_calls_are_dear():
+    there, here = (count_growth("linear", "uniform", "grouped", arrangement) for arrangement in (ACCELERATOR, CPU))
+    assert there.ratio < 1.2 < here.ratio
+    assert celmoe.product.backend_for("cpu", torch.float32, (4,)) == "runs"
+
+
 def test_the_ratio():
-    assert OperationCount("linear", "uniform", 40, 50, [("aten.mm", 10)]).ratio == pytest.approx(1.25)
+    assert OperationCount("linear", "uniform", CPU, 40, 50, [("aten.mm", 10)]).ratio == pytest.approx(1.25)
