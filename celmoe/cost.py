@@ -44,7 +44,7 @@ class Cost(NamedTuple):
     grouped: float
 
 
-def estimate(unit: Unit, rows: int) -> Cost:
+def estimate(unit: Unit, rows: int, members: int | None = None) -> Cost:
     """What a unit costs either way.
 
     It is told from the tensors that an expert has and from the numbers of experts and rows, so it is the same before
@@ -53,18 +53,26 @@ def estimate(unit: Unit, rows: int) -> Cost:
     Args:
         unit: The experts.
         rows: Samples of all of them.
+        members: How many experts to take it for, if not for those of the unit.
     """
+    members = len(unit.members) if members is None else members
     first = unit.members[0]
     within = [_WITHIN[places[0].name] for places in unit.record.signature.leaves if places[0].name in _WITHIN]
     calls = len(first.tensors) / _TENSORS_A_CALL
-    looped = _CALL * len(unit.members) * (calls + sum(each.looped for each in within))
+    looped = _CALL * members * (calls + sum(each.looped for each in within))
     grouped = _PASS + _GROUPED_CALL * (calls + sum(each.grouped for each in within))
     if all(tensor.is_cpu for tensor in first.tensors):
         kilobytes = sum(tensor.nbytes for tensor in first.tensors) / 1024
         features = sum(tensor.shape[0] for tensor in first.tensors if tensor.dim())
-        grouped += _KILOBYTE_OF_WEIGHTS * kilobytes * len(unit.members)
+        grouped += _KILOBYTE_OF_WEIGHTS * kilobytes * members
         grouped += _ROW_OF_A_FEATURE * features * rows * (_POSITIONS if within else 1)
     return Cost(looped, grouped)
+
+
+def never_pays(unit: Unit, members: int) -> bool:
+    """Whether a loop costs less for this class with so many experts, or fewer, and any number of rows."""
+    cost = estimate(unit, 0, members)
+    return cost.looped <= cost.grouped
 
 
 def judged(unit: Unit, rows: int) -> Unit:

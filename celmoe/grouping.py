@@ -67,9 +67,15 @@ class Unit(NamedTuple):
 
 
 class LevelClasses:
-    """The experts of one level and their classes. A copy of a model starts without any."""
+    """The experts of one level and their classes. A copy of a model starts without any.
+
+    Attributes:
+        looped_anyway: By name, experts of classes that are too small for grouping ever to pay. They are not asked again
+            whether they have changed, for a loop is right whatever they are.
+    """
 
     def __init__(self) -> None:
+        self.looped_anyway: dict[str, nn.Module] = {}
         self._watched: dict[str, Watched] = {}
         self._modules: dict[str, nn.Module] = {}
         self._numbers: dict[str, int] = {}

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .config import HierarchyLevelConfig
 from .context import ContextRows
-from .cost import estimate, judged
+from .cost import estimate, judged, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import AUTO, ENGINES, LOOPED
 from .errors import UnknownExpertError, UnknownLevelError, nearest
@@ -163,6 +163,7 @@ class Level:
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
             scales = [self.config.experts[name].input_gradient_scale for name in names]
+            self.classes.looped_anyway.clear()
             units = self.classes.units(names, experts, scales)
             classes = [_explained(unit, engine, names, plan) for unit in units]
         return explain_level(self.config.name, modules, engine, experts, plan, classes)
@@ -173,8 +174,14 @@ class Level:
         """The experts by units; ``None`` where they run one after another, in the plan's order."""
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
+        if engine == AUTO and list(map(self.classes.looped_anyway.get, plan.experts)) == experts:
+            return None
         units = self.classes.units(plan.experts, experts, scales)
         if engine == AUTO:
+            for unit in units:
+                if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
+                    pairs = zip(unit.positions, unit.members, strict=True)
+                    self.classes.looped_anyway.update((plan.experts[place], each.module) for place, each in pairs)
             units = [judged(unit, _rows_of(unit, plan)) for unit in units]
         if all(len(unit.members) == 1 for unit in units):
             return None

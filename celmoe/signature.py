@@ -15,7 +15,7 @@ import itertools
 import types
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,8 @@ class _Look(NamedTuple):
             not any(self.empty)
             and list(map(type, self.modules)) == self.kinds
             and list(chain.from_iterable(self.registries)) == self.keys
-            and _is_equal(list(chain.from_iterable(map(dict.values, self.registries))), self.values)
+            # The same objects, not equal ones: a parameter may be replaced by one of its value.
+            and all(map(is_, chain.from_iterable(map(dict.values, self.registries)), self.values))
             and _is_equal(self.living, self.copies)
             and self.facts == list(map(_facts, self.tensors))
             and all(inspected[subject] == fault for subject, fault in self.code.items())
@@ -316,7 +317,8 @@ class _Reader:
         if isinstance(value, _PLAIN):
             if not isinstance(value, enum.Enum) and getattr(value, "__dict__", None):
                 raise CannotGroupError(f"hold {path!r}, a {type(value).__name__} with attributes")
-            return type(value), value if value == value else repr(value)  # not a number
+            # Two zeros are equal and differ; what is not a number differs from itself.
+            return type(value), repr(value) if isinstance(value, float | complex) else value
         if isinstance(value, torch.Tensor):
             raise CannotGroupError(f"hold a tensor that is not registered, {path!r}")
         if isinstance(value, nn.Module):

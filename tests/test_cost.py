@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
-from celmoe.cost import estimate, judged
+from celmoe.cost import estimate, judged, never_pays
 from tests.architectures import Recurrence
 
 
@@ -73,6 +73,36 @@ def test_the_estimate_is_what_it_was_before_the_call(number):
     before = estimate(unit_of(model), 2 * number), classes_of(model, routing)
     model(torch.randn(2 * number, 8), routing).fused_hidden.sum().backward()
     assert (estimate(unit_of(model), 2 * number), classes_of(model, routing)) == before
+
+
+def test_experts_that_are_too_few_are_asked_once():
+    """And again once one of them has been replaced, or explain is asked."""
+    model = model_of(3)
+    names = list(model.level_modules["level"])
+    classes = model._levels[0].classes
+    looks = []
+    right = classes.units
+    classes.units = lambda *args: looks.append(args) or right(*args)
+    for _ in range(3):
+        model(torch.randn(3, 8), {"level": names})
+    assert len(looks) == 1
+    model.level_modules["level"][names[1]] = Wide(8)
+    model(torch.randn(3, 8), {"level": names})
+    assert len(looks) == 2
+    model.explain({"level": names})
+    model(torch.randn(3, 8), {"level": names})
+    assert len(looks) == 4
+
+
+def test_what_never_pays_pays_for_no_fewer_experts_and_no_more_rows():
+    for make in (partial(Wide, 8), partial(Wide, 300), partial(Recurrence, 8, nn.GRU)):
+        unit = unit_of(model_of(2, make))
+        for members in (2, 5, 30, 300):
+            if never_pays(unit, members):
+                for fewer in range(1, members + 1):
+                    for rows in (0, 1, 1000):
+                        cost = estimate(unit, rows, fewer)
+                        assert cost.looped <= cost.grouped
 
 
 def test_explain_says_what_runs():

@@ -12,6 +12,7 @@ import itertools
 import pickle
 import socket
 import threading
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.traps import (
     assert_like_oracle,
     assert_ran_grouped,
     assert_same,
+    auto_groups_all,
     build,
     engines_of,
     experts_of,
@@ -58,9 +60,10 @@ WITH_DERIVATIVES = sdpa_kernel(SDPBackend.MATH)
 
 
 @pytest.fixture(autouse=True)
-def _auto_groups_few_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def _auto_groups_few_experts() -> Iterator[None]:
     """What ``"auto"`` would loop because it is cheaper so is grouped here, or there would be nothing to test."""
-    monkeypatch.setattr("celmoe.level.judged", lambda unit, rows: unit)
+    with auto_groups_all():
+        yield
 
 
 def grads_of(model: nn.Module, *more: torch.Tensor) -> list[torch.Tensor | None]:

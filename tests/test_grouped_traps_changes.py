@@ -154,6 +154,29 @@ def an_expert_replaced_by_another_kind(model):
     model.level_modules[LEVEL]["b"] = Plain()
 
 
+class Gated(Plain):
+    """With a parameter of one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(1))
+        self.fill = 0.0
+
+    def forward(self, batch):
+        return ExpertResult(self.linear(batch.hidden) * self.gate + torch.copysign(batch.hidden, self.fill))
+
+
+@change(Gated)
+def a_parameter_replaced_by_an_equal_one(model):
+    """Its gradient is to be its own."""
+    second(model).gate = nn.Parameter(torch.ones(1))
+
+
+@change(Gated)
+def a_number_replaced_by_an_equal_one(model):
+    second(model).fill = -0.0
+
+
 @change()
 def two_experts_swapped(model):
     modules = model.level_modules[LEVEL]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -226,6 +227,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             parity.compare_values(close, name, mine, theirs)
 
 
+@contextmanager
+def auto_groups_all() -> Iterator[None]:
+    """``"auto"`` groups what can be grouped, however few experts there are."""
+    with (
+        mock.patch("celmoe.level.judged", lambda unit, rows: unit),
+        mock.patch("celmoe.level.never_pays", return_value=False),
+    ):
+        yield
+
+
 def assert_like_oracle(subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, make_batch: Callable[[], Batch]) -> None:
     """The model gives what the oracle gives on its twin.
 
@@ -233,7 +244,7 @@ def assert_like_oracle(subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, ma
         EngineRefusedError: The model is told to run grouped, and will not.
     """
     # What "auto" would loop because that is cheaper for a few experts is grouped here.
-    with mock.patch("celmoe.level.judged", lambda unit: unit):
+    with auto_groups_all():
         mine = observe(subject, subject, make_batch())
     assert_same(mine, observe(twin, oracle_of(twin), make_batch()))
 
