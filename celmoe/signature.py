@@ -15,7 +15,7 @@ import itertools
 import types
 from collections.abc import Callable, Sequence
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ _GLOBAL_HOOKS = [
 DERIVED = {"_flat_weights", "_flat_weight_refs"}
 # What every module has beside what it is made of; the hooks among them do not touch a forward pass.
 BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | DERIVED
+# Of those, what a forward pass never looks at while there are no hooks.
+_ASIDE = BOOKKEEPING - {"_parameters", "_buffers", "_modules", *_HOOKS} - DERIVED
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice)
 CONTAINERS = (list, tuple, dict, set, frozenset)
 _facts = attrgetter("requires_grad", "dtype")
@@ -79,15 +81,43 @@ class Signature(NamedTuple):
     id: int = -1
 
 
+class _Read:
+    """The attributes of these names, of modules that have them all."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._get = itemgetter(*names)
+        self._attributes: list[dict[str, Any]] = []
+        self._values: list[Any] = []
+
+    def add(self, attributes: Sequence[dict[str, Any]], values: Sequence[Any]) -> None:
+        """Remember what these held."""
+        self._attributes += attributes
+        self._values += values
+
+    def join(self, other: _Read) -> None:
+        """Remember what another one does."""
+        self.add(other._attributes, other._values)
+
+    def is_true(self) -> bool:
+        """Whether they are the same objects."""
+        try:
+            return all(map(is_, chain.from_iterable(map(self._get, self._attributes)), self._values))
+        except KeyError:
+            return False
+
+
 class _Look(NamedTuple):
     """One look at an expert: what was read, and what it was read from.
 
     Attributes:
         modules: Its modules.
         kinds: Their classes.
-        registries: Dictionaries of its modules.
-        keys: What was in all of them, one after another.
+        registries: What its modules hold: their parameters, buffers, children and hooks, where there are any.
+        keys: What was in all of those, one after another.
         values: Likewise.
+        attributes: The modules' own dictionaries.
+        sizes: How much was in each.
+        read: What was read of each, by the names that were read.
         living: Containers among its attributes.
         copies: What those held.
         empty: Registries without anything.
@@ -102,9 +132,12 @@ class _Look(NamedTuple):
     registries: list[dict[str, Any]]
     keys: list[str]
     values: list[Any]
+    attributes: list[dict[str, Any]]
+    sizes: list[int]
     living: list[Any]
     copies: list[Any]
     empty: list[Any]
+    read: dict[tuple[str, ...], _Read]
     code: dict[Any, str | None]
     facts: list[Any]
     tensors: list[torch.Tensor]
@@ -118,13 +151,17 @@ class _Look(NamedTuple):
             and list(chain.from_iterable(self.registries)) == self.keys
             # The same objects, not equal ones: a parameter may be replaced by one of its value.
             and all(map(is_, chain.from_iterable(map(dict.values, self.registries)), self.values))
+            and list(map(len, self.attributes)) == self.sizes
+            and all(each.is_true() for each in self.read.values())
             and _is_equal(self.living, self.copies)
             and self.facts == list(map(_facts, self.tensors))
             and all(inspected[subject] == fault for subject, fault in self.code.items())
         )
 
 
-_NO_LOOK = _Look([], [], [], [], [], [], [], [], {}, [], [], Signature((), (), None))
+_NO_LOOK = _Look([], [], [], [], [], [], [], [], [], [], {}, {}, [], [], Signature((), (), None))
+# How many of its fields are lists that are joined for many experts.
+_JOINED = 10
 
 
 class Inspected(dict[Any, "str | None"]):
@@ -162,9 +199,12 @@ class Watched:
             reader.registries,
             [key for each in reader.registries for key in each],
             [value for each in reader.registries for value in each.values()],
+            reader.attributes,
+            list(map(len, reader.attributes)),
             reader.living,
             reader.copies,
             reader.empty,
+            _read(reader.attributes),
             reader.code,
             list(map(_facts, tensors)),
             tensors,
@@ -192,9 +232,14 @@ class Gathered:
         code: dict[Any, str | None] = {}
         for look in looks:
             code |= look.code
-        joined = [list(chain.from_iterable(parts)) for parts in zip(*(look[:8] for look in looks), strict=True)]
+        read: dict[tuple[str, ...], _Read] = {}
+        for look in looks:
+            for names, each in look.read.items():
+                read.setdefault(names, _Read(names)).join(each)
+        joined = [list(chain.from_iterable(parts)) for parts in zip(*(look[:_JOINED] for look in looks), strict=True)]
         self._look = _Look(
-            *(joined or _NO_LOOK[:8]),  # type: ignore[call-arg]  # the first eight fields, in their order
+            *(joined or _NO_LOOK[:_JOINED]),  # type: ignore[call-arg]  # those fields, in their order
+            read,
             code,
             [each for look in looks for each in look.facts],
             [each for look in looks for each in look.tensors],
@@ -204,6 +249,15 @@ class Gathered:
     def is_true(self) -> bool:
         """Whether nothing has changed in any of them."""
         return self._look.is_true(Inspected())
+
+
+def _read(attributes: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], _Read]:
+    """What matters of modules' own dictionaries: all but what hooks of states and flags of hooks are."""
+    found: dict[tuple[str, ...], _Read] = {}
+    for each in attributes:
+        names = tuple(name for name in each if name not in _ASIDE)
+        found.setdefault(names, _Read(names)).add([each], [each[name] for name in names])
+    return found
 
 
 def _is_equal(living: list[Any], copies: list[Any]) -> bool:
@@ -224,6 +278,7 @@ class _Reader:
     def __init__(self, inspected: Inspected) -> None:
         self.watched: list[nn.Module] = []
         self.registries: list[dict[str, Any]] = []
+        self.attributes: list[dict[str, Any]] = []
         self.living: list[Any] = []
         self.copies: list[Any] = []
         self.empty: list[Any] = []
@@ -266,7 +321,7 @@ class _Reader:
         kind = type(module)
         attributes = module.__dict__
         self.watched.append(module)
-        self.registries.append(attributes)
+        self.attributes.append(attributes)
         for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
             if attributes[name]:
                 self.registries.append(attributes[name])
