@@ -202,7 +202,7 @@ def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | 
     if len(unit.members) > 1:
         fault = unit.fault or next(iter(unit.record.faults.values()), None)
         rows = 0 if plan is None else _rows_of(unit, plan)
-        cost = estimate(unit, rows)
+        cost = estimate(unit, rows, has_backward=torch.is_grad_enabled())
         terms = f"{cost.looped:.0f} µs one by one, {cost.grouped:.0f} µs as one"
         if fault is not None:
             reason = f"for its experts {fault}"

@@ -57,7 +57,7 @@ def test_large_weights_and_many_rows_speak_for_the_loop_on_a_cpu():
 
 def test_elsewhere_calls_alone_count():
     unit = unit_of(model_of(100).to("meta"))
-    assert estimate(unit, 10) == estimate(unit, 10_000_000)
+    assert estimate(unit, 10, has_backward=True) == estimate(unit, 10_000_000, has_backward=True)
     assert judged(unit, 10_000_000).fault is None
 
 
@@ -70,9 +70,21 @@ def test_recurrent_experts_are_few_later():
 def test_the_estimate_is_what_it_was_before_the_call(number):
     model = model_of(number)
     routing = {"level": list(model.level_modules["level"]) * 2}
-    before = estimate(unit_of(model), 2 * number), classes_of(model, routing)
+    before = estimate(unit_of(model), 2 * number, has_backward=True), classes_of(model, routing)
     model(torch.randn(2 * number, 8), routing).fused_hidden.sum().backward()
-    assert (estimate(unit_of(model), 2 * number), classes_of(model, routing)) == before
+    assert (estimate(unit_of(model), 2 * number, has_backward=True), classes_of(model, routing)) == before
+
+
+def test_without_gradients_a_loop_has_less_to_save():
+    """What is chosen for training stays open to it after a call without gradients."""
+    model = model_of(45)
+    names = list(model.level_modules["level"])
+    with torch.no_grad():
+        model(torch.randn(45, 8), {"level": names})
+        assert classes_of(model, {"level": names}) == ["looped"]
+    model(torch.randn(45, 8), {"level": names})
+    assert unit_of(model).record.programs
+    assert classes_of(model, {"level": names}) == ["grouped"]
 
 
 def test_experts_that_are_too_few_are_asked_once():
@@ -101,8 +113,9 @@ def test_what_never_pays_pays_for_no_fewer_experts_and_no_more_rows():
             if never_pays(unit, members):
                 for fewer in range(1, members + 1):
                     for rows in (0, 1, 1000):
-                        cost = estimate(unit, rows, fewer)
-                        assert cost.looped <= cost.grouped
+                        for has_backward in (True, False):
+                            cost = estimate(unit, rows, has_backward=has_backward, members=fewer)
+                            assert cost.looped <= cost.grouped
 
 
 def test_explain_says_what_runs():
