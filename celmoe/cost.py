@@ -31,7 +31,7 @@ _KILOBYTE_OF_WEIGHTS = 0.13
 _ROW_OF_A_FEATURE = 0.001
 # An operation to about so many tensors; attention and recurrent layers make more calls, and are for sequences.
 _TENSORS_A_CALL = 1.2
-_WITHIN = {"in_proj_weight": _Within(26, 4, 27), "weight_hh_l0": _Within(140, 140, 54)}
+_WITHIN = {"in_proj_weight": _Within(26, 4, 27), "weight_hh_l0": _Within(140, 26, 54)}
 _POSITIONS = 16
 # What is left of either without a backward pass. Most of what runs a class as one is forward.
 _LOOPED_FORWARD = 0.4
