@@ -15,11 +15,15 @@ from .grouping import Unit
 
 
 class _Within(NamedTuple):
-    """Calls behind one operation, in a loop and as one; without gradients PyTorch fuses some of a loop's."""
+    """Calls behind one operation, in a loop and as one; without gradients PyTorch fuses some of a loop's.
+
+    And how often it reads its weights.
+    """
 
     looped: int
     fused: int
     grouped: int
+    reads: int
 
 
 # Microseconds of a training step, on one thread of a CPU: fitted to both engines' times for four kinds of experts, 2 to
@@ -31,8 +35,8 @@ _KILOBYTE_OF_WEIGHTS = 0.13
 _ROW_OF_A_FEATURE = 0.001
 # An operation to about so many tensors; attention and recurrent layers make more calls, and are for sequences.
 _TENSORS_A_CALL = 1.2
-_WITHIN = {"in_proj_weight": _Within(26, 4, 27), "weight_hh_l0": _Within(140, 26, 54)}
 _POSITIONS = 16
+_WITHIN = {"in_proj_weight": _Within(26, 4, 27, 1), "weight_hh_l0": _Within(140, 26, 54, _POSITIONS)}
 # What is left of either without a backward pass. Most of what runs a class as one is forward.
 _LOOPED_FORWARD = 0.4
 _GROUPED_FORWARD = 0.6
@@ -71,7 +75,7 @@ def estimate(unit: Unit, rows: int, *, has_backward: bool, members: int | None =
     if all(tensor.is_cpu for tensor in first.tensors):
         kilobytes = sum(tensor.nbytes for tensor in first.tensors) / 1024
         features = sum(tensor.shape[0] for tensor in first.tensors if tensor.dim())
-        grouped += _KILOBYTE_OF_WEIGHTS * kilobytes * members
+        grouped += _KILOBYTE_OF_WEIGHTS * kilobytes * members * max((each.reads for each in within), default=1)
         grouped += _ROW_OF_A_FEATURE * features * rows * (_POSITIONS if within else 1)
     return Cost(looped, grouped) if has_backward else Cost(_LOOPED_FORWARD * looped, _GROUPED_FORWARD * grouped)
 
