@@ -12,7 +12,7 @@ from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
 from benchmarks.setting import make_console, prepare
 from benchmarks.workloads import LOOPED_EXPERTS, grid
-from celmoe.engines import AUTO, ENGINES
+from celmoe.engines import ENGINES
 
 # Three levels of 256 experts, and the hierarchy of the grid's largest workload.
 PLANNED = ((256, 256, 256), (1, 16, 256))
@@ -23,7 +23,7 @@ MOST_BY_LOOK_UPS, LEAST_BY_PEER = 2.5, 100
 def main() -> int:
     """Measure; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid", description=__doc__)
-    parser.add_argument("--engine", choices=[AUTO, *ENGINES], default="looped", help="our engine")
+    parser.add_argument("--engine", choices=list(ENGINES), default="looped", help="our engine")
     parser.add_argument("--experts", choices=LOOPED_EXPERTS, nargs="+", default=LOOPED_EXPERTS, help="kinds to measure")
     parser.add_argument("--most-samples", type=int, default=65_536, help="leave larger batches out")
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each workload is measured")

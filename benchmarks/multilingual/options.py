@@ -89,7 +89,7 @@ def _device(text: str) -> torch.device:
 
 
 def _engine(text: str) -> str:
-    known = [AUTO, *ENGINES]
+    known = list(ENGINES)
     if text not in known:
         raise OptionError(f"'--engine' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
     return text
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     description = "Train experts for lemmatization on simplemma's languages and report how they do."
     parser = make_parser(MODULE, description)
     add = parser.add_argument
-    add("--engine", default=AUTO, help=f"how a level's experts run: {', '.join([AUTO, *ENGINES])} (default {AUTO})")
+    add("--engine", default=AUTO, help=f"how a level's experts run: {', '.join(ENGINES)} (default {AUTO})")
     add("--device", default=DEFAULT_DEVICE, help=f"cpu, cuda, cuda:1, directml, ... (default {DEFAULT_DEVICE})")
     add("--languages", help="language codes separated by commas (default: all that simplemma has)")
     add("--batch-size", help=f"words a step (default {DEFAULT_BATCH_SIZE})")
