@@ -15,9 +15,13 @@ from .grouping import Unit
 
 
 class _Within(NamedTuple):
-    """Calls behind one operation, in a loop and as one; without gradients PyTorch fuses some of a loop's.
+    """Calls behind one operation.
 
-    And how often it reads its weights.
+    Attributes:
+        looped: In a loop.
+        fused: The same without gradients: PyTorch fuses some then.
+        grouped: As one.
+        reads: How often it reads its weights.
     """
 
     looped: int

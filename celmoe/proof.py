@@ -137,7 +137,7 @@ def _looped(pair: Sequence[Watched], tensors: list[list[torch.Tensor]], few: Giv
         batch = ExpertBatch(
             blocks[0][place].clone(),
             given.build_context([each[place].clone() for each in blocks[1:]]),
-            None if masks[place] is None else masks[place].clone(),  # type: ignore[union-attr]
+            None if masks[place] is None else masks[place].clone(),  # type: ignore[union-attr]  # checked here
             {"level": "", "expert": ""},
         )
         with _Rehearsal():

@@ -79,7 +79,7 @@ def _run_level(
                 mask=None if mask is None else _pick(mask, group),
                 state={"level": level.name, "expert": name},
             )
-            result: ExpertResult = model.level_modules[level.name][name](batch)  # type: ignore[index]
+            result: ExpertResult = model.level_modules[level.name][name](batch)  # type: ignore[index]  # nested mappings
             for place, sample in enumerate(group):
                 rows[sample] = result.hidden[place]
             if not per_sample:

@@ -20,8 +20,8 @@ import celmoe.level
 import celmoe.members
 import celmoe.segments
 from celmoe import CELMoEOutput, EngineRefusedError, HierarchicalCELMoE
-from celmoe.experts import ExpertResult
-from celmoe.grouped import UnitResult
+from celmoe.experts import ExpertBatch, ExpertResult
+from celmoe.grouped import UnitBatch, UnitResult
 from celmoe.grouping import Arrangement, LevelClasses, Unit
 from celmoe.plan import LevelPlan
 from celmoe.segments import Run, Segments
@@ -30,6 +30,7 @@ from celmoe.tally import Tally
 from tests import parity, traps
 from tests.parity import ParityError, assert_parity
 from tests.strategies import Case, Expert, Level, Routes, of_siblings, pool
+from tests.test_properties import assert_equal as check_property
 
 Patch = pytest.MonkeyPatch
 RESULT = r"(levels\[.*\]\.hidden|fused_hidden): values differ"
@@ -226,6 +227,20 @@ def rows_left_in_the_engines_order(patch: Patch) -> None:
     patch.setattr(celmoe.level, "arrange", wrong)
 
 
+def mask_rows_of_the_neighbour(patch: Patch) -> None:
+    """A class's mask slips by a row."""
+    right = celmoe.level._unit_batches
+
+    def wrong(*args: Any) -> list[ExpertBatch]:
+        batches = right(*args)
+        for batch in batches:
+            if isinstance(batch, UnitBatch) and batch.mask is not None:
+                batch.mask = batch.mask.roll(1, 0)
+        return batches
+
+    patch.setattr(celmoe.level, "_unit_batches", wrong)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A wrong engine.
@@ -276,6 +291,12 @@ MUTANTS = {
     "zeros for those that were here before": Mutant(zeros_for_those_that_were_here_before, ZEROS),
     "zeros for all others": Mutant(zeros_for_all_others, ZEROS),
     "gradient scale of the first": Mutant(scale_of_the_first, GRADIENT, SCALED, drawn_as=lambda case: case),
+    "mask rows of the neighbour": Mutant(
+        mask_rows_of_the_neighbour,
+        RESULT,
+        replace(of_kind("reads_mask"), mask="float"),
+        shows=lambda case: case.mask == "float" and "reads_mask" in case.kinds,
+    ),
     "rows left in the engine's order": Mutant(rows_left_in_the_engines_order, RESULT),
 }
 PROVEN_WRONG = {name: mutant for name, mutant in MUTANTS.items() if mutant.proof is not None}
@@ -335,6 +356,14 @@ def test_what_the_proof_does_not_see(name: str, monkeypatch: Patch):
     mutant.apply(monkeypatch)
     with pytest.raises(ParityError, match=f"^{mutant.message}"):
         assert_parity(mutant.case.model("grouped"), mutant.case.inputs)
+
+
+def test_a_grouped_engine_that_only_refuses_is_no_engine(monkeypatch: Patch):
+    """The property tests take a refusal of experts that can run as one for a fault."""
+    check_property("grouped", CASE, optimizers=())
+    monkeypatch.setattr(celmoe.grouped, "_attempt", lambda *_: (None, "will not", None))
+    with pytest.raises(AssertionError):
+        check_property("grouped", CASE, optimizers=())
 
 
 def test_zeros_for_losses_that_were_not_used(monkeypatch: Patch):

@@ -23,7 +23,7 @@ class Dense(nn.Module):
         super().__init__()
         model = replace(workload, num_experts=1).build(celmoe)
         assert isinstance(model, celmoe.HierarchicalCELMoE)
-        self.experts = nn.ModuleList([next(iter(level.values())) for level in model.level_modules.values()])  # type: ignore[operator]
+        self.experts = nn.ModuleList([next(iter(level.values())) for level in model.level_modules.values()])  # type: ignore[operator]  # mappings
         self.fusion = model.fusion
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -78,7 +78,7 @@ class Stack(nn.Module):
         self.levels = nn.ModuleList()
         self.sizes = [len(level.experts) for level in model.levels]
         for level in model.levels:
-            bodies = [model.level_modules[level.name][name].body for name in level.experts]  # type: ignore[index]
+            bodies = [model.level_modules[level.name][name].body for name in level.experts]  # type: ignore[index]  # nested mappings
             stacked = StackedLinear if isinstance(bodies[0], nn.Linear) else StackedMLP
             self.levels.append(stacked(bodies))
         self.fusion = copy.deepcopy(model.fusion)
