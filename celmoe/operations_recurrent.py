@@ -151,17 +151,17 @@ class _GRU(Function):
         num_positions, num_rows, gates = given_SRG.shape
         width = gates // 3
         out = given_SRG.new_empty(num_positions, num_rows, width)
-        # What the backward pass needs: both gates, the new value, and the hidden's share of it.
-        kept = given_SRG.new_empty(num_positions, 4, num_rows, width)
+        # What the backward pass needs: both gates, and the hidden's share of the new value, which is then made again.
+        kept = given_SRG.new_empty(num_positions, 3, num_rows, width)
         hidden = start_RH
         for position, given in enumerate(given_SRG.unbind(0)):
             share = linear(hidden, w_PGH, b_PG, segments, 1)
             both = torch.add(given[:, : 2 * width], share[:, : 2 * width]).sigmoid_()
-            reset, update, new, hidden_new = kept[position].unbind(0)
+            reset, update, hidden_new = kept[position].unbind(0)
             reset.copy_(both[:, :width])
             update.copy_(both[:, width:])
             hidden_new.copy_(share[:, 2 * width :])
-            torch.addcmul(given[:, 2 * width :], reset, hidden_new, out=new).tanh_()
+            new = torch.addcmul(given[:, 2 * width :], reset, hidden_new).tanh_()
             hidden = torch.lerp(new, hidden, update, out=out[position])
         ctx.save_for_backward(given_SRG, start_RH, w_PGH, b_PG, out, kept)
         ctx.segments = segments
@@ -175,14 +175,17 @@ class _GRU(Function):
             return (*_again(given_SRG, start_RH, w_PGH, b_PG, segments, grads[0], ctx.needs_input_grad), None)
         num_positions, num_rows, width = out.shape
         grad_given = torch.empty_like(given_SRG)
-        grad_share = torch.empty_like(given_SRG)
+        # Of one position, and of every position of a row together, as the weights' gradients are summed.
+        d_share = given_SRG.new_empty(num_rows, 3 * width)
+        shares = given_SRG.new_empty(num_rows, num_positions, 3 * width)
         grad_hidden = torch.zeros_like(start_RH)
         w_PHG = w_PGH.transpose(1, 2)
         for position in range(num_positions - 1, -1, -1):
-            reset, update, new, hidden_new = kept[position].unbind(0)
+            reset, update, hidden_new = kept[position].unbind(0)
+            new = torch.addcmul(given_SRG[position][:, 2 * width :], reset, hidden_new).tanh_()
             before = out[position - 1] if position else start_RH
             grad = grad_hidden + grads[0][position]
-            d_given, d_share = grad_given[position], grad_share[position]
+            d_given = grad_given[position]
             # h' = n + z (h - n)
             d_new = (grad - grad * update) * (1 - new * new)
             d_update = grad * (before - new) * update * (1 - update)
@@ -190,16 +193,16 @@ class _GRU(Function):
             d_given[:, :width], d_given[:, width : 2 * width], d_given[:, 2 * width :] = d_reset, d_update, d_new
             d_share[:, : 2 * width] = d_given[:, : 2 * width]
             torch.mul(d_new, reset, out=d_share[:, 2 * width :])
+            shares[:, position] = d_share
             grad_hidden = torch.addcmul(linear(d_share, w_PHG, None, segments, 1), grad, update)
         grad_w = grad_b = None
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            # Every position of a row together: [S, R, G] -> [R · S, G].
-            shares = grad_share.transpose(0, 1).reshape(num_rows * num_positions, -1)
-            if ctx.needs_input_grad[2]:
-                hiddens = torch.cat([start_RH.unsqueeze(0), out[:-1]]).transpose(0, 1).reshape(shares.shape[0], width)
-                grad_w = outer(shares, hiddens, segments, num_positions)
-            if b_PG is not None and ctx.needs_input_grad[3]:
-                grad_b = segment_sum(shares, segments, num_positions)
+        if ctx.needs_input_grad[2]:
+            hiddens = start_RH.new_empty(num_rows, num_positions, width)
+            hiddens[:, 0] = start_RH
+            hiddens[:, 1:] = out[:-1].transpose(0, 1)
+            grad_w = outer(shares.flatten(0, 1), hiddens.flatten(0, 1), segments, num_positions)
+        if b_PG is not None and ctx.needs_input_grad[3]:
+            grad_b = segment_sum(shares.flatten(0, 1), segments, num_positions)
         return grad_given, grad_hidden, grad_w, grad_b, None
 
 
