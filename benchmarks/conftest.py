@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contest import Contest
 from benchmarks.devices import CPU, DIRECTML, find_device
-from benchmarks.sets import DEFAULT, FULL, SETS, WORKLOADS
+from benchmarks.sets import DEFAULT, FULL, SETS, workloads_of
 from benchmarks.workloads import Workload
 from celmoe.devices import DEVICES
 
@@ -61,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each workload of the set, on each device that is there."""
     if "workload" not in metafunc.fixturenames:
         return
-    workloads = WORKLOADS[metafunc.function.__name__.removeprefix("test_")][metafunc.config.getoption("--set")]
+    workloads = workloads_of(metafunc.function.__name__.removeprefix("test_"), metafunc.config.getoption("--set"))
     devices = [name for name in _devices(metafunc.config) if find_device(name).device is not None]
     if not devices:
         raise pytest.UsageError("; ".join(find_device(name).why_absent for name in _devices(metafunc.config)))
@@ -83,6 +83,7 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
         if terminal is not None and capture is not None:
             with capture.global_and_fixture_disabled():
                 terminal.write_line(line)
+                terminal.flush()  # into a pipe too, where somebody may be waiting for it
 
     return write
 
