@@ -55,6 +55,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         for each in found:
             if each.device is None:
                 terminal.write_line(each.why_absent)
+    if all(each.device is None for each in found):
+        raise pytest.UsageError(
+            f"'--device' must name a device that is there (got {', '.join(_devices(session.config))})"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,8 +67,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     workloads = workloads_of(metafunc.function.__name__.removeprefix("test_"), metafunc.config.getoption("--set"))
     devices = [name for name in _devices(metafunc.config) if find_device(name).device is not None]
-    if not devices:
-        raise pytest.UsageError("; ".join(find_device(name).why_absent for name in _devices(metafunc.config)))
     metafunc.parametrize("device_name", [pytest.param(name, marks=_MARKS.get(name, ())) for name in devices])
     metafunc.parametrize("workload", workloads, ids=str)
 
