@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.steps import Forward
+from benchmarks.hierarchies import ONE_LEVEL, TREE
+from benchmarks.steps import HOST, Forward
 from benchmarks.workloads import Workload
 
 
@@ -21,7 +22,8 @@ class Dense(nn.Module):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        model = replace(workload, num_experts=1).build(celmoe)
+        hierarchy = ONE_LEVEL if workload.hierarchy == ONE_LEVEL else TREE
+        model = replace(workload, num_experts=1, hierarchy=hierarchy).build(celmoe)
         assert isinstance(model, celmoe.HierarchicalCELMoE)
         self.experts = nn.ModuleList([next(iter(level.values())) for level in model.level_modules.values()])  # type: ignore[operator]  # mappings
         self.fusion = model.fusion
@@ -35,9 +37,10 @@ class Dense(nn.Module):
         fused: torch.Tensor = self.fusion(level_hiddens)
         return fused
 
-    def unrouted(self, workload: Workload) -> Forward:
+    def unrouted(self, workload: Workload, device: torch.device = HOST) -> Forward:
         """The forward pass with the workload's mask."""
         mask = workload.mask()
+        mask = mask if mask is None else mask.to(device)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             fused: torch.Tensor = self(hidden, mask)
