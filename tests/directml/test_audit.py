@@ -7,14 +7,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import celmoe.dispatch
 import celmoe.fusion
 import celmoe.hierarchy
 import celmoe.operations
-from celmoe import HierarchicalCELMoE
-from tests.directml.audit import Audit, audit, build, differentiated, inputs, require_clean
+from celmoe import (
+    CELMoEConfig,
+    EngineRefusedError,
+    ExpertBatch,
+    ExpertConfig,
+    ExpertModule,
+    ExpertResult,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+)
+from celmoe.operations_product import _patches
+from tests.directml.audit import WIDTH, Audit, audit, build, differentiated, inputs, require_clean
 from tests.directml.masquerade import DEVICE, masquerade
 from tests.experts import KINDS
 
@@ -90,6 +101,53 @@ def test_positions_past_the_last_bias():
     assert not record.findings
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close([each.grad for each in fusion.parameters()], gradients)
+
+
+class FiveAxes(ExpertModule):
+    """A parameter that has as many axes as the device takes: a stack of it has one more, and would end the process."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.weight = nn.Parameter(torch.randn(1, 1, 1, 1, WIDTH))
+        self.vector = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        hidden = batch.hidden[:, None, None, None, :]
+        match self.way:
+            case "rows":
+                hidden = hidden * self.weight
+            case "parameters":
+                hidden = hidden * (self.weight * self.vector)
+            case "constants":
+                hidden = hidden * (torch.ones_like(self.weight.detach()[:1, :1]).mul(2) * self.vector)
+            case "einsum":
+                hidden = hidden * torch.einsum("abcde,e->abcde", self.weight, self.vector)
+        return ExpertResult(hidden.flatten(0, 3))
+
+
+@pytest.mark.parametrize("way", ["rows", "parameters", "constants", "einsum"])
+def test_experts_whose_parameters_have_too_many_axes_to_be_stacked_are_looped(way: str):
+    config = CELMoEConfig(WIDTH, [HierarchyLevelConfig("lower", {f"e{n}": ExpertConfig(f"e{n}") for n in range(3)})])
+    hidden, routing = torch.randn(6, WIDTH), {"lower": ["e0", "e1", "e2"] * 2}
+    model = HierarchicalCELMoE(config, lambda *_: FiveAxes(way), engine="grouped")
+    model(hidden, routing)  # elsewhere they are not
+    model = HierarchicalCELMoE(config, lambda *_: FiveAxes(way), engine="grouped")
+    with (
+        masquerade() as record,
+        pytest.raises(EngineRefusedError, match=r"parameters of 5 axes, .* too many for DirectML"),
+    ):
+        model(hidden, routing)
+    assert not [found for found in record.findings if "dimensions" in found.what]
+
+
+@pytest.mark.parametrize(("length", "size", "step"), [(5, 3, 1), (7, 3, 2), (8, 3, 2), (9, 4, 3), (3, 3, 1), (4, 1, 2)])
+def test_patches_are_those_of_unfolding(length: int, size: int, step: int):
+    padded = torch.randn(2, 3, length)
+    expected = padded.unfold(2, size, step)
+    with masquerade():
+        found = _patches(padded, size, step)
+    assert torch.equal(found, expected)
 
 
 # --- The audit can fail: each of these breaks the library in one way, and is caught by the operator's name.
