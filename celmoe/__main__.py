@@ -13,13 +13,12 @@ from .devices import (
     STATE_BY_EXIT_CODE,
     WORKS,
     DeviceReport,
-    UnknownDeviceError,
     as_json,
     report,
     self_check,
 )
 from .engines import AUTO, ENGINES, resolve_engine
-from .errors import EngineError
+from .errors import EngineError, UnknownDeviceError
 from .version import __version__
 
 

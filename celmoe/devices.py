@@ -19,7 +19,7 @@ from torch import nn
 
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .engines import GROUPED, LOOPED
-from .errors import CELMoEError, listed, nearest
+from .errors import DeviceMissingError, UnknownDeviceError, listed, nearest
 from .experts import ExpertBatch, ExpertModule, ExpertResult
 from .hierarchy import HierarchicalCELMoE
 from .reference import reference_forward
@@ -36,14 +36,6 @@ _TOLERANCE = 1e-3
 WORKS, FAILS, MISSING = "works", "fails", "not available"
 # The exit codes of a child process that looked: any other is a failure.
 STATE_BY_EXIT_CODE = {0: WORKS, 1: FAILS, 3: MISSING}
-
-
-class UnknownDeviceError(CELMoEError, ValueError):
-    """No device has this name."""
-
-
-class DeviceMissingError(CELMoEError, RuntimeError):
-    """The device is not there, or does not work, for the reason given."""
 
 
 @dataclass(frozen=True)

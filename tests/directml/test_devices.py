@@ -12,15 +12,8 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from celmoe import CELMoEError, devices
-from celmoe.devices import (
-    ENGINES_CHECKED,
-    DeviceMissingError,
-    DeviceReport,
-    UnknownDeviceError,
-    open_device,
-    report,
-)
+from celmoe import CELMoEError, DeviceMissingError, UnknownDeviceError, devices
+from celmoe.devices import ENGINES_CHECKED, DeviceReport, open_device, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
