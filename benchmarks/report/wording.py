@@ -1,0 +1,83 @@
+"""How the report words what was measured: stages, devices, workloads, numbers."""
+
+from __future__ import annotations
+
+from benchmarks.report.reading import (
+    AUTO,
+    DENSE,
+    DISPATCH,
+    EXPERTS,
+    GROUPED,
+    INFERENCE,
+    LATER_PEER,
+    LOOPED,
+    MEMORY,
+    ORACLE,
+    PEER,
+    PLAN,
+    STACK,
+    TRAINING,
+    VMAP,
+    Record,
+)
+
+STAGE_NAMES = {
+    PLAN: "planning",
+    DISPATCH: "dispatch and combine",
+    EXPERTS: "experts",
+    TRAINING: "training step",
+    INFERENCE: "inference",
+    MEMORY: "peak memory",
+}
+STAGE_MEANINGS = {
+    PLAN: "names to index tensors",
+    DISPATCH: "rows into expert order and back",
+    EXPERTS: "the experts alone, rows at hand",
+    TRAINING: "forward with names for routes, a loss, backward, and the clearing of gradients",
+    INFERENCE: "a forward pass under inference_mode",
+    MEMORY: "the most that a training step holds",
+}
+DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA", "directml": "DirectML"}
+CONTENDER_MEANINGS = {
+    AUTO: "this library as it comes: groups a level's experts where that pays, loops over them where not",
+    GROUPED: "this library, told to run experts of one architecture as one",
+    LOOPED: "this library, told to run experts one after another",
+    PEER: "the package that celmoe replaces",
+    LATER_PEER: "its last version",
+    ORACLE: "plain Python loops, the reference that results are checked against",
+    "transformers": "the mixture-of-experts layer of Hugging Face's transformers",
+    "peft": "adapters of Hugging Face's PEFT, mixed within a batch by name",
+    STACK: "the same experts, stacked by hand into batched products",
+    VMAP: "torch.func's stack_module_state and vmap over padded batches",
+    DENSE: "the floor: the same rows through one expert a level, nothing routed, nothing moved",
+}
+
+
+def workload_words(record: Record) -> str:
+    """``linear, H 64, B 4,096, E 256``; routes only where they are not uniform."""
+    workload = record.workload
+    words = [
+        workload.expert,
+        f"H {workload.hidden_size}",
+        f"B {workload.batch_size:,}",
+        f"E {workload.num_experts}",
+    ]
+    return ", ".join(words + [f"{workload.routes} routes"] * (workload.routes != "uniform"))
+
+
+def ms_words(ms: float) -> str:
+    """Milliseconds in three digits, microseconds below a tenth."""
+    if ms < 0.1:
+        return f"{1e3 * ms:.3g} µs"
+    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+
+
+def times_words(ratio: float) -> str:
+    """A ratio in three digits or so."""
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}"
+
+
+def bytes_words(count: float) -> str:
+    """Mebibytes."""
+    mebibytes = count / 2**20
+    return f"{mebibytes:,.0f} MiB" if mebibytes >= 100 else f"{mebibytes:.3g} MiB"
