@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.progress import track
 
+from benchmarks.bodies import LOOPED_EXPERTS
 from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
+from benchmarks.points import looped_grid
 from benchmarks.setting import make_console, prepare
-from benchmarks.workloads import LOOPED_EXPERTS, grid
 from celmoe.engines import ENGINES
 
 # Three levels of 256 experts, and the hierarchy of the grid's largest workload.
@@ -29,7 +30,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="about how long each workload is measured")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-grid"), help="where the results go")
     options = parser.parse_args()
-    workloads = [each for each in grid() if each.expert in options.experts and each.batch_size <= options.most_samples]
+    workloads = [
+        each for each in looped_grid() if each.expert in options.experts and each.batch_size <= options.most_samples
+    ]
     if not workloads:
         parser.error(f"'--most-samples' must be at least 16 (got {options.most_samples})")
     console = make_console()

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from benchmarks.bodies import EXPERTS
 from benchmarks.grid.measure import PLANNED_BATCH, PlanTiming, StepTiming
-from benchmarks.workloads import EXPERTS, Workload
+from benchmarks.workloads import Workload
 
 Timing = TypeVar("Timing", bound="RatioOfTimes")
 

@@ -13,6 +13,9 @@ from types import ModuleType
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.bodies import GROUPED_EXPERTS
+from benchmarks.contenders.stack import STACKED
+from benchmarks.equality import UnequalError
 from benchmarks.grouped.contest import (
     INFERENCE,
     PEER,
@@ -23,12 +26,10 @@ from benchmarks.grouped.contest import (
     compare,
     rivals_of,
 )
-from benchmarks.grouped.equality import UnequalError
 from benchmarks.grouped.figures import draw_grid, draw_marks, draw_parts
 from benchmarks.grouped.marks import (
     LONGER,
     NAMED_LINES,
-    WORST,
     Mark,
     grid_marks,
     named_marks,
@@ -36,9 +37,6 @@ from benchmarks.grouped.marks import (
     worst_mark,
 )
 from benchmarks.grouped.operations import ARRANGEMENTS, OperationCount, count_growth
-from benchmarks.grouped.parts import time_parts
-from benchmarks.grouped.points import ROUTES, full_grid, short_grid
-from benchmarks.grouped.stack import STACKED
 from benchmarks.grouped.tables import (
     marks_table,
     operations_table,
@@ -47,8 +45,10 @@ from benchmarks.grouped.tables import (
     write_operations,
     write_parts,
 )
+from benchmarks.parts import time_parts
+from benchmarks.points import ROUTES, WORST, full_grid, short_grid
 from benchmarks.setting import make_console, prepare
-from benchmarks.workloads import EXPERTS, Workload
+from benchmarks.workloads import Workload
 from celmoe.engines import AUTO, ENGINES, GROUPED
 
 NAMED, GRID, OPERATIONS = "named", "grid", "operations"
@@ -156,7 +156,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__)
     parser.add_argument("--engine", choices=list(ENGINES), default=AUTO, help="our engine")
     parser.add_argument("--only", choices=[NAMED, GRID, OPERATIONS], help="one part of the figures")
-    parser.add_argument("--experts", choices=list(EXPERTS), nargs="+", default=list(EXPERTS), help="kinds to measure")
+    parser.add_argument(
+        "--experts", choices=GROUPED_EXPERTS, nargs="+", default=GROUPED_EXPERTS, help="kinds to measure"
+    )
     parser.add_argument("--full", action="store_true", help="the whole grid in place of half of it; takes hours")
     parser.add_argument("--seconds", type=float, default=1.0, help="about how long each measure goes on")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-grouped"), help="where the results go")

@@ -12,9 +12,9 @@ from typing import cast
 from torch import nn
 
 import celmoe
-from benchmarks.grouped.dense import Dense
-from benchmarks.grouped.equality import Evidence, inference_evidence, require_equal, training_evidence
-from benchmarks.grouped.stack import STACKED, fastest_stack
+from benchmarks.contenders.dense import Dense
+from benchmarks.contenders.stack import STACKED, fastest_stack
+from benchmarks.equality import Evidence, inference_evidence, require_equal, training_evidence
 from benchmarks.interleaved import Timings, interleave
 from benchmarks.steps import Forward, inference_step, nudge, string_routed, training_step
 from benchmarks.workloads import Workload

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from benchmarks.grid.report import COLOURS, DOTS_PER_INCH, draw_panels, draw_ratios
 from benchmarks.grouped.contest import DENSE, STACK, Compared
 from benchmarks.grouped.marks import Mark
-from benchmarks.grouped.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, PLANNING, Parts
+from benchmarks.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, PLANNING, Parts
 
 _VERDICT_COLOURS = {"missed": "#b2182b", "reached": COLOURS[0], "aim": "#1b7837"}
 _PART_COLOURS = {PLANNING: "#8c8c8c", MOVING: "#e08214", EXPERTS_RUN: "#0b6e99", FUSION: "#6a3d9a", BACKWARD: "#a6cee3"}

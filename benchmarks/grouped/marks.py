@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from benchmarks.grid.report import geometric_mean
 from benchmarks.grouped.contest import DENSE, INFERENCE, PEER, STACK, TRAINING, Compared
 from benchmarks.grouped.operations import ACCELERATOR, OperationCount
+from benchmarks.points import NAMED
 from benchmarks.workloads import Workload
 
 
@@ -62,20 +63,17 @@ class Mark:
         return "missed"
 
 
-NAMED_LINES = (
-    NamedLine(Workload("linear", 64, 65_536, 256), {PEER: Goal(11, 13), DENSE: Goal(0.85, 0.95)}),
-    NamedLine(Workload("linear", 64, 4096, 256), {PEER: Goal(7, 8.4), DENSE: Goal(0.50, 0.6)}),
-    NamedLine(Workload("mlp", 128, 4096, 128), {DENSE: Goal(0.75, 0.85)}),
-    NamedLine(Workload("mlp", 64, 4096, 256), {DENSE: Goal(0.52, 0.65)}),
-    NamedLine(Workload("linear", 128, 512, 128), {DENSE: Goal(0.40, 0.58)}),
-    NamedLine(Workload("mlp", 128, 512, 128), {DENSE: Goal(0.30, 0.48)}),
-    NamedLine(Workload("gru", 64, 64, 32), {PEER: Goal(2.5, 4)}),
+_NAMED_GOALS: tuple[Mapping[str, Goal], ...] = (
+    {PEER: Goal(11, 13), DENSE: Goal(0.85, 0.95)},
+    {PEER: Goal(7, 8.4), DENSE: Goal(0.50, 0.6)},
+    {DENSE: Goal(0.75, 0.85)},
+    {DENSE: Goal(0.52, 0.65)},
+    {DENSE: Goal(0.40, 0.58)},
+    {DENSE: Goal(0.30, 0.48)},
+    {PEER: Goal(2.5, 4)},
 )
-# Bound by computing, or tiny. Their least ratio is a line, so they are measured longer: this many times.
-WORST = (
-    *(Workload("mlp", 256, batch, 4) for batch in (64, 512, 4096)),
-    *(Workload(expert, width, 64, 4) for expert in ("block", "gru") for width in (64, 256)),
-)
+NAMED_LINES = tuple(NamedLine(workload, goals) for workload, goals in zip(NAMED, _NAMED_GOALS, strict=True))
+# The least ratio of the worst workloads is a line, so they are measured longer: this many times.
 WORST_GOAL = Goal(1.0, 1.05)
 LONGER = 3
 

@@ -11,7 +11,7 @@ from benchmarks.grid.report import ratio_columns, workload_columns, write_rows
 from benchmarks.grouped.contest import Compared
 from benchmarks.grouped.marks import Mark
 from benchmarks.grouped.operations import FEW_EXPERTS, MANY_EXPERTS, OperationCount
-from benchmarks.grouped.parts import Parts
+from benchmarks.parts import Parts
 
 _MOST_GROWN = 3
 _STYLES = {"missed": "red", "reached": "", "aim": "green"}

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.grouped.dense import Dense
-from benchmarks.grouped.layouts import Padded, Ragged
-from benchmarks.grouped.stack import STACKED, Stack, fastest_stack
+from benchmarks.bodies import EXPERTS
+from benchmarks.contenders.dense import Dense
+from benchmarks.contenders.layouts import Padded, Ragged
+from benchmarks.contenders.stack import STACKED, Stack, fastest_stack
 from benchmarks.steps import ROUTINGS, string_routed
-from benchmarks.workloads import EXPERTS, Workload
+from benchmarks.workloads import Workload
 
 
 def away_from_start(model):

@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks.bodies import EXPERTS
+from benchmarks.equality import UnequalError, require_equal
 from benchmarks.grouped import contest
 from benchmarks.grouped.contest import INFERENCE, OURS, PEER, TRAINING, compare, rivals_of
-from benchmarks.grouped.equality import UnequalError, require_equal
 from benchmarks.steps import string_routed
-from benchmarks.workloads import EXPERTS, Workload
+from benchmarks.workloads import Workload
 from tests.peer import FIRST, peer
 
 

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 
+from benchmarks.bodies import GROUPED_EXPERTS
 from benchmarks.grouped.contest import DENSE, INFERENCE, PEER, STACK, TRAINING, Compared, rivals_of
 from benchmarks.grouped.figures import draw_grid, draw_marks, draw_parts
 from benchmarks.grouped.marks import (
     NAMED_LINES,
-    WORST,
     Goal,
     Mark,
     grid_marks,
@@ -18,10 +18,10 @@ from benchmarks.grouped.marks import (
     worst_mark,
 )
 from benchmarks.grouped.operations import ACCELERATOR, CPU, OperationCount
-from benchmarks.grouped.parts import EXPERTS_RUN, time_parts
-from benchmarks.grouped.points import MOST_BYTES, full_grid, needed_bytes, short_grid
 from benchmarks.grouped.tables import write_compared, write_marks, write_parts
-from benchmarks.workloads import EXPERTS, Workload
+from benchmarks.parts import EXPERTS_RUN, time_parts
+from benchmarks.points import MOST_BYTES, WORST, full_grid, needed_bytes, short_grid
+from benchmarks.workloads import Workload
 
 
 def compared(workload, ratio, against=PEER, measure=TRAINING):
@@ -71,7 +71,7 @@ def test_the_grid_holds_every_value():
         values = [getattr(each, name) for each in half]
         fair = len(values) / len(set(values))
         assert all(0.7 * fair < values.count(value) < 1.6 * fair for value in set(values)), name
-    assert {each.expert for each in half} == set(EXPERTS)
+    assert {each.expert for each in half} == set(GROUPED_EXPERTS)
 
 
 def test_what_a_run_leaves(tmp_path):

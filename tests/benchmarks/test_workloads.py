@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 import celmoe
+from benchmarks.bodies import EXPERTS, LOOPED_EXPERTS
+from benchmarks.points import looped_grid
 from benchmarks.steps import string_routed
-from benchmarks.workloads import EXPERTS, LOOPED_EXPERTS, POSITIONS, Workload, grid
+from benchmarks.workloads import POSITIONS, Workload
 from tests.peer import FIRST, peer
 
 
 def test_the_looped_grid_is_what_its_figures_are_of():
-    assert len(list(grid())) == 102
-    assert {each.expert for each in grid()} == set(LOOPED_EXPERTS)
+    assert len(list(looped_grid())) == 102
+    assert {each.expert for each in looped_grid()} == set(LOOPED_EXPERTS)
 
 
 @pytest.mark.parametrize("expert", EXPERTS)

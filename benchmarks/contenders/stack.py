@@ -18,10 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 import celmoe
-from benchmarks.grouped.layouts import Alone, Layout, Padded, Ragged
+from benchmarks.bodies import MLP
+from benchmarks.contenders.layouts import Alone, Layout, Padded, Ragged
 from benchmarks.interleaved import interleave
 from benchmarks.steps import ROUTINGS, Forward, training_step, turns
-from benchmarks.workloads import MLP, Workload
+from benchmarks.workloads import Workload
 
 LayoutKind: TypeAlias = type[Ragged] | type[Padded]
 

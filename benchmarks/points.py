@@ -1,4 +1,4 @@
-"""The grid that the engine is held to, and which of it a short run takes.
+"""The grids that the engines are held to, half of the grouped one for a short run, and points with lines of their own.
 
 Axes: B samples, S positions, H hidden size, E experts of the last level.
 """
@@ -6,8 +6,10 @@ Axes: B samples, S positions, H hidden size, E experts of the last level.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
-from benchmarks.workloads import EXPERTS, POSITIONS, Workload
+from benchmarks.bodies import GROUPED_EXPERTS, LOOPED_EXPERTS
+from benchmarks.workloads import Workload
 
 WIDTHS, BATCHES, COUNTS, ROUTES = (64, 256), (64, 512, 4096), (4, 32, 256), ("uniform", "zipf")
 LARGEST_BATCH = 65_536
@@ -18,13 +20,38 @@ _SAVED = {"linear": 1, "mlp": 6, "block": 10, "masked-block": 10, "gru": 8, "two
 _MOVED_AND_FUSED = 16
 _LEVELS = 3
 _FLOAT_BYTES = 4
+NAMED = (
+    Workload("linear", 64, 65_536, 256),
+    Workload("linear", 64, 4096, 256),
+    Workload("mlp", 128, 4096, 128),
+    Workload("mlp", 64, 4096, 256),
+    Workload("linear", 128, 512, 128),
+    Workload("mlp", 128, 512, 128),
+    Workload("gru", 64, 64, 32),
+)
+# Bound by computing, or tiny.
+WORST = (
+    *(Workload("mlp", 256, batch, 4) for batch in (64, 512, 4096)),
+    *(Workload(expert, width, 64, 4) for expert in ("block", "gru") for width in (64, 256)),
+)
+
+
+def looped_grid() -> Iterator[Workload]:
+    """Every combination of expert, H, B and E that the looped engine is held to."""
+    for expert in LOOPED_EXPERTS:
+        for hidden_size in WIDTHS:
+            for batch_size in (16, *BATCHES, LARGEST_BATCH):
+                if batch_size == LARGEST_BATCH and expert != "linear":
+                    continue
+                for num_experts in COUNTS:
+                    yield Workload(expert, hidden_size, batch_size, num_experts)
 
 
 def full_grid() -> list[Workload]:
     """Every combination that fits into memory."""
     points = [
         Workload(expert, width, batch, count, routes)
-        for expert, width, batch, count, routes in itertools.product(EXPERTS, WIDTHS, BATCHES, COUNTS, ROUTES)
+        for expert, width, batch, count, routes in itertools.product(GROUPED_EXPERTS, WIDTHS, BATCHES, COUNTS, ROUTES)
     ]
     points += [
         Workload("linear", width, LARGEST_BATCH, count, routes)
@@ -43,7 +70,7 @@ def short_grid() -> list[Workload]:
 
 def needed_bytes(workload: Workload) -> int:
     """An estimate: parameters and gradients of two models, and what one of them saves for backward."""
-    rows = workload.batch_size * (POSITIONS if workload.has_positions else 1)
+    rows = workload.batch_size * (workload.positions or 1)
     saved = _LEVELS * _SAVED[workload.expert] + _MOVED_AND_FUSED
     return _FLOAT_BYTES * (4 * workload.parameters_of_experts() + rows * workload.hidden_size * saved)
 
@@ -60,5 +87,5 @@ def _is_in_half(workload: Workload) -> bool:
 
 
 def _takes_long(workload: Workload) -> bool:
-    longest_batch = BATCHES[0] if workload.has_positions else BATCHES[-1]
+    longest_batch = BATCHES[0] if workload.positions else BATCHES[-1]
     return workload.hidden_size == max(WIDTHS) and workload.batch_size > longest_batch
