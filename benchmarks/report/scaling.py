@@ -53,8 +53,8 @@ def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
         Drawing(
             f"scaling_{records[0].device}",
             f"How a training step grows, {device}",
-            "Median milliseconds, both axes logarithmic. Dashed grey is the dense floor: the same rows through one expert "
-            "a level, nothing routed, nothing moved.",
+            "Median milliseconds, both axes logarithmic. Dashed grey is the dense floor: the same rows through one "
+            "expert a level, nothing routed, nothing moved.",
             figure,
             rows,
         )

@@ -65,8 +65,8 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
         Drawing(
             f"speedup_{record.stage}_{record.device}",
             f"Speed-up by workload: {stage}, {device}",
-            f"How many times as fast as each contender {record.contender} is; logarithmic. Blue: faster, and the middle "
-            "half of the rounds says so too; vermilion: slower; grey: no difference to speak of.",
+            f"How many times as fast as each contender {record.contender} is; logarithmic. Blue: faster, and the "
+            "middle half of the rounds says so too; vermilion: slower; grey: no difference to speak of.",
             figure,
             [
                 {**record_columns(each.record), "contender": each.slower, **ratio_columns(each), "rounds": each.rounds}
