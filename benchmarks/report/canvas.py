@@ -121,4 +121,5 @@ def record_columns(record: Record) -> dict[str, object]:
         "device": record.device,
         **workload_columns(record.workload),
         "routes": record.workload.routes,
+        "hierarchy": record.workload.hierarchy,
     }

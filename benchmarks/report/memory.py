@@ -39,7 +39,7 @@ def draw_memory(records: Sequence[Record]) -> list[Drawing]:
             label=contender,
             zorder=3,
         )
-    label_rows(axes, [workload_words(record) for record in measured])
+    label_rows(axes, [workload_words(record.workload) for record in measured])
     axes.set_xlabel("peak memory, MiB")
     plain_numbers(axes, "x")
     figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hierarchies import HIERARCHIES
 from benchmarks.interleaved import Timings
 from benchmarks.workloads import Workload
 
@@ -141,8 +142,15 @@ def read_suite(path: Path) -> Suite:
     return Suite(records, str(content.get("datetime", "at an unknown time")), str(processor))
 
 
+def _workload(info: Mapping[str, Any]) -> Workload:
+    """Its hierarchy is told by its name alone."""
+    sizes = (info["expert"], info["hidden_size"], info["batch_size"], info["num_experts"], info["routes"])
+    named = (Workload(*sizes, hierarchy) for hierarchy in HIERARCHIES)
+    return next((each for each in named if str(each) == info["workload"]), Workload(*sizes))
+
+
 def _record(entry: Mapping[str, Any]) -> Record:
-    name = entry.get("name")
+    name = entry.get("fullname", entry.get("name"))
     info = entry.get("extra_info", {})
     for key, kind in _FIELDS.items():
         if not isinstance(info.get(key), kind):
@@ -153,13 +161,10 @@ def _record(entry: Mapping[str, Any]) -> Record:
     lengths = {contender: len(each) for contender, each in seconds.items()}
     if len(set(lengths.values())) > 1 or any(length < FEWEST_ROUNDS for length in lengths.values()):
         raise ReadError(f"benchmark {name!r} has other than two or more rounds of every contender (got {lengths})")
-    workload = Workload(
-        info["expert"], info["hidden_size"], info["batch_size"], info["num_experts"], routes=info["routes"]
-    )
     return Record(
         str(name),
         info["stage"],
-        workload,
+        _workload(info),
         info["workload"],
         info.get("positions"),
         info["device"],

@@ -16,11 +16,11 @@ from benchmarks.report.canvas import (
     record_columns,
 )
 from benchmarks.report.ratios import ratios
-from benchmarks.report.reading import Record, in_order
+from benchmarks.report.reading import DENSE, Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
 
 _VERDICT_COLOURS = {"faster": BLUE, "slower": VERMILION, "even": GREY}
-_ROW_HEIGHT, _PANEL_WIDTH, _LABEL_WIDTH = 0.27, 1.9, 2.4
+_ROW_HEIGHT, _PANEL_WIDTH, _LABEL_WIDTH = 0.27, 1.45, 2.2
 _ROOM = 1.6
 
 
@@ -37,7 +37,9 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
     for axes, contender in zip(panels, contenders, strict=True):
         axes.axvline(1.0, color="#444444", linewidth=0.9)
         for each in (each for each in found if each.slower == contender):
-            row, colour = rows.index(each.record.name), _VERDICT_COLOURS[each.verdict]
+            row = rows.index(each.record.name)
+            # The floor is not there to be beaten.
+            colour = GREY if contender == DENSE else _VERDICT_COLOURS[each.verdict]
             axes.plot([each.low, each.high], [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
             axes.plot(each.ratio, row, color=colour, marker="o", markersize=4.5)
             # Beyond the quartiles, and never on the line of no difference.
@@ -55,7 +57,7 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
     panels[0].set_xlim(min(0.8, *(each.low for each in found)) / 1.15, max(e.high for e in found) * _ROOM)
     for axes in panels:
         plain_numbers(axes, "x")
-    words = {each.record.name: workload_words(each.record) for each in found}
+    words = {each.record.name: workload_words(each.workload) for each in found}
     label_rows(panels[0], [words[name] for name in rows])
     figure.supxlabel(
         f"times as fast as this contender is {record.contender}, median and quartiles over the rounds", fontsize=9

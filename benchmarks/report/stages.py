@@ -34,7 +34,7 @@ def draw_stages(records: Sequence[Record]) -> list[Drawing]:
                 axes.text(end + share / 2, row, ms_words(ms), fontsize=7, color=ink, ha="center", va="center")
             end += share
         axes.text(101, row, ms_words(total), fontsize=8, va="center", clip_on=False)
-    label_rows(axes, [workload_words(record) for record in timed])
+    label_rows(axes, [workload_words(record.workload) for record in timed])
     axes.set(xlim=(0, 100), xlabel="percent of the step; in the bars and behind them: time")
     axes.grid(visible=False)
     figure.legend(loc="outside upper center", ncols=min(len(parts), 8), frameon=False, fontsize=8)

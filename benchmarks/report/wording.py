@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.reading import (
     AUTO,
     DENSE,
@@ -18,8 +19,8 @@ from benchmarks.report.reading import (
     STACK,
     TRAINING,
     VMAP,
-    Record,
 )
+from benchmarks.workloads import Workload
 
 STAGE_NAMES = {
     PLAN: "planning",
@@ -53,31 +54,35 @@ CONTENDER_MEANINGS = {
 }
 
 
-def workload_words(record: Record) -> str:
-    """``linear, H 64, B 4,096, E 256``; routes only where they are not uniform."""
-    workload = record.workload
+def workload_words(workload: Workload) -> str:
+    """``linear, H 64, B 4,096, E 256``; hierarchy and routes only where they are not the usual ones."""
     words = [
         workload.expert,
         f"H {workload.hidden_size}",
         f"B {workload.batch_size:,}",
         f"E {workload.num_experts}",
     ]
-    return ", ".join(words + [f"{workload.routes} routes"] * (workload.routes != "uniform"))
+    words += [f"{workload.routes} routes"] * (workload.routes != UNIFORM)
+    return ", ".join(words + [workload.hierarchy] * (workload.hierarchy != TREE))
 
 
 def ms_words(ms: float) -> str:
     """Milliseconds in three digits, microseconds below a tenth."""
     if ms < 0.1:
-        return f"{1e3 * ms:.3g} µs"
-    return f"{ms:,.0f} ms" if ms >= 100 else f"{ms:.3g} ms"
+        return f"{_digits(1e3 * ms)} µs"
+    return f"{_digits(ms)} ms"
 
 
 def times_words(ratio: float) -> str:
     """A ratio in three digits or so."""
-    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}"
+    return f"{ratio:.2f}" if ratio < 10 else _digits(ratio)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def bytes_words(count: float) -> str:
     """Mebibytes."""
     mebibytes = count / 2**20
-    return f"{mebibytes:,.0f} MiB" if mebibytes >= 100 else f"{mebibytes:.3g} MiB"
+    return f"{_digits(mebibytes)} MiB"

@@ -28,7 +28,7 @@ def entry(workload, seconds, stage="training_step", device="cpu", contender="cel
         "batch_size": workload.batch_size,
         "num_experts": workload.num_experts,
         "routes": workload.routes,
-        "positions": 16 if workload.has_positions else None,
+        "positions": workload.positions,
         "device": device,
         "threads": 1,
         "dtype": "float32",
