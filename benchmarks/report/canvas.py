@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
 from benchmarks.report.reading import AUTO, DENSE, GROUPED, LATER_PEER, LOOPED, ORACLE, PEER, STACK, VMAP, Record
@@ -30,6 +30,8 @@ CONTENDER_COLOURS = {
     "peft": "#332288",
 }
 SERIES_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", VERMILION, "#f0e442", GREY)
+# Fewer make no line.
+FEWEST_POINTS = 2
 # What the ends of lines keep from each other, as a share of the axis.
 _LEAST_GAP = 0.055
 
@@ -85,6 +87,12 @@ def plain_numbers(axes: Axes, which: str) -> None:
         axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
     else:
         axis.set_minor_formatter(NullFormatter())
+
+
+def label_values(axes: Axes, values: set[int]) -> None:
+    """Numbers below a logarithmic axis where something was measured, and nowhere else."""
+    axes.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:

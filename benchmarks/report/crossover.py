@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.report.reading import Record, Suite
+from benchmarks.report.reading import INFERENCE, TRAINING, Record, Suite
+
+# Of planning and moving alone nobody chooses a device.
+_STAGES = (TRAINING, INFERENCE)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Crossover:
         if self.batch_size is None:
             return f"not up to {max(self.ratios):,}"
         if self.batch_size == min(self.ratios):
-            return f"at every size measured, {self.batch_size:,} the least"
+            return f"from {self.batch_size:,} or fewer on"
         return f"from {self.batch_size:,} on"
 
 
@@ -49,7 +52,9 @@ def crossovers(suite: Suite) -> list[Crossover]:
     lines: dict[tuple[object, ...], list[Record]] = {}
     for record in suite.records:
         beside = on_cpu.get(_point(record))
-        if record.device != "cpu" and beside is not None and _timed_alike(record, beside):
+        if record.device == "cpu" or record.stage not in _STAGES or beside is None:
+            continue
+        if record.contender in record.timings.seconds and record.contender in beside.timings.seconds:
             lines.setdefault((record.device, *_line(record)), []).append(record)
     return [_crossover(records, on_cpu) for records in lines.values()]
 
@@ -60,10 +65,6 @@ def _crossover(records: Sequence[Record], on_cpu: dict[tuple[object, ...], Recor
         name = record.contender
         by_size[record.workload.batch_size] = on_cpu[_point(record)].timings.median(name) / record.timings.median(name)
     return Crossover(records[0].device, records[0], by_size)
-
-
-def _timed_alike(record: Record, beside: Record) -> bool:
-    return record.contender in record.timings.seconds and record.contender in beside.timings.seconds
 
 
 def _point(record: Record) -> tuple[object, ...]:

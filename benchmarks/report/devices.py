@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.report.canvas import SERIES_COLOURS, Drawing, label_ends, new_panels, plain_numbers, record_columns
+from benchmarks.report.canvas import (
+    FEWEST_POINTS,
+    SERIES_COLOURS,
+    Drawing,
+    label_ends,
+    label_values,
+    new_panels,
+    plain_numbers,
+    record_columns,
+)
 from benchmarks.report.reading import TRAINING, Record, Suite
 from benchmarks.report.wording import DEVICE_NAMES
 from benchmarks.workloads import Workload
@@ -14,13 +23,13 @@ _COLUMNS = 4
 
 
 def draw_devices(suite: Suite) -> list[Drawing]:
-    """A panel for each kind and number of experts that several devices ran; nothing where only one was."""
+    """A panel for each kind and number of experts that several devices ran at several sizes; else nothing."""
     lines: dict[Workload, dict[str, list[Record]]] = {}
     for record in suite.of(TRAINING):
         if record.contender in record.timings.seconds:
             key = replace(record.workload, batch_size=0)
             lines.setdefault(key, {}).setdefault(record.device, []).append(record)
-    shared = {key: of for key, of in lines.items() if len(of) > 1}
+    shared = {key: of for key, of in lines.items() if len(of) > 1 and min(map(len, of.values())) >= FEWEST_POINTS}
     # The longest tell most, but are drawn in the order in which they ran.
     longest = sorted(shared, key=lambda key: -min(map(len, shared[key].values())))[:_MOST_PANELS]
     keys = [key for key in shared if key in longest]
@@ -47,6 +56,7 @@ def draw_devices(suite: Suite) -> list[Drawing]:
             ]
         plain_numbers(axes, "x")
         plain_numbers(axes, "y")
+        label_values(axes, {record.workload.batch_size for of in shared[key].values() for record in of})
         axes.set(
             title=f"{key.expert}, H = {key.hidden_size}, E = {key.num_experts}", xlabel="samples B", ylabel="ms a step"
         )

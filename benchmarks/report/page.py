@@ -244,7 +244,7 @@ def _comparison(found: Comparison | None) -> dict[str, Any] | None:
     slower, faster, same = (found.of(verdict) for verdict in (SLOWER, FASTER, SAME))
     return {
         "old_date": f"{found.old.date[:19].replace('T', ' ')} on {found.old.processor}",
-        "verdict": f"Of {len(found.changes)} comparisons {len(slower)} are slower and {len(faster)} faster beyond noise.",
+        "verdict": f"Of {len(found.changes)} comparisons, {len(slower)} slower and {len(faster)} faster beyond noise.",
         "slower": changes_table(slower),
         "faster": changes_table(faster[::-1]),
         "same": changes_table(same),

@@ -9,9 +9,11 @@ from matplotlib.axes import Axes
 
 from benchmarks.report.canvas import (
     CONTENDER_COLOURS,
+    FEWEST_POINTS,
     GREY,
     Drawing,
     label_ends,
+    label_values,
     new_panels,
     plain_numbers,
     record_columns,
@@ -22,7 +24,6 @@ from benchmarks.workloads import Workload
 
 # Who is drawn: more lines would hide each other.
 _DRAWN = (PEER, LATER_PEER, ORACLE, STACK, DENSE, AUTO)
-_FEWEST_POINTS = 2
 _WIDTH, _HEIGHT = 3.9, 2.9
 
 Line = Sequence[Record]
@@ -71,7 +72,7 @@ def _longest_lines(
     best: dict[str, Line] = {}
     for key, by_value in lines.items():
         line = [by_value[each] for each in sorted(by_value)]
-        if len(line) >= _FEWEST_POINTS and _weight(line) > _weight(best.get(key.expert, [])):
+        if len(line) >= FEWEST_POINTS and _weight(line) > _weight(best.get(key.expert, [])):
             best[key.expert] = line
     return best
 
@@ -103,8 +104,7 @@ def _draw_line(axes: Axes, line: Line, axis: str) -> list[dict[str, object]]:
         ]
     plain_numbers(axes, "x")
     plain_numbers(axes, "y")
-    values = sorted({each.workload.batch_size if axis == "B" else each.workload.num_experts for each in line})
-    axes.set_xticks(values, [f"{value:,}" for value in values])
+    label_values(axes, {each.workload.batch_size if axis == "B" else each.workload.num_experts for each in line})
     axes.set(
         title=f"{shared.expert}, H = {shared.hidden_size}, {fixed}",
         xlabel="samples B" if axis == "B" else "experts E of the last level",

@@ -61,13 +61,10 @@ def write(path, entries):
     return path
 
 
-def whole_run(devices=("cpu",)):
+def whole_run(devices=("cpu",), kinds=("linear",), batches=(64, 1024), counts=(4, 32)):
     """Entries of every stage."""
-    points = [
-        *itertools.product(["linear", "gru"], [64], [64, 1024, 16384], [4, 32]),
-        *itertools.product(["linear", "gru"], [64], [1024], [256]),
-    ]
-    for device, (expert, width, batch, count) in itertools.product(devices, points):
+    points = itertools.product(kinds, [64], batches, counts)
+    for (expert, width, batch, count), device in itertools.product(points, devices):
         workload = Workload(expert, width, batch, count)
         # A device has a floor of its own, and is ten times as fast above it.
         cost = 1e-3 * (1 + batch / 1e3) * (1 + count / 30)
