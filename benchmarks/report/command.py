@@ -26,8 +26,8 @@ from benchmarks.setting import make_console, prepare_folder
 
 RESULTS, MACHINE, LOG = "benchmarks.json", "machine.json", "pytest.log"
 GOOD, BAD, REFUSED, INTERRUPTED = 0, 1, 2, 130
-# What is kept of the minutes promised for the benchmark that runs when the rest is over, and for the figures.
-_KEPT_SECONDS = 45
+# What is kept of the minutes promised: for the suite's way in and out, and for the figures.
+_KEPT_SECONDS = 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

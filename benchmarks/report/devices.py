@@ -57,9 +57,8 @@ def draw_devices(suite: Suite) -> list[Drawing]:
         plain_numbers(axes, "x")
         plain_numbers(axes, "y")
         label_values(axes, {record.workload.batch_size for of in shared[key].values() for record in of})
-        axes.set(
-            title=f"{key.expert}, H = {key.hidden_size}, E = {key.num_experts}", xlabel="samples B", ylabel="ms a step"
-        )
+        axes.set(xlabel="samples B", ylabel="ms a step")
+        axes.set_title(f"{key.expert}, H = {key.hidden_size}, E = {key.num_experts}", fontsize=10)
         label_ends(axes, ends)
     for axes in spare:
         axes.set_axis_off()

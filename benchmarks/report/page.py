@@ -20,6 +20,7 @@ from benchmarks.report.reading import (
     EXPERTS,
     INFERENCE,
     MEMORY,
+    OURS,
     PEER,
     PLAN,
     TRAINING,
@@ -31,7 +32,6 @@ from benchmarks.report.scaling import draw_scaling
 from benchmarks.report.speedups import draw_speedups
 from benchmarks.report.stages import draw_stages
 from benchmarks.report.tables import (
-    Cell,
     Table,
     absences,
     changes_table,
@@ -125,7 +125,9 @@ def write_page(folder: Path, findings: Findings) -> Path:
         absent=absences(suite.records, findings.absent_devices),
         unfinished=_unfinished(findings.unfinished),
         comparison=_comparison(findings.comparison),
-        contenders=[(name, CONTENDER_MEANINGS[name]) for name in reversed(CONTENDERS) if name in named],
+        contenders=[
+            (name, CONTENDER_MEANINGS[name]) for name in (*OURS[::-1], *CONTENDERS[: -len(OURS)]) if name in named
+        ],
     )
     path = folder / PAGE
     path.write_text(html, encoding="utf-8")
@@ -144,7 +146,7 @@ def _lead(suite: Suite) -> str:
     device = suite.devices[0]
     found = headline(suite.of(TRAINING, device), PEER)
     if found is None:
-        return f"{len(suite.records)} benchmarks; {PEER} was not there to compare a training step with."
+        return f"{len(suite.records)} benchmarks; no training step was timed beside {PEER}'s."
     mean, least, greatest, count = found
     return (
         f"Training steps are {times_words(mean)} times as fast as those of {PEER} in the geometric mean over {count} "
@@ -232,10 +234,12 @@ def _memory_section(suite: Suite) -> Section:
     return Section("memory", "Memory", "The most that a training step holds, of each contender.", parts)
 
 
-def _unfinished(why: Mapping[str, str]) -> Table | None:
-    if not why:
-        return None
-    return Table(["benchmark", "why"], [[Cell(name), Cell(reason)] for name, reason in why.items()], 2)
+def _unfinished(why: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in why.items():
+        names.setdefault(reason, []).append(name)
+    return names
 
 
 def _comparison(found: Comparison | None) -> dict[str, Any] | None:

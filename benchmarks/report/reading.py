@@ -22,8 +22,11 @@ OURS = ("celmoe auto", "celmoe grouped", "celmoe looped")
 AUTO, GROUPED, LOOPED = OURS
 PEER, LATER_PEER = "celmoe-vp 1.1.4", "celmoe-vp 3.0.0"
 ORACLE, DENSE, STACK, VMAP = "oracle", "dense", "stack", "vmap"
+LOOK_UPS = "look-ups"
+# They compute less: bounds, not rivals.
+FLOORS = (DENSE, LOOK_UPS)
 # In the order of tables and panels: what users come from, what they could write, what nobody can beat, our engines.
-CONTENDERS = (PEER, LATER_PEER, ORACLE, "transformers", "peft", STACK, VMAP, DENSE, GROUPED, LOOPED, AUTO)
+CONTENDERS = (PEER, LATER_PEER, ORACLE, "transformers", "peft", STACK, VMAP, DENSE, LOOK_UPS, GROUPED, LOOPED, AUTO)
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "stage": str,

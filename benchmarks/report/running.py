@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -68,12 +69,24 @@ class Outcome:
 
 
 class Beacon:
-    """A pytest plugin: tells the parent what happens, and leaves out what comes after the deadline or a stop."""
+    """A pytest plugin: tells the parent what happens, and begins nothing that may not end in time, or after a stop."""
 
     def __init__(self, connection: Connection, stop: Event, seconds: float | None) -> None:
         self._connection = connection
         self._stop = stop
         self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._begun, self._longest = 0.0, 0.0
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """The first of each kind and device, then the second of each: a time that is up costs all of them alike."""
+        turns = Counter[tuple[str, object]]()
+        place: dict[pytest.Item, int] = {}
+        for item in items:
+            parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+            kind = (item.nodeid.partition("[")[0], parameters.get("device_name"))
+            place[item] = turns[kind]
+            turns[kind] += 1
+        items.sort(key=place.__getitem__)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """All benchmarks are known."""
@@ -81,6 +94,7 @@ class Beacon:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """One begins."""
+        self._begun = time.monotonic()
         self._connection.send(News(BEGUN, nodeid))
 
     @pytest.hookimpl(tryfirst=True)
@@ -88,8 +102,13 @@ class Beacon:
         """Before any fixture is made."""
         if self._stop.is_set():
             pytest.skip(STOPPED)
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        # No shorter than the longest so far, for all that is known of it.
+        if self._deadline is not None and time.monotonic() + self._longest > self._deadline:
             pytest.skip(OUT_OF_TIME)
+
+    def pytest_runtest_logfinish(self) -> None:
+        """One has ended."""
+        self._longest = max(self._longest, time.monotonic() - self._begun)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One is done, or could not be set up or taken down."""
@@ -117,7 +136,7 @@ def run_suite(
         targets: Files or folders.
         arguments: What pytest is told besides.
         log: Where what it says goes.
-        seconds: After which no further benchmark is begun; ``None`` for all of them.
+        seconds: Within which to end; ``None`` for as long as it takes.
         hear: Told each piece of news as it comes.
         stopped: Whether to begin no further benchmark.
     """

@@ -106,9 +106,9 @@ def _draw_line(axes: Axes, line: Line, axis: str) -> list[dict[str, object]]:
     plain_numbers(axes, "y")
     label_values(axes, {each.workload.batch_size if axis == "B" else each.workload.num_experts for each in line})
     axes.set(
-        title=f"{shared.expert}, H = {shared.hidden_size}, {fixed}",
         xlabel="samples B" if axis == "B" else "experts E of the last level",
         ylabel="ms a step",
     )
+    axes.set_title(f"{shared.expert}, H = {shared.hidden_size}, {fixed}", fontsize=10)
     label_ends(axes, ends)
     return rows

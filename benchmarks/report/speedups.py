@@ -16,7 +16,7 @@ from benchmarks.report.canvas import (
     record_columns,
 )
 from benchmarks.report.ratios import ratios
-from benchmarks.report.reading import DENSE, Record, in_order
+from benchmarks.report.reading import FLOORS, Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
 
 _VERDICT_COLOURS = {"faster": BLUE, "slower": VERMILION, "even": GREY}
@@ -39,7 +39,7 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
         for each in (each for each in found if each.slower == contender):
             row = rows.index(each.record.name)
             # The floor is not there to be beaten.
-            colour = GREY if contender == DENSE else _VERDICT_COLOURS[each.verdict]
+            colour = GREY if contender in FLOORS else _VERDICT_COLOURS[each.verdict]
             axes.plot([each.low, each.high], [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
             axes.plot(each.ratio, row, color=colour, marker="o", markersize=4.5)
             # Beyond the quartiles, and never on the line of no difference.
@@ -53,7 +53,7 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
                 color=colour,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
             )
-        axes.set_title(f"{contender}")
+        axes.set_title(contender, fontsize=9)
     panels[0].set_xlim(min(0.8, *(each.low for each in found)) / 1.15, max(e.high for e in found) * _ROOM)
     for axes in panels:
         plain_numbers(axes, "x")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.bodies import UNTOUCHED
 from benchmarks.grid.report import geometric_mean
 from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.crossover import Crossover
 from benchmarks.report.ratios import Ratio, ratio_of, ratios
-from benchmarks.report.reading import AUTO, DENSE, Record, in_order
+from benchmarks.report.reading import AUTO, FLOORS, Record, in_order
 from benchmarks.report.regressions import Change, Spread
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, bytes_words, ms_words, times_words, workload_words
 
+# Reasons that differ in their numbers alone are told once.
+_NUMBER = re.compile(r"\d[\d.,]*")
 NOTHING = DASH = "\N{EN DASH}"
 
 
@@ -35,7 +39,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows; the first ``names`` columns are words, the rest are numbers."""
+    """A table.
+
+    Attributes:
+        headings: Of the columns.
+        rows: Below them.
+        names: How many of the first columns are words; the rest are numbers.
+        total: A last row, of which the first cell is as wide as all names.
+    """
 
     headings: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -60,7 +71,7 @@ def speed_table(records: Sequence[Record]) -> Table:
     means = [[each.ratio for (_, slower), each in found.items() if slower == name] for name in contenders]
     total = [
         Cell("geometric mean"),
-        *[Cell("")] * len(names),
+        Cell(""),
         *(Cell(times_words(geometric_mean(each)) if each else NOTHING, f"of {len(each)}") for each in means),
     ]
     return Table([*names, " / ".join(ours), *contenders], rows, len(names), total if len(records) > 1 else ())
@@ -68,7 +79,7 @@ def speed_table(records: Sequence[Record]) -> Table:
 
 def memory_table(records: Sequence[Record]) -> Table:
     """Peak memory by workload and contender, and how many times ours that is."""
-    contenders = in_order({name for record in records for name in record.bytes})
+    contenders = in_order({name for record in records for name in record.bytes})[::-1]
     names, named = _workload_cells(records)
     rows = []
     for record in records:
@@ -124,14 +135,17 @@ def absences(records: Iterable[Record], devices: Mapping[str, str]) -> Table:
         records: Whose contenders may be absent.
         devices: Why a device is, by its name.
     """
-    where: dict[tuple[str, str], list[Record]] = {}
+    where: dict[tuple[str, str], list[tuple[Record, str]]] = {}
     for record in records:
         for contender, why in record.absent.items():
-            where.setdefault((contender, why), []).append(record)
+            where.setdefault((contender, _NUMBER.sub("0", why)), []).append((record, why))
     rows = [[Cell(DEVICE_NAMES.get(name, name)), Cell("device"), Cell(why)] for name, why in devices.items()]
-    for (contender, why), missing in where.items():
-        stages = ", ".join(dict.fromkeys(STAGE_NAMES[record.stage] for record in missing))
-        rows.append([Cell(contender), Cell(f"{stages}: {len(missing)}"), Cell(why)])
+    # What can be had comes first.
+    for (contender, _), missing in sorted(where.items(), key=lambda item: "to get it" not in item[1][0][1]):
+        stages = ", ".join(dict.fromkeys(STAGE_NAMES[record.stage] for record, _ in missing))
+        reasons = list(dict.fromkeys(why for _, why in missing))
+        why = reasons[0] if len(reasons) == 1 else f"such as: {reasons[0]}"
+        rows.append([Cell(contender), Cell(f"{len(missing)} of {stages}"), Cell(why)])
     return Table(["what", "where", "why, and how to get it"], rows, 3)
 
 
@@ -154,7 +168,7 @@ def _workload_cells(records: Sequence[Record]) -> tuple[list[str], dict[str, lis
         "routes": [record.workload.routes for record in records],
         "hierarchy": [record.workload.hierarchy for record in records],
     }
-    usual = {"routes": {UNIFORM}, "hierarchy": {TREE}}
+    usual = {"experts": {UNTOUCHED}, "H": {"1"}, "routes": {UNIFORM}, "hierarchy": {TREE}}
     kept = [name for name, values in columns.items() if set(values) != usual.get(name)]
     return kept, {record.name: [Cell(columns[name][row]) for name in kept] for row, record in enumerate(records)}
 
@@ -162,7 +176,7 @@ def _workload_cells(records: Sequence[Record]) -> tuple[list[str], dict[str, lis
 def _ratio_cell(found: Ratio | None, record: Record, contender: str) -> Cell:
     if found is None:
         return Cell(NOTHING, note=record.absent.get(contender, "not timed on this workload"))
-    style = "floor" if contender == DENSE else found.verdict
+    style = "floor" if contender in FLOORS else found.verdict
     seconds = ms_words(1e3 * record.timings.median(contender))
     return Cell(times_words(found.ratio), _span(found.low, found.high), style, seconds)
 

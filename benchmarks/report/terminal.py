@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.report.reading import AUTO, Suite
+from benchmarks.report.reading import AUTO, MEMORY, Suite
 from benchmarks.report.regressions import SLOWER, Comparison
 from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
 from benchmarks.report.tables import headline
@@ -85,6 +85,6 @@ def _groups(suite: Suite) -> list[tuple[str, str, str]]:
         (record.stage, record.device, contender): None
         for record in suite.records
         for contender in record.contenders
-        if contender != AUTO
+        if contender != AUTO and record.stage != MEMORY
     }
     return list(found)

@@ -11,6 +11,7 @@ from benchmarks.report.reading import (
     GROUPED,
     INFERENCE,
     LATER_PEER,
+    LOOK_UPS,
     LOOPED,
     MEMORY,
     ORACLE,
@@ -51,6 +52,7 @@ CONTENDER_MEANINGS = {
     STACK: "the same experts, stacked by hand into batched products",
     VMAP: "torch.func's stack_module_state and vmap over padded batches",
     DENSE: "the floor: the same rows through one expert a level, nothing routed, nothing moved",
+    LOOK_UPS: "the floor of planning: each name looked up in a dict, and no more",
 }
 
 

@@ -62,6 +62,25 @@ def test_after_the_deadline_nothing_is_begun(tmp_path):
     )
 
 
+def test_what_the_time_runs_out_for_is_spread(tmp_path):
+    source = """
+import pytest, time
+
+@pytest.mark.parametrize("device_name", ["cpu", "cuda"])
+@pytest.mark.parametrize("workload", [1, 2])
+def test_first(workload, device_name): time.sleep(0.6)
+
+@pytest.mark.parametrize("workload", [1, 2])
+def test_second(workload): pass
+"""
+    outcome, heard = run(tmp_path, source, seconds=2.0)
+    names = [name.rpartition("::")[2] for name in heard[0].names]
+    assert {"test_first[1-cpu]", "test_first[1-cuda]", "test_second[1]"} == set(names[:3])
+    # All of the first turn fit in; of the second, nothing that may take 0.6 s would.
+    assert 1 <= outcome.measured <= 5
+    assert outcome.measured + len(outcome.left_out) == 6
+
+
 def test_a_stop_lets_the_running_one_end(tmp_path):
     source = "import time\ndef test_long(): time.sleep(1.5)\ndef test_next(): pass\n"
     outcome, _ = run(tmp_path, source, stopped=lambda: True)
