@@ -85,9 +85,11 @@ def _untouched(_width: int, _place: int) -> nn.Module:
     return nn.Identity()
 
 
+LOW_RANK = "low-rank"
 # Experts that return their rows: what is left of a pass is routing and moving.
 UNTOUCHED = "untouched"
-LOW_RANK = "low-rank"
+# Linear experts whose rows stand in expert order already: what is left is their products.
+PRODUCT = "product"
 # The experts' bodies, made from width H and the expert's place in its level.
 EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": _linear,
@@ -98,6 +100,7 @@ EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
     "two-widths": _two_widths,
     LOW_RANK: _low_rank,
     UNTOUCHED: _untouched,
+    PRODUCT: _linear,
 }
 # Those of the looped engine's grid, and of the grouped engine's.
 LOOPED_EXPERTS = ("linear", "mlp", "block", "gru")

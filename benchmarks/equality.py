@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from benchmarks.steps import Forward
+from benchmarks.steps import HOST, Forward, without_gradients
 from benchmarks.workloads import Workload
 
 # Relative to the largest value of a tensor.
@@ -20,25 +20,27 @@ class UnequalError(RuntimeError):
     """Two contenders differ by more than rounding, with the quantity that does."""
 
 
-def training_evidence(forward: Forward, parameters: Mapping[str, nn.Parameter], workload: Workload) -> Evidence:
+def training_evidence(
+    forward: Forward, parameters: Mapping[str, nn.Parameter], workload: Workload, device: torch.device = HOST
+) -> Evidence:
     """What a training step gives: fused hidden states, and every gradient.
 
     The loss weighs each number differently. A mean of squares would not do: after the fusion's norm it hardly depends
     on what came before, and gradients would be rounding.
     """
-    hidden = workload.hidden().requires_grad_()
+    hidden = workload.hidden().to(device).requires_grad_()
     for parameter in parameters.values():
         parameter.grad = None
     fused = forward(hidden)
-    fused.backward(torch.randn(fused.shape, generator=torch.Generator().manual_seed(1)))
+    fused.backward(torch.randn(fused.shape, generator=torch.Generator().manual_seed(1)).to(device))
     gradients = {f"gradient of {name}": parameter.grad for name, parameter in parameters.items()}
     return {"output": fused.detach(), "gradient of the input": hidden.grad, **gradients}
 
 
-def inference_evidence(forward: Forward, workload: Workload) -> Evidence:
-    """What a forward pass under ``inference_mode`` gives."""
-    with torch.inference_mode():
-        return {"output in inference": forward(workload.hidden())}
+def inference_evidence(forward: Forward, workload: Workload, device: torch.device = HOST) -> Evidence:
+    """What a forward pass without gradients gives."""
+    with without_gradients(device):
+        return {"output in inference": forward(workload.hidden().to(device))}
 
 
 def require_equal(ours: Evidence, theirs: Evidence) -> None:

@@ -12,7 +12,7 @@ from typing import cast
 
 import celmoe
 from benchmarks.interleaved import interleave
-from benchmarks.steps import ROUTINGS, nudge, string_routed, training_step, turns
+from benchmarks.steps import ROUTINGS, TrainingStep, nudge, string_routed, turns
 from benchmarks.workloads import Workload
 
 PLANNING, MOVING, EXPERTS_RUN, FUSION, BACKWARD = "planning", "moving rows", "experts", "fusion", "backward"
@@ -51,7 +51,7 @@ def time_parts(workload: Workload, engine: str, seconds: float) -> Parts:
 
     timings = interleave(
         {
-            _STEP: training_step(string_routed(model, workload), model.parameters(), workload),
+            _STEP: TrainingStep(string_routed(model, workload), model.parameters(), workload),
             _FORWARD: lambda: forward(hidden),
             PLANNING: lambda: model.compile_routing(routings[planned()]),
             MOVING: move,

@@ -88,14 +88,14 @@ class Padded:
         largest = max(plan.counts)
         self._shape = (num_experts, largest)
         starts = counts.cumsum(0) - counts
-        slots = ids * largest + torch.arange(len(ids)) - starts.index_select(0, ids)
+        slots = ids * largest + torch.arange(len(ids), device=ids.device) - starts.index_select(0, ids)
         # Any row will do at padding: the first one.
-        self._sources = torch.zeros(num_experts * largest, dtype=torch.int64).index_copy_(0, slots, plan.order)
+        self._sources = slots.new_zeros(num_experts * largest).index_copy_(0, slots, plan.order)
         self._slots = slots.index_select(0, plan.inverse)
 
     def arrange(self, rows: torch.Tensor) -> torch.Tensor:
         """``[E, M, H]``."""
-        return _gathered(rows, self._sources, self._slots).view(*self._shape, -1)
+        return _gathered(rows, self._sources, self._slots).view(*self._shape, *rows.shape[1:])
 
     def restore(self, rows: torch.Tensor) -> torch.Tensor:
         """``[B, H]``."""
@@ -135,7 +135,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        rows = torch.arange(len(grads[0]))
+        rows = torch.arange(len(grads[0]), device=grads[0].device)
         sums: torch.Tensor = functional.embedding_bag(rows, grads[0], ctx.starts, mode="sum")
         return sums, None, None
 

@@ -8,7 +8,6 @@ Axes: B samples, E experts of a level, H hidden size, F inner width.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
@@ -20,8 +19,10 @@ from torch.nn import functional
 import celmoe
 from benchmarks.bodies import MLP
 from benchmarks.contenders.layouts import Alone, Layout, Padded, Ragged
+from benchmarks.contenders.planned import Planned, bodies_of
+from benchmarks.devices import finish
 from benchmarks.interleaved import interleave
-from benchmarks.steps import ROUTINGS, Forward, training_step, turns
+from benchmarks.steps import HOST, TrainingStep, routings_of
 from benchmarks.workloads import Workload
 
 LayoutKind: TypeAlias = type[Ragged] | type[Padded]
@@ -63,7 +64,7 @@ class StackedMLP(nn.Module):
         return result
 
 
-class Stack(nn.Module):
+class Stack(Planned):
     """The hierarchy with stacked experts, and with the parameters of the model that it is made from.
 
     Args:
@@ -74,43 +75,23 @@ class Stack(nn.Module):
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
-        super().__init__()
-        self.compiler = celmoe.RoutingCompiler(model.config)
+        super().__init__(model)
         self.levels = nn.ModuleList()
-        self.sizes = [len(level.experts) for level in model.levels]
-        for level in model.levels:
-            bodies = [model.level_modules[level.name][name].body for name in level.experts]  # type: ignore[index]  # nested mappings
+        for bodies in bodies_of(model):
             stacked = StackedLinear if isinstance(bodies[0], nn.Linear) else StackedMLP
-            self.levels.append(stacked(bodies))
-        self.fusion = copy.deepcopy(model.fusion)
+            self.levels.append(stacked(bodies))  # type: ignore[arg-type]  # all of one kind
         self.kinds: tuple[LayoutKind, ...] = (Ragged,) * sum(size > 1 for size in self.sizes)
 
-    def forward(self, hidden: torch.Tensor, routing: celmoe.Routing) -> torch.Tensor:
-        """``[B, H]`` to the fused ``[B, H]``."""
-        plan = self.compiler(routing)
-        kinds = iter(self.kinds)
-        level_hiddens = []
-        for stacked, size, level in zip(self.levels, self.sizes, plan.levels.values(), strict=True):
-            layout = Alone() if size == 1 else next(kinds)(level, size)
-            hidden = layout.restore(stacked(layout.arrange(hidden), layout))
-            level_hiddens.append(hidden)
-        fused: torch.Tensor = self.fusion(level_hiddens)
-        return fused
-
-    def routed(self, workload: Workload) -> Forward:
-        """The forward pass over the workload's routings in turn."""
-        routings = [workload.routing(seed) for seed in range(ROUTINGS)]
-        turn = turns(len(routings))
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            fused: torch.Tensor = self(hidden, routings[turn()])
-            return fused
-
-        return forward
+    def run_level(self, index: int, hidden: torch.Tensor, plan: celmoe.LevelPlan) -> torch.Tensor:
+        """``[B, H]`` to the same shape."""
+        place = sum(size > 1 for size in self.sizes[:index])
+        size = self.sizes[index]
+        layout: Layout = Alone() if size == 1 else self.kinds[place](plan, size)
+        return layout.restore(self.levels[index](layout.arrange(hidden), layout))
 
 
-def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Stack:
-    """The stack with those layouts that train fastest on the workload, as tried out now."""
+def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload, device: torch.device = HOST) -> Stack:
+    """The stack with those layouts that train fastest on the workload, as tried out now on the model's device."""
     stack = Stack(model)
     plan = stack.compiler(workload.routing())
     choices: list[tuple[LayoutKind, ...]] = [
@@ -118,12 +99,13 @@ def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Stack
         for size, level in zip(stack.sizes, plan.levels.values(), strict=True)
         if size > 1
     ]
-    step = training_step(stack.routed(workload), stack.parameters(), workload)
+    step = TrainingStep(stack.routed(routings_of(workload)), stack.parameters(), workload, device)
 
     def step_with(kinds: tuple[LayoutKind, ...]) -> Callable[[], None]:
         def run() -> None:
             stack.kinds = kinds
             step()
+            finish(device)
 
         return run
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import celmoe
 from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import ROUTINGS, nudge, string_routed, training_step, turns
+from benchmarks.steps import ROUTINGS, TrainingStep, nudge, string_routed, turns
 from benchmarks.workloads import Workload
 
 OURS, PEER, BARE = "celmoe", "celmoe-vp", "bare loop"
@@ -77,8 +77,8 @@ def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float)
     """Forward with string routing, a loss, backward and the clearing of gradients, in both libraries."""
     ours = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
     models = {OURS: ours, PEER: workload.build(peer)}
-    steps = {
-        name: training_step(string_routed(model, workload), model.parameters(), workload)
+    steps: dict[str, Callable[[], None]] = {
+        name: TrainingStep(string_routed(model, workload), model.parameters(), workload)
         for name, model in models.items()
     }
     steps[BARE] = _bare_step(ours, workload)
@@ -146,7 +146,7 @@ def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable
         fused: torch.Tensor = model.fusion(level_hiddens)
         return fused
 
-    return training_step(forward, model.parameters(), workload)
+    return TrainingStep(forward, model.parameters(), workload)
 
 
 def _ms(timings: Timings, name: str) -> float:

@@ -16,7 +16,7 @@ from benchmarks.contenders.dense import Dense
 from benchmarks.contenders.stack import STACKED, fastest_stack
 from benchmarks.equality import Evidence, inference_evidence, require_equal, training_evidence
 from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import Forward, inference_step, nudge, string_routed, training_step
+from benchmarks.steps import Forward, TrainingStep, inference_step, nudge, routings_of, string_routed
 from benchmarks.workloads import Workload
 
 OURS, PEER, DENSE, STACK = "celmoe", "celmoe-vp", "dense", "stack"
@@ -91,7 +91,7 @@ def compare(
     """
     contenders = _make_contenders(workload, peer, engine, rivals)
     move_weights = nudge(each.model for each in contenders.values())
-    steps = {name: training_step(each.forward, each.model.parameters(), workload) for name, each in contenders.items()}
+    steps = {name: TrainingStep(each.forward, each.model.parameters(), workload) for name, each in contenders.items()}
     for name, step in steps.items():
         started = time.perf_counter()
         step()
@@ -128,7 +128,7 @@ def _make_contenders(
         contenders[DENSE] = _Contender(dense, dense.unrouted(workload))
     if STACK in rivals:
         stack = fastest_stack(ours, workload)
-        contenders[STACK] = _Contender(stack, stack.routed(workload))
+        contenders[STACK] = _Contender(stack, stack.routed(routings_of(workload)))
     return contenders
 
 

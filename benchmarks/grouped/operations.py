@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import celmoe
 import celmoe.grouping
 import celmoe.product
-from benchmarks.steps import string_routed, training_step
+from benchmarks.steps import TrainingStep, string_routed
 from benchmarks.workloads import Workload
 
 COUNTED_BATCH, COUNTED_WIDTH = 4096, 64
@@ -111,7 +111,7 @@ def count_growth(expert: str, routes: str, engine: str, arrangement: str) -> Ope
     for experts in (FEW_EXPERTS, MANY_EXPERTS):
         workload = Workload(expert, COUNTED_WIDTH, COUNTED_BATCH, experts, routes)
         model = workload.build(celmoe, engine=engine)
-        step = training_step(string_routed(model, workload), model.parameters(), workload)
+        step = TrainingStep(string_routed(model, workload), model.parameters(), workload)
         with arranged_for(arrangement):
             step()
             counts.append(count_operations(step))

@@ -10,7 +10,7 @@ from benchmarks.bodies import EXPERTS
 from benchmarks.contenders.dense import Dense
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.stack import STACKED, Stack, fastest_stack
-from benchmarks.steps import ROUTINGS, string_routed
+from benchmarks.steps import ROUTINGS, routings_of, string_routed
 from benchmarks.workloads import Workload
 
 
@@ -55,7 +55,7 @@ def test_stack_is_the_model(expert, routes, kinds):
     model = away_from_start(workload.build(celmoe, engine="looped"))
     stack = Stack(model)
     stack.kinds = kinds
-    forwards = string_routed(model, workload), stack.routed(workload)
+    forwards = string_routed(model, workload), stack.routed(routings_of(workload))
     seeded = torch.Generator().manual_seed(7)
     for _ in range(ROUTINGS + 1):
         hiddens = [workload.hidden().requires_grad_() for _ in forwards]

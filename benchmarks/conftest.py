@@ -1,0 +1,100 @@
+"""The suite's options, and what its benchmarks are given. ``pytest benchmarks`` runs them, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.contest import Contest
+from benchmarks.devices import CPU, find_device
+from benchmarks.sets import DEFAULT, FULL, SETS, WORKLOADS
+from benchmarks.workloads import Workload
+from celmoe.devices import DEVICES
+
+# By set, seconds that a step of another contender may take.
+_LONGEST = {DEFAULT: 2.0, FULL: 20.0}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What is measured, where, and for how long."""
+    group = parser.getgroup("celmoe", "the benchmarks of celmoe")
+    group.addoption(
+        "--device", action="append", choices=DEVICES, help="measure on this device (repeatable; default: cpu)"
+    )
+    group.addoption("--set", choices=SETS, default=DEFAULT, help="the workloads: a few (default), or all")
+    group.addoption("--seconds", type=float, default=1.0, help="about how long each benchmark's rounds go on")
+    group.addoption("--longest", type=float, help="leave out other contenders whose steps take more seconds")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """The tests' ``-n auto`` is no process but this one: contenders must not share the machine with each other."""
+    return 0
+
+
+def pytest_configure() -> None:
+    """One thread, as all our figures are of."""
+    torch.set_num_threads(1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say what is measured on, and which devices are absent: even in a quiet run."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    found = [find_device(name) for name in _devices(session.config)]
+    present = ", ".join(each.name for each in found if each.device is not None)
+    if terminal is not None:
+        setting = (
+            f"set {session.config.getoption('--set')}, {torch.get_num_threads()} thread, torch {torch.__version__}"
+        )
+        terminal.write_line(f"celmoe: {setting}, on {present or 'no device'}")
+        for each in found:
+            if each.device is None:
+                terminal.write_line(each.why_absent)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark for each workload of the set, on each device that is there."""
+    if "workload" not in metafunc.fixturenames:
+        return
+    workloads = WORKLOADS[metafunc.function.__name__.removeprefix("test_")][metafunc.config.getoption("--set")]
+    devices = [name for name in _devices(metafunc.config) if find_device(name).device is not None]
+    if not devices:
+        raise pytest.UsageError("; ".join(find_device(name).why_absent for name in _devices(metafunc.config)))
+    metafunc.parametrize("device_name", devices)
+    metafunc.parametrize("workload", workloads, ids=str)
+
+
+def _devices(config: pytest.Config) -> list[str]:
+    return list(dict.fromkeys(config.getoption("--device") or [CPU]))
+
+
+@pytest.fixture
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Puts a line on the terminal, whatever is captured."""
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+
+    def write(line: str) -> None:
+        if terminal is not None and capture is not None:
+            with capture.global_and_fixture_disabled():
+                terminal.write_line(line)
+
+    return write
+
+
+@pytest.fixture
+def contest(
+    benchmark: BenchmarkFixture,
+    workload: Workload,
+    device_name: str,
+    say: Callable[[str], None],
+    pytestconfig: pytest.Config,
+) -> Contest:
+    """One workload on one device."""
+    device = find_device(device_name).device
+    assert device is not None
+    longest = pytestconfig.getoption("--longest") or _LONGEST[pytestconfig.getoption("--set")]
+    return Contest(benchmark, workload, device_name, device, pytestconfig.getoption("--seconds"), longest, say)

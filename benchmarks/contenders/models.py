@@ -1,0 +1,153 @@
+"""The contenders that run whole hierarchies, by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import cast
+
+import torch
+
+import celmoe
+from benchmarks.bodies import LOW_RANK
+from benchmarks.contenders.contender import (
+    AUTO,
+    DENSE,
+    GROUPED,
+    LOOPED,
+    ORACLE,
+    PEERS,
+    PEFT,
+    STACK,
+    TRANSFORMERS,
+    VMAP,
+    AbsentError,
+    Contender,
+    Maker,
+    Terms,
+)
+from benchmarks.contenders.dense import Dense
+from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
+from benchmarks.contenders.planned import padding
+from benchmarks.contenders.stack import MOST_PADDING, STACKED, fastest_stack
+from benchmarks.contenders.vmapped import Vmapped
+from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.steps import Routes, cycled, routed, routings_of
+from celmoe.reference import reference_forward
+
+VMAPPED = ("linear", "mlp", LOW_RANK)
+# The oracle picks rows one by one, and each one's gradient is a tensor for the whole batch: so many bytes it may write.
+MOST_ORACLE_BYTES = 8 * 2**30
+_FLOAT_BYTES = 4
+
+
+def _ours(engine: str, terms: Terms) -> Contender:
+    model = _model(terms, engine)
+    routings = _routings(terms, model)
+    forward = routed(model, terms.workload, routings, terms.device)
+    if engine == "grouped":
+        try:
+            # Not by the forward pass above, which goes through the routings in step with the others'.
+            routed(model, terms.workload, routings[:1], terms.device)(terms.workload.hidden().to(terms.device))
+        except celmoe.EngineRefusedError as error:
+            raise AbsentError(f"the engine refuses these experts: {error}") from None
+    return Contender(model, forward, dict(model.named_parameters()))
+
+
+def _peer(version: str, terms: Terms) -> Contender:
+    try:
+        package = load_peer(version)
+    except PeerUnavailableError as error:
+        raise AbsentError(f"{error} (to get it: a package index that pip can reach)") from None
+    model = terms.workload.build(package).to(terms.device).train(terms.is_training)
+    forward = routed(model, terms.workload, routings_of(terms.workload), terms.device)
+    return Contender(model, forward, dict(model.named_parameters()))
+
+
+def _oracle(terms: Terms) -> Contender:
+    written = len(terms.workload.levels()) * terms.workload.batch_size * terms.workload.hidden().nbytes
+    if terms.is_training and written > MOST_ORACLE_BYTES:
+        raise AbsentError(f"its backward pass would write {written / 2**30:,.0f} GiB a step, row by row")
+    model = _model(terms, "looped")
+    mask = terms.workload.mask()
+    mask = mask if mask is None else mask.to(terms.device)
+
+    def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
+        return reference_forward(model, hidden, routes, mask=mask).fused_hidden
+
+    return Contender(model, cycled(call, _routings(terms, model)), dict(model.named_parameters()))
+
+
+def _dense(terms: Terms) -> Contender:
+    dense = Dense(terms.workload).to(terms.device).train(terms.is_training)
+    return Contender(dense, dense.unrouted(terms.workload))
+
+
+def _stack(terms: Terms) -> Contender:
+    _require_kind(terms, STACKED, "is written by hand for")
+    model = _model(terms, "looped")
+    stack = fastest_stack(model, terms.workload, terms.device)
+    return Contender(stack, stack.routed(_routings(terms, model)))
+
+
+def _vmap(terms: Terms) -> Contender:
+    _require_kind(terms, VMAPPED, "has rules for, and takes without a mask,")
+    model = _model(terms, "looped")
+    most = max(padding(terms.workload, model.compile_routing(routing)) for routing in routings_of(terms.workload))
+    if most > MOST_PADDING:
+        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
+    mapped = Vmapped(model).to(terms.device).train(terms.is_training)
+    return Contender(mapped, mapped.routed(_routings(terms, model)))
+
+
+def _transformers(terms: Terms) -> Contender:
+    _require_kind(terms, ("mlp",), "has products for")
+    _require_package("transformers")
+    model = _model(terms, "looped")
+    experts = TransformersMLP(model).to(terms.device).train(terms.is_training)
+    return Contender(experts, experts.routed(_routings(terms, model)))
+
+
+def _peft(terms: Terms) -> Contender:
+    _require_kind(terms, (LOW_RANK,), "mixes")
+    if terms.is_training:
+        raise AbsentError("it mixes adapters in inference only")
+    _require_package("peft")
+    adapters = PeftAdapters(_model(terms, "looped")).to(terms.device).eval()
+    return Contender(adapters, adapters.routed(routings_of(terms.workload)))
+
+
+# In the order of a report.
+MODELS: dict[str, Maker] = {
+    AUTO: functools.partial(_ours, "auto"),
+    GROUPED: functools.partial(_ours, "grouped"),
+    LOOPED: functools.partial(_ours, "looped"),
+    **{name: functools.partial(_peer, version) for name, version in PEERS.items()},
+    ORACLE: _oracle,
+    DENSE: _dense,
+    STACK: _stack,
+    VMAP: _vmap,
+    TRANSFORMERS: _transformers,
+    PEFT: _peft,
+}
+
+
+def _model(terms: Terms, engine: str) -> celmoe.HierarchicalCELMoE:
+    model = terms.workload.build(celmoe, engine=engine).to(terms.device).train(terms.is_training)
+    return cast(celmoe.HierarchicalCELMoE, model)
+
+
+def _routings(terms: Terms, model: celmoe.HierarchicalCELMoE) -> Sequence[Routes]:
+    names = routings_of(terms.workload)
+    return [model.compile_routing(routing).to(terms.device) for routing in names] if terms.is_planned else names
+
+
+def _require_kind(terms: Terms, kinds: Sequence[str], what_it_does: str) -> None:
+    if terms.workload.expert not in kinds:
+        raise AbsentError(f"it {what_it_does} experts of kind {' and '.join(kinds)} only")
+
+
+def _require_package(name: str) -> None:
+    if find_spec(name) is None:
+        raise AbsentError(f"{name} is not installed (to get it: pip install celmoe[peers])")

@@ -1,0 +1,61 @@
+"""Hand-written hierarchies: planned by our own compiler, with the experts of a level run in some other way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+import celmoe
+from benchmarks.steps import Forward, Routes, cycled
+from benchmarks.workloads import Workload
+
+
+class Planned(nn.Module):
+    """The hierarchy of a model, without its experts.
+
+    Args:
+        model: What the hierarchy and the fusion are taken from.
+
+    Attributes:
+        sizes: Experts of each level.
+    """
+
+    def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
+        super().__init__()
+        self.compiler = celmoe.RoutingCompiler(model.config)
+        self.sizes = [len(level.experts) for level in model.levels]
+        self.fusion = copy.deepcopy(model.fusion)
+
+    def run_level(self, index: int, hidden: torch.Tensor, plan: celmoe.LevelPlan) -> torch.Tensor:
+        """``[B, ...]`` in batch order to the same shape and order."""
+        raise NotImplementedError
+
+    def forward(self, hidden: torch.Tensor, routing: Routes) -> torch.Tensor:
+        """``[B, ...]`` to the fused ``[B, ...]``."""
+        plan = self.compiler(routing).to(hidden.device)
+        level_hiddens = []
+        for index, level in enumerate(plan.levels.values()):
+            hidden = self.run_level(index, hidden, level)
+            level_hiddens.append(hidden)
+        fused: torch.Tensor = self.fusion(level_hiddens)
+        return fused
+
+    def routed(self, routings: Sequence[Routes]) -> Forward:
+        """The forward pass over the routings in turn."""
+        return cycled(self, routings)
+
+
+def bodies_of(model: celmoe.HierarchicalCELMoE) -> list[list[nn.Module]]:
+    """What the experts of each level are made of."""
+    modules = model.level_modules
+    return [[modules[level.name][name].body for name in level.experts] for level in model.levels]  # type: ignore[index]  # nested mappings
+
+
+def padding(workload: Workload, plan: celmoe.RoutingPlan) -> float:
+    """How many times the rows the places are, in the worst level, where every expert gets as many as the largest."""
+    sizes = [len(names) for names in workload.levels().values()]
+    largest = [max(level.counts) for level in plan.levels.values()]
+    return max(size * most for size, most in zip(sizes, largest, strict=True)) / workload.batch_size

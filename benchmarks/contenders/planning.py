@@ -1,0 +1,140 @@
+"""The contenders that find out, for a batch of names, which sample goes where.
+
+Peers and the oracle route within their forward passes. So they are given experts that return their input, one column of
+hidden states and no fusion: their figures hold the moving of that column.
+
+Axes: B samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+import celmoe
+from benchmarks.contenders.contender import AUTO, LOOK_UPS, ORACLE, PEERS, AbsentError, Task, TaskMaker, nothing
+from benchmarks.devices import finish
+from benchmarks.equality import Evidence
+from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.steps import HOST, ROUTINGS, routings_of, turns
+from benchmarks.workloads import Last, Workload
+from celmoe.reference import reference_forward
+
+# The output of a pass, given one column and a routing.
+_Pass = Callable[[torch.Tensor, Any], Any]
+
+
+def planners(workload: Workload, device: torch.device = HOST) -> dict[str, TaskMaker]:
+    """The contenders by name; the look-ups are a bound: every name looked up in a dict, once a level."""
+    return {
+        AUTO: lambda: _ours(workload, device),
+        LOOK_UPS: lambda: look_ups(workload),
+        **{name: _peer_maker(version, workload, device) for name, version in PEERS.items()},
+        ORACLE: lambda: _oracle(workload, device),
+    }
+
+
+def _ours(workload: Workload, device: torch.device) -> Task:
+    compiler = celmoe.RoutingCompiler(_config(celmoe, workload))
+    routings, turn = routings_of(workload), turns(ROUTINGS)
+
+    def step() -> None:
+        compiler(routings[turn()]).to(device)
+        finish(device)
+
+    def evidence() -> Evidence:
+        return {name: level.expert_ids for name, level in compiler(routings[0]).levels.items()}
+
+    return Task(step, nothing, evidence)
+
+
+def look_ups(workload: Workload) -> Task:
+    """``list(map(table.__getitem__, routes))`` for each level."""
+    tables = {level: {name: index for index, name in enumerate(names)} for level, names in workload.levels().items()}
+    routings, turn = routings_of(workload), turns(ROUTINGS)
+
+    def look_up(routing: Mapping[str, Any]) -> dict[str, list[int]]:
+        return {level: list(map(tables[level].__getitem__, routes)) for level, routes in routing.items()}
+
+    def evidence() -> Evidence:
+        return {level: torch.tensor(ids) for level, ids in look_up(routings[0]).items()}
+
+    return Task(lambda: look_up(routings[turn()]), nothing, evidence)
+
+
+def peer_routing(package: ModuleType, workload: Workload, device: torch.device = HOST) -> Task:
+    """The forward pass of a package with our classes."""
+    return _task(workload, device, lambda stamps: cast(_Pass, _model(package, workload, stamps)))
+
+
+def _peer_maker(version: str, workload: Workload, device: torch.device) -> TaskMaker:
+    def make() -> Task:
+        try:
+            return peer_routing(load_peer(version), workload, device)
+        except PeerUnavailableError as error:
+            raise AbsentError(f"{error} (to get it: a package index that pip can reach)") from None
+
+    return make
+
+
+def _oracle(workload: Workload, device: torch.device) -> Task:
+    def make(stamps: bool) -> _Pass:
+        model = cast(celmoe.HierarchicalCELMoE, _model(celmoe, workload, stamps))
+        return lambda column, routing: reference_forward(model, column, routing)
+
+    return _task(workload, device, make)
+
+
+def _task(workload: Workload, device: torch.device, make: Callable[[bool], _Pass]) -> Task:
+    run, stamp = make(False), make(True)
+    column = torch.zeros(workload.batch_size, 1, device=device)
+    routings, turn = routings_of(workload), turns(ROUTINGS)
+
+    def step() -> None:
+        with torch.no_grad():
+            run(column, routings[turn()])
+        finish(device)
+
+    def evidence() -> Evidence:
+        with torch.no_grad():
+            levels = stamp(column, routings[0]).levels
+        return {name: level.hidden.cpu().flatten().long() for name, level in levels.items()}
+
+    return Task(step, nothing, evidence)
+
+
+def _config(package: ModuleType, workload: Workload) -> celmoe.CELMoEConfig:
+    levels = [
+        package.HierarchyLevelConfig(level, {name: package.ExpertConfig(name) for name in names})
+        for level, names in workload.levels().items()
+    ]
+    config: celmoe.CELMoEConfig = package.CELMoEConfig(1, levels)
+    return config
+
+
+def _model(package: ModuleType, workload: Workload, stamps: bool) -> nn.Module:
+    """Experts that return their rows, or that fill them with their place among the level's experts."""
+    places = {level: {name: place for place, name in enumerate(names)} for level, names in workload.levels().items()}
+
+    class Untouched(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
+        def forward(self, batch: celmoe.ExpertBatch) -> object:
+            return package.ExpertResult(batch.hidden)
+
+    class Stamp(package.ExpertModule):  # type: ignore[misc, name-defined]  # as above
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.place = place
+
+        def forward(self, batch: celmoe.ExpertBatch) -> object:
+            return package.ExpertResult(torch.full_like(batch.hidden, self.place))
+
+    def factory(level: str, name: str, _metadata: object) -> nn.Module:
+        module: nn.Module = Stamp(places[level][name]) if stamps else Untouched()
+        return module
+
+    model: nn.Module = package.HierarchicalCELMoE(_config(package, workload), factory, Last())
+    return model

@@ -1,0 +1,93 @@
+"""The contenders that multiply sorted rows by their experts' weights: no plan, no moving, one linear layer an expert.
+
+Axes: R rows sorted by expert, E experts, H width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+import celmoe
+from benchmarks.contenders.contender import AUTO, DENSE, LOOPED, STACK, VMAP, AbsentError, Contender, Maker, Terms
+from benchmarks.contenders.layouts import Padded, Ragged
+from benchmarks.contenders.planned import padding
+from benchmarks.contenders.stack import MOST_PADDING, StackedLinear
+from celmoe.members import linear_of_members
+from celmoe.segments import Segments
+
+_LEVEL = "language"
+
+
+class _Rows:
+    """The rows of each expert, in the order of the config, absent experts left out."""
+
+    def __init__(self, terms: Terms) -> None:
+        model = cast(celmoe.HierarchicalCELMoE, terms.workload.build(celmoe))
+        self.plan = model.compile_routing(terms.workload.routing())
+        level = self.plan.levels[_LEVEL]
+        self.counts = list(level.counts)
+        modules = model.level_modules[_LEVEL]
+        self.layers = nn.ModuleList(modules[name].body for name in level.experts).to(terms.device)  # type: ignore[index]  # a mapping
+        # A plan of rows that stand in expert order already, for the experts present.
+        sorted_names = [name for name, count in zip(level.experts, level.counts, strict=True) for _ in range(count)]
+        present = celmoe.CELMoEConfig(
+            terms.workload.hidden_size,
+            [celmoe.HierarchyLevelConfig(_LEVEL, {name: celmoe.ExpertConfig(name) for name in level.experts})],
+        )
+        self.sorted_level = celmoe.RoutingCompiler(present)({_LEVEL: sorted_names}).to(terms.device).levels[_LEVEL]
+
+
+def _ours(terms: Terms) -> Contender:
+    rows = _Rows(terms)
+    layers = cast(list[nn.Linear], list(rows.layers))
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        # Made anew, as at every pass: what it keeps is made in the first product that asks.
+        return linear_of_members(hidden, weights, biases, Segments(rows.counts, terms.device), 1)
+
+    return Contender(rows.layers, forward, dict(rows.layers.named_parameters()))
+
+
+def _looped(terms: Terms) -> Contender:
+    rows = _Rows(terms)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        blocks = hidden.split(rows.counts)
+        return torch.cat([layer(block) for layer, block in zip(rows.layers, blocks, strict=True)])
+
+    return Contender(rows.layers, forward, dict(rows.layers.named_parameters()))
+
+
+def _dense(terms: Terms) -> Contender:
+    layer = nn.Linear(terms.workload.hidden_size, terms.workload.hidden_size).to(terms.device)
+    return Contender(layer, lambda hidden: functional.linear(hidden, layer.weight, layer.bias))
+
+
+def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
+    rows = _Rows(terms)
+    if kind is Padded and (most := padding(terms.workload, rows.plan)) > MOST_PADDING:
+        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
+    stacked = StackedLinear(cast(list[nn.Linear], list(rows.layers)))
+    layout = kind(rows.sorted_level, len(rows.layers))
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        if kind is Ragged:
+            return cast(torch.Tensor, stacked(hidden, layout))
+        return layout.restore(stacked(layout.arrange(hidden), layout))
+
+    return Contender(stacked, forward)
+
+
+# *stack* is PyTorch's grouped product over stacked weights, *vmap* a batched one over padded rows.
+PRODUCTS: dict[str, Maker] = {
+    AUTO: _ours,
+    LOOPED: _looped,
+    DENSE: _dense,
+    STACK: lambda terms: _laid_out(Ragged, terms),
+    VMAP: lambda terms: _laid_out(Padded, terms),
+}

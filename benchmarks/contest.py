@@ -1,0 +1,92 @@
+"""One benchmark of the suite: a stage of a workload on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.contenders.contender import AUTO, GROUPED, LOOPED
+from benchmarks.devices import CPU
+from benchmarks.interleaved import Timings
+from benchmarks.memory import peak_bytes
+from benchmarks.parts import time_parts
+from benchmarks.record import Record, make_record, memory_line, timing_line
+from benchmarks.rounds import Gathered, gather, hold
+from benchmarks.stages import MEMORY, TRAINING_STEP, tasks_of
+from benchmarks.workloads import Workload
+
+# Steps up to so many seconds are cheap enough to be taken apart, for about as long as this in all.
+CHEAP_STEP, PARTS_SECONDS = 0.2, 0.5
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What a benchmark of the suite is given.
+
+    Attributes:
+        benchmark: Times ours.
+        workload: What to run.
+        device_name: One of `devices.DEVICES`.
+        device: Where tensors go.
+        seconds: About how long the rounds go on.
+        longest: Seconds that a step of another contender may take.
+        say: Takes a line for who watches.
+    """
+
+    benchmark: BenchmarkFixture
+    workload: Workload
+    device_name: str
+    device: torch.device
+    seconds: float
+    longest: float
+    say: Callable[[str], None]
+
+    def run(self, stage: str) -> Record:
+        """Prove the stage's contenders equal, time them in rounds, and record what came out.
+
+        Raises:
+            UnequalError: They are not equal.
+        """
+        gathered = gather(tasks_of(stage, self.workload, self.device), self.longest)
+        peaks = self._peaks(gathered) if stage == MEMORY else {}
+        timings = hold(self.benchmark, gathered, self.seconds)
+        if self.benchmark.stats is None:
+            # Disabled: all ran once, and nothing was timed that a record could hold.
+            timings = Timings({AUTO: []})
+        record = make_record(
+            stage,
+            self.workload,
+            self.device_name,
+            timings,
+            gathered.absent,
+            peak_bytes=peaks,
+            parts_ms=self._parts_ms(timings) if stage == TRAINING_STEP else {},
+        )
+        self.benchmark.group = stage
+        self.benchmark.extra_info.update(record)
+        self._tell(record, timings)
+        return record
+
+    def _peaks(self, gathered: Gathered) -> dict[str, int]:
+        """The most bytes of each, its weights and a step's."""
+        found = {}
+        for name, task in gathered.tasks.items():
+            task.clear()
+            found[name] = task.weight_bytes + peak_bytes(task.step, self.device)
+        return found
+
+    def _parts_ms(self, timings: Timings) -> Mapping[str, float]:
+        if self.device_name != CPU or timings.rounds == 0 or timings.median(AUTO) > CHEAP_STEP:
+            return {}
+        return time_parts(self.workload, "auto", PARTS_SECONDS).ms
+
+    def _tell(self, record: Record, timings: Timings) -> None:
+        what = f"{record['stage']} {record['workload']} on {record['device']}"
+        self.say(f"{what}: {timing_line(timings) if timings.rounds else 'equal, and not timed'}")
+        if record["bytes"]:
+            self.say(f"{what}: {memory_line(record['bytes'], LOOPED, GROUPED)}")
+        for name, why in record["absent"].items():
+            self.say(f"{what}: without {name}: {why}")

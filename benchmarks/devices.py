@@ -1,0 +1,62 @@
+"""The devices that the suite runs on: which are there, and when one has done what it was told.
+
+Whether a device works is found out by `celmoe.devices` in a child process: a broken driver stack ends the process that
+asks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from celmoe.devices import DEVICES, WORKS, report
+
+CPU, CUDA, DIRECTML = DEVICES
+HOW_TO_GET = {
+    CUDA: "install a PyTorch build with CUDA, on a machine with an NVIDIA card and its driver",
+    DIRECTML: "on Windows or WSL with Python 3.11 or 3.12: pip install celmoe[directml]",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A device by name.
+
+    Attributes:
+        name: One of `DEVICES`.
+        device: Where tensors go; ``None`` where it is absent.
+        why_absent: The reason, and how to get it.
+    """
+
+    name: str
+    device: torch.device | None
+    why_absent: str = ""
+
+
+@functools.cache
+def find_device(name: str) -> Found:
+    """The device, or why it is absent; looked for once a process."""
+    if name == CPU:
+        return Found(name, torch.device(name))
+    state = report(name)
+    if state.state != WORKS:
+        return Found(name, None, f"device {name} is absent: {state.detail} (to get it: {HOW_TO_GET[name]})")
+    return Found(name, torch.device(name) if name == CUDA else _open_directml())
+
+
+def _open_directml() -> torch.device:
+    import torch_directml  # noqa: PLC0415  # a child process has shown that this one will survive it
+
+    device: torch.device = torch_directml.device()
+    return device
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device has done all that it was told."""
+    if device.type == CUDA:
+        torch.cuda.synchronize(device)
+    elif device.type != CPU:
+        # DirectML has no call for it; what is read back was written last.
+        torch.zeros(1, device=device).cpu()

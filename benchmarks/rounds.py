@@ -1,0 +1,147 @@
+"""Contenders side by side in rounds, of which pytest-benchmark times one contender and we the others.
+
+A round is one step of each: the others' in an order drawn anew are what pytest-benchmark calls the setup, ours is the
+call that it times. So whatever else the machine does, it does to all of a round alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.contenders.contender import AUTO, FLOORS, GROUPED, LOOPED, ORACLE, PEERS, AbsentError, Task, TaskMaker
+from benchmarks.equality import UnequalError, require_equal
+from benchmarks.interleaved import FEWEST_ROUNDS, MOST_ROUNDS, Timings
+
+# A step of another contender may take so many times as long as ours, or so many seconds: it would leave few rounds.
+MOST_TIMES, SLOW_STEP = 30, 0.1
+OURS = (AUTO, GROUPED, LOOPED)
+# They have all parameters that ours has, by the same names; the weights of the rest are stacked.
+_SAME_QUANTITIES = (*OURS, *PEERS, ORACLE)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Contenders that are proven equal, ready for rounds.
+
+    Attributes:
+        tasks: By name, ours first.
+        absent: By name, why the others take no part, and how to get them.
+        round_seconds: About what one round takes.
+    """
+
+    tasks: Mapping[str, Task]
+    absent: Mapping[str, str]
+    round_seconds: float
+
+
+def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
+    """Make the contenders, leave out those whose steps take too long, and compare what they compute.
+
+    Args:
+        makers: The contenders by name; `AUTO` is one.
+        longest: Seconds that a step of another contender may take.
+
+    Raises:
+        UnequalError: One computes something else than ours.
+    """
+    tasks: dict[str, Task] = {}
+    absent: dict[str, str] = {}
+    # Models hold themselves in cycles, and the last workload's may be large.
+    gc.collect()
+    for name, make in makers.items():
+        try:
+            task = make()
+        except AbsentError as error:
+            absent[name] = str(error)
+            continue
+        if (took := _seconds(task.step)) > longest and name not in OURS:
+            absent[name] = f"a step takes {took:.1f} s, and {longest:g} s are allowed (--longest SECONDS)"
+            continue
+        # What a first call kept, the second must not use.
+        task.between()
+        tasks[name] = task
+    require_all_equal(tasks)
+    warm = {name: _seconds(task.step) for name, task in tasks.items()}
+    for name, took in warm.items():
+        if name not in OURS and took > max(SLOW_STEP, MOST_TIMES * warm[AUTO]):
+            absent[name] = f"a step takes {took:.1f} s, {took / warm[AUTO]:.0f} times ours, and would take all the time"
+            del tasks[name]
+    absent = {name: absent[name] for name in makers if name in absent}
+    return Gathered(tasks, absent, sum(warm[name] for name in tasks))
+
+
+def require_all_equal(tasks: Mapping[str, Task]) -> None:
+    """Compare what the contenders compute with what ours does, floors aside.
+
+    Raises:
+        UnequalError: One computes something else.
+    """
+    ours = tasks[AUTO].evidence()
+    for name, task in tasks.items():
+        if name == AUTO or name in FLOORS:
+            continue
+        theirs = task.evidence()
+        if name in _SAME_QUANTITIES and theirs.keys() != ours.keys():
+            only = ", ".join(sorted(theirs.keys() ^ ours.keys()))
+            raise UnequalError(f"{name} is not equal to {AUTO}: only one of the two has {only}")
+        try:
+            require_equal(ours, theirs)
+        except UnequalError as error:
+            raise UnequalError(f"{name} is not equal to {AUTO}: {error}") from None
+
+
+def hold(benchmark: BenchmarkFixture, gathered: Gathered, seconds: float) -> Timings:
+    """Hold the rounds.
+
+    Args:
+        benchmark: Times ours.
+        gathered: The contenders.
+        seconds: About how long to go on, the limits on rounds aside.
+
+    Returns:
+        Seconds of every contender by round; of one round, without ours, where pytest-benchmark is disabled.
+    """
+    ours = gathered.tasks[AUTO]
+    others = [name for name in gathered.tasks if name != AUTO]
+    found: dict[str, list[float]] = {name: [] for name in gathered.tasks}
+    shuffle = random.Random(0).shuffle
+
+    def others_first() -> None:
+        shuffle(others)
+        for name in others:
+            task = gathered.tasks[name]
+            task.between()
+            found[name].append(_seconds(task.step))
+        ours.between()
+        gc.collect(0)
+
+    rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(seconds / gathered.round_seconds)))
+    with _without_collecting():
+        benchmark.pedantic(ours.step, setup=others_first, rounds=rounds, iterations=1)
+    if benchmark.stats is not None:
+        found[AUTO] = list(benchmark.stats.stats.data)
+    return Timings(found)
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

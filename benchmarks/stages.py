@@ -1,0 +1,61 @@
+"""The stages of a pass that are timed apart, and who is timed in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+
+from benchmarks.bodies import PRODUCT
+from benchmarks.contenders.contender import PEFT, Contender, Maker, Task, TaskMaker, Terms, nothing
+from benchmarks.contenders.models import MODELS
+from benchmarks.contenders.moving import MOVERS
+from benchmarks.contenders.planning import planners
+from benchmarks.contenders.products import PRODUCTS
+from benchmarks.devices import finish
+from benchmarks.equality import Evidence, inference_evidence, training_evidence
+from benchmarks.steps import TrainingStep, inference_step, nudge
+from benchmarks.workloads import Workload
+
+PLAN, DISPATCH, EXPERTS = "plan", "dispatch", "experts"
+TRAINING_STEP, INFERENCE, MEMORY = "training_step", "inference", "memory"
+STAGES = (PLAN, DISPATCH, EXPERTS, TRAINING_STEP, INFERENCE, MEMORY)
+
+
+def tasks_of(stage: str, workload: Workload, device: torch.device) -> Mapping[str, TaskMaker]:
+    """The contenders of a stage by name."""
+    if stage == PLAN:
+        return planners(workload, device)
+    terms = Terms(workload, device, is_planned=stage in (DISPATCH, EXPERTS), is_training=stage != INFERENCE)
+    makers: Mapping[str, Maker] = {name: make for name, make in MODELS.items() if stage == INFERENCE or name != PEFT}
+    if stage == DISPATCH:
+        makers = MOVERS
+    elif stage == EXPERTS and workload.expert == PRODUCT:
+        makers = PRODUCTS
+    return {name: partial(_task, make, terms) for name, make in makers.items()}
+
+
+def _task(make: Maker, terms: Terms) -> Task:
+    contender = make(terms)
+    workload, device = terms.workload, terms.device
+    step: Callable[[], None]
+    clear: Callable[[], None] = nothing
+    if terms.is_training:
+        step = training = TrainingStep(contender.forward, contender.module.parameters(), workload, device)
+        clear = training.clear
+    else:
+        step = inference_step(contender.forward, workload, device)
+
+    def step_to_its_end() -> None:
+        step()
+        finish(device)
+
+    weights = sum(each.nbytes for each in contender.module.parameters())
+    return Task(step_to_its_end, nudge([contender.module]), partial(_evidence, contender, terms), weights, clear)
+
+
+def _evidence(contender: Contender, terms: Terms) -> Evidence:
+    if not terms.is_training:
+        return inference_evidence(contender.forward, terms.workload, terms.device)
+    return training_evidence(contender.forward, contender.parameters, terms.workload, terms.device)

@@ -1,0 +1,9 @@
+"""Moving rows into expert order and back, forward and backward."""
+
+from benchmarks.contest import Contest
+from benchmarks.stages import DISPATCH
+
+
+def test_dispatch(contest: Contest) -> None:
+    """Dispatch and combine of one level that is planned already."""
+    contest.run(DISPATCH)

@@ -1,0 +1,14 @@
+"""The most memory that a training step takes, weights included."""
+
+import pytest
+
+from benchmarks.contest import Contest
+from benchmarks.memory import can_measure
+from benchmarks.stages import MEMORY
+
+
+def test_memory(contest: Contest) -> None:
+    """Forward, backward and the gradients of one step from scratch."""
+    if not can_measure(contest.device):
+        pytest.skip(f"the memory of {contest.device_name} can not be counted")
+    contest.run(MEMORY)
