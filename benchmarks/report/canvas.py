@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from benchmarks.contenders.contender import AUTO, DENSE, GROUPED, LOOPED, ORACLE, PEFT, STACK, TRANSFORMERS, VMAP
 from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
-from benchmarks.report.reading import AUTO, DENSE, GROUPED, LATER_PEER, LOOPED, ORACLE, PEER, STACK, VMAP, Record
+from benchmarks.report.reading import LATER_PEER, PEER, Record
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers, and two of Paul Tol's.
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#7a7a7a"
@@ -26,8 +27,8 @@ CONTENDER_COLOURS = {
     DENSE: GREY,
     STACK: "#000000",
     VMAP: "#882255",
-    "transformers": "#999933",
-    "peft": "#332288",
+    TRANSFORMERS: "#999933",
+    PEFT: "#332288",
 }
 SERIES_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", VERMILION, "#f0e442", GREY)
 # Fewer make no line.

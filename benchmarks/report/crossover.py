@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.report.reading import INFERENCE, TRAINING, Record, Suite
+from benchmarks.report.reading import Record, Suite
+from benchmarks.stages import INFERENCE, TRAINING_STEP
 
 # Of planning and moving alone nobody chooses a device.
-_STAGES = (TRAINING, INFERENCE)
+_STAGES = (TRAINING_STEP, INFERENCE)
 
 
 @dataclass(frozen=True)

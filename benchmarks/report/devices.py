@@ -14,8 +14,9 @@ from benchmarks.report.canvas import (
     plain_numbers,
     record_columns,
 )
-from benchmarks.report.reading import TRAINING, Record, Suite
+from benchmarks.report.reading import Record, Suite
 from benchmarks.report.wording import DEVICE_NAMES
+from benchmarks.stages import TRAINING_STEP
 from benchmarks.workloads import Workload
 
 _MOST_PANELS = 8
@@ -25,7 +26,7 @@ _COLUMNS = 4
 def draw_devices(suite: Suite) -> list[Drawing]:
     """A panel for each kind and number of experts that several devices ran at several sizes; else nothing."""
     lines: dict[Workload, dict[str, list[Record]]] = {}
-    for record in suite.of(TRAINING):
+    for record in suite.of(TRAINING_STEP):
         if record.contender in record.timings.seconds:
             key = replace(record.workload, batch_size=0)
             lines.setdefault(key, {}).setdefault(record.device, []).append(record)

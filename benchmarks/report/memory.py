@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.contenders.contender import AUTO
 from benchmarks.report.canvas import (
     CONTENDER_COLOURS,
     GREY,
@@ -13,7 +14,7 @@ from benchmarks.report.canvas import (
     plain_numbers,
     record_columns,
 )
-from benchmarks.report.reading import AUTO, Record, in_order
+from benchmarks.report.reading import Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES, workload_words
 
 _ROW_HEIGHT = 0.34

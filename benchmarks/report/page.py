@@ -14,19 +14,7 @@ from benchmarks.report.canvas import Drawing
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.devices import draw_devices
 from benchmarks.report.memory import draw_memory
-from benchmarks.report.reading import (
-    CONTENDERS,
-    DISPATCH,
-    EXPERTS,
-    INFERENCE,
-    MEMORY,
-    OURS,
-    PEER,
-    PLAN,
-    TRAINING,
-    Record,
-    Suite,
-)
+from benchmarks.report.reading import CONTENDERS, OURS, PEER, Record, Suite
 from benchmarks.report.regressions import FASTER, RULE, SAME, SLOWER, Comparison
 from benchmarks.report.scaling import draw_scaling
 from benchmarks.report.speedups import draw_speedups
@@ -48,9 +36,11 @@ from benchmarks.report.wording import (
     times_words,
     workload_words,
 )
+from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP
 
 PAGE = "index.html"
 _TEMPLATE = "page.html.jinja"
+_OURS_FIRST = (*OURS, *CONTENDERS[: -len(OURS)])
 
 
 @dataclass(frozen=True)
@@ -125,9 +115,7 @@ def write_page(folder: Path, findings: Findings) -> Path:
         absent=absences(suite.records, findings.absent_devices),
         unfinished=_unfinished(findings.unfinished),
         comparison=_comparison(findings.comparison),
-        contenders=[
-            (name, CONTENDER_MEANINGS[name]) for name in (*OURS[::-1], *CONTENDERS[: -len(OURS)]) if name in named
-        ],
+        contenders=[(name, CONTENDER_MEANINGS[name]) for name in _OURS_FIRST if name in named],
     )
     path = folder / PAGE
     path.write_text(html, encoding="utf-8")
@@ -144,7 +132,7 @@ def _listed(words: set[str]) -> str:
 
 def _lead(suite: Suite) -> str:
     device = suite.devices[0]
-    found = headline(suite.of(TRAINING, device), PEER)
+    found = headline(suite.of(TRAINING_STEP, device), PEER)
     if found is None:
         return f"{len(suite.records)} benchmarks; no training step was timed beside {PEER}'s."
     mean, least, greatest, count = found
@@ -157,7 +145,7 @@ def _lead(suite: Suite) -> str:
 
 def _tiles(suite: Suite) -> list[dict[str, str]]:
     tiles = []
-    for stage in (TRAINING, INFERENCE, PLAN):
+    for stage in (TRAINING_STEP, INFERENCE, PLAN):
         for device in suite.devices:
             if (found := headline(suite.of(stage, device), PEER)) is None:
                 continue
@@ -176,14 +164,18 @@ def _tiles(suite: Suite) -> list[dict[str, str]]:
 def _sections(findings: Findings) -> list[Section]:
     suite = findings.suite
     return [
-        _speed_section(suite, TRAINING, "Training steps"),
+        _speed_section(suite, TRAINING_STEP, "Training steps"),
         _speed_section(suite, INFERENCE, "Inference"),
         _stages_section(suite),
         Section(
             "scaling",
             "How it grows",
             "Time by batch size and by number of experts. The nearer to the dense floor, the less the routing costs.",
-            [Part(drawing=drawing) for device in suite.devices for drawing in draw_scaling(suite.of(TRAINING, device))],
+            [
+                Part(drawing=drawing)
+                for device in suite.devices
+                for drawing in draw_scaling(suite.of(TRAINING_STEP, device))
+            ],
         ),
         _devices_section(suite),
         _memory_section(suite),
@@ -202,7 +194,9 @@ def _speed_section(suite: Suite, stage: str, title: str) -> Section:
 
 
 def _stages_section(suite: Suite) -> Section:
-    parts = [Part(drawing=drawing) for device in suite.devices for drawing in draw_stages(suite.of(TRAINING, device))]
+    parts = [
+        Part(drawing=drawing) for device in suite.devices for drawing in draw_stages(suite.of(TRAINING_STEP, device))
+    ]
     for stage in (PLAN, DISPATCH, EXPERTS):
         for device in suite.devices:
             if records := suite.of(stage, device):

@@ -7,13 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks.arguments import OptionError
+from benchmarks.devices import CPU, HOW_TO_GET
 from celmoe.devices import DEVICES, FAILS, WORKS, report
-
-CPU = "cpu"
-_HOW = {
-    "cuda": "it takes an NVIDIA card with its driver, and PyTorch built for CUDA (pytorch.org/get-started)",
-    "directml": "it takes Windows or WSL, a DirectX 12 card, Python up to 3.12, and pip install celmoe[directml]",
-}
 
 
 @dataclass(frozen=True)
@@ -51,4 +46,4 @@ def find_devices(asked: Sequence[str] | None) -> Presence:
 
 
 def _why(state: str, device: str, detail: str) -> str:
-    return f"{'is there and fails: ' if state == FAILS else ''}{detail}; {_HOW[device]}"
+    return f"{'is there and fails: ' if state == FAILS else ''}{detail} (to get it: {HOW_TO_GET[device]})"

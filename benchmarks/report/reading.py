@@ -8,25 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders.contender import (
+    AUTO,
+    DENSE,
+    GROUPED,
+    LOOK_UPS,
+    LOOPED,
+    ORACLE,
+    PEERS,
+    PEFT,
+    STACK,
+    TRANSFORMERS,
+    VMAP,
+)
 from benchmarks.hierarchies import HIERARCHIES
 from benchmarks.interleaved import Timings
+from benchmarks.stages import STAGES
 from benchmarks.workloads import Workload
 
-PLAN, DISPATCH, EXPERTS = "plan", "dispatch", "experts"
-TRAINING, INFERENCE, MEMORY = "training_step", "inference", "memory"
-STAGES = (PLAN, DISPATCH, EXPERTS, TRAINING, INFERENCE, MEMORY)
 # Fewer rounds have no quartiles.
 FEWEST_ROUNDS = 2
 
-OURS = ("celmoe auto", "celmoe grouped", "celmoe looped")
-AUTO, GROUPED, LOOPED = OURS
-PEER, LATER_PEER = "celmoe-vp 1.1.4", "celmoe-vp 3.0.0"
-ORACLE, DENSE, STACK, VMAP = "oracle", "dense", "stack", "vmap"
-LOOK_UPS = "look-ups"
-# They compute less: bounds, not rivals.
-FLOORS = (DENSE, LOOK_UPS)
+OURS = (AUTO, GROUPED, LOOPED)
+PEER, LATER_PEER = PEERS
 # In the order of tables and panels: what users come from, what they could write, what nobody can beat, our engines.
-CONTENDERS = (PEER, LATER_PEER, ORACLE, "transformers", "peft", STACK, VMAP, DENSE, LOOK_UPS, GROUPED, LOOPED, AUTO)
+CONTENDERS = (PEER, LATER_PEER, ORACLE, TRANSFORMERS, PEFT, STACK, VMAP, DENSE, LOOK_UPS, GROUPED, LOOPED, AUTO)
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "stage": str,

@@ -80,13 +80,13 @@ class Beacon:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """The first of each kind and device, then the second of each: a time that is up costs all of them alike."""
         turns = Counter[tuple[str, object]]()
-        place: dict[pytest.Item, int] = {}
+        place: dict[str, int] = {}
         for item in items:
-            parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
             kind = (item.nodeid.partition("[")[0], parameters.get("device_name"))
-            place[item] = turns[kind]
+            place[item.nodeid] = turns[kind]
             turns[kind] += 1
-        items.sort(key=place.__getitem__)
+        items.sort(key=lambda item: place[item.nodeid])
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """All benchmarks are known."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from matplotlib.axes import Axes
 
+from benchmarks.contenders.contender import AUTO, DENSE, ORACLE, STACK
 from benchmarks.report.canvas import (
     CONTENDER_COLOURS,
     FEWEST_POINTS,
@@ -18,7 +19,7 @@ from benchmarks.report.canvas import (
     plain_numbers,
     record_columns,
 )
-from benchmarks.report.reading import AUTO, DENSE, LATER_PEER, ORACLE, PEER, STACK, Record, in_order
+from benchmarks.report.reading import LATER_PEER, PEER, Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES
 from benchmarks.workloads import Workload
 

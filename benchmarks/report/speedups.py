@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.contenders.contender import FLOORS
 from benchmarks.grid.report import ratio_columns
 from benchmarks.report.canvas import (
     BLUE,
@@ -16,7 +17,7 @@ from benchmarks.report.canvas import (
     record_columns,
 )
 from benchmarks.report.ratios import ratios
-from benchmarks.report.reading import FLOORS, Record, in_order
+from benchmarks.report.reading import Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
 
 _VERDICT_COLOURS = {"faster": BLUE, "slower": VERMILION, "even": GREY}

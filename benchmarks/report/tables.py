@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.bodies import UNTOUCHED
+from benchmarks.contenders.contender import AUTO, FLOORS
 from benchmarks.grid.report import geometric_mean
 from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.crossover import Crossover
 from benchmarks.report.ratios import Ratio, ratio_of, ratios
-from benchmarks.report.reading import AUTO, FLOORS, Record, in_order
+from benchmarks.report.reading import Record, in_order
 from benchmarks.report.regressions import Change, Spread
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, bytes_words, ms_words, times_words, workload_words
 

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.report.reading import AUTO, MEMORY, Suite
+from benchmarks.contenders.contender import AUTO
+from benchmarks.report.reading import Suite
 from benchmarks.report.regressions import SLOWER, Comparison
 from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
 from benchmarks.report.tables import headline
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
+from benchmarks.stages import MEMORY
 
 
 @contextmanager

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from benchmarks.hierarchies import TREE, UNIFORM
-from benchmarks.report.reading import (
+from benchmarks.contenders.contender import (
     AUTO,
     DENSE,
-    DISPATCH,
-    EXPERTS,
     GROUPED,
-    INFERENCE,
-    LATER_PEER,
     LOOK_UPS,
     LOOPED,
-    MEMORY,
     ORACLE,
-    PEER,
-    PLAN,
+    PEFT,
     STACK,
-    TRAINING,
+    TRANSFORMERS,
     VMAP,
 )
+from benchmarks.hierarchies import TREE, UNIFORM
+from benchmarks.report.reading import LATER_PEER, PEER
+from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP
 from benchmarks.workloads import Workload
 
 STAGE_NAMES = {
     PLAN: "planning",
     DISPATCH: "dispatch and combine",
     EXPERTS: "experts",
-    TRAINING: "training step",
+    TRAINING_STEP: "training step",
     INFERENCE: "inference",
     MEMORY: "peak memory",
 }
@@ -35,7 +31,7 @@ STAGE_MEANINGS = {
     PLAN: "names to index tensors",
     DISPATCH: "rows into expert order and back",
     EXPERTS: "the experts alone, rows at hand",
-    TRAINING: "forward with names for routes, a loss, backward, and the clearing of gradients",
+    TRAINING_STEP: "forward with names for routes, a loss, backward, and the clearing of gradients",
     INFERENCE: "a forward pass under inference_mode",
     MEMORY: "the most that a training step holds",
 }
@@ -47,8 +43,8 @@ CONTENDER_MEANINGS = {
     PEER: "the package that celmoe replaces",
     LATER_PEER: "its last version",
     ORACLE: "plain Python loops, the reference that results are checked against",
-    "transformers": "the mixture-of-experts layer of Hugging Face's transformers",
-    "peft": "adapters of Hugging Face's PEFT, mixed within a batch by name",
+    TRANSFORMERS: "the mixture-of-experts layer of Hugging Face's transformers",
+    PEFT: "adapters of Hugging Face's PEFT, mixed within a batch by name",
     STACK: "the same experts, stacked by hand into batched products",
     VMAP: "torch.func's stack_module_state and vmap over padded batches",
     DENSE: "the floor: the same rows through one expert a level, nothing routed, nothing moved",

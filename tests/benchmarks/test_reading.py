@@ -2,10 +2,12 @@
 
 import pytest
 
+from benchmarks.contenders.contender import AUTO, DENSE
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.ratios import ratio_of, ratios
-from benchmarks.report.reading import AUTO, DENSE, MEMORY, PEER, TRAINING, ReadError, read_suite
+from benchmarks.report.reading import PEER, ReadError, read_suite
 from benchmarks.report.regressions import FASTER, SAME, SLOWER, compare
+from benchmarks.stages import MEMORY, TRAINING_STEP
 from benchmarks.workloads import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
@@ -20,8 +22,10 @@ def test_what_a_file_holds(tmp_path):
     suite = suite_of(tmp_path, *whole_run(["cpu", "cuda"]))
     assert suite.devices == ["cpu", "cuda"]
     assert suite.processor == "Slide Rule 9000"
-    assert {each.workload for each in suite.of(TRAINING, "cpu")} == {each.workload for each in suite.of(TRAINING)}
-    first = suite.of(TRAINING)[0]
+    assert {each.workload for each in suite.of(TRAINING_STEP, "cpu")} == {
+        each.workload for each in suite.of(TRAINING_STEP)
+    }
+    first = suite.of(TRAINING_STEP)[0]
     assert (first.workload, first.positions, first.threads) == (SMALL, None, 1)
     assert first.contenders[0] == PEER
     assert first.contenders[-1] == AUTO

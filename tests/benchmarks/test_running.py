@@ -3,15 +3,16 @@
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.contenders.contender import AUTO
 from benchmarks.report import command, options, presence
 from benchmarks.report.command import main
 from benchmarks.report.options import parse_options
 from benchmarks.report.presence import find_devices
-from benchmarks.report.reading import AUTO
-from benchmarks.report.running import BEGUN, DONE, FOUND, OUT_OF_TIME, STOPPED, Outcome, run_suite
+from benchmarks.report.running import BEGUN, DONE, FOUND, OUT_OF_TIME, STOPPED, Beacon, Outcome, run_suite
 from benchmarks.workloads import Workload
 from celmoe.devices import FAILS, MISSING, WORKS, DeviceReport
 from tests.benchmarks.made_up import entry, paces, whole_run, write
@@ -31,13 +32,11 @@ def test_crash():
 """
 
 
-def run(folder, source, seconds=None, stopped=lambda: False):
+def run(folder, source, stopped=lambda: False):
     file = folder / "test_suite.py"
     file.write_text(source)
     heard = []
-    outcome = run_suite(
-        [str(file)], [*ARGUMENTS, f"--rootdir={folder}"], folder / "log", seconds, heard.append, stopped
-    )
+    outcome = run_suite([str(file)], [*ARGUMENTS, f"--rootdir={folder}"], folder / "log", None, heard.append, stopped)
     return outcome, heard
 
 
@@ -52,33 +51,33 @@ def test_what_is_heard_of_a_run_that_crashes(tmp_path):
     assert outcome.crash.startswith("the suite's process ended with 7 during test_suite.py::test_crash; ")
 
 
-def test_after_the_deadline_nothing_is_begun(tmp_path):
-    outcome, _ = run(tmp_path, SUITE, seconds=-1.0)
-    assert (outcome.measured, set(outcome.left_out.values()), outcome.failed, outcome.crash) == (
-        0,
-        {OUT_OF_TIME},
-        {},
-        "",
-    )
+def beacon(seconds):
+    return Beacon(SimpleNamespace(send=lambda news: None), SimpleNamespace(is_set=lambda: False), seconds)
 
 
-def test_what_the_time_runs_out_for_is_spread(tmp_path):
-    source = """
-import pytest, time
+def test_nothing_is_begun_that_may_not_end_in_time():
+    patient, hasty, late = beacon(None), beacon(100.0), beacon(-1.0)
+    for each in (patient, hasty):
+        each.pytest_runtest_logstart("first")
+        each.pytest_runtest_setup()
+        each._begun -= 200.0  # it took that long
+        each.pytest_runtest_logfinish()
+    patient.pytest_runtest_setup()
+    for each in (hasty, late):
+        with pytest.raises(pytest.skip.Exception, match=OUT_OF_TIME):
+            each.pytest_runtest_setup()
 
-@pytest.mark.parametrize("device_name", ["cpu", "cuda"])
-@pytest.mark.parametrize("workload", [1, 2])
-def test_first(workload, device_name): time.sleep(0.6)
 
-@pytest.mark.parametrize("workload", [1, 2])
-def test_second(workload): pass
-"""
-    outcome, heard = run(tmp_path, source, seconds=2.0)
-    names = [name.rpartition("::")[2] for name in heard[0].names]
-    assert {"test_first[1-cpu]", "test_first[1-cuda]", "test_second[1]"} == set(names[:3])
-    # All of the first turn fit in; of the second, nothing that may take 0.6 s would.
-    assert 1 <= outcome.measured <= 5
-    assert outcome.measured + len(outcome.left_out) == 6
+def test_what_the_time_runs_out_for_is_spread():
+    def item(name):
+        device = name.partition("[")[2].partition("-")[0]
+        return SimpleNamespace(nodeid=name, callspec=SimpleNamespace(params={"device_name": device}))
+
+    names = ["plan[cpu-1]", "plan[cpu-2]", "plan[cuda-1]", "plan[cuda-2]", "step[cpu-1]", "step[cpu-2]", "step[cpu-3]"]
+    items = list(map(item, names))
+    beacon(None).pytest_collection_modifyitems(items)
+    assert [each.nodeid[-2] for each in items] == list("1112223")
+    assert [each.nodeid for each in items[:3]] == ["plan[cpu-1]", "plan[cuda-1]", "step[cpu-1]"]
 
 
 def test_a_stop_lets_the_running_one_end(tmp_path):
@@ -138,13 +137,13 @@ def only_cpu(monkeypatch):
 def test_an_absent_device_is_told_with_how_to_get_it(only_cpu, capsys):
     found = find_devices(["cpu", "directml"])
     assert found.present == ("cpu",)
-    assert found.absent["directml"].startswith("is there and fails: no answer within 120 s; it takes Windows or WSL")
+    assert found.absent["directml"].startswith("is there and fails: no answer within 120 s (to get it: on Windows")
     assert "pip install celmoe[directml]" in found.absent["directml"]
     assert set(find_devices(None).absent) == {"cuda", "directml"}
     assert main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith(
         "'--device' must name a device that works here, as cpu does (got 'cuda': no CUDA device, or a torch built "
-        "without CUDA; it takes an NVIDIA card with its driver, and PyTorch built for CUDA"
+        "without CUDA (to get it: install a PyTorch build with CUDA"
     )
 
 
