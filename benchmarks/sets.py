@@ -50,6 +50,8 @@ _SHORT_STEPS = [
     _JOB,
     _LOW_RANK,
 ]
+# How steps grow, by B and by E; and from which B on a device wins, for each E.
+_GROWTH = [Workload("linear", 64, batch, count) for batch, count in itertools.product(BATCHES, COUNTS)]
 _ALL_STEPS = list(
     dict.fromkeys(
         [
@@ -102,7 +104,7 @@ WORKLOADS: Mapping[str, Mapping[str, Sequence[Workload]]] = {
         ),
         FULL: _one_level([*full_grid(), _LOW_RANK]),
     },
-    "training_step": {DEFAULT: _SHORT_STEPS, FULL: _ALL_STEPS},
+    "training_step": {DEFAULT: list(dict.fromkeys([*_SHORT_STEPS, *_GROWTH])), FULL: _ALL_STEPS},
     "inference": {
         DEFAULT: [Workload("linear", 64, 4096, 256), Workload("mlp", 64, 4096, 256), _JOB, _LOW_RANK],
         FULL: _ALL_STEPS,
