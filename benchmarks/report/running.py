@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -18,6 +16,8 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
+
+from benchmarks.report.pacing import Pace
 
 FOUND, BEGUN, DONE = "found", "begun", "done"
 PASSED = "passed"
@@ -74,47 +74,44 @@ class Beacon:
     def __init__(self, connection: Connection, stop: Event, seconds: float | None) -> None:
         self._connection = connection
         self._stop = stop
-        self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._begun, self._longest = 0.0, 0.0
+        self._pace = Pace(seconds)
+        self._why = ""
+        self._failed = False
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """The first of each kind and device, then the second of each: a time that is up costs all of them alike."""
-        turns = Counter[tuple[str, object]]()
-        place: dict[str, int] = {}
-        for item in items:
-            parameters = getattr(getattr(item, "callspec", None), "params", {})
-            kind = (item.nodeid.partition("[")[0], parameters.get("device_name"))
-            place[item.nodeid] = turns[kind]
-            turns[kind] += 1
-        items.sort(key=lambda item: place[item.nodeid])
+        """All benchmarks are there, in the order of their files."""
+        self._pace.order(items)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """All benchmarks are known."""
         self._connection.send(News(FOUND, names=tuple(item.nodeid for item in session.items)))
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """One begins."""
-        self._begun = time.monotonic()
-        self._connection.send(News(BEGUN, nodeid))
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """From before one begins until after it has ended."""
+        self._connection.send(News(BEGUN, item.nodeid))
+        self._why = ""
+        self._failed = False
+        try:
+            return (yield)
+        finally:
+            self._pace.end()
+            self._connection.send(News(DONE, item.nodeid, outcome=self._why or PASSED, failed=self._failed))
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Before any fixture is made."""
         if self._stop.is_set():
             pytest.skip(STOPPED)
-        # No shorter than the longest so far, for all that is known of it.
-        if self._deadline is not None and time.monotonic() + self._longest > self._deadline:
+        if not self._pace.fits(item):
             pytest.skip(OUT_OF_TIME)
-
-    def pytest_runtest_logfinish(self) -> None:
-        """One has ended."""
-        self._longest = max(self._longest, time.monotonic() - self._begun)
+        self._pace.begin(item)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """One is done, or could not be set up or taken down."""
-        if report.when == "call" or report.outcome != PASSED:
-            failed = report.outcome == "failed"
-            self._connection.send(News(DONE, report.nodeid, outcome=_outcome(report), failed=failed))
+        """It was set up, has run, or was taken down; what went wrong first is why it has no result."""
+        if report.outcome != PASSED and not self._why:
+            self._why = _reason(report)
+            self._failed = report.outcome == "failed"
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that can't be imported is a failure too."""
@@ -181,9 +178,7 @@ def _child(arguments: Sequence[str], mouth: Connection, stop: Event, log: str, s
     sys.exit(int(pytest.main(list(arguments), plugins=[Beacon(mouth, stop, seconds)])))
 
 
-def _outcome(report: pytest.TestReport) -> str:
-    if report.outcome == PASSED:
-        return PASSED
+def _reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)

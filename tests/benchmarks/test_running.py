@@ -3,7 +3,6 @@
 import json
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +11,7 @@ from benchmarks.report import command, options, presence
 from benchmarks.report.command import main
 from benchmarks.report.options import parse_options
 from benchmarks.report.presence import find_devices
-from benchmarks.report.running import BEGUN, DONE, FOUND, OUT_OF_TIME, STOPPED, Beacon, Outcome, run_suite
+from benchmarks.report.running import BEGUN, DONE, FOUND, OUT_OF_TIME, STOPPED, Outcome, run_suite
 from benchmarks.workloads import Workload
 from celmoe.devices import FAILS, MISSING, WORKS, DeviceReport
 from tests.benchmarks.made_up import entry, paces, whole_run, write
@@ -32,11 +31,13 @@ def test_crash():
 """
 
 
-def run(folder, source, stopped=lambda: False):
+def run(folder, source, seconds=None, stopped=lambda: False):
     file = folder / "test_suite.py"
     file.write_text(source)
     heard = []
-    outcome = run_suite([str(file)], [*ARGUMENTS, f"--rootdir={folder}"], folder / "log", None, heard.append, stopped)
+    outcome = run_suite(
+        [str(file)], [*ARGUMENTS, f"--rootdir={folder}"], folder / "log", seconds, heard.append, stopped
+    )
     return outcome, heard
 
 
@@ -51,33 +52,10 @@ def test_what_is_heard_of_a_run_that_crashes(tmp_path):
     assert outcome.crash.startswith("the suite's process ended with 7 during test_suite.py::test_crash; ")
 
 
-def beacon(seconds):
-    return Beacon(SimpleNamespace(send=lambda news: None), SimpleNamespace(is_set=lambda: False), seconds)
-
-
-def test_nothing_is_begun_that_may_not_end_in_time():
-    patient, hasty, late = beacon(None), beacon(100.0), beacon(-1.0)
-    for each in (patient, hasty):
-        each.pytest_runtest_logstart("first")
-        each.pytest_runtest_setup()
-        each._begun -= 200.0  # it took that long
-        each.pytest_runtest_logfinish()
-    patient.pytest_runtest_setup()
-    for each in (hasty, late):
-        with pytest.raises(pytest.skip.Exception, match=OUT_OF_TIME):
-            each.pytest_runtest_setup()
-
-
-def test_what_the_time_runs_out_for_is_spread():
-    def item(name):
-        device = name.partition("[")[2].partition("-")[0]
-        return SimpleNamespace(nodeid=name, callspec=SimpleNamespace(params={"device_name": device}))
-
-    names = ["plan[cpu-1]", "plan[cpu-2]", "plan[cuda-1]", "plan[cuda-2]", "step[cpu-1]", "step[cpu-2]", "step[cpu-3]"]
-    items = list(map(item, names))
-    beacon(None).pytest_collection_modifyitems(items)
-    assert [each.nodeid[-2] for each in items] == list("1112223")
-    assert [each.nodeid for each in items[:3]] == ["plan[cpu-1]", "plan[cuda-1]", "step[cpu-1]"]
+def test_after_its_time_nothing_is_begun(tmp_path):
+    outcome, _ = run(tmp_path, SUITE, seconds=-1.0)
+    assert (outcome.measured, outcome.failed, outcome.crash) == (0, {}, "")
+    assert list(outcome.left_out.values()) == [OUT_OF_TIME] * 3
 
 
 def test_a_stop_lets_the_running_one_end(tmp_path):
