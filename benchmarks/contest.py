@@ -52,6 +52,7 @@ class Contest:
         """
         gathered = gather(tasks_of(stage, self.workload, self.device), self.longest)
         peaks = self._peaks(gathered) if stage == MEMORY else {}
+        self.benchmark.group = stage
         timings = hold(self.benchmark, gathered, self.seconds)
         if self.benchmark.stats is None:
             # Disabled: all ran once, and nothing was timed that a record could hold.
@@ -65,7 +66,6 @@ class Contest:
             peak_bytes=peaks,
             parts_ms=self._parts_ms(timings) if stage == TRAINING_STEP else {},
         )
-        self.benchmark.group = stage
         self.benchmark.extra_info.update(record)
         self._tell(record, timings)
         return record

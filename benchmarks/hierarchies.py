@@ -21,7 +21,7 @@ _CORE = "core"
 
 
 def levels_of(hierarchy: str, num_experts: int) -> dict[str, list[str]]:
-    """The experts of each level.
+    """The experts of each level, in sorted order.
 
     Raises:
         ValueError: No hierarchy has this name, or not so many experts.
@@ -57,15 +57,16 @@ def routing_of(hierarchy: str, num_experts: int, routes: str, batch_size: int, s
     picks = draw.choices(range(num_experts), weights, k=batch_size)
     languages = levels[_LANGUAGE]
     families = _families(hierarchy, languages)
+    # Strings of their own for every sample, as files bring them.
     return {
         _UNIVERSAL: [_CORE] * batch_size,
-        _FAMILY: [families[pick] for pick in picks],
-        _LANGUAGE: [languages[pick] for pick in picks],
+        _FAMILY: ["".join([*families[pick]]) for pick in picks],
+        _LANGUAGE: ["".join([*languages[pick]]) for pick in picks],
     }
 
 
 def _languages(hierarchy: str, num_experts: int) -> list[str]:
-    return list(FAMILY_OF) if hierarchy == JOB else [f"language-{pick:03d}" for pick in range(num_experts)]
+    return sorted(FAMILY_OF) if hierarchy == JOB else [f"language-{pick:03d}" for pick in range(num_experts)]
 
 
 def _families(hierarchy: str, languages: Sequence[str]) -> list[str]:

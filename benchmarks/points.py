@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from benchmarks.bodies import GROUPED_EXPERTS, LOOPED_EXPERTS
+from benchmarks.bodies import GROUPED_EXPERTS, LOOPED_EXPERTS, UNTOUCHED
+from benchmarks.hierarchies import EVEN
 from benchmarks.workloads import Workload
 
 WIDTHS, BATCHES, COUNTS, ROUTES = (64, 256), (64, 512, 4096), (4, 32, 256), ("uniform", "zipf")
@@ -20,6 +21,11 @@ _SAVED = {"linear": 1, "mlp": 6, "block": 10, "masked-block": 10, "gru": 8, "two
 _MOVED_AND_FUSED = 16
 _LEVELS = 3
 _FLOAT_BYTES = 4
+# Planning sees no hidden states: they are one column.
+PLANNED = (
+    Workload(UNTOUCHED, 1, LARGEST_BATCH, 256, hierarchy=EVEN),
+    Workload(UNTOUCHED, 1, LARGEST_BATCH, 256),
+)
 NAMED = (
     Workload("linear", 64, 65_536, 256),
     Workload("linear", 64, 4096, 256),

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contenders.contender import AUTO, FLOORS, GROUPED, LOOPED, ORACLE, PEERS, AbsentError, Task, TaskMaker
+from benchmarks.contenders.contender import AUTO, FLOORS, ORACLE, OURS, PEERS, AbsentError, Task, TaskMaker
 from benchmarks.equality import UnequalError, require_equal
 from benchmarks.interleaved import FEWEST_ROUNDS, MOST_ROUNDS, Timings
 
 # A step of another contender may take so many times as long as ours, or so many seconds: it would leave few rounds.
 MOST_TIMES, SLOW_STEP = 30, 0.1
-OURS = (AUTO, GROUPED, LOOPED)
 # They have all parameters that ours has, by the same names; the weights of the rest are stacked.
 _SAME_QUANTITIES = (*OURS, *PEERS, ORACLE)
 

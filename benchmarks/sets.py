@@ -10,8 +10,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.bodies import LOW_RANK, PRODUCT, UNTOUCHED
-from benchmarks.hierarchies import EVEN, JOB, ONE_LEVEL, TREE, ZIPF
-from benchmarks.points import BATCHES, COUNTS, LARGEST_BATCH, NAMED, ROUTES, WIDTHS, WORST, full_grid, looped_grid
+from benchmarks.hierarchies import JOB, ONE_LEVEL, TREE, ZIPF
+from benchmarks.points import (
+    BATCHES,
+    COUNTS,
+    LARGEST_BATCH,
+    NAMED,
+    PLANNED,
+    ROUTES,
+    WIDTHS,
+    WORST,
+    full_grid,
+    looped_grid,
+)
 from benchmarks.workloads import Workload
 
 DEFAULT, FULL = "default", "full"
@@ -27,11 +38,11 @@ def _one_level(workloads: Iterable[Workload]) -> list[Workload]:
 
 
 def _planned(batch_size: int, num_experts: int, hierarchy: str = TREE) -> Workload:
-    """Planning sees no hidden states: they are one column."""
-    return Workload(UNTOUCHED, 1, batch_size, num_experts, hierarchy=hierarchy)
+    """As `points.PLANNED`."""
+    return replace(PLANNED[0], batch_size=batch_size, num_experts=num_experts, hierarchy=hierarchy)
 
 
-_PLANS = [_planned(LARGEST_BATCH, 256, EVEN), _planned(LARGEST_BATCH, 256), _planned(4096, 54, JOB), _planned(64, 32)]
+_PLANS = [*PLANNED, _planned(4096, 54, JOB), _planned(64, 32)]
 _MOVED = _one_level(
     [
         Workload(UNTOUCHED, 64, 4096, 256),
@@ -85,7 +96,7 @@ WORKLOADS: Mapping[str, Mapping[str, Sequence[Workload]]] = {
         ),
     },
     "grouped_product": {
-        DEFAULT: _one_level([Workload(PRODUCT, 64, 4096, 256), Workload(PRODUCT, 128, 4096, 128, ZIPF)]),
+        DEFAULT: _one_level([Workload(PRODUCT, 64, 4096, 256), Workload(PRODUCT, 256, 4096, 32, ZIPF)]),
         FULL: _one_level(
             Workload(PRODUCT, width, batch, count, routes)
             for width, batch, count, routes in itertools.product(WIDTHS, BATCHES, COUNTS, ROUTES)

@@ -14,6 +14,7 @@ from benchmarks.steps import Forward
 from benchmarks.workloads import Workload
 
 AUTO, GROUPED, LOOPED = "celmoe auto", "celmoe grouped", "celmoe looped"
+OURS = (AUTO, GROUPED, LOOPED)
 PEERS = {f"celmoe-vp {version}": version for version in ("1.1.4", "3.0.0")}
 ORACLE, DENSE, STACK, VMAP = "oracle", "dense", "stack", "vmap"
 TRANSFORMERS, PEFT, LOOK_UPS = "transformers", "peft", "look-ups"

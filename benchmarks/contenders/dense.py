@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import celmoe
+from benchmarks.hierarchies import ONE_LEVEL, TREE
 from benchmarks.steps import Forward
 from benchmarks.workloads import Workload
 
@@ -21,7 +22,8 @@ class Dense(nn.Module):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        model = replace(workload, num_experts=1).build(celmoe)
+        hierarchy = ONE_LEVEL if workload.hierarchy == ONE_LEVEL else TREE
+        model = replace(workload, num_experts=1, hierarchy=hierarchy).build(celmoe)
         assert isinstance(model, celmoe.HierarchicalCELMoE)
         self.experts = nn.ModuleList([next(iter(level.values())) for level in model.level_modules.values()])  # type: ignore[operator]  # mappings
         self.fusion = model.fusion

@@ -30,13 +30,19 @@ from benchmarks.contenders.contender import (
 from benchmarks.contenders.dense import Dense
 from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
 from benchmarks.contenders.planned import padding
-from benchmarks.contenders.stack import MOST_PADDING, STACKED, fastest_stack
+from benchmarks.contenders.stack import MOST_PADDING, STACKED, fastest_stack, takes_grouped_mm
 from benchmarks.contenders.vmapped import Vmapped
 from benchmarks.peers import PeerUnavailableError, load_peer
 from benchmarks.steps import Routes, cycled, routed, routings_of
 from celmoe.reference import reference_forward
 
-VMAPPED = ("linear", "mlp", LOW_RANK)
+# Experts that vmap does not take, and why.
+NOT_VMAPPED = {
+    "block": "vmap has no rule for attention on a CPU",
+    "masked-block": "vmap has no rule for attention on a CPU",
+    "gru": "vmap has no rule for GRUs",
+    "two-widths": "weights of two widths can not be stacked",
+}
 # The oracle picks rows one by one, and each one's gradient is a tensor for the whole batch: so many bytes it may write.
 MOST_ORACLE_BYTES = 8 * 2**30
 _FLOAT_BYTES = 4
@@ -87,16 +93,17 @@ def _dense(terms: Terms) -> Contender:
 def _stack(terms: Terms) -> Contender:
     _require_kind(terms, STACKED, "is written by hand for")
     model = _model(terms, "looped")
+    if not takes_grouped_mm(terms.device):
+        _require_little_padding(terms, model)
     stack = fastest_stack(model, terms.workload, terms.device)
     return Contender(stack, stack.routed(_routings(terms, model)))
 
 
 def _vmap(terms: Terms) -> Contender:
-    _require_kind(terms, VMAPPED, "has rules for, and takes without a mask,")
+    if (why_not := NOT_VMAPPED.get(terms.workload.expert)) is not None:
+        raise AbsentError(why_not)
     model = _model(terms, "looped")
-    most = max(padding(terms.workload, model.compile_routing(routing)) for routing in routings_of(terms.workload))
-    if most > MOST_PADDING:
-        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
+    _require_little_padding(terms, model)
     mapped = Vmapped(model).to(terms.device).train(terms.is_training)
     return Contender(mapped, mapped.routed(_routings(terms, model)))
 
@@ -145,7 +152,13 @@ def _routings(terms: Terms, model: celmoe.HierarchicalCELMoE) -> Sequence[Routes
 
 def _require_kind(terms: Terms, kinds: Sequence[str], what_it_does: str) -> None:
     if terms.workload.expert not in kinds:
-        raise AbsentError(f"it {what_it_does} experts of kind {' and '.join(kinds)} only")
+        raise AbsentError(f"it {what_it_does} {' and '.join(kinds)} experts only")
+
+
+def _require_little_padding(terms: Terms, model: celmoe.HierarchicalCELMoE) -> None:
+    most = max(padding(terms.workload, model.compile_routing(routing)) for routing in routings_of(terms.workload))
+    if most > MOST_PADDING:
+        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
 
 
 def _require_package(name: str) -> None:

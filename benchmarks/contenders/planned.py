@@ -17,7 +17,8 @@ class Planned(nn.Module):
     """The hierarchy of a model, without its experts.
 
     Args:
-        model: What the hierarchy and the fusion are taken from.
+        model: What the hierarchy and the fusion are taken from. Its experts stand in sorted order, so that an expert's
+            place in the config and the place of its rows are one.
 
     Attributes:
         sizes: Experts of each level.
@@ -25,6 +26,7 @@ class Planned(nn.Module):
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
         super().__init__()
+        assert all(list(level.experts) == sorted(level.experts) for level in model.levels)
         self.compiler = celmoe.RoutingCompiler(model.config)
         self.sizes = [len(level.experts) for level in model.levels]
         self.fusion = copy.deepcopy(model.fusion)

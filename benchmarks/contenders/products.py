@@ -15,7 +15,7 @@ import celmoe
 from benchmarks.contenders.contender import AUTO, DENSE, LOOPED, STACK, VMAP, AbsentError, Contender, Maker, Terms
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.planned import padding
-from benchmarks.contenders.stack import MOST_PADDING, StackedLinear
+from benchmarks.contenders.stack import MOST_PADDING, StackedLinear, takes_grouped_mm
 from celmoe.members import linear_of_members
 from celmoe.segments import Segments
 
@@ -70,6 +70,8 @@ def _dense(terms: Terms) -> Contender:
 
 def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
     rows = _Rows(terms)
+    if kind is Ragged and not takes_grouped_mm(terms.device):
+        raise AbsentError(f"PyTorch {torch.__version__} has no grouped product of float32 on {terms.device.type}")
     if kind is Padded and (most := padding(terms.workload, rows.plan)) > MOST_PADDING:
         raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
     stacked = StackedLinear(cast(list[nn.Linear], list(rows.layers)))

@@ -90,12 +90,20 @@ class Stack(Planned):
         return layout.restore(self.levels[index](layout.arrange(hidden), layout))
 
 
+def takes_grouped_mm(device: torch.device) -> bool:
+    """Whether PyTorch's grouped product takes float32 there; elsewhere it is for half precision."""
+    return device.type == "cpu" and hasattr(functional, "grouped_mm")
+
+
 def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload, device: torch.device = HOST) -> Stack:
     """The stack with those layouts that train fastest on the workload, as tried out now on the model's device."""
     stack = Stack(model)
     plan = stack.compiler(workload.routing())
-    choices: list[tuple[LayoutKind, ...]] = [
-        (Ragged,) if size * max(level.counts) > MOST_PADDING * workload.batch_size else (Ragged, Padded)
+    choices: list[list[LayoutKind]] = [
+        [
+            *([Ragged] if takes_grouped_mm(device) else []),
+            *([Padded] if size * max(level.counts) <= MOST_PADDING * workload.batch_size else []),
+        ]
         for size, level in zip(stack.sizes, plan.levels.values(), strict=True)
         if size > 1
     ]

@@ -11,13 +11,11 @@ from rich.progress import track
 from benchmarks.bodies import LOOPED_EXPERTS
 from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
-from benchmarks.points import looped_grid
+from benchmarks.points import PLANNED, looped_grid
 from benchmarks.setting import make_console, prepare
 from celmoe.engines import ENGINES
 
-# Three levels of 256 experts, and the hierarchy of the grid's largest workload.
-PLANNED = ((256, 256, 256), (1, 16, 256))
-# What the planning of the first is held to.
+# What the planning of three levels of 256 experts is held to.
 MOST_BY_LOOK_UPS, LEAST_BY_PEER = 2.5, 100
 
 
@@ -40,8 +38,8 @@ def main() -> int:
     if peer is None:
         return 1
     plans: list[PlanTiming] = []
-    for experts in PLANNED:
-        plans.append(time_planning(experts, peer, options.seconds))
+    for planned in PLANNED:
+        plans.append(time_planning(planned, peer, options.seconds))
         console.print(plan_line(plans[-1]), markup=False)
         write_plans(options.report / "plans.csv", plans)
     steps: list[StepTiming] = []

@@ -5,23 +5,22 @@ Axes: B samples, E experts.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import cast
 
 import torch
-from torch import nn
 
 import celmoe
+from benchmarks.contenders.contender import AUTO, LOOK_UPS
+from benchmarks.contenders.planning import look_ups, peer_routing, planners
 from benchmarks.interleaved import Timings, interleave
 from benchmarks.steps import ROUTINGS, TrainingStep, nudge, string_routed, turns
 from benchmarks.workloads import Workload
 
 OURS, PEER, BARE = "celmoe", "celmoe-vp", "bare loop"
-PLAN, LOOK_UPS, PEER_ROUTING = "plan", "look-ups", "routing of celmoe-vp"
-PLANNED_BATCH = 65_536
+PLAN, PEER_ROUTING = "plan", "routing of celmoe-vp"
 
 
 @dataclass(frozen=True)
@@ -97,31 +96,19 @@ def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float)
     )
 
 
-def time_planning(experts: Sequence[int], peer: ModuleType, seconds: float) -> PlanTiming:
-    """Planning of a batch of 65,536 names a level, against bare look-ups and against the peer's routing.
+def time_planning(workload: Workload, peer: ModuleType, seconds: float) -> PlanTiming:
+    """Planning of a batch of names, against bare look-ups and against the peer's routing.
 
-    The peer routes within its forward pass. So it is given experts that return their input, one column of hidden
-    states and no fusion: its figure holds the moving of that column.
+    The peer routes within its forward pass: see `contenders.planning`.
     """
-    routings = [_routes(experts, seed) for seed in range(ROUTINGS)]
-    config = _config(celmoe, experts)
-    compiler = celmoe.RoutingCompiler(config)
-    tables = {level.name: {name: index for index, name in enumerate(level.experts)} for level in config.levels}
-    model = peer.HierarchicalCELMoE(_config(peer, experts), lambda *_: _untouched(peer), _Last())
-    column = torch.zeros(PLANNED_BATCH, 1)
-    turn = turns(len(routings))
-
-    def look_up() -> None:
-        for level, routes in routings[turn()].items():
-            list(map(tables[level].__getitem__, routes))
-
-    def route() -> None:
-        with torch.no_grad():
-            model(column, routings[turn()])
-
-    timings = interleave({PLAN: lambda: compiler(routings[turn()]), LOOK_UPS: look_up, PEER_ROUTING: route}, seconds)
+    steps = {
+        PLAN: planners(workload)[AUTO]().step,
+        LOOK_UPS: look_ups(workload).step,
+        PEER_ROUTING: peer_routing(peer, workload).step,
+    }
+    timings = interleave(steps, seconds)
     return PlanTiming(
-        tuple(experts),
+        tuple(len(names) for names in workload.levels().values()),
         _ms(timings, PLAN),
         _ms(timings, LOOK_UPS),
         _ms(timings, PEER_ROUTING),
@@ -151,36 +138,3 @@ def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable
 
 def _ms(timings: Timings, name: str) -> float:
     return 1e3 * timings.median(name)
-
-
-class _Last(nn.Module):
-    def forward(self, level_hiddens: list[torch.Tensor]) -> torch.Tensor:
-        return level_hiddens[-1]
-
-
-def _untouched(package: ModuleType) -> nn.Module:
-    class Untouched(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
-        def forward(self, batch: celmoe.ExpertBatch) -> object:
-            return package.ExpertResult(batch.hidden)
-
-    module: nn.Module = Untouched()
-    return module
-
-
-def _names(experts: int) -> list[str]:
-    return [f"expert-{pick:03d}" for pick in range(experts)]
-
-
-def _config(package: ModuleType, experts: Sequence[int]) -> celmoe.CELMoEConfig:
-    levels = [
-        package.HierarchyLevelConfig(f"level-{index}", {name: package.ExpertConfig(name) for name in _names(count)})
-        for index, count in enumerate(experts)
-    ]
-    config: celmoe.CELMoEConfig = package.CELMoEConfig(1, levels)
-    return config
-
-
-def _routes(experts: Sequence[int], seed: int) -> dict[str, list[str]]:
-    """Uniform names at every level, the very strings of the table: look-ups are never cheaper than that."""
-    draw = random.Random(seed)
-    return {f"level-{index}": draw.choices(_names(count), k=PLANNED_BATCH) for index, count in enumerate(experts)}

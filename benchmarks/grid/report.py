@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from benchmarks.bodies import EXPERTS
-from benchmarks.grid.measure import PLANNED_BATCH, PlanTiming, StepTiming
+from benchmarks.grid.measure import PlanTiming, StepTiming
+from benchmarks.points import LARGEST_BATCH
 from benchmarks.workloads import Workload
 
 Timing = TypeVar("Timing", bound="RatioOfTimes")
@@ -66,7 +67,7 @@ def write_plans(path: Path, plans: Sequence[PlanTiming]) -> None:
     rows = [
         {
             "experts": "/".join(map(str, each.experts)),
-            "B": PLANNED_BATCH,
+            "B": LARGEST_BATCH,
             "plan_ms": f"{each.plan_ms:.2f}",
             "look_ups_ms": f"{each.look_ups_ms:.2f}",
             "celmoe_vp_ms": f"{each.peer_ms:.0f}",
@@ -164,7 +165,7 @@ def summary(steps: Sequence[StepTiming]) -> str:
 
 def plan_name(plan: PlanTiming) -> str:
     """The batch and the hierarchy."""
-    return f"{PLANNED_BATCH:,} samples over {'/'.join(map(str, plan.experts))} experts"
+    return f"{LARGEST_BATCH:,} samples over {'/'.join(map(str, plan.experts))} experts"
 
 
 def plan_line(plan: PlanTiming) -> str:

@@ -1,0 +1,240 @@
+"""Whether the suite's contenders are equal, and refused where they are not; what a benchmark leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import rounds, stages
+from benchmarks.bodies import LOW_RANK, PRODUCT, UNTOUCHED
+from benchmarks.contenders import models, planning
+from benchmarks.contenders.contender import (
+    AUTO,
+    DENSE,
+    FLOORS,
+    GROUPED,
+    LOOK_UPS,
+    LOOPED,
+    ORACLE,
+    PEERS,
+    PEFT,
+    STACK,
+    TRANSFORMERS,
+    VMAP,
+    AbsentError,
+    Task,
+)
+from benchmarks.contest import Contest
+from benchmarks.equality import UnequalError
+from benchmarks.hierarchies import ONE_LEVEL
+from benchmarks.peers import PeerUnavailableError
+from benchmarks.record import Record
+from benchmarks.rounds import gather, require_all_equal
+from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP, tasks_of
+from benchmarks.workloads import Workload
+
+CPU = torch.device("cpu")
+OURS = {AUTO, GROUPED, LOOPED}
+# Slow enough to be loaded, or not to be had everywhere; each may be absent, with a reason.
+FOREIGN = {*PEERS, TRANSFORMERS, PEFT}
+
+
+def tiny(expert, stage=TRAINING_STEP, routes="uniform"):
+    if expert == "job":
+        return Workload("mlp", 8, 100, 54, routes, "job")
+    hierarchy = ONE_LEVEL if stage in (DISPATCH, EXPERTS) else "tree"
+    return Workload(expert, 8, 40, 6, routes, hierarchy)
+
+
+CASES = [
+    (TRAINING_STEP, "job", {ORACLE, DENSE, STACK, VMAP}),
+    (TRAINING_STEP, "linear", {ORACLE, DENSE, STACK, VMAP}),
+    (TRAINING_STEP, "mlp", {ORACLE, DENSE, STACK, VMAP}),
+    (TRAINING_STEP, "gru", {ORACLE, DENSE}),
+    (INFERENCE, "masked-block", {ORACLE, DENSE}),
+    (INFERENCE, LOW_RANK, {ORACLE, DENSE, VMAP}),
+    (EXPERTS, "mlp", {ORACLE, DENSE, STACK, VMAP}),
+    (EXPERTS, "two-widths", {ORACLE, DENSE}),
+]
+
+
+@pytest.mark.parametrize(("stage", "expert", "others"), CASES)
+def test_all_contenders_are_equal(stage, expert, others):
+    gathered = gather(tasks_of(stage, tiny(expert, stage), CPU), 60.0)
+    assert gathered.tasks.keys() - FOREIGN == OURS | others
+    assert all(gathered.absent.values())
+    assert gathered.tasks.keys() | gathered.absent.keys() >= set(PEERS) | {TRANSFORMERS}
+
+
+@pytest.mark.parametrize(
+    ("stage", "expert", "others"),
+    [
+        (DISPATCH, UNTOUCHED, {AUTO, ORACLE, DENSE, STACK, VMAP}),
+        (EXPERTS, PRODUCT, {AUTO, LOOPED, DENSE, STACK, VMAP}),
+        (PLAN, UNTOUCHED, {AUTO, LOOK_UPS, ORACLE}),
+    ],
+)
+def test_contenders_of_a_part_are_equal(stage, expert, others):
+    gathered = gather(tasks_of(stage, tiny(expert, stage), CPU), 60.0)
+    assert gathered.tasks.keys() - FOREIGN == others
+
+
+def test_too_much_padding_is_absent():
+    skewed = Workload("linear", 8, 400, 64, "zipf")
+    gathered = gather({name: tasks_of(EXPERTS, skewed, CPU)[name] for name in (AUTO, VMAP)}, 60.0)
+    assert "pad the rows to" in gathered.absent[VMAP]
+
+
+def evidence_of(**changes):
+    found = {"output": torch.tensor([1.0, 2.0]), "gradient": torch.tensor([3.0])} | changes
+    return lambda: {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (STACK, {"output": torch.tensor([1.0, 2.1])}, "stack is not equal to celmoe auto: the output differs"),
+        (LOOPED, {"gradient": None}, "celmoe looped is not equal to celmoe auto: only one of the two has gradient"),
+        (ORACLE, {"more": torch.zeros(1)}, "oracle is not equal to celmoe auto: only one of the two has more"),
+    ],
+)
+def test_an_unequal_contender_is_refused(name, changes, words):
+    def task(evidence):
+        return Task(lambda: None, lambda: None, evidence)
+
+    same = {AUTO: task(evidence_of()), STACK: task(evidence_of(gradient=None)), GROUPED: task(evidence_of())}
+    require_all_equal(same)
+    with pytest.raises(UnequalError, match=words):
+        require_all_equal(same | {name: task(evidence_of(**changes))})
+    for floor in FLOORS:
+        require_all_equal(same | {floor: task(evidence_of(**changes))})
+
+
+def test_a_contender_with_other_weights_is_refused(monkeypatch):
+    right = models.MODELS[STACK]
+
+    def wrong(terms):
+        contender = right(terms)
+        with torch.no_grad():
+            contender.module.levels[2].weight[3].mul_(1.01)
+        return contender
+
+    monkeypatch.setitem(models.MODELS, STACK, wrong)
+    with pytest.raises(UnequalError, match="stack is not equal"):
+        gather(tasks_of(TRAINING_STEP, tiny("linear"), CPU), 60.0)
+
+
+def test_slow_contenders_are_left_out(monkeypatch):
+    clock = iter([0.01, 3.0, 0.5, 0.01, 0.4])
+    monkeypatch.setattr(rounds, "_seconds", lambda _step: next(clock))
+    task = Task(lambda: None, lambda: None, evidence_of())
+    gathered = gather({AUTO: lambda: task, ORACLE: lambda: task, STACK: lambda: task}, 2.0)
+    assert list(gathered.tasks) == [AUTO]
+    assert gathered.absent == {
+        ORACLE: "a step takes 3.0 s, and 2 s are allowed (--longest SECONDS)",
+        STACK: "a step takes 0.4 s, 40 times ours, and would take all the time",
+    }
+
+
+class Clockwork:
+    """pytest-benchmark's fixture as the suite uses it; the real one is disabled among parallel tests."""
+
+    def __init__(self):
+        self.stats, self.extra_info, self.group = None, {}, None
+
+    def pedantic(self, target, setup, rounds, iterations):
+        assert iterations == 1
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+        for _ in range(rounds):
+            setup()
+            target()
+            self.stats.stats.data.append(0.001)
+
+
+def contest(workload, lines):
+    return Contest(Clockwork(), workload, "cpu", CPU, 0.0, 60.0, lines.append)
+
+
+def test_a_benchmark_leaves_the_whole_record():
+    lines = []
+    held = contest(tiny("mlp", routes="zipf"), lines)
+    held.run(TRAINING_STEP)
+    found = json.loads(json.dumps(held.benchmark.extra_info))
+    assert found.keys() == Record.__annotations__.keys()
+    assert (found["stage"], found["expert"], found["routes"]) == ("training_step", "mlp", "zipf")
+    assert (found["hidden_size"], found["batch_size"], found["num_experts"], found["positions"]) == (8, 40, 6, None)
+    assert (found["device"], found["threads"], found["dtype"]) == ("cpu", torch.get_num_threads(), "float32")
+    assert found["workload"] == "mlp H=8 B=40 E=6 zipf"
+    assert found["contender"] == AUTO
+    assert {len(seconds) for seconds in found["seconds"].values()} == {5}
+    assert found["seconds"].keys() >= OURS | {ORACLE, DENSE, STACK}
+    assert not found["seconds"].keys() & found["absent"].keys()
+    assert sum(found["parts_ms"].values()) > 0
+    assert found["bytes"] == {}
+    assert lines[0].startswith("training_step mlp H=8 B=40 E=6 zipf on cpu: celmoe auto ")
+    assert [line.split("without ")[1].split(":")[0] for line in lines[1:]] == list(found["absent"])
+
+
+def test_where_benchmarks_are_disabled_contenders_are_still_compared(monkeypatch):
+    held = contest(tiny(UNTOUCHED), lines := [])
+    monkeypatch.setattr(held.benchmark, "pedantic", lambda *_args, **_kwargs: None)
+    assert held.run(PLAN)["seconds"] == {AUTO: []}
+    assert lines[0].endswith("on cpu: equal, and not timed")
+
+
+def test_memory_is_in_its_record(monkeypatch):
+    monkeypatch.setattr(stages, "MODELS", {name: models.MODELS[name] for name in (AUTO, GROUPED, LOOPED)})
+    held = contest(tiny("linear"), lines := [])
+    record = held.run(MEMORY)
+    assert record["bytes"].keys() == record["seconds"].keys() == OURS
+    weights = sum(each.nbytes for each in tiny("linear").build(models.celmoe).parameters())
+    assert all(peak > 2 * weights for peak in record["bytes"].values())
+    assert "grouped by looped" in lines[1]
+
+
+def test_an_absent_peer_is_a_line(monkeypatch):
+    def unavailable(version):
+        raise PeerUnavailableError(f"celmoe-vp=={version} could not be installed: no index")
+
+    for module in (models, planning):
+        monkeypatch.setattr(module, "load_peer", unavailable)
+    monkeypatch.setattr(models, "find_spec", lambda _name: None)
+    for stage, expert in ((PLAN, UNTOUCHED), (INFERENCE, LOW_RANK), (INFERENCE, "mlp")):
+        held = contest(tiny(expert), lines := [])
+        absent = held.run(stage)["absent"]
+        assert absent["celmoe-vp 3.0.0"].startswith("celmoe-vp==3.0.0 could not be installed: no index (to get it: ")
+        if stage == INFERENCE:
+            package = PEFT if expert == LOW_RANK else TRANSFORMERS
+            assert absent[package] == f"{package} is not installed (to get it: pip install celmoe[peers])"
+        for name, why in absent.items():
+            assert any(line.endswith(f"without {name}: {why}") for line in lines)
+
+
+def test_experts_that_are_refused_leave_the_grouped_engine_out(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise models.celmoe.EngineRefusedError("no")
+
+    monkeypatch.setattr(models, "routed", lambda *_args, **_kwargs: refuse)
+    with pytest.raises(AbsentError, match="the engine refuses these experts: no"):
+        models.MODELS[GROUPED](models.Terms(tiny("linear"), CPU))
+
+
+def test_the_command(tmp_path):
+    root = Path(stages.__file__).parents[1]
+    report = tmp_path / "report.json"
+    point = "untouched H=1 B=64 E=32 uniform"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--seconds", "0"]
+    command += ["--device", "cpu", "--device", "directml", "--benchmark-json", str(report)]
+    command.append(f"benchmarks/test_plan.py::test_plan[cpu-{point}]")
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "celmoe: set default, 1 thread, torch" in done.stdout
+    assert "device directml is absent: torch-directml is not installed" in done.stdout or "cpu, directml" in done.stdout
+    assert f"plan {point} on cpu: {AUTO}" in done.stdout
+    (found,) = json.loads(report.read_text())["benchmarks"]
+    assert found["extra_info"]["seconds"][AUTO] == found["stats"]["data"]
+    assert (found["extra_info"]["stage"], found["group"]) == (PLAN, PLAN)
