@@ -37,25 +37,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 where something got slower or a benchmark failed; 2 where the command was refused or nothing was measured;
         130 after Ctrl-C, with a page of what was measured before.
     """
-    begun = time.monotonic()
     given = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        options = parse_options(given)
-        prepare_folder(options.report)
-        presence = find_devices(options.devices)
-    except OptionError as error:
-        errors.print(str(error), markup=False)
+        return _measure(given, errors)
+    except (OptionError, ReadError) as error:
+        errors.print(" ".join(str(error).split()), markup=False)
         return REFUSED
+    except OSError as error:
+        errors.print(f"a file or folder could not be used: {error}", markup=False)
+        return REFUSED
+    except KeyboardInterrupt:
+        errors.print("stopped at once; what was measured is lost", markup=False)
+        return INTERRUPTED
+
+
+def _measure(given: Sequence[str], errors: Console) -> int:
+    begun = time.monotonic()
+    options = parse_options(given)
+    prepare_folder(options.report)
+    presence = find_devices(options.devices)
     console = make_console()
     for device, why in presence.absent.items():
         console.print(f"not on {DEVICE_NAMES[device]}: {why}", markup=False, soft_wrap=True)
     outcome, interrupted = _run(options, presence, console, begun)
-    try:
-        suite = _suite(options.report / RESULTS, outcome)
-    except ReadError as error:
-        errors.print(f"nothing was measured: {error}", markup=False)
-        return INTERRUPTED if interrupted else REFUSED
+    if interrupted and not outcome.measured:
+        raise KeyboardInterrupt
+    suite = _suite(options.report / RESULTS, outcome)
     machine = machine_facts(presence.present, ["python", "-m", MODULE, *given])
     (options.report / MACHINE).write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
     comparison = None if options.compare is None else compare(options.compare, suite)
@@ -107,4 +115,4 @@ def _suite(results: Path, outcome: Outcome) -> Suite:
     if outcome.measured and results.stat().st_size:
         return read_suite(results)
     reasons = dict.fromkeys([*outcome.failed.values(), *outcome.left_out.values(), *filter(None, [outcome.crash])])
-    raise ReadError("; ".join(reasons) or "the suite has no benchmarks")
+    raise ReadError(f"nothing was measured: {'; '.join(reasons) or 'the suite has no benchmarks'}")

@@ -43,8 +43,8 @@ def draw_stages(records: Sequence[Record]) -> list[Drawing]:
         Drawing(
             f"stages_{timed[0].device}",
             f"Where a training step's time goes, {device}",
-            f"{timed[0].contender}, parts in the order in which they run. Each bar is one step, and behind it stands "
-            "how long it took.",
+            f"{timed[0].contender}. Each part is timed on its own, and the experts are the rest of the forward pass; "
+            "behind each bar stands how long all parts take.",
             figure,
             [
                 {**record_columns(record), "part": part, "ms": f"{ms:.4f}"}

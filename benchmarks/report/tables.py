@@ -146,7 +146,7 @@ def absences(records: Iterable[Record], devices: Mapping[str, str]) -> Table:
         stages = ", ".join(dict.fromkeys(STAGE_NAMES[record.stage] for record, _ in missing))
         reasons = list(dict.fromkeys(why for _, why in missing))
         why = reasons[0] if len(reasons) == 1 else f"such as: {reasons[0]}"
-        rows.append([Cell(contender), Cell(f"{len(missing)} of {stages}"), Cell(why)])
+        rows.append([Cell(contender), Cell(f"{stages} ({len(missing)})"), Cell(why)])
     return Table(["what", "where", "why, and how to get it"], rows, 3)
 
 

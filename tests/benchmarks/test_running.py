@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -170,6 +171,21 @@ def test_a_run_that_shares_nothing_can_not_be_compared_with(made_up_run, tmp_pat
     assert (
         capsys.readouterr().err == "'--compare' must be a run that shares benchmarks with this one (got none of them)\n"
     )
+
+
+def test_what_goes_wrong_later_is_one_line_too(made_up_run, tmp_path, monkeypatch, capsys):
+    made_up_run([], Outcome(failed={"a": "sums are off", "b": "sums are off"}, crash="it ended with 7"))
+    assert main(["--report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "nothing was measured: sums are off; it ended with 7\n"
+    for error, code, words in (
+        (OSError(28, "No space left on device"), 2, "a file or folder could not be used: [Errno 28] No space left"),
+        (KeyboardInterrupt(), 130, "stopped at once"),
+    ):
+        monkeypatch.setattr(command, "run_suite", Mock(side_effect=error))
+        assert main(["--report", str(tmp_path)]) == code
+        said = capsys.readouterr().err
+        assert said.startswith(words)
+        assert said.count("\n") == 1
 
 
 def test_ctrl_c_leaves_a_report(made_up_run, tmp_path, monkeypatch):
