@@ -17,7 +17,9 @@ from benchmarks.workloads import Workload
 from celmoe.devices import FAILS, MISSING, WORKS, DeviceReport
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
-ARGUMENTS = ["--override-ini=addopts=", "-p", "no:cacheprovider"]
+# Plugins take most of a short run's time.
+_PLUGINS = ("cacheprovider", "hypothesispytest", "xdist")
+ARGUMENTS = ["--override-ini=addopts=", *(f"-pno:{plugin}" for plugin in _PLUGINS)]
 SUITE = """
 import os
 import pytest
