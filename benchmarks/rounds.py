@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -20,7 +21,7 @@ from benchmarks.equality import UnequalError, require_equal
 from benchmarks.interleaved import FEWEST_ROUNDS, MOST_ROUNDS, Timings
 
 # A step of another contender may take so many times as long as ours, or so many seconds: it would leave few rounds.
-MOST_TIMES, SLOW_STEP = 30, 0.1
+MOST_TIMES, SLOW_STEP = 30, 0.2
 # They have all parameters that ours has, by the same names; the weights of the rest are stacked.
 _SAME_QUANTITIES = (*OURS, *PEERS, ORACLE)
 
@@ -60,20 +61,21 @@ def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
         except AbsentError as error:
             absent[name] = str(error)
             continue
-        if (took := _seconds(task.step)) > longest and name not in OURS:
+        if (took := _taken(task.step).own) > longest and name not in OURS:
             absent[name] = f"a step takes {took:.1f} s, and {longest:g} s are allowed (--longest SECONDS)"
             continue
         # What a first call kept, the second must not use.
         task.between()
         tasks[name] = task
     require_all_equal(tasks)
-    warm = {name: _seconds(task.step) for name, task in tasks.items()}
-    for name, took in warm.items():
-        if name not in OURS and took > max(SLOW_STEP, MOST_TIMES * warm[AUTO]):
-            absent[name] = f"a step takes {took:.1f} s, {took / warm[AUTO]:.0f} times ours, and would take all the time"
+    warm = {name: _taken(task.step) for name, task in tasks.items()}
+    ours = warm[AUTO].own
+    for name, (_, took) in warm.items():
+        if name not in OURS and took > max(SLOW_STEP, MOST_TIMES * ours):
+            absent[name] = f"a step takes {took:.1f} s, {took / ours:.0f} times ours, and would take all the time"
             del tasks[name]
     absent = {name: absent[name] for name in makers if name in absent}
-    return Gathered(tasks, absent, sum(warm[name] for name in tasks))
+    return Gathered(tasks, absent, sum(warm[name].passed for name in tasks))
 
 
 def require_all_equal(tasks: Mapping[str, Task]) -> None:
@@ -117,7 +119,7 @@ def hold(benchmark: BenchmarkFixture, gathered: Gathered, seconds: float) -> Tim
         for name in others:
             task = gathered.tasks[name]
             task.between()
-            found[name].append(_seconds(task.step))
+            found[name].append(_taken(task.step).passed)
         ours.between()
         gc.collect(0)
 
@@ -129,10 +131,19 @@ def hold(benchmark: BenchmarkFixture, gathered: Gathered, seconds: float) -> Tim
     return Timings(found)
 
 
-def _seconds(step: Callable[[], object]) -> float:
+class _Seconds(NamedTuple):
+    """What passed, and what of it this process worked: who takes part must not hang on what else a machine does."""
+
+    passed: float
+    own: float
+
+
+def _taken(step: Callable[[], object]) -> _Seconds:
+    own = time.process_time()
     start = time.perf_counter()
     step()
-    return time.perf_counter() - start
+    passed = time.perf_counter() - start
+    return _Seconds(passed, time.process_time() - own)
 
 
 @contextmanager
