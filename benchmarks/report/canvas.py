@@ -103,24 +103,43 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Names at the right edge of a logarithmic panel, each at its line's last y and in its colour, moved apart."""
+@dataclass(frozen=True)
+class End:
+    """How high a line ends, and its colour."""
+
+    y: float
+    colour: str
+
+
+def label_ends(axes: Axes, ends: Mapping[str, End]) -> None:
+    """Names at the right edge of a logarithmic panel, as high as their lines end, moved apart where they meet."""
     low, high = axes.get_ylim()
-    gap = (high / low) ** _LEAST_GAP
-    at = 0.0
-    for name, (y, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
-        at = max(y, at * gap)
+    names = sorted(ends, key=lambda name: ends[name].y)
+    heights = _apart([ends[name].y for name in names], (high / low) ** _LEAST_GAP, high)
+    for name, height in zip(names, heights, strict=True):
         axes.annotate(
             name,
-            xy=(1, at),
+            xy=(1, height),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
             textcoords="offset points",
-            color=colour,
+            color=ends[name].colour,
             fontsize=8,
             va="center",
             annotation_clip=False,
         )
+
+
+def _apart(heights: Sequence[float], gap: float, highest: float) -> list[float]:
+    """Ascending heights with at least this ratio between neighbours: upwards, and down again from the top."""
+    found: list[float] = []
+    for height in heights:
+        found.append(max(height, found[-1] * gap) if found else height)
+    ceiling = highest
+    for place in reversed(range(len(found))):
+        found[place] = min(found[place], ceiling)
+        ceiling = found[place] / gap
+    return found
 
 
 def record_columns(record: Record) -> dict[str, object]:

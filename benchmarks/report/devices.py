@@ -8,6 +8,7 @@ from benchmarks.report.canvas import (
     FEWEST_POINTS,
     SERIES_COLOURS,
     Drawing,
+    End,
     label_ends,
     label_values,
     new_panels,
@@ -44,13 +45,13 @@ def draw_devices(suite: Suite) -> list[Drawing]:
     spare = [axes for row in panels for axes in row]
     for key in keys:
         axes = spare.pop(0)
-        ends: dict[str, tuple[float, str]] = {}
+        ends: dict[str, End] = {}
         for device, records in shared[key].items():
             line = sorted(records, key=lambda record: record.workload.batch_size)
             sizes = [record.workload.batch_size for record in line]
             ms = [1e3 * record.timings.median(record.contender) for record in line]
             axes.plot(sizes, ms, color=colours[device], marker="o", markersize=3.5)
-            ends[DEVICE_NAMES.get(device, device)] = (ms[-1], colours[device])
+            ends[DEVICE_NAMES.get(device, device)] = End(ms[-1], colours[device])
             rows += [
                 {**record_columns(record), "contender": record.contender, "ms": f"{each:.4f}"}
                 for record, each in zip(line, ms, strict=True)

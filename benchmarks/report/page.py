@@ -225,7 +225,8 @@ def _memory_section(suite: Suite) -> Section:
         if records := [record for record in suite.of(MEMORY, device) if record.bytes]:
             name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
             parts.append(Part(name, draw_memory(records)[0], memory_table(records)))
-    return Section("memory", "Memory", "The most that a training step holds, of each contender.", parts)
+    text = "The most MiB that live at once in a training step, weights included; below, how many times ours that is."
+    return Section("memory", "Memory", text, parts)
 
 
 def _unfinished(why: Mapping[str, str]) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from benchmarks.report.canvas import (
     FEWEST_POINTS,
     GREY,
     Drawing,
+    End,
     label_ends,
     label_values,
     new_panels,
@@ -89,7 +90,7 @@ def _draw_line(axes: Axes, line: Line, axis: str) -> list[dict[str, object]]:
     shared = line[0].workload
     fixed = f"E = {shared.num_experts}" if axis == "B" else f"B = {shared.batch_size:,}"
     rows: list[dict[str, object]] = []
-    ends: dict[str, tuple[float, str]] = {}
+    ends: dict[str, End] = {}
     for contender in in_order({name for record in line for name in record.contenders if name in _DRAWN}):
         timed = [record for record in line if contender in record.timings.seconds]
         at = [each.workload.batch_size if axis == "B" else each.workload.num_experts for each in timed]
@@ -98,7 +99,7 @@ def _draw_line(axes: Axes, line: Line, axis: str) -> list[dict[str, object]]:
         style = "--" if contender == DENSE else "-"
         heavy = contender == AUTO
         axes.plot(at, ms, color=colour, linestyle=style, linewidth=2.2 if heavy else 1.3, marker="o", markersize=3.5)
-        ends[contender] = (ms[-1], colour)
+        ends[contender] = End(ms[-1], colour)
         rows += [
             {"axis": axis, **record_columns(record), "contender": contender, "ms": f"{each:.4f}"}
             for record, each in zip(timed, ms, strict=True)

@@ -14,7 +14,7 @@ from benchmarks.report.crossover import Crossover
 from benchmarks.report.ratios import Ratio, ratio_of, ratios
 from benchmarks.report.reading import Record, in_order
 from benchmarks.report.regressions import Change, Spread
-from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, bytes_words, ms_words, times_words, workload_words
+from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, mebibytes_words, ms_words, times_words, workload_words
 
 # Reasons that differ in their numbers alone are told once.
 _NUMBER = re.compile(r"\d[\d.,]*")
@@ -79,7 +79,7 @@ def speed_table(records: Sequence[Record]) -> Table:
 
 
 def memory_table(records: Sequence[Record]) -> Table:
-    """Peak memory by workload and contender, and how many times ours that is."""
+    """Peak memory in MiB by workload and contender, and how many times ours that is."""
     contenders = in_order({name for record in records for name in record.bytes})[::-1]
     names, named = _workload_cells(records)
     rows = []
@@ -88,9 +88,11 @@ def memory_table(records: Sequence[Record]) -> Table:
         cells = []
         for contender in contenders:
             size = record.bytes.get(contender)
-            share = f"{size / ours:.2f} times ours" if size and ours and contender != record.contender else ""
+            share = (
+                f"{size / ours:.2f}\N{MULTIPLICATION SIGN}" if size and ours and contender != record.contender else ""
+            )
             why = record.absent.get(contender, "")
-            cells.append(Cell(NOTHING, note=why) if size is None else Cell(bytes_words(size), share))
+            cells.append(Cell(NOTHING, note=why) if size is None else Cell(mebibytes_words(size), share))
         rows.append([*named[record.name], *cells])
     return Table([*names, *contenders], rows, len(names))
 

@@ -80,7 +80,6 @@ def _digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def bytes_words(count: float) -> str:
-    """Mebibytes."""
-    mebibytes = count / 2**20
-    return f"{_digits(mebibytes)} MiB"
+def mebibytes_words(count: float) -> str:
+    """Bytes in MiB, without the unit."""
+    return _digits(count / 2**20)

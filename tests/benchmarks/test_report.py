@@ -6,10 +6,11 @@ import re
 import pytest
 
 from benchmarks.contenders.contender import AUTO
+from benchmarks.report.canvas import _apart
 from benchmarks.report.page import Findings, write_page
 from benchmarks.report.reading import read_suite
 from benchmarks.report.regressions import RULE, compare
-from benchmarks.report.wording import bytes_words, ms_words, times_words, workload_words
+from benchmarks.report.wording import mebibytes_words, ms_words, times_words, workload_words
 from benchmarks.workloads import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
@@ -94,8 +95,14 @@ def test_a_page_of_little(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_labels_keep_apart_and_below_the_top():
+    assert _apart([1.0, 1.1, 8.0], 2.0, 100.0) == [1.0, 2.0, 8.0]
+    assert _apart([7.0, 7.5, 8.0], 2.0, 8.0) == [2.0, 4.0, 8.0]
+    assert _apart([], 2.0, 8.0) == []
+
+
 def test_numbers_in_words():
     assert [ms_words(each) for each in (0.0123, 0.5, 2.5, 1234.5)] == ["12.3 µs", "0.500 ms", "2.50 ms", "1,234 ms"]
     assert [times_words(each) for each in (0.987, 9.99, 12.34, 138.4)] == ["0.99", "9.99", "12.3", "138"]
-    assert bytes_words(3 * 2**20) == "3.00 MiB"
+    assert mebibytes_words(3 * 2**20) == "3.00"
     assert workload_words(Workload("gru", 64, 4096, 8, "zipf")) == "gru, H 64, B 4,096, E 8, zipf routes"
