@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contest import Contest
 from benchmarks.devices import CPU, DIRECTML, find_device
-from benchmarks.sets import DEFAULT, FULL, SETS, WORKLOADS
+from benchmarks.sets import DEFAULT, FULL, SETS, workloads_of
 from benchmarks.workloads import Workload
 from celmoe.devices import DEVICES
 
@@ -55,16 +55,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         for each in found:
             if each.device is None:
                 terminal.write_line(each.why_absent)
+    if all(each.device is None for each in found):
+        raise pytest.UsageError(
+            f"'--device' must name a device that is there (got {', '.join(_devices(session.config))})"
+        )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A benchmark for each workload of the set, on each device that is there."""
     if "workload" not in metafunc.fixturenames:
         return
-    workloads = WORKLOADS[metafunc.function.__name__.removeprefix("test_")][metafunc.config.getoption("--set")]
+    workloads = workloads_of(metafunc.function.__name__.removeprefix("test_"), metafunc.config.getoption("--set"))
     devices = [name for name in _devices(metafunc.config) if find_device(name).device is not None]
-    if not devices:
-        raise pytest.UsageError("; ".join(find_device(name).why_absent for name in _devices(metafunc.config)))
     metafunc.parametrize("device_name", [pytest.param(name, marks=_MARKS.get(name, ())) for name in devices])
     metafunc.parametrize("workload", workloads, ids=str)
 
@@ -83,6 +85,7 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
         if terminal is not None and capture is not None:
             with capture.global_and_fixture_disabled():
                 terminal.write_line(line)
+                terminal.flush()  # into a pipe too, where somebody may be waiting for it
 
     return write
 

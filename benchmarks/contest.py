@@ -19,7 +19,7 @@ from benchmarks.stages import MEMORY, TRAINING_STEP, tasks_of
 from benchmarks.workloads import Workload
 
 # Steps up to so many seconds are cheap enough to be taken apart, for about as long as this in all.
-CHEAP_STEP, PARTS_SECONDS = 0.2, 0.5
+CHEAP_STEP, PARTS_SECONDS = 1.0, 0.5
 
 
 @dataclass(frozen=True)

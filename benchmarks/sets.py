@@ -5,8 +5,9 @@ Axes: B samples, H hidden size, E experts of the last level.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.bodies import LOW_RANK, PRODUCT, UNTOUCHED
@@ -63,65 +64,59 @@ _SHORT_STEPS = [
 ]
 # How steps grow, by B and by E; and from which B on a device wins, for each E.
 _GROWTH = [Workload("linear", 64, batch, count) for batch, count in itertools.product(BATCHES, COUNTS)]
-_ALL_STEPS = list(
-    dict.fromkeys(
+# By benchmark, what the default set takes of it.
+DEFAULTS: Mapping[str, Sequence[Workload]] = {
+    "plan": _PLANS,
+    "dispatch": _MOVED,
+    "grouped_product": _one_level([Workload(PRODUCT, 64, 4096, 256), Workload(PRODUCT, 256, 4096, 32, ZIPF)]),
+    "experts": _one_level(
         [
-            *NAMED,
-            *WORST,
-            *_SHORT_STEPS,
-            *(replace(_JOB, batch_size=batch, routes=routes) for batch in BATCHES for routes in ROUTES),
-            *(
-                Workload(LOW_RANK, width, batch, count, routes)
-                for width, batch, count, routes in itertools.product(WIDTHS, BATCHES, COUNTS, ROUTES)
-            ),
-            *looped_grid(),
-            *full_grid(),
+            Workload("linear", 64, 4096, 256),
+            Workload("mlp", 64, 4096, 256),
+            Workload("block", 64, 64, 32),
+            Workload("gru", 64, 64, 32),
+            Workload("two-widths", 64, 512, 32),
+            _LOW_RANK,
         ]
-    )
-)
-# By benchmark, and by set.
-WORKLOADS: Mapping[str, Mapping[str, Sequence[Workload]]] = {
-    "plan": {
-        DEFAULT: _PLANS,
-        FULL: [
-            *_PLANS,
-            *(_planned(batch, count) for batch in (16, *BATCHES) for count in COUNTS if (batch, count) != (64, 32)),
-        ],
-    },
-    "dispatch": {
-        DEFAULT: _MOVED,
-        FULL: _one_level(
-            Workload(UNTOUCHED, width, batch, count, routes)
-            for width, batch, count, routes in itertools.product(WIDTHS, (*BATCHES, LARGEST_BATCH), COUNTS, ROUTES)
-        ),
-    },
-    "grouped_product": {
-        DEFAULT: _one_level([Workload(PRODUCT, 64, 4096, 256), Workload(PRODUCT, 256, 4096, 32, ZIPF)]),
-        FULL: _one_level(
-            Workload(PRODUCT, width, batch, count, routes)
-            for width, batch, count, routes in itertools.product(WIDTHS, BATCHES, COUNTS, ROUTES)
-        ),
-    },
-    "experts": {
-        DEFAULT: _one_level(
-            [
-                Workload("linear", 64, 4096, 256),
-                Workload("mlp", 64, 4096, 256),
-                Workload("block", 64, 64, 32),
-                Workload("gru", 64, 64, 32),
-                Workload("two-widths", 64, 512, 32),
-                _LOW_RANK,
-            ]
-        ),
-        FULL: _one_level([*full_grid(), _LOW_RANK]),
-    },
-    "training_step": {DEFAULT: list(dict.fromkeys([*_SHORT_STEPS, *_GROWTH])), FULL: _ALL_STEPS},
-    "inference": {
-        DEFAULT: [Workload("linear", 64, 4096, 256), Workload("mlp", 64, 4096, 256), _JOB, _LOW_RANK],
-        FULL: _ALL_STEPS,
-    },
-    "memory": {
-        DEFAULT: [Workload("linear", 64, 4096, 256), Workload("mlp", 128, 4096, 128), Workload("gru", 64, 64, 32)],
-        FULL: [*NAMED, *WORST, _SKEWED, _JOB, _LOW_RANK],
-    },
+    ),
+    "training_step": list(dict.fromkeys([*_SHORT_STEPS, *_GROWTH])),
+    "inference": [Workload("linear", 64, 4096, 256), Workload("mlp", 64, 4096, 256), _JOB, _LOW_RANK],
+    "memory": [Workload("linear", 64, 4096, 256), Workload("mlp", 128, 4096, 128), Workload("gru", 64, 64, 32)],
+}
+
+
+def workloads_of(benchmark: str, which: str) -> Sequence[Workload]:
+    """The workloads of a benchmark.
+
+    Args:
+        benchmark: A key of `DEFAULTS`.
+        which: One of `SETS`.
+    """
+    return DEFAULTS[benchmark] if which == DEFAULT else _FULL[benchmark]()
+
+
+def _crossed(expert: str, batches: Sequence[int] = BATCHES) -> list[Workload]:
+    """A kind of expert over all widths, batches, numbers of experts and routes."""
+    points = itertools.product(WIDTHS, batches, COUNTS, ROUTES)
+    return [Workload(expert, width, batch, count, routes) for width, batch, count, routes in points]
+
+
+@functools.cache
+def _all_steps() -> list[Workload]:
+    jobs = [replace(_JOB, batch_size=batch, routes=routes) for batch in BATCHES for routes in ROUTES]
+    named = [*NAMED, *WORST, *_SHORT_STEPS, *jobs]
+    return list(dict.fromkeys([*named, *_crossed(LOW_RANK), *looped_grid(), *full_grid()]))
+
+
+# Made when asked for: whether a point of a grid fits into memory takes its experts' sizes to tell.
+_FULL: Mapping[str, Callable[[], Sequence[Workload]]] = {
+    "plan": lambda: list(
+        dict.fromkeys([*_PLANS, *(_planned(batch, count) for batch in (16, *BATCHES) for count in COUNTS)])
+    ),
+    "dispatch": lambda: _one_level(_crossed(UNTOUCHED, (*BATCHES, LARGEST_BATCH))),
+    "grouped_product": lambda: _one_level(_crossed(PRODUCT)),
+    "experts": lambda: _one_level([*full_grid(), *_crossed(LOW_RANK)]),
+    "training_step": _all_steps,
+    "inference": _all_steps,
+    "memory": lambda: [*NAMED, *WORST, _SKEWED, _JOB, _LOW_RANK],
 }

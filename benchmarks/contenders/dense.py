@@ -9,7 +9,7 @@ from torch import nn
 
 import celmoe
 from benchmarks.hierarchies import ONE_LEVEL, TREE
-from benchmarks.steps import Forward
+from benchmarks.steps import HOST, Forward
 from benchmarks.workloads import Workload
 
 
@@ -37,9 +37,10 @@ class Dense(nn.Module):
         fused: torch.Tensor = self.fusion(level_hiddens)
         return fused
 
-    def unrouted(self, workload: Workload) -> Forward:
+    def unrouted(self, workload: Workload, device: torch.device = HOST) -> Forward:
         """The forward pass with the workload's mask."""
         mask = workload.mask()
+        mask = mask if mask is None else mask.to(device)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             fused: torch.Tensor = self(hidden, mask)

@@ -87,7 +87,7 @@ def _oracle(terms: Terms) -> Contender:
 
 def _dense(terms: Terms) -> Contender:
     dense = Dense(terms.workload).to(terms.device).train(terms.is_training)
-    return Contender(dense, dense.unrouted(terms.workload))
+    return Contender(dense, dense.unrouted(terms.workload, terms.device))
 
 
 def _stack(terms: Terms) -> Contender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -43,13 +44,17 @@ def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
     axes_drawn = [axis for axis, of in lines.items() if of]
     if not kinds:
         return []
-    figure, panels = new_panels(_WIDTH * len(kinds), _HEIGHT * len(axes_drawn), len(axes_drawn), len(kinds))
+    # A single kind has its panels side by side.
+    columns = len(kinds) if len(kinds) > 1 else len(axes_drawn)
+    height = len(kinds) * len(axes_drawn) // columns
+    figure, panels = new_panels(_WIDTH * columns, _HEIGHT * height, height, columns)
     rows: list[dict[str, object]] = []
-    for row, axis in zip(panels, axes_drawn, strict=True):
-        for axes, kind in zip(row, kinds, strict=True):
-            if (line := lines[axis].get(kind)) is None:
-                axes.set_axis_off()
-                continue
+    spare = [axes for row in panels for axes in row]
+    for axis, kind in itertools.product(axes_drawn, kinds):
+        axes = spare.pop(0)
+        if (line := lines[axis].get(kind)) is None:
+            axes.set_axis_off()
+        else:
             rows += _draw_line(axes, line, axis)
     device = DEVICE_NAMES.get(records[0].device, records[0].device)
     return [

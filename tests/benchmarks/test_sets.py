@@ -7,14 +7,14 @@ from benchmarks.bodies import EXPERTS, PRODUCT, UNTOUCHED
 from benchmarks.hierarchies import EVEN, HIERARCHIES, JOB, ONE_LEVEL, TREE, levels_of, routing_of
 from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.points import NAMED, PLANNED, WORST, full_grid, looped_grid
-from benchmarks.sets import DEFAULT, FULL, WORKLOADS
+from benchmarks.sets import DEFAULT, DEFAULTS, FULL, workloads_of
 from benchmarks.steps import string_routed
 from benchmarks.workloads import Workload
 
 
-@pytest.mark.parametrize("benchmark_name", WORKLOADS)
+@pytest.mark.parametrize("benchmark_name", DEFAULTS)
 def test_the_default_set_is_some_of_the_full_one(benchmark_name):
-    default, full = (WORKLOADS[benchmark_name][name] for name in (DEFAULT, FULL))
+    default, full = (workloads_of(benchmark_name, name) for name in (DEFAULT, FULL))
     assert default
     for workloads in (default, full):
         assert len({str(each) for each in workloads}) == len(workloads)
@@ -22,17 +22,17 @@ def test_the_default_set_is_some_of_the_full_one(benchmark_name):
 
 
 def test_the_figures_of_the_other_commands_are_in_the_full_set():
-    steps = set(WORKLOADS["training_step"][FULL])
+    steps = set(workloads_of("training_step", FULL))
     assert steps >= {*NAMED, *WORST, *full_grid(), *looped_grid()}
-    assert set(WORKLOADS["plan"][DEFAULT]) >= set(PLANNED)
-    assert set(WORKLOADS["inference"][FULL]) == steps
+    assert set(workloads_of("plan", DEFAULT)) >= set(PLANNED)
+    assert set(workloads_of("inference", FULL)) == steps
 
 
 def test_every_kind_of_expert_and_hierarchy_is_in_a_set():
-    every = [each for sets in WORKLOADS.values() for each in sets[FULL]]
+    every = [each for name in DEFAULTS for each in workloads_of(name, FULL)]
     assert {each.expert for each in every} == set(EXPERTS)
     assert {each.hierarchy for each in every} == set(HIERARCHIES)
-    assert {each.expert for each in WORKLOADS["training_step"][FULL]} == set(EXPERTS) - {PRODUCT, UNTOUCHED}
+    assert {each.expert for each in workloads_of("training_step", FULL)} == set(EXPERTS) - {PRODUCT, UNTOUCHED}
 
 
 def test_the_jobs_hierarchy_is_the_jobs():

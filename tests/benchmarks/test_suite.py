@@ -140,6 +140,18 @@ def test_slow_contenders_are_left_out(monkeypatch):
     }
 
 
+def test_a_contender_that_fails_on_an_accelerator_is_absent():
+    def broken(_terms):
+        raise RuntimeError("no kernel\nand many lines more")
+
+    terms = models.Terms(tiny("linear"), torch.device("meta"))
+    with pytest.raises(AbsentError, match=r"it fails on meta: no kernel$"):
+        stages._task(STACK, broken, terms)
+    with pytest.raises(RuntimeError, match="no kernel") as caught:
+        stages._task(AUTO, broken, terms)
+    assert not isinstance(caught.value, AbsentError)
+
+
 class Clockwork:
     """pytest-benchmark's fixture as the suite uses it; the real one is disabled among parallel tests."""
 
