@@ -62,6 +62,8 @@ _SHORT_STEPS = [
     _JOB,
     _LOW_RANK,
 ]
+# How steps grow, by B and by E; and from which B on a device wins, for each E.
+_GROWTH = [Workload("linear", 64, batch, count) for batch, count in itertools.product(BATCHES, COUNTS)]
 # By benchmark, what the default set takes of it.
 DEFAULTS: Mapping[str, Sequence[Workload]] = {
     "plan": _PLANS,
@@ -77,7 +79,7 @@ DEFAULTS: Mapping[str, Sequence[Workload]] = {
             _LOW_RANK,
         ]
     ),
-    "training_step": _SHORT_STEPS,
+    "training_step": list(dict.fromkeys([*_SHORT_STEPS, *_GROWTH])),
     "inference": [Workload("linear", 64, 4096, 256), Workload("mlp", 64, 4096, 256), _JOB, _LOW_RANK],
     "memory": [Workload("linear", 64, 4096, 256), Workload("mlp", 128, 4096, 128), Workload("gru", 64, 64, 32)],
 }

@@ -4,21 +4,50 @@ from __future__ import annotations
 
 import platform
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from rich.console import Console
 
+from benchmarks.arguments import OptionError
 from benchmarks.peers import PeerUnavailableError, load_peer
 
 # Outside a terminal, where lines must not be cut to eighty columns.
 _COLUMNS = 150
 
 
+def processor_name() -> str:
+    """The processor as its maker calls it, where the system tells; else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, named), platform.processor() or platform.machine())
+
+
 def make_console() -> Console:
     """Where a suite's lines go."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else _COLUMNS)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and try it: what can't be written must not be found out after the training.
+
+    Raises:
+        OptionError: It can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OptionError(
+            f"'--report' must be a folder that can be written to (got {str(folder)!r}: {reason})"
+        ) from None
 
 
 def prepare(report: Path, console: Console) -> ModuleType | None:
@@ -33,6 +62,6 @@ def prepare(report: Path, console: Console) -> ModuleType | None:
     except PeerUnavailableError as error:
         console.print(f"the peer is not there to compare with: {error}", markup=False)
         return None
-    console.print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, one thread", markup=False)
+    console.print(f"torch {torch.__version__}, {processor_name()}, one thread", markup=False)
     report.mkdir(parents=True, exist_ok=True)
     return peer

@@ -18,7 +18,8 @@ from types import MappingProxyType
 import torch
 from rich.table import Table
 
-from benchmarks.multilingual.arguments import OptionError, language_codes, make_parser, read_arguments, whole_number
+from benchmarks.arguments import OptionError, make_parser, read_arguments, whole_number
+from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.batches import Collator, TrainingSteps, all_batches
 from benchmarks.multilingual.cli import answered
 from benchmarks.multilingual.console import Reporter

@@ -33,10 +33,11 @@ from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.options import Options
-from benchmarks.multilingual.report import prepare_folder, write_json
+from benchmarks.multilingual.report import write_json
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import Contender, make_contender, train_step, wait_for
 from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.setting import prepare_folder
 from celmoe.engines import AUTO, ENGINES
 from celmoe.reference import reference_forward
 

@@ -6,7 +6,6 @@ import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +14,7 @@ import celmoe
 from benchmarks.multilingual.losses import LossWeights
 from benchmarks.multilingual.network import NetworkSettings
 from benchmarks.multilingual.options import Options
-
-
-def processor_name() -> str:
-    """The processor as its maker calls it, where the system tells; else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, named), platform.processor() or platform.machine())
+from benchmarks.setting import processor_name
 
 
 def engines_by_level(model: celmoe.HierarchicalCELMoE) -> dict[str, str]:

@@ -39,6 +39,7 @@ from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, Netwo
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
 from benchmarks.multilingual.schedule import Deadline, plan_steps
 from benchmarks.multilingual.training import Contender, CurvePoint, Progress, Watchers, make_contender, train
+from benchmarks.setting import prepare_folder
 
 EXPERTS = "experts"
 VALIDATION_WORDS = 8_192
@@ -116,7 +117,7 @@ def run(options: Options, reporter: Reporter) -> int:
     if state is not None and is_reported(state, identity, options.report):
         reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
         return 0
-    report.prepare_folder(options.report)
+    prepare_folder(options.report)
     reporter.say(
         f"{len(identity.languages)} languages, batches of {identity.batch_size:,} words, seed {identity.seed}, "
         f"engine {options.engine}, device {options.device}, {torch.get_num_threads()} threads"

@@ -13,14 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.multilingual.arguments import (
-    OptionError,
-    language_codes,
-    make_parser,
-    nearest,
-    read_arguments,
-    whole_number,
-)
+from benchmarks.arguments import OptionError, make_parser, nearest, read_arguments, whole_number
+from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.schedule import MOST_EPOCHS, WORDS_PER_MINUTE
 from celmoe.engines import AUTO, ENGINES
 

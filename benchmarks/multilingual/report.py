@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -13,27 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.multilingual.arguments import OptionError
 from benchmarks.multilingual.evaluation import Example, LanguageScore, macro_mean
 
 RUN_FILE = "accuracy.json"
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make the folder and try it: what can't be written must not be found out after the training.
-
-    Raises:
-        OptionError: It can't be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise OptionError(
-            f"'--report' must be a folder that can be written to (got {str(folder)!r}: {reason})"
-        ) from None
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

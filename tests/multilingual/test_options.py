@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.arguments import OptionError
 from benchmarks.multilingual import compare, job
 from benchmarks.multilingual.ablation import main as ablation
-from benchmarks.multilingual.arguments import OptionError
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.options import parse_options, resume_command
 from celmoe.engines import ENGINES

@@ -1,0 +1,118 @@
+"""The command from its options to its exit code: find devices, run the suite, compare, write the page."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+import benchmarks
+from benchmarks.arguments import OptionError
+from benchmarks.multilingual.interrupts import InterruptGuard
+from benchmarks.report.machine import machine_facts
+from benchmarks.report.options import DEFAULT_SET, MINUTES, MODULE, Options, parse_options
+from benchmarks.report.page import Findings, write_page
+from benchmarks.report.presence import Presence, find_devices
+from benchmarks.report.reading import ReadError, Suite, read_suite
+from benchmarks.report.regressions import SLOWER, compare
+from benchmarks.report.running import Outcome, run_suite
+from benchmarks.report.terminal import progress_bar, tell
+from benchmarks.report.wording import DEVICE_NAMES
+from benchmarks.setting import make_console, prepare_folder
+
+RESULTS, MACHINE, LOG = "benchmarks.json", "machine.json", "pytest.log"
+GOOD, BAD, REFUSED, INTERRUPTED = 0, 1, 2, 130
+# What is kept of the minutes promised: for the suite's way in and out, and for the figures.
+_KEPT_SECONDS = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks.
+
+    Returns:
+        0; 1 where something got slower or a benchmark failed; 2 where the command was refused or nothing was measured;
+        130 after Ctrl-C, with a page of what was measured before.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        return _measure(given, errors)
+    except (OptionError, ReadError) as error:
+        errors.print(" ".join(str(error).split()), markup=False)
+        return REFUSED
+    except OSError as error:
+        errors.print(f"a file or folder could not be used: {error}", markup=False)
+        return REFUSED
+    except KeyboardInterrupt:
+        errors.print("stopped at once; what was measured is lost", markup=False)
+        return INTERRUPTED
+
+
+def _measure(given: Sequence[str], errors: Console) -> int:
+    begun = time.monotonic()
+    options = parse_options(given)
+    prepare_folder(options.report)
+    presence = find_devices(options.devices)
+    console = make_console()
+    for device, why in presence.absent.items():
+        console.print(f"not on {DEVICE_NAMES[device]}: {why}", markup=False, soft_wrap=True)
+    outcome, interrupted = _run(options, presence, console, begun)
+    if interrupted and not outcome.measured:
+        raise KeyboardInterrupt
+    suite = _suite(options.report / RESULTS, outcome)
+    machine = machine_facts(presence.present, ["python", "-m", MODULE, *given])
+    (options.report / MACHINE).write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+    comparison = None if options.compare is None else compare(options.compare, suite)
+    unfinished = outcome.failed | outcome.left_out | ({"the suite": outcome.crash} if outcome.crash else {})
+    page = write_page(options.report, Findings(suite, machine, presence.absent, unfinished, comparison))
+    tell(console, suite, outcome, comparison)
+    console.print(f"{time.monotonic() - begun:.0f} s; the page is {page}", markup=False, soft_wrap=True)
+    if interrupted:
+        return INTERRUPTED
+    if comparison is not None and not comparison.changes:
+        errors.print("'--compare' must be a run that shares benchmarks with this one (got none of them)", markup=False)
+        return REFUSED
+    slower = comparison is not None and comparison.of(SLOWER)
+    return BAD if slower or outcome.failed or outcome.crash else GOOD
+
+
+def _run(options: Options, presence: Presence, console: Console, begun: float) -> tuple[Outcome, bool]:
+    folder = Path(benchmarks.__file__).parent
+    results = options.report.absolute() / RESULTS
+    results.unlink(missing_ok=True)
+    arguments = [
+        f"--rootdir={folder.parent}",
+        f"--config-file={folder.parent / 'pyproject.toml'}",
+        # One process, whatever the tests use.
+        "--override-ini=addopts=--import-mode=importlib",
+        "--override-ini=python_files=test_*.py bench_*.py",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        f"--benchmark-json={results}",
+        f"--set={options.workloads}",
+        *(f"--device={device}" for device in presence.present),
+        *([] if options.seconds is None else [f"--seconds={options.seconds}"]),
+    ]
+    bounded = options.workloads == DEFAULT_SET and options.seconds is None
+    seconds = 60 * MINUTES - _KEPT_SECONDS - (time.monotonic() - begun) if bounded else None
+    with progress_bar(console) as hear, InterruptGuard() as guard:
+        outcome = run_suite([str(folder)], arguments, options.report / LOG, seconds, hear, guard.requested)
+    return outcome, guard.requested()
+
+
+def _suite(results: Path, outcome: Outcome) -> Suite:
+    """What is there.
+
+    Raises:
+        ReadError: Nothing is, and why.
+    """
+    # pytest-benchmark makes the file first and fills it in the end.
+    if outcome.measured and results.stat().st_size:
+        return read_suite(results)
+    reasons = dict.fromkeys([*outcome.failed.values(), *outcome.left_out.values(), *filter(None, [outcome.crash])])
+    raise ReadError(f"nothing was measured: {'; '.join(reasons) or 'the suite has no benchmarks'}")

@@ -1,0 +1,75 @@
+"""The figure of devices: the same step on each of them, by batch size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from benchmarks.report.canvas import (
+    FEWEST_POINTS,
+    SERIES_COLOURS,
+    Drawing,
+    End,
+    label_ends,
+    label_values,
+    new_panels,
+    plain_numbers,
+    record_columns,
+)
+from benchmarks.report.reading import Record, Suite
+from benchmarks.report.wording import DEVICE_NAMES
+from benchmarks.stages import TRAINING_STEP
+from benchmarks.workloads import Workload
+
+_MOST_PANELS = 8
+_COLUMNS = 4
+
+
+def draw_devices(suite: Suite) -> list[Drawing]:
+    """A panel for each kind and number of experts that several devices ran at several sizes; else nothing."""
+    lines: dict[Workload, dict[str, list[Record]]] = {}
+    for record in suite.of(TRAINING_STEP):
+        if record.contender in record.timings.seconds:
+            key = replace(record.workload, batch_size=0)
+            lines.setdefault(key, {}).setdefault(record.device, []).append(record)
+    shared = {key: of for key, of in lines.items() if len(of) > 1 and min(map(len, of.values())) >= FEWEST_POINTS}
+    # The longest tell most, but are drawn in the order in which they ran.
+    longest = sorted(shared, key=lambda key: -min(map(len, shared[key].values())))[:_MOST_PANELS]
+    keys = [key for key in shared if key in longest]
+    if not keys:
+        return []
+    columns = min(_COLUMNS, len(keys))
+    height = -(-len(keys) // columns)
+    figure, panels = new_panels(3.3 * columns, 2.8 * height, height, columns)
+    colours = dict(zip(suite.devices, SERIES_COLOURS, strict=False))
+    rows: list[dict[str, object]] = []
+    spare = [axes for row in panels for axes in row]
+    for key in keys:
+        axes = spare.pop(0)
+        ends: dict[str, End] = {}
+        for device, records in shared[key].items():
+            line = sorted(records, key=lambda record: record.workload.batch_size)
+            sizes = [record.workload.batch_size for record in line]
+            ms = [1e3 * record.timings.median(record.contender) for record in line]
+            axes.plot(sizes, ms, color=colours[device], marker="o", markersize=3.5)
+            ends[DEVICE_NAMES.get(device, device)] = End(ms[-1], colours[device])
+            rows += [
+                {**record_columns(record), "contender": record.contender, "ms": f"{each:.4f}"}
+                for record, each in zip(line, ms, strict=True)
+            ]
+        plain_numbers(axes, "x")
+        plain_numbers(axes, "y")
+        label_values(axes, {record.workload.batch_size for of in shared[key].values() for record in of})
+        axes.set(xlabel="samples B", ylabel="ms a step")
+        axes.set_title(f"{key.expert}, H = {key.hidden_size}, E = {key.num_experts}", fontsize=10)
+        label_ends(axes, ends)
+    for axes in spare:
+        axes.set_axis_off()
+    return [
+        Drawing(
+            "devices",
+            "The same training step on each device",
+            "Median milliseconds of celmoe, both axes logarithmic. Devices are timed one after another.",
+            figure,
+            rows,
+        )
+    ]

@@ -1,0 +1,104 @@
+"""What the command line says, checked: every refusal is one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.arguments import OptionError, make_parser, nearest, read_arguments
+from benchmarks.report.reading import ReadError, Suite, read_suite
+from celmoe.devices import DEVICES
+
+MODULE = "benchmarks"
+DEFAULT_REPORT = Path("celmoe-report") / "benchmarks"
+DEFAULT_SET, FULL_SET = "default", "full"
+SETS = (DEFAULT_SET, FULL_SET)
+# Bounds the default set, the report included.
+MINUTES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line.
+
+    Attributes:
+        devices: Those asked for; ``None`` for all that work here.
+        workloads: One of `SETS`.
+        seconds: About how long each benchmark goes on; ``None`` for what the suite holds to be enough.
+        compare: The run to compare with.
+        report: The folder to write to.
+    """
+
+    devices: tuple[str, ...] | None
+    workloads: str
+    seconds: float | None
+    compare: Suite | None
+    report: Path
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """The options that these arguments mean.
+
+    Raises:
+        OptionError: An argument is unknown, or has a value that can't be used.
+    """
+    given = read_arguments(_parser(), arguments)
+    if not given.report:
+        raise OptionError("'--report' must be a folder that can be written to (got '')")
+    devices = None if given.device is None else tuple(dict.fromkeys(map(_device, given.device)))
+    return Options(
+        devices=devices,
+        workloads=_one_of("--set", given.set, SETS),
+        seconds=None if given.seconds is None else _seconds(given.seconds),
+        compare=None if given.compare is None else _other_run(given.compare),
+        report=Path(given.report),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser(MODULE, "Run the benchmarks and write a page of what came out, with its figures and numbers.")
+    add = parser.add_argument
+    add(
+        "--device",
+        nargs="+",
+        action="extend",
+        help=f"{', '.join(DEVICES)}; several may follow (default: all that work here)",
+    )
+    add("--set", default=DEFAULT_SET, help=f"{DEFAULT_SET}: at most {MINUTES} minutes; {FULL_SET}: hours")
+    add("--seconds", help="about how long each benchmark goes on; the default set then takes as long as it takes")
+    add("--compare", metavar="OLD.json", help="the benchmarks.json of another run; exit code 1 where this is slower")
+    add("--report", default=str(DEFAULT_REPORT), help=f"folder to write to (default {DEFAULT_REPORT})")
+    return parser
+
+
+def _device(text: str) -> str:
+    return _one_of("--device", text, DEVICES)
+
+
+def _one_of(option: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
+        raise OptionError(f"'{option}' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise OptionError(f"'--seconds' must be a number above 0 (got {text!r})")
+    return value
+
+
+def _other_run(text: str) -> Suite:
+    try:
+        suite = read_suite(Path(text))
+    except ReadError as error:
+        raise OptionError(f"'--compare' must be the benchmarks.json of another run (got {error})") from None
+    if not suite.records:
+        raise OptionError(f"'--compare' must be the benchmarks.json of another run (got {text!r}: no benchmarks in it)")
+    return suite

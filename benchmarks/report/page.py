@@ -1,0 +1,256 @@
+"""The page that a run leaves: one file, figures within, that needs neither network nor scripts."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from benchmarks.report.canvas import Drawing
+from benchmarks.report.crossover import crossovers
+from benchmarks.report.devices import draw_devices
+from benchmarks.report.memory import draw_memory
+from benchmarks.report.reading import CONTENDERS, OURS, PEER, Record, Suite
+from benchmarks.report.regressions import FASTER, RULE, SAME, SLOWER, Comparison
+from benchmarks.report.scaling import draw_scaling
+from benchmarks.report.speedups import draw_speedups
+from benchmarks.report.stages import draw_stages
+from benchmarks.report.tables import (
+    Table,
+    absences,
+    changes_table,
+    crossover_table,
+    headline,
+    memory_table,
+    speed_table,
+)
+from benchmarks.report.wording import (
+    CONTENDER_MEANINGS,
+    DEVICE_NAMES,
+    STAGE_MEANINGS,
+    STAGE_NAMES,
+    times_words,
+    workload_words,
+)
+from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP
+
+PAGE = "index.html"
+_TEMPLATE = "page.html.jinja"
+_OURS_FIRST = (*OURS, *CONTENDERS[: -len(OURS)])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A figure, a table, or both.
+
+    Attributes:
+        title: Above them.
+        drawing: The figure.
+        table: The table.
+        folded: What a reader clicks on to see the table; empty where it is always shown.
+    """
+
+    title: str = ""
+    drawing: Drawing | None = None
+    table: Table | None = None
+    folded: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence or two, and what follows."""
+
+    anchor: str
+    title: str
+    text: str
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a page is made of.
+
+    Attributes:
+        suite: What was measured.
+        machine: As `machine_facts` tells it.
+        absent_devices: Why a device was not measured on and how to get it, by its name.
+        unfinished: Why a benchmark has no result, by its name.
+        comparison: With another run, where one was given.
+    """
+
+    suite: Suite
+    machine: Mapping[str, Any]
+    absent_devices: Mapping[str, str] = field(default_factory=dict)
+    unfinished: Mapping[str, str] = field(default_factory=dict)
+    comparison: Comparison | None = None
+
+
+def write_page(folder: Path, findings: Findings) -> Path:
+    """Write the page, and each of its figures as PNG and CSV beside it; returns the page's path."""
+    sections = [section for section in _sections(findings) if section.parts]
+    drawings = [part.drawing for section in sections for part in section.parts if part.drawing is not None]
+    pictures = {drawing.name: _data_uri(drawing.save(folder)) for drawing in drawings}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    suite = findings.suite
+    named = {contender for record in suite.records for contender in (*record.contenders, *record.absent)}
+    html = environment.get_template(_TEMPLATE).render(
+        lead=_lead(suite),
+        machine=findings.machine,
+        date=str(findings.machine["date"]).replace("T", " ").replace("+00:00", " UTC"),
+        threads=_listed({f"{record.threads} thread{'s' * (record.threads > 1)}" for record in suite.records}),
+        dtypes=_listed({record.dtype for record in suite.records}),
+        tiles=_tiles(suite),
+        sections=sections,
+        picture=lambda drawing: pictures[drawing.name],
+        absent=absences(suite.records, findings.absent_devices),
+        unfinished=_unfinished(findings.unfinished),
+        comparison=_comparison(findings.comparison),
+        contenders=[(name, CONTENDER_MEANINGS[name]) for name in _OURS_FIRST if name in named],
+    )
+    path = folder / PAGE
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _listed(words: set[str]) -> str:
+    return " and ".join(sorted(words))
+
+
+def _lead(suite: Suite) -> str:
+    device = suite.devices[0]
+    found = headline(suite.of(TRAINING_STEP, device), PEER)
+    if found is None:
+        return f"{len(suite.records)} benchmarks; no training step was timed beside {PEER}'s."
+    mean, least, greatest, count = found
+    return (
+        f"Training steps are {times_words(mean)} times as fast as those of {PEER} in the geometric mean over {count} "
+        f"workloads on {DEVICE_NAMES.get(device, device)}: from {times_words(least.ratio)} "
+        f"({workload_words(least.workload)}) to {times_words(greatest.ratio)} ({workload_words(greatest.workload)})."
+    )
+
+
+def _tiles(suite: Suite) -> list[dict[str, str]]:
+    tiles = []
+    for stage in (TRAINING_STEP, INFERENCE, PLAN):
+        for device in suite.devices:
+            if (found := headline(suite.of(stage, device), PEER)) is None:
+                continue
+            mean, least, greatest, count = found
+            tiles.append(
+                {
+                    "figure": f"{times_words(mean)}\N{MULTIPLICATION SIGN}",
+                    "meaning": f"{STAGE_NAMES[stage]}, {DEVICE_NAMES.get(device, device)}",
+                    "detail": f"as fast as {PEER}; {count} workloads, {times_words(least.ratio)} to "
+                    f"{times_words(greatest.ratio)}",
+                }
+            )
+    return tiles
+
+
+def _sections(findings: Findings) -> list[Section]:
+    suite = findings.suite
+    return [
+        _speed_section(suite, TRAINING_STEP, "Training steps"),
+        _speed_section(suite, INFERENCE, "Inference"),
+        _stages_section(suite),
+        Section(
+            "scaling",
+            "How it grows",
+            "Time by batch size and by number of experts. The nearer to the dense floor, the less the routing costs.",
+            [
+                Part(drawing=drawing)
+                for device in suite.devices
+                for drawing in draw_scaling(suite.of(TRAINING_STEP, device))
+            ],
+        ),
+        _devices_section(suite),
+        _memory_section(suite),
+    ]
+
+
+def _speed_section(suite: Suite, stage: str, title: str) -> Section:
+    parts = []
+    for device in suite.devices:
+        if records := suite.of(stage, device):
+            drawings = draw_speedups(records)
+            name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
+            parts.append(Part(name, drawings[0] if drawings else None, speed_table(records)))
+    meaning = STAGE_MEANINGS[stage]
+    return Section(stage, title, f"{meaning[0].upper()}{meaning[1:]}: how many times as fast as each contender.", parts)
+
+
+def _stages_section(suite: Suite) -> Section:
+    parts = [
+        Part(drawing=drawing) for device in suite.devices for drawing in draw_stages(suite.of(TRAINING_STEP, device))
+    ]
+    for stage in (PLAN, DISPATCH, EXPERTS):
+        for device in suite.devices:
+            if records := suite.of(stage, device):
+                title = f"{STAGE_NAMES[stage].capitalize()}: {STAGE_MEANINGS[stage]}"
+                name = f", {DEVICE_NAMES.get(device, device)}" if len(suite.devices) > 1 else ""
+                parts.append(Part(title + name, table=speed_table(records)))
+    return Section("stages", "Time by stage", "Where a step's time goes, and how each stage alone compares.", parts)
+
+
+def _devices_section(suite: Suite) -> Section:
+    parts = [Part(drawing=drawing) for drawing in draw_devices(suite)]
+    if found := crossovers(suite):
+        parts.append(Part("From which batch size on the device wins against the CPU", table=crossover_table(found)))
+    return Section(
+        "devices",
+        "Devices",
+        "The same work on each device. A device wins from the least batch size on from which it is faster at every "
+        "size measured.",
+        parts,
+    )
+
+
+def _memory_section(suite: Suite) -> Section:
+    parts = []
+    for device in suite.devices:
+        if records := [record for record in suite.of(MEMORY, device) if record.bytes]:
+            name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
+            parts.append(Part(name, draw_memory(records)[0], memory_table(records)))
+    text = "The most MiB that live at once in a training step, weights included; below, how many times ours that is."
+    return Section("memory", "Memory", text, parts)
+
+
+def _unfinished(why: Mapping[str, str]) -> dict[str, list[str]]:
+    """The names by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in why.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
+def _comparison(found: Comparison | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    slower, faster, same = (found.of(verdict) for verdict in (SLOWER, FASTER, SAME))
+    return {
+        "old_date": f"{found.old.date[:19].replace('T', ' ')} on {found.old.processor}",
+        "verdict": f"Of {len(found.changes)} comparisons, {len(slower)} slower and {len(faster)} faster beyond noise.",
+        "slower": changes_table(slower),
+        "faster": changes_table(faster[::-1]),
+        "same": changes_table(same),
+        "rule": RULE,
+        "unshared": _unshared(found.only_old, "the other run") + _unshared(found.only_new, "this run"),
+    }
+
+
+def _unshared(records: Sequence[Record], run: str) -> str:
+    return f"{len(records)} benchmarks are only in {run}. " if records else ""

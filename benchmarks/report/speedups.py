@@ -1,0 +1,79 @@
+"""The figure of speed-ups: a row a workload, a panel a contender."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.contenders.contender import FLOORS
+from benchmarks.grid.report import ratio_columns
+from benchmarks.report.canvas import (
+    BLUE,
+    GREY,
+    VERMILION,
+    Drawing,
+    label_rows,
+    new_panels,
+    plain_numbers,
+    record_columns,
+)
+from benchmarks.report.ratios import ratios
+from benchmarks.report.reading import Record, in_order
+from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
+
+_VERDICT_COLOURS = {"faster": BLUE, "slower": VERMILION, "even": GREY}
+_ROW_HEIGHT, _PANEL_WIDTH, _LABEL_WIDTH = 0.27, 1.45, 2.2
+_ROOM = 1.6
+
+
+def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
+    """The records of one stage and one device; nothing where nobody is there to compare with."""
+    found = ratios(records)
+    if not found:
+        return []
+    record = found[0].record
+    contenders = in_order({each.slower for each in found})
+    rows = list(dict.fromkeys(each.record.name for each in found))
+    width, height = _LABEL_WIDTH + _PANEL_WIDTH * len(contenders), 1.1 + _ROW_HEIGHT * len(rows)
+    figure, (panels,) = new_panels(width, height, 1, len(contenders), share_x=True, share_y=True)
+    for axes, contender in zip(panels, contenders, strict=True):
+        axes.axvline(1.0, color="#444444", linewidth=0.9)
+        for each in (each for each in found if each.slower == contender):
+            row = rows.index(each.record.name)
+            # The floor is not there to be beaten.
+            colour = GREY if contender in FLOORS else _VERDICT_COLOURS[each.verdict]
+            axes.plot([each.low, each.high], [row, row], color=colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
+            axes.plot(each.ratio, row, color=colour, marker="o", markersize=4.5)
+            # Beyond the quartiles, and never on the line of no difference.
+            axes.annotate(
+                times_words(each.ratio),
+                (max(each.high, each.ratio), row),
+                (5, 0),
+                textcoords="offset points",
+                fontsize=7.5,
+                va="center",
+                color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+            )
+        axes.set_title(contender, fontsize=9)
+    panels[0].set_xlim(min(0.8, *(each.low for each in found)) / 1.15, max(e.high for e in found) * _ROOM)
+    for axes in panels:
+        plain_numbers(axes, "x")
+    words = {each.record.name: workload_words(each.workload) for each in found}
+    label_rows(panels[0], [words[name] for name in rows])
+    figure.supxlabel(
+        f"times as fast as this contender is {record.contender}, median and quartiles over the rounds", fontsize=9
+    )
+    stage, device = STAGE_NAMES[record.stage], DEVICE_NAMES.get(record.device, record.device)
+    return [
+        Drawing(
+            f"speedup_{record.stage}_{record.device}",
+            f"Speed-up by workload: {stage}, {device}",
+            f"How many times as fast as each contender {record.contender} is; logarithmic. Blue: faster, and the "
+            "middle half of the rounds says so too; vermilion: slower; grey: no difference to speak of.",
+            figure,
+            [
+                {**record_columns(each.record), "contender": each.slower, **ratio_columns(each), "rounds": each.rounds}
+                for each in found
+            ],
+        )
+    ]

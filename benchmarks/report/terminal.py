@@ -1,0 +1,92 @@
+"""What a run shows in the terminal: a bar while it runs, a table in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.contenders.contender import AUTO
+from benchmarks.report.reading import Suite
+from benchmarks.report.regressions import SLOWER, Comparison
+from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
+from benchmarks.report.tables import headline
+from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
+from benchmarks.stages import MEMORY
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Listener]:
+    """A bar that lives as long as the block; it is moved by what it hears."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Listener(progress)
+
+
+class Listener:
+    """Moves the bar by what the suite tells, and says what failed."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("benchmarks", total=None, now="looking for them")
+
+    def __call__(self, news: News) -> None:
+        """Take one piece of news."""
+        if news.kind == FOUND:
+            self._progress.update(self._task, total=len(news.names), now="")
+        elif news.kind == BEGUN:
+            self._progress.update(self._task, now=_short(news.name))
+        elif news.kind == DONE:
+            self._progress.update(self._task, advance=1)
+            if news.failed:
+                self._progress.console.print(f"failed: {news.name}: {news.outcome}", markup=False, soft_wrap=True)
+
+
+def _short(name: str) -> str:
+    return name.rpartition("::")[2]
+
+
+def tell(console: Console, suite: Suite, outcome: Outcome, comparison: Comparison | None) -> None:
+    """Means by stage and contender, what has no result, and what got slower."""
+    table = Table(title="times as fast as each contender: geometric mean, least, greatest")
+    for heading in ("stage", "device", "contender", "mean", "least", "greatest", "workloads"):
+        table.add_column(heading, justify="right" if heading in ("mean", "least", "greatest", "workloads") else "left")
+    for stage, device, contender in _groups(suite):
+        if (found := headline(suite.of(stage, device), contender)) is not None:
+            mean, least, greatest, count = found
+            numbers = (times_words(mean), times_words(least.ratio), times_words(greatest.ratio), str(count))
+            table.add_row(STAGE_NAMES[stage], DEVICE_NAMES[device], contender, *numbers)
+    console.print(table)
+    for reason in dict.fromkeys(outcome.left_out.values()):
+        count = list(outcome.left_out.values()).count(reason)
+        console.print(f"{count} benchmarks without a result: {reason}", markup=False, soft_wrap=True)
+    if outcome.crash:
+        console.print(outcome.crash, markup=False, soft_wrap=True)
+    for change in comparison.of(SLOWER) if comparison is not None else ():
+        console.print(
+            f"slower: {STAGE_NAMES[change.record.stage]}, {workload_words(change.record.workload)}, "
+            f"{change.contender}: {times_words(change.then.median)} times as fast as {change.yardstick} then, "
+            f"{times_words(change.now.median)} now ({change.factor - 1:+.0%})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _groups(suite: Suite) -> list[tuple[str, str, str]]:
+    found = {
+        (record.stage, record.device, contender): None
+        for record in suite.records
+        for contender in record.contenders
+        if contender != AUTO and record.stage != MEMORY
+    }
+    return list(found)

@@ -1,0 +1,108 @@
+"""The page and the figures of a run that never ran."""
+
+import csv
+import re
+
+import pytest
+
+from benchmarks.contenders.contender import AUTO
+from benchmarks.report.canvas import _apart
+from benchmarks.report.page import Findings, write_page
+from benchmarks.report.reading import read_suite
+from benchmarks.report.regressions import RULE, compare
+from benchmarks.report.wording import mebibytes_words, ms_words, times_words, workload_words
+from benchmarks.workloads import Workload
+from tests.benchmarks.made_up import entry, paces, whole_run, write
+
+MACHINE = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "command": "python -m benchmarks",
+    "processor": "Slide Rule <9000>",
+    "cores": 2,
+    "system": "none",
+    "devices": {"cpu": "Slide Rule", "cuda": "Abacus"},
+    "versions": {"python": "3.11", "torch": "2.13.0", "peft": None},
+}
+
+
+def slowed(entries):
+    for each in entries:
+        seconds = each["extra_info"]["seconds"]
+        yield {**each, "extra_info": {**each["extra_info"], "seconds": {**seconds, **_slower(seconds)}}}
+
+
+def _slower(seconds):
+    return {AUTO: [1.5 * each for each in seconds[AUTO]]} if seconds else {}
+
+
+def is_drawn(info):
+    """A second device is drawn like the first: once is enough."""
+    return info["device"] == "cpu" or info["stage"] == "training_step"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    entries = [each for each in whole_run(["cpu", "cuda"]) if is_drawn(each["extra_info"])]
+    old = read_suite(write(folder / "old.json", entries))
+    new = read_suite(write(folder / "benchmarks.json", slowed(entries)))
+    absent = {"directml": "torch-directml is not installed: pip install celmoe[directml]"}
+    write_page(folder, Findings(new, MACHINE, absent, {"test_a": "left out"}, compare(old, new)))
+    return folder
+
+
+def test_the_page_stands_alone(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script|https?://|<link|@import|url\(", page)
+    assert page.count('src="data:image/png;base64,') == len(list(report.glob("*.png"))) == page.count("<img")
+
+
+def test_the_page_holds_what_was_found(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    for words in (
+        "Slide Rule &lt;9000&gt;",
+        "1 thread",
+        "geometric mean",
+        "pip install celmoe[directml]",
+        "celmoe-vp==3.0.0 could not be installed: no network",
+        "From which batch size on the device wins against the CPU",
+        "Where a step&#39;s time goes",
+        "held against celmoe-vp 1.1.4",
+        "not installed",
+        "left out",
+    ):
+        assert words in page, words
+    assert RULE.replace("'", "&#39;") in page
+
+
+def test_every_figure_has_its_numbers(report):
+    figures = {path.stem for path in report.glob("*.png")}
+    both = {f"{name}_{device}" for name in ("speedup_training_step", "stages", "scaling") for device in ("cpu", "cuda")}
+    assert figures == both | {"speedup_inference_cpu", "memory_cpu", "devices"}
+    assert {path.stem for path in report.glob("*.csv")} == figures
+    with (report / "speedup_training_step_cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 6
+    assert float(rows[0]["first_quartile"]) <= float(rows[0]["ratio"]) <= float(rows[0]["third_quartile"])
+
+
+def test_a_page_of_little(tmp_path):
+    """One benchmark without a rival: no figure has anything to show."""
+    suite = read_suite(write(tmp_path / "benchmarks.json", [entry(Workload("gru", 8, 4, 2), paces(names=[AUTO]))]))
+    page = write_page(tmp_path, Findings(suite, MACHINE)).read_text(encoding="utf-8")
+    assert "1 benchmarks; no training step was timed beside celmoe-vp 1.1.4&#39;s" in page
+    assert "Nothing: all contenders and all devices were there." in page
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_labels_keep_apart_and_below_the_top():
+    assert _apart([1.0, 1.1, 8.0], 2.0, 100.0) == [1.0, 2.0, 8.0]
+    assert _apart([7.0, 7.5, 8.0], 2.0, 8.0) == [2.0, 4.0, 8.0]
+    assert _apart([], 2.0, 8.0) == []
+
+
+def test_numbers_in_words():
+    assert [ms_words(each) for each in (0.0123, 0.5, 2.5, 1234.5)] == ["12.3 µs", "0.500 ms", "2.50 ms", "1,234 ms"]
+    assert [times_words(each) for each in (0.987, 9.99, 12.34, 138.4)] == ["0.99", "9.99", "12.3", "138"]
+    assert mebibytes_words(3 * 2**20) == "3.00"
+    assert workload_words(Workload("gru", 64, 4096, 8, "zipf")) == "gru, H 64, B 4,096, E 8, zipf routes"
