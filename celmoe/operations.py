@@ -201,13 +201,19 @@ def loop(run: Run, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, 
         name: Its name.
         args: As the expert passed them.
         kwargs: Likewise.
-        axis: Where the result has its row axis; ``None`` where it is one entry a member.
+        axis: Where the result has its row axis; ``None`` where it is one entry a member. Then it may be several.
     """
     run.looped[name] += 1
     each_args = by_members(run, list(args))
     each_kwargs = [dict(zip(kwargs, values, strict=True)) for values in by_members(run, list(kwargs.values()))]
     results = [func(*some, **named) for some, named in zip(each_args, each_kwargs, strict=True)]
-    return stack(torch.stack(results)) if axis is None else rows(torch.cat(results, axis), axis)
+    if axis is not None:
+        return rows(torch.cat(results, axis), axis)
+    ragged = operands([*args, *kwargs.values()])
+    is_reduced = any(isinstance(each, Rows) or (isinstance(each, Stack) and each.is_reduced) for each in ragged)
+    if isinstance(results[0], tuple):
+        return type(results[0])(stack(torch.stack(parts), is_reduced) for parts in zip(*results, strict=True))
+    return stack(torch.stack(results), is_reduced)
 
 
 def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], defaults: Any = ()) -> list[Any]:

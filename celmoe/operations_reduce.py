@@ -20,6 +20,7 @@ from .operations import (
     axis_of,
     inner_axis_but_rows,
     like,
+    loop,
     operands,
     operation,
     refuse_row_counts,
@@ -66,7 +67,9 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
             raise CannotGroupError(f"reduced a number ({name})")
         return like(value, value.plain.to(options.get("dtype") or value.dtype))
     if isinstance(value, Rows) and value.axis in dims:
-        return _over_rows(run, name, value, dims, keepdim, options)
+        if name in {"sum", "mean"} and {*options} <= {"dtype"} and options.get("dtype") is not torch.bool:
+            return _over_rows(run, name, value, dims, keepdim, options.get("dtype"))
+        return loop(run, func, name, args, kwargs, None)
     places = [each + isinstance(value, Stack) for each in dims]
     axis = None
     if isinstance(value, Rows):
@@ -81,12 +84,21 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return like(value, found, axis)
 
 
+@operation("count_nonzero")
+def count_nonzero(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """A sum."""
+    value, *rest = args
+    return reduce(run, torch.Tensor.sum, "sum", (like(value, value.plain != 0), *rest), kwargs)
+
+
 def _how(name: str, rest: list[Any], kwargs: Any) -> tuple[Any, bool, dict[str, Any]]:
     """The axes, whether they stay, and the other options."""
     options = dict(kwargs)
     if name == "norm":
         if rest:
             options["p"] = rest.pop(0)
+        if options.get("p") == "fro":
+            options["p"] = 2
         if not isinstance(options.get("p", 2), int | float):
             raise CannotGroupError("took a norm of a name")
     dim = rest.pop(0) if rest else options.pop("dim", None)
@@ -103,12 +115,17 @@ def _dims(dim: Any, num_axes: int) -> Sequence[int]:
     return dim if isinstance(dim, tuple | list) else [dim]
 
 
-def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool, options: dict[str, Any]) -> Stack:
-    if name not in {"sum", "mean"} or not (value.is_floating_point() or value.is_complex()):
-        raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
-    inner = value.plain.to(options.pop("dtype", None) or value.dtype)
-    if options:
-        raise CannotGroupError(f"passed arguments that are not known here (to {name})")
+def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool, wanted: torch.dtype | None) -> Stack:
+    inner = value.plain if wanted is None else value.plain.to(wanted)
+    if not (inner.is_floating_point() or inner.is_complex()):
+        if name == "mean":
+            raise CannotGroupError("took the mean of integers")
+        # PyTorch counts in the largest integers.
+        inner = inner.to(torch.int64 if wanted is None else wanted)
+    dtype = inner.dtype
+    if name == "mean" and dtype in (torch.float16, torch.bfloat16):
+        # A sum of many is beyond what their mean needs.
+        inner = inner.float()
     others = [each for each in dims if each != value.axis]
     if others:
         inner = inner.sum(others, keepdim=True)
@@ -116,7 +133,7 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
     if name == "mean":
         width = math.prod(value.plain.shape[each] for each in others) * value.factor
         counts = torch.tensor([count * width for count in run.segments.counts], device=total.device, dtype=total.dtype)
-        total = total / counts.view(-1, *(1,) * (total.dim() - 1))
+        total = (total / counts.view(-1, *(1,) * (total.dim() - 1))).to(dtype)
     # The row axis comes back one long, where it was.
     total = total.unsqueeze(value.axis + 1)
     if not keepdim:

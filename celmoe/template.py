@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import (  # noqa: F401  # register  # noqa: F401  # register
+from . import (  # noqa: F401  # register
     operations_attention,
     operations_elementwise,
+    operations_loss,
     operations_norm,
     operations_product,
     operations_recurrent,

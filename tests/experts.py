@@ -611,8 +611,8 @@ KINDS: dict[str, Kind] = {
     "batch_norm_eval": _kind(architectures.BatchNormInEval, needs_positions=True),
     "widths": _kind(architectures.WidthsInAList),
     "split_widths": _kind(architectures.SplitWidths),
-    "row_losses": _kind(architectures.RowLosses, is_refused=True),
-    "mean_losses": _kind(architectures.MeanLosses, needs_positions=True, is_refused=True),
+    "row_losses": _kind(architectures.RowLosses),
+    "mean_losses": _kind(architectures.MeanLosses, needs_positions=True),
     "parameter_losses": _kind(architectures.ParameterLosses, is_refused=True),
     "masked_losses": _kind(architectures.MaskedLosses),
 }

@@ -26,7 +26,7 @@ FLOORS = [
         "operations_product",
         "operations_norm",
     },
-    {"planner", "operations_elementwise", "operations_attention", "operations_recurrent"},
+    {"planner", "operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
     {"compiler", "dispatch", "outputs", "explain", "template"},
     {"looped", "loss", "proof", "grouping"},
     {"cost", "grouped"},

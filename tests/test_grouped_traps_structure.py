@@ -232,12 +232,13 @@ class Operation(Trapped):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name = name
+        # Its own: a table that all could write into would be reason enough to loop them.
+        self.function = OPERATIONS[name]
         self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 3)
         self.scale = nn.Parameter(torch.randn(WIDTH))
 
     def spring(self, batch):
-        return ExpertResult(OPERATIONS[self.name](batch.hidden, self.weight, self.scale))
+        return ExpertResult(self.function(batch.hidden, self.weight, self.scale))
 
 
 # Operations on parameters alone: a reduction, a sort or a transpose of the stack is not that of its members.
