@@ -216,6 +216,17 @@ def loop(run: Run, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, 
     return stack(torch.stack(results), is_reduced)
 
 
+def loop_batch_first(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Rows:
+    """As `loop`, of operations on rows along their first axis."""
+    refuse_row_counts(name, [*args, *kwargs.values()])
+    values = operands([*args, *kwargs.values()])
+    if not isinstance(values[0], Rows) or any(isinstance(each, Rows) and each.axis != 0 for each in values):
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    if any(isinstance(each, Stack) and each.is_reduced for each in values):
+        raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
+    return rows(loop(run, func, name, args, kwargs, 0).plain, 0, values[0].factor)
+
+
 def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], defaults: Any = ()) -> list[Any]:
     """Arguments by position, whichever way they were passed; ``defaults`` are those of the last names."""
     if len(args) > len(names) or not kwargs.keys() <= set(names[len(args) :]):

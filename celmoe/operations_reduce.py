@@ -76,6 +76,8 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         axis = value.axis if keepdim else value.axis - sum(place < value.axis for place in places)
     if name not in _OF_ONE_AXIS:
         return like(value, getattr(torch, name)(value.plain, dim=places, keepdim=keepdim, **options), axis)
+    if (dim is None or len(places) != 1) and isinstance(value, Stack):
+        return loop(run, func, name, args, kwargs, None)
     if dim is None or len(places) != 1:
         raise CannotGroupError(f"reduced over several axes ({name})")
     found = getattr(torch, name)(value.plain, places[0], keepdim, **options)

@@ -13,7 +13,7 @@ Axes: R rows of all members, P members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -104,6 +104,7 @@ def _of_inner(name: str) -> property:
     """An attribute of the tensor behind a value, read without coming by the mode that watches the experts."""
 
     def read(value: Ragged) -> Any:
+        value = value.source if isinstance(value, Repeated) else value
         members = value.members if isinstance(value, Stack) else None
         with torch._C.DisableTorchFunction():
             return getattr(value.plain if members is None else members[0], name)
@@ -194,6 +195,8 @@ class Stack(Ragged):
     is_reduced: bool
     members: Sequence[torch.Tensor] | None
     _stacked: torch.Tensor | None
+    # Not where it was first asked for under `no_grad`: then it is stacked again for who wants gradients.
+    _has_graph: bool
     # What ``isinstance(…, nn.Parameter)`` looks for.
     _is_param = False
 
@@ -205,14 +208,34 @@ class Stack(Ragged):
     @property
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
         """The plain tensor behind it."""
-        if self._stacked is None:
+        if self._stacked is None or (not self._has_graph and torch.is_grad_enabled()):
             with torch._C.DisableTorchFunction():
-                self._stacked = torch.stack(list(self.members or ()))
+                self._stacked, self._has_graph = torch.stack(list(self.members or ())), torch.is_grad_enabled()
         return self._stacked
 
     def dim(self) -> int:
         """The number of axes that the expert sees."""
         return len(self.plain_shape) - 1
+
+
+class Repeated(Rows):
+    """A stack that each row has its member's entry of: written out only when something asks for that.
+
+    Attributes:
+        source: The stack; its entries' axes are those behind the row axis.
+    """
+
+    source: Stack
+    _write_out: Callable[[], torch.Tensor]
+    _written: torch.Tensor | None
+    _has_graph: bool
+
+    @property
+    def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
+        """The plain tensor behind it."""
+        if self._written is None or (not self._has_graph and torch.is_grad_enabled()):
+            self._written, self._has_graph = self._write_out(), torch.is_grad_enabled()
+        return self._written
 
 
 class Common(Ragged):
@@ -232,10 +255,20 @@ def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
     return value
 
 
+def repeated(source: Stack, write_out: Callable[[], torch.Tensor], num_rows: int, factor: int) -> Repeated:
+    """A stack for each row, the row axis in front of its entries' axes."""
+    value = torch.Tensor._make_subclass(Repeated, _NOTHING)
+    value.source, value._write_out, value._written = source, write_out, None
+    value.plain_shape = torch.Size((num_rows * factor, *source.shape))
+    value.axis, value.factor = 0, factor
+    return value
+
+
 def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
     """A value with one entry for each member along the first axis."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
     value._stacked, value.plain_shape, value.is_reduced, value.members = inner, inner.shape, is_reduced, None
+    value._has_graph = True
     return value
 
 

@@ -21,6 +21,7 @@ from . import (  # noqa: F401  # register
     operations_elementwise,
     operations_loss,
     operations_norm,
+    operations_parameters,
     operations_product,
     operations_recurrent,
     operations_reduce,

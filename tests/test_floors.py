@@ -25,6 +25,7 @@ FLOORS = [
         "operations_reduce",
         "operations_product",
         "operations_norm",
+        "operations_parameters",
     },
     {"planner", "operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
     {"compiler", "dispatch", "outputs", "explain", "template"},
