@@ -15,7 +15,7 @@ import celmoe
 PACKAGE = Path(celmoe.__file__).parent
 
 FLOORS = [
-    {"version", "errors", "ragged", "segments", "tally", "watchers"},
+    {"version", "errors", "ragged", "segments", "slots", "tally", "watchers"},
     {"config", "experts", "product", "inspection"},
     {"members", "affine"},
     {"routing", "names", "context", "fusion", "operations", "signature"},
@@ -88,7 +88,7 @@ def test_the_street_is_used():
     reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
     assert {"compiler", "config", "errors"} <= reached["hierarchy"]
     assert {file for file, found in reached.items() if not found} <= {
-        *("version", "errors", "experts", "names", "ragged", "segments", "tally", "watchers")
+        *("version", "errors", "experts", "names", "ragged", "segments", "slots", "tally", "watchers")
     }
 
 
