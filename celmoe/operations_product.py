@@ -114,7 +114,7 @@ def _not_repeated(value: Ragged, other: Ragged) -> Ragged:
     """A matrix for each row, for a product with each row's matrix: the same product is that with the matrix."""
     if isinstance(value, Repeated) and isinstance(other, Rows) and not isinstance(other, Repeated):
         fits = value.dim() == 3 and (other.dim(), other.axis, other.factor) == (3, 0, value.factor)
-        return value.source if fits else value
+        return value if value.source is None or not fits else value.source
     return value
 
 

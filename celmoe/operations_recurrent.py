@@ -67,7 +67,7 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
         raise CannotGroupError(f"called {name} on other tensors than rows of positions")
     if any(not isinstance(each, Rows) or each.axis != 1 or each.factor != 1 for each in states):
         raise CannotGroupError(f"called {name} with a state that is not for rows")
-    if any(not isinstance(each, Stack) for each in weights):
+    if any(not isinstance(each, Stack) or each.is_reduced for each in weights):
         raise CannotGroupError(f"called {name} with weights that are no parameters")
     directions = 2 if both_ways else 1
     per_layer = 4 if has_biases else 2

@@ -65,7 +65,8 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if value.dim() == 0:
         if name not in {"sum", "mean"}:
             raise CannotGroupError(f"reduced a number ({name})")
-        return like(value, value.plain.to(options.get("dtype") or value.dtype))
+        # As of one: PyTorch sums truth values as integers.
+        return like(value, getattr(torch, name)(value.plain.unsqueeze(-1), -1, **options))
     if isinstance(value, Rows) and value.axis in dims:
         if name in {"sum", "mean"} and {*options} <= {"dtype"} and options.get("dtype") is not torch.bool:
             return _over_rows(run, name, value, dims, keepdim, options.get("dtype"))

@@ -104,7 +104,7 @@ def _of_inner(name: str) -> property:
     """An attribute of the tensor behind a value, read without coming by the mode that watches the experts."""
 
     def read(value: Ragged) -> Any:
-        value = value.source if isinstance(value, Repeated) else value
+        value = value._source if isinstance(value, Repeated) else value
         members = value.members if isinstance(value, Stack) else None
         with torch._C.DisableTorchFunction():
             return getattr(value.plain if members is None else members[0], name)
@@ -222,19 +222,26 @@ class Repeated(Rows):
     """A stack that each row has its member's entry of: written out only when something asks for that.
 
     Attributes:
-        source: The stack; its entries' axes are those behind the row axis.
+        source: The stack, whose entries' axes are those behind the row axis; ``None`` once it is written out, for
+            the rows may have been written into since.
     """
 
-    source: Stack
+    _source: Stack
     _write_out: Callable[[], torch.Tensor]
     _written: torch.Tensor | None
-    _has_graph: bool
+
+    @property
+    def source(self) -> Stack | None:
+        """The stack, while it says all."""
+        return self._source if self._written is None else None
 
     @property
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
         """The plain tensor behind it."""
-        if self._written is None or (not self._has_graph and torch.is_grad_enabled()):
-            self._written, self._has_graph = self._write_out(), torch.is_grad_enabled()
+        if self._written is None:
+            # It was made where gradients were wanted.
+            with torch.enable_grad():
+                self._written = self._write_out()
         return self._written
 
 
@@ -258,7 +265,7 @@ def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
 def repeated(source: Stack, write_out: Callable[[], torch.Tensor], num_rows: int, factor: int) -> Repeated:
     """A stack for each row, the row axis in front of its entries' axes."""
     value = torch.Tensor._make_subclass(Repeated, _NOTHING)
-    value.source, value._write_out, value._written = source, write_out, None
+    value._source, value._write_out, value._written = source, write_out, None
     value.plain_shape = torch.Size((num_rows * factor, *source.shape))
     value.axis, value.factor = 0, factor
     return value

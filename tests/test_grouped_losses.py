@@ -53,6 +53,10 @@ def signs(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(rows > 0, 1.0, -1.0)
 
 
+def twice_summed(value: torch.Tensor) -> torch.Tensor:
+    return value.sum() + value.sum()
+
+
 def two_targets(batch: Any) -> torch.Tensor:
     """Two positions for each row, of four classes; of some rows one is left out below."""
     lengths = batch.context["lengths"]
@@ -70,6 +74,10 @@ LOOPED: dict[str, tuple[Loss, str]] = {
         lambda s, r, b: F.nll_loss(r.log_softmax(-1), b.context["lengths"], s.entropy.weight, ignore_index=2),
         "nll_loss",
     ),
+    "class weights, the same for all": (
+        lambda s, r, b: F.cross_entropy(r, b.context["lengths"], torch.tensor([1.0, 2, 0, 0.5, 1, 1, 3, 1])),
+        "cross_entropy",
+    ),
     "of weights": (lambda s, r, b: F.cross_entropy(s.linear.weight, torch.arange(8)), "cross_entropy"),
     "cosine": (lambda s, r, b: F.cosine_embedding_loss(r, b.hidden, signs(b.hidden[:, 0])), "cosine_embedding_loss"),
     "triplet, each": (
@@ -83,6 +91,7 @@ LOOPED: dict[str, tuple[Loss, str]] = {
     "logsumexp": (lambda s, r, b: r.logsumexp((0, 1)), "logsumexp"),
     "deviation": (lambda s, r, b: (r.std(0, correction=0) + 0.1).sum(), "std"),
     "norm": (lambda s, r, b: r.norm(), "norm"),
+    "truth values, summed": (lambda s, r, b: r.mean() * twice_summed(b.mask.any()), "any"),
     "any": (lambda s, r, b: torch.where(b.mask.any(), r.sum(), r.mean()), "any"),
 }
 LOSSES: dict[str, Loss] = {
@@ -110,6 +119,9 @@ LOSSES: dict[str, Loss] = {
     ),
     "divergence": lambda s, r, b: F.kl_div(
         (r * 0.1).log_softmax(-1), (b.hidden * 0.01).softmax(-1), reduction="batchmean"
+    ),
+    "divergence, rows last": lambda s, r, b: F.kl_div(
+        (r * 3).T.log_softmax(0), (b.hidden * 0.01).T.softmax(0), reduction="batchmean"
     ),
     "divergence, in logs": lambda s, r, b: F.kl_div(
         r.log_softmax(-1), b.hidden.log_softmax(-1), reduction="sum", log_target=True
@@ -140,7 +152,9 @@ def test_of_each_experts_own_rows(name: str):
         assert_like_oracle(subject, twin, make_batch)
     batch = BATCHES[1]()
     assert_ran_grouped(subject, batch)
-    (level,) = subject.explain(batch.routing).levels
+    explanation = subject.explain(batch.routing)
+    (level,) = explanation.levels
+    assert ("member by member" in str(explanation)) == (name in LOOPED)
     expected = {LOOPED[name][1]: 1} if name in LOOPED else {}
     assert [each.operations_looped for each in level.classes if len(each.experts) > 1] == [expected]
 

@@ -326,6 +326,10 @@ OPERATIONS = {
     "expanded without gradients": lambda x, w, s: torch.bmm(x.unsqueeze(1), expanded_without(x, w)).squeeze(1),
     "read without gradients first": lambda x, w, s: x * norm_without(w) + (w * w).sum(0) * x,
     "expanded, summed without gradients": lambda x, w, s: x @ w + sum_without(x, w),
+    "repeated and written into": lambda x, w, s: torch.bmm(
+        x.unsqueeze(1), w.repeat(x.shape[0], 1, 1).masked_fill_(x.detach().unsqueeze(1) > 9, 0.0)
+    ).squeeze(1),
+    "repeated, a view written into": lambda x, w, s: torch.bmm(x.unsqueeze(1), with_a_view_written(x, w)).squeeze(1),
     "expanded to heads": lambda x, w, s: (x.view(-1, 2, 1, 4) @ w[:4, :4].expand(len_of(x), 2, -1, -1)).flatten(1),
     "expanded and added": lambda x, w, s: torch.baddbmm(
         s, x.unsqueeze(1), w.expand(x.shape[0], -1, -1), beta=0.5, alpha=2
@@ -409,6 +413,12 @@ def sum_without(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         total = weights.sum((1, 2)).unsqueeze(-1)
     return total + weights[:, 0]
+
+
+def with_a_view_written(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    weights = weight.repeat(rows.shape[0], 1, 1)
+    weights.transpose(1, 2)[:, 0].masked_fill_(rows.detach() > 9, 0.0)
+    return weights
 
 
 def gates(weight: torch.Tensor, scale: torch.Tensor, number: int) -> list[torch.Tensor]:
