@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .operations import Run, align, like, operands, operation, refuse_row_counts
-from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack
+from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack, owned
 
 # Functions of one or more tensors that agree on their axes; other arguments are numbers and options.
 ELEMENTWISE = """
@@ -34,6 +34,13 @@ IN_PLACE = """
 """
 
 
+# Of those, which may give the very tensor that they were given.
+_MAY_BE_THE_SAME = {
+    *("contiguous", "float", "double", "half", "bfloat16", "long", "int", "bool", "to", "type_as", "detach", "data"),
+    *("positive", "__pos__"),
+}
+
+
 @operation(*ELEMENTWISE.split())
 def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `ELEMENTWISE`."""
@@ -42,7 +49,8 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     named = list(kwargs)
     plain, wrap = align(run, name, [*args, *kwargs.values()])
     positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))
-    return wrap(func(*positional, **options))
+    result = wrap(func(*positional, **options))
+    return result if name in _MAY_BE_THE_SAME else owned(result)
 
 
 @operation(*IN_PLACE.split())
@@ -50,8 +58,10 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
     target = args[0]
     others = operands([*args[1:], *kwargs.values()])
-    if isinstance(target, Stack):
-        raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")
+    if isinstance(target, Stack) and not target.is_own:
+        raise CannotGroupError(f"wrote into a parameter or buffer, or a view ({name})")
+    if not isinstance(target, Rows) and any(isinstance(other, Rows) for other in others):
+        raise CannotGroupError(f"wrote their rows into a tensor of fixed size ({name})")
     if isinstance(target, Common) and (target.is_given or not all(isinstance(other, Common) for other in others)):
         raise CannotGroupError(f"wrote into a tensor that is shared, or of fixed size ({name})")
     if any(other.dim() > target.dim() for other in others):
@@ -63,6 +73,8 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     named = list(kwargs)
     plain, _ = align(run, name, [*args, *kwargs.values()])
     func(*plain[: len(args)], **dict(zip(named, plain[len(args) :], strict=True)))
+    if isinstance(target, Stack):
+        target.is_reduced |= any(isinstance(other, Stack) and other.is_reduced for other in others)
     return target
 
 

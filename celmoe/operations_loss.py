@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .operations import Run, align, loop, operands, operation, refuse_row_counts
 from .operations_reduce import reduce
-from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, owned, rows, stack
 
 _REDUCTIONS = ("none", "mean", "sum")
 # Their weights count in a mean, unlike those of other losses.
@@ -66,7 +66,7 @@ def of_elements(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         return _reduced(run, each, reduction)
     total = _reduced(run, each, "sum")
     if isinstance(first, Rows) and first.axis == 0:
-        return stack(total.plain / _per_member(run, first.factor, total.plain), is_reduced=True)
+        return owned(stack(total.plain / _per_member(run, first.factor, total.plain), is_reduced=True))
     return _like(total, total.plain / first.shape[0])
 
 
@@ -109,7 +109,7 @@ def of_classes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     wide = torch.promote_types(each.dtype, torch.float32)
     total = _reduced(run, rows(each.plain.to(wide), axis, each.factor), "sum")
     kept = _reduced(run, rows(target.plain != options["ignore_index"], axis, each.factor), "sum")
-    return stack((total.plain / kept.plain).to(each.dtype), is_reduced=True)
+    return owned(stack((total.plain / kept.plain).to(each.dtype), is_reduced=True))
 
 
 @operation(
@@ -133,7 +133,7 @@ def _of_members(run: Run, func: Any, name: str, options: dict[str, Any], axis: i
         return common(func(**options | {key: each.plain for key, each in options.items() if isinstance(each, Common)}))
     of_rows = [each for each in tensors if isinstance(each, Rows)]
     if options["reduction"] != "none" or not of_rows:
-        return loop(run, func, name, (), options, None)
+        return owned(loop(run, func, name, (), options, None))
     if any(isinstance(each, Stack) and each.is_reduced for each in tensors):
         raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
     factor = of_rows[0].factor

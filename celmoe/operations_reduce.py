@@ -26,7 +26,7 @@ from .operations import (
     refuse_row_counts,
 )
 from .product import segment_sum
-from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
+from .ragged import CannotGroupError, Ragged, Rows, Stack, owned, stack
 
 REDUCTIONS = [
     "sum",
@@ -56,6 +56,10 @@ _OF_ONE_AXIS = {*_PAIRS, "argmax", "argmin", "prod", "all", "any"}
 @operation(*REDUCTIONS)
 def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `REDUCTIONS`."""
+    return owned(_reduce(run, func, name, args, kwargs))
+
+
+def _reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if operands([*rest, *kwargs.values()]):
@@ -137,6 +141,9 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
         width = math.prod(value.plain.shape[each] for each in others) * value.factor
         counts = torch.tensor([count * width for count in run.segments.counts], device=total.device, dtype=total.dtype)
         total = (total / counts.view(-1, *(1,) * (total.dim() - 1))).to(dtype)
+    else:
+        # What a Function gives as a view must not be written into.
+        total = total.clone()
     # The row axis comes back one long, where it was.
     total = total.unsqueeze(value.axis + 1)
     if not keepdim:

@@ -189,10 +189,12 @@ class Stack(Ragged):
 
     Attributes:
         is_reduced: Whether it was made of rows: then it may be a loss, but must not reach rows again.
+        is_own: Whether its memory is a result's own, which the expert may write into: no parameter's, nor a view.
         members: The members' own tensors, where it is nothing but those: stacked only when something asks for all.
     """
 
     is_reduced: bool
+    is_own: bool
     members: Sequence[torch.Tensor] | None
     _stacked: torch.Tensor | None
     # Not where it was first asked for under `no_grad`: then it is stacked again for who wants gradients.
@@ -262,6 +264,13 @@ def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
     return value
 
 
+def owned(value: Any) -> Any:
+    """A new result, and its memory its own."""
+    if isinstance(value, Stack):
+        value.is_own = True
+    return value
+
+
 def repeated(source: Stack, write_out: Callable[[], torch.Tensor], num_rows: int, factor: int) -> Repeated:
     """A stack for each row, the row axis in front of its entries' axes."""
     value = torch.Tensor._make_subclass(Repeated, _NOTHING)
@@ -275,14 +284,15 @@ def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
     """A value with one entry for each member along the first axis."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
     value._stacked, value.plain_shape, value.is_reduced, value.members = inner, inner.shape, is_reduced, None
-    value._has_graph = True
+    value._has_graph, value.is_own = True, False
     return value
 
 
 def registered(members: Sequence[torch.Tensor], is_parameter: bool) -> Stack:
     """The members' own parameters, or buffers."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
-    value._stacked, value.is_reduced, value.members, value._is_param = None, False, members, is_parameter
+    value._stacked, value.is_reduced, value.is_own = None, False, False
+    value.members, value._is_param = members, is_parameter
     value.plain_shape = torch.Size((len(members), *members[0].shape))
     return value
 

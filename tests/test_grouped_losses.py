@@ -53,6 +53,40 @@ def signs(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(rows > 0, 1.0, -1.0)
 
 
+def added_up(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    loss = F.mse_loss(rows, batch.hidden)
+    loss += 0.1 * expert.linear.weight.square().sum()
+    loss *= 0.5
+    return loss.add_(F.cross_entropy(rows, batch.context["lengths"]))
+
+
+def added_to_decay(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    loss = expert.linear.weight.square().sum()
+    loss += rows.square().sum()
+    return loss
+
+
+def written_into_after_a_look(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    """What looked at the sum sees what it became."""
+    loss = rows.square().sum()
+    seen = loss.detach()
+    loss += 1
+    return loss * seen
+
+
+def a_weight_written_into(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    loss = rows.square().sum()
+    with torch.no_grad():
+        expert.linear.bias.type_as(loss).mul_(1.5)
+    return loss
+
+
+def written_into_and_back_to_rows(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    total = expert.linear.bias.square().sum()
+    total += rows.sum()
+    return (rows * total).sum()
+
+
 def twice_summed(value: torch.Tensor) -> torch.Tensor:
     return value.sum() + value.sum()
 
@@ -130,6 +164,9 @@ LOSSES: dict[str, Loss] = {
     "hinge": lambda s, r, b: F.hinge_embedding_loss(r, signs(b.hidden)),
     "soft margin": lambda s, r, b: F.soft_margin_loss(r, signs(b.hidden)),
     "ranking": lambda s, r, b: F.margin_ranking_loss(r, b.hidden, signs(b.hidden), margin=0.2),
+    "added up in place": added_up,
+    "decay added to in place": added_to_decay,
+    "written into after a look": written_into_after_a_look,
     "module": lambda s, r, b: nn.CrossEntropyLoss()(r, b.context["lengths"]),
     "masked mean": lambda s, r, b: (r.square().sum(1) * b.mask).sum() / b.mask.sum().clamp(min=1),
     "masked mean of entropies": lambda s, r, b: (
@@ -160,6 +197,8 @@ def test_of_each_experts_own_rows(name: str):
 
 
 REFUSED: dict[str, tuple[Loss, str]] = {
+    "a weight written into": (a_weight_written_into, "wrote into a parameter"),
+    "written into and back to rows": (written_into_and_back_to_rows, "mixed samples"),
     "some rows": (lambda s, r, b: r[b.mask].mean(), "indexed by values"),
     "weighted squares": (
         lambda s, r, b: F.mse_loss(r, b.hidden, weight=b.hidden.abs()),
