@@ -207,8 +207,7 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     source = value if place < 0 else stack(value.plain.squeeze(place + 1), value.is_reduced)
     own = list(source.shape)
     fits = len(own) == len(sizes) - 1 and all(size in (-1, known) for size, known in zip(sizes[1:], own, strict=True))
-    # What is made without gradients stays without.
-    if axis == 0 and fits and not value.is_reduced and torch.is_grad_enabled():
+    if axis == 0 and fits and not value.is_reduced:
         return repeated(source, write_out, run.segments.num_rows, factor)
     return rows(write_out(), axis, factor)
 

@@ -224,25 +224,26 @@ class Repeated(Rows):
     """A stack that each row has its member's entry of: written out only when something asks for that.
 
     Attributes:
-        source: The stack, whose entries' axes are those behind the row axis; ``None`` once it is written out, for
-            the rows may have been written into since.
+        source: The stack, whose entries' axes are those behind the row axis, while it says all: once written out, the
+            rows may have been written into; and what was made without gradients stays without.
     """
 
     _source: Stack
     _write_out: Callable[[], torch.Tensor]
     _written: torch.Tensor | None
+    _has_graph: bool
 
     @property
     def source(self) -> Stack | None:
-        """The stack, while it says all."""
-        return self._source if self._written is None else None
+        """The stack, or ``None``."""
+        says_all = self._written is None and (self._has_graph or not torch.is_grad_enabled())
+        return self._source if says_all else None
 
     @property
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
         """The plain tensor behind it."""
         if self._written is None:
-            # It was made where gradients were wanted.
-            with torch.enable_grad():
+            with torch.set_grad_enabled(self._has_graph):
                 self._written = self._write_out()
         return self._written
 
@@ -276,7 +277,7 @@ def repeated(source: Stack, write_out: Callable[[], torch.Tensor], num_rows: int
     value = torch.Tensor._make_subclass(Repeated, _NOTHING)
     value._source, value._write_out, value._written = source, write_out, None
     value.plain_shape = torch.Size((num_rows * factor, *source.shape))
-    value.axis, value.factor = 0, factor
+    value.axis, value.factor, value._has_graph = 0, factor, torch.is_grad_enabled()
     return value
 
 
