@@ -479,6 +479,17 @@ def by_common_index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> R
     return like(value, func(value.plain, inner_axis_but_rows(value, dim, name), places.plain, *rest, **kwargs))
 
 
+@operation("gather")
+def gather(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Each row's entries by its own indices; never along the row axis."""
+    value, dim, places = arguments(("input", "dim", "index"), args, kwargs)
+    if not isinstance(value, Rows) or not isinstance(places, Rows):
+        raise CannotGroupError(f"indexed by values ({name} of other tensors than rows)")
+    if (value.axis, value.factor, value.dim()) != (places.axis, places.factor, places.dim()):
+        raise CannotGroupError(f"put samples side by side with others ({name})")
+    return like(value, value.plain.gather(inner_axis_but_rows(value, dim, name), places.plain))
+
+
 @operation("tril", "triu", "flip", "roll", "diagonal", "unfold")
 def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Moves entries along axes that are named, or the last two; of rows only along others than the row axis."""

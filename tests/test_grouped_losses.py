@@ -141,6 +141,9 @@ LOSSES: dict[str, Loss] = {
     ),
     "entropy, rows last": lambda s, r, b: F.cross_entropy(r.T.reshape(2, 4, -1), two_targets(b).T, ignore_index=1),
     "likelihood": lambda s, r, b: F.nll_loss(r.log_softmax(-1), b.context["lengths"]),
+    "likelihood by hand": lambda s, r, b: (
+        -r.log_softmax(-1).gather(1, b.context["lengths"].unsqueeze(1)).squeeze(1).mean()
+    ),
     "squares": lambda s, r, b: F.mse_loss(r, b.hidden),
     "squares to a weight": lambda s, r, b: F.mse_loss(r, s.linear.bias.expand_as(r)),
     "squares of weights": lambda s, r, b: F.mse_loss(s.linear.weight, torch.zeros(8, 8)),
@@ -199,6 +202,7 @@ def test_of_each_experts_own_rows(name: str):
 REFUSED: dict[str, tuple[Loss, str]] = {
     "a weight written into": (a_weight_written_into, "wrote into a parameter"),
     "written into and back to rows": (written_into_and_back_to_rows, "mixed samples"),
+    "rows by other rows": (lambda s, r, b: r.gather(0, b.context["lengths"].unsqueeze(1) * 0).sum(), "mixed samples"),
     "some rows": (lambda s, r, b: r[b.mask].mean(), "indexed by values"),
     "weighted squares": (
         lambda s, r, b: F.mse_loss(r, b.hidden, weight=b.hidden.abs()),
