@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-import weakref
 from typing import Any
 
-_SLOTS: weakref.WeakKeyDictionary[type, tuple[types.MemberDescriptorType, ...] | None] = weakref.WeakKeyDictionary()
+_SLOTS: dict[type, tuple[types.MemberDescriptorType, ...] | None] = {}
+_MOST_KEPT = 4096
 
 
 def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...] | None:
@@ -15,9 +15,13 @@ def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...] | None:
     Such a thing is where only C code sees it: then there is more memory in an object than these account for, or a
     ``__new__`` of C's own.
     """
-    if kind not in _SLOTS:
-        _SLOTS[kind] = _found(kind)
-    return _SLOTS[kind]
+    try:
+        return _SLOTS[kind]
+    except KeyError:
+        if len(_SLOTS) >= _MOST_KEPT:
+            _SLOTS.clear()
+        found = _SLOTS[kind] = _found(kind)
+        return found
 
 
 def _found(kind: type) -> tuple[types.MemberDescriptorType, ...] | None:
