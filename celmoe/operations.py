@@ -30,12 +30,14 @@ class Run:
         is_rehearsal: Whether random operations are to do something that can be compared.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
+        expands: Whether rows were made of a member's entries: to the expert they are a view.
     """
 
     def __init__(self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True) -> None:
         self.segments = segments
         self.may_write = may_write
         self.writes = False
+        self.expands = False
         self.operations: list[str] = []
         self.looped: Counter[str] = Counter()
         self.is_rehearsal = is_rehearsal

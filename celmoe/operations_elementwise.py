@@ -58,8 +58,9 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
     target = args[0]
     others = operands([*args[1:], *kwargs.values()])
-    if isinstance(target, Stack) and not target.is_own:
-        raise CannotGroupError(f"wrote into a parameter or buffer, or a view ({name})")
+    # A number each, a loss say. Of larger ones a member's reshape may be a copy where that of the stack is a view.
+    if isinstance(target, Stack) and (not target.is_own or target.dim() or run.expands):
+        raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")
     if not isinstance(target, Rows) and any(isinstance(other, Rows) for other in others):
         raise CannotGroupError(f"wrote their rows into a tensor of fixed size ({name})")
     if isinstance(target, Common) and (target.is_given or not all(isinstance(other, Common) for other in others)):

@@ -201,6 +201,8 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if isinstance(value, Common):
         return rows(value.plain.expand(sizes), axis, factor)
 
+    run.expands = True
+
     def write_out() -> torch.Tensor:
         return by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes)
 

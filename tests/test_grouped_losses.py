@@ -81,6 +81,14 @@ def a_weight_written_into(expert: Any, rows: torch.Tensor, batch: Any) -> torch.
     return loss
 
 
+def written_into_under_a_view(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Only where rows are large; a few would not show it."""
+    total = expert.linear.bias.square().sum()
+    each = total.view(1).expand(rows.shape[0])
+    total += F.relu(batch.hidden.detach().max() - 9)
+    return (rows.sum(1) * each).sum()
+
+
 def written_into_and_back_to_rows(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
     total = expert.linear.bias.square().sum()
     total += rows.sum()
@@ -201,6 +209,7 @@ def test_of_each_experts_own_rows(name: str):
 
 REFUSED: dict[str, tuple[Loss, str]] = {
     "a weight written into": (a_weight_written_into, "wrote into a parameter"),
+    "written into under a view": (written_into_under_a_view, "wrote into"),
     "written into and back to rows": (written_into_and_back_to_rows, "mixed samples"),
     "rows by other rows": (lambda s, r, b: r.gather(0, b.context["lengths"].unsqueeze(1) * 0).sum(), "mixed samples"),
     "some rows": (lambda s, r, b: r[b.mask].mean(), "indexed by values"),
