@@ -102,8 +102,10 @@ class Explanation:
             for each in line.classes:
                 level = line.level if line.level.isprintable() else repr(line.level)
                 rows = "" if each.rows_per_expert is None else ", {} {:g} {} rows each".format(*each.rows_per_expert)
+                looped = ", ".join(f"{count} {name}" for name, count in each.operations_looped.items())
+                reason = f"{each.reason}, member by member: {looped}" if looped else each.reason
                 lines.append(
-                    f"{level}: {len(each.experts)} {each.architecture} {each.engine}, {each.reason}{rows}, "
+                    f"{level}: {len(each.experts)} {each.architecture} {each.engine}, {reason}{rows}, "
                     f"{each.parameter_bytes / 1e6:.2f} MB"
                 )
         return ["", *lines] if lines else []

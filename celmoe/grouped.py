@@ -114,14 +114,17 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     why_not = unit.fault or _transforms() or record.faults.get(kind)
     outcome: Outcome | None = None
     error: Exception | None = None
-    if why_not is None and kind not in record.kinds and is_watched():
+    watched = is_watched()
+    # A checkpoint runs this call again and must be shown the same: what is tried in vain is tried in vain then, too.
+    is_repeated = watched and kind in record.kinds
+    if why_not is None and watched and not is_repeated:
         # On trial first: a failed attempt, and a proof, are not for the caller's watchers.
         state = _random_state(batch.hidden.device)
         with unwatched():
             why_not, error = _attempt(unit, batch)[1:]
         _set_random_state(batch.hidden.device, state)
     if why_not is None:
-        outcome, why_not, error = _attempt(unit, batch)
+        outcome, why_not, error = _attempt(unit, batch, learns=not is_repeated)
     if outcome is not None:
         record.kinds.add(kind)
         losses = outcome.losses
@@ -137,7 +140,7 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     result = _run_members(unit, batch)
     # The experts themselves did not raise: their being run as one did.
     if unit.fault is None and _transforms() is None:
-        record.faults[kind] = why_not
+        (record.repeated_faults if is_repeated else record.faults)[kind] = why_not
     if is_strict:
         raise _refusal(unit, batch, why_not)
     return result
@@ -160,11 +163,22 @@ def _transforms() -> str | None:
     return None
 
 
-def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, Exception | None]:
-    """Run the unit as one, and prove the program if it is new: the outcome, or why not, and what was raised."""
+def _attempt(
+    unit: Unit, batch: UnitBatch, *, learns: bool = True, writes: bool = False, has_losses: bool = False
+) -> tuple[Outcome | None, str | None, Exception | None]:
+    """Run the unit as one, and prove the program if it is new: the outcome, or why not, and what was raised.
+
+    Args:
+        unit: The unit.
+        batch: Its rows.
+        learns: Whether later attempts may begin with what this one finds out of writes and losses.
+        writes: Whether rows are known to be written into.
+        has_losses: Whether losses are known to be returned.
+    """
     record = unit.record
+    writes, has_losses = writes or record.writes, has_losses or record.has_losses
     # An attempt that fails must leave the rows and the random stream as they were.
-    is_known = bool(record.programs) and not record.writes
+    is_known = bool(record.programs) and not writes
     given = _given(batch, private=not is_known)
     state = _random_state(batch.hidden.device)
     segments = Segments(batch.counts, batch.hidden.device)
@@ -176,7 +190,7 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
     error: Exception | None = None
     try:
         tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
-        tally = Tally() if record.has_losses else None
+        tally = Tally() if has_losses else None
         if tally is not None:
             tensors = [entering(each, tally) for each in tensors]
         outcome = run_template(template, tensors, given, segments, may_write=not is_known)
@@ -188,9 +202,9 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
             }
         elif outcome.losses:
             # Found out only now: once more, with a tally.
-            record.has_losses = True
+            record.has_losses |= learns
             _set_random_state(batch.hidden.device, state)
-            return _attempt(unit, batch)
+            return _attempt(unit, batch, learns=learns, writes=writes, has_losses=True)
         record.templates.append(template)
         if outcome.operations in record.programs:
             return outcome, None, None
@@ -201,12 +215,12 @@ def _attempt(unit: Unit, batch: UnitBatch) -> tuple[Outcome | None, str | None, 
             why_not = prove(unit.members, _given(batch, private=False), outcome.operations)
             if why_not is None:
                 record.programs[outcome.operations] = outcome.looped
-                record.writes |= outcome.writes
+                record.writes |= outcome.writes and learns
                 return outcome, None, None
     except NeedsOwnRowsError:
-        record.writes = True
+        record.writes |= learns
         _set_random_state(batch.hidden.device, state)
-        return _attempt(unit, batch)
+        return _attempt(unit, batch, learns=learns, writes=True, has_losses=has_losses)
     except CannotGroupError as fault:
         why_not = str(fault)
     except StopRecomputationError:

@@ -31,6 +31,7 @@ class ClassRecord:
         signature: What its members share.
         programs: The proven sequences of operations, each with those looped over members.
         faults: Why it can't be grouped, by the kind of input.
+        repeated_faults: Why calls can't be that a checkpoint may run again: they are tried each time.
         kinds: The kinds of input that it has been grouped for.
         attempts: Proofs so far.
         templates: Likenesses at rest: a pass takes one, for several threads may run at once.
@@ -41,6 +42,7 @@ class ClassRecord:
     signature: Signature
     programs: dict[tuple[str, ...], dict[str, int]] = field(default_factory=dict)
     faults: dict[Any, str] = field(default_factory=dict)
+    repeated_faults: dict[Any, str] = field(default_factory=dict)
     kinds: set[Any] = field(default_factory=set)
     attempts: int = 0
     templates: list[Template] = field(default_factory=list)

@@ -8,6 +8,7 @@ up when the code is inspected, and whether they still mean the same is asked bef
 
 from __future__ import annotations
 
+import dataclasses
 import dis
 import enum
 import functools
@@ -99,6 +100,8 @@ _CONSTANTS = (
 )
 # What they wrap a class's `__repr__` in keeps a set of those that are being printed.
 _PRINTERS = {"dataclasses", "reprlib"}
+# What stands for a field that is made anew for every object of a dataclass.
+_MARK = dataclasses._HAS_DEFAULT_FACTORY  # type: ignore[attr-defined]  # it has no public name
 _ENTRY = ("forward", "__call__", "__getattr__", "__getattribute__", "__enter__", "__exit__")
 
 
@@ -163,6 +166,9 @@ class Inspection:
             except ValueError:
                 raise CannotGroupError(f"read the closure's {name!r}, which has no value yet") from None
             self._cells.append((cell, value))
+            if name == "__dataclass_builtins_object__" and value is object:
+                # What a frozen dataclass sets the fields of a new object with.
+                continue
             self._judge(value, name, "the closure's ")
         for default in [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]:
             self._judge(default, function.__name__, "a default of ")
@@ -174,7 +180,9 @@ class Inspection:
             used.update(chain)
             if is_written:
                 raise CannotGroupError(f"wrote {name!r}, which is not their own")
-            if name is not None:
+            # What a `__hash__` gives is for dictionaries alone, which show nothing of it.
+            is_for_dicts = name == "hash" and code.co_name == "__hash__" and name not in namespace
+            if name is not None and not is_for_dicts:
                 self._resolve(name, chain, namespace)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
@@ -205,7 +213,7 @@ class Inspection:
 
     def _judge(self, value: object, name: str, where: str) -> None:
         """Refuse what may differ from one expert to the next, or remember anything."""
-        if isinstance(value, _CONSTANTS) or _is_constant_tuple(value):
+        if isinstance(value, _CONSTANTS) or _is_constant_tuple(value) or value is _MARK:
             return
         if getattr(value, "__name__", name) in _IMPURE:
             raise CannotGroupError(f"used {name}")

@@ -212,6 +212,8 @@ def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | 
             for program in unit.record.programs.values():
                 looped |= program
             how, reason = "grouped", f"run as one ({terms})"
+            for why_not in dict.fromkeys(unit.record.repeated_faults.values()):
+                reason += f", but for calls in a checkpoint where they {why_not}"
         else:
             how, reason = "grouped", f"once proven at the first call ({terms})"
     return ClassExplanation(

@@ -30,12 +30,14 @@ class Run:
         is_rehearsal: Whether random operations are to do something that can be compared.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
+        expands: Whether rows were made of a member's entries: to the expert they are a view.
     """
 
     def __init__(self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True) -> None:
         self.segments = segments
         self.may_write = may_write
         self.writes = False
+        self.expands = False
         self.operations: list[str] = []
         self.looped: Counter[str] = Counter()
         self.is_rehearsal = is_rehearsal
@@ -202,13 +204,30 @@ def loop(run: Run, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, 
         name: Its name.
         args: As the expert passed them.
         kwargs: Likewise.
-        axis: Where the result has its row axis; ``None`` where it is one entry a member.
+        axis: Where the result has its row axis; ``None`` where it is one entry a member. Then it may be several.
     """
     run.looped[name] += 1
     each_args = by_members(run, list(args))
     each_kwargs = [dict(zip(kwargs, values, strict=True)) for values in by_members(run, list(kwargs.values()))]
     results = [func(*some, **named) for some, named in zip(each_args, each_kwargs, strict=True)]
-    return stack(torch.stack(results)) if axis is None else rows(torch.cat(results, axis), axis)
+    if axis is not None:
+        return rows(torch.cat(results, axis), axis)
+    ragged = operands([*args, *kwargs.values()])
+    is_reduced = any(isinstance(each, Rows) or (isinstance(each, Stack) and each.is_reduced) for each in ragged)
+    if isinstance(results[0], tuple):
+        return type(results[0])(stack(torch.stack(parts), is_reduced) for parts in zip(*results, strict=True))
+    return stack(torch.stack(results), is_reduced)
+
+
+def loop_batch_first(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Rows:
+    """As `loop`, of operations on rows along their first axis."""
+    refuse_row_counts(name, [*args, *kwargs.values()])
+    values = operands([*args, *kwargs.values()])
+    if not isinstance(values[0], Rows) or any(isinstance(each, Rows) and each.axis != 0 for each in values):
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    if any(isinstance(each, Stack) and each.is_reduced for each in values):
+        raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
+    return rows(loop(run, func, name, args, kwargs, 0).plain, 0, values[0].factor)
 
 
 def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], defaults: Any = ()) -> list[Any]:

@@ -67,8 +67,8 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
         if given["use_separate_proj_weight"]:
             weights = [given[f"{each}_proj_weight"] for each in "qkv"]
         else:
-            weights = [stack(part) for part in given["in_proj_weight"].plain.split(width, 1)]
-        biases = [None] * 3 if packed_bias is None else [stack(part) for part in packed_bias.plain.split(width, 1)]
+            weights = _parts(given["in_proj_weight"], width)
+        biases = [None] * 3 if packed_bias is None else _parts(packed_bias, width)
         projected = [
             by_weights(run, _rows_first(each), weight, bias).plain
             for each, weight, bias in zip((query, key, value), weights, biases, strict=True)
@@ -93,6 +93,10 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
     if not needs_weights:
         return back, None
     return back, rows(weights_RHLS.mean(1) if given["average_attn_weights"] else weights_RHLS, 0, factor)
+
+
+def _parts(packed: Stack, width: int) -> list[Stack]:
+    return [stack(part, packed.is_reduced) for part in packed.plain.split(width, 1)]
 
 
 def _rows_first(value: Rows) -> Rows:

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .operations import Run, align, like, operands, operation, refuse_row_counts
-from .operations_reduce import reduce
-from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack
+from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack, owned
 
 # Functions of one or more tensors that agree on their axes; other arguments are numbers and options.
 ELEMENTWISE = """
@@ -23,7 +22,7 @@ ELEMENTWISE = """
     bitwise_xor bitwise_not nan_to_num copysign hypot xlogy sinc logaddexp logaddexp2 heaviside __and__ __or__
     __xor__ __invert__ __rand__ __ror__ __rxor__ __pow__ __rpow__ __rsub__ __rdiv__ __rtruediv__ __rmul__ __radd__
     __floordiv__ __rfloordiv__ __mod__ __rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __add__ __sub__ __mul__
-    __truediv__ __div__ __neg__ __abs__ __pos__ mse_loss l1_loss smooth_l1_loss huber_loss clone contiguous float
+    __truediv__ __div__ __neg__ __abs__ __pos__ clone contiguous float
     double half bfloat16 long int bool to type_as detach data
 """
 # The same, with their first argument written into.
@@ -33,27 +32,25 @@ IN_PLACE = """
     leaky_relu_ elu_ selu_ celu_ hardtanh_ threshold_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__
     __iand__ __ior__ __ixor__
 """
-# Losses reduce over everything unless they are told not to.
-_LOSSES = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
+
+
+# Of those, which may give the very tensor that they were given.
+_MAY_BE_THE_SAME = {
+    *("contiguous", "float", "double", "half", "bfloat16", "long", "int", "bool", "to", "type_as", "detach", "data"),
+    *("positive", "__pos__"),
+}
 
 
 @operation(*ELEMENTWISE.split())
 def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `ELEMENTWISE`."""
-    if name in _LOSSES:
-        kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        reduction = kwargs.get("reduction", "mean")
-        if len(args) > 2 or not {*kwargs} <= {"input", "target", "reduction", "beta", "delta"}:
-            raise CannotGroupError(f"passed arguments that are not known here (to {name})")
-        if reduction in ("mean", "sum"):
-            each = elementwise(run, func, name, args, kwargs | {"reduction": "none"})
-            return reduce(run, getattr(torch.Tensor, reduction), reduction, (each,), {})
-    elif kwargs.get("inplace"):
+    if kwargs.get("inplace"):
         return in_place(run, func, name, args, kwargs)
     named = list(kwargs)
     plain, wrap = align(run, name, [*args, *kwargs.values()])
     positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))
-    return wrap(func(*positional, **options))
+    result = wrap(func(*positional, **options))
+    return result if name in _MAY_BE_THE_SAME else owned(result)
 
 
 @operation(*IN_PLACE.split())
@@ -61,8 +58,11 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
     target = args[0]
     others = operands([*args[1:], *kwargs.values()])
-    if isinstance(target, Stack):
+    # A number each, a loss say. Of larger ones a member's reshape may be a copy where that of the stack is a view.
+    if isinstance(target, Stack) and (not target.is_own or target.dim() or run.expands):
         raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")
+    if not isinstance(target, Rows) and any(isinstance(other, Rows) for other in others):
+        raise CannotGroupError(f"wrote their rows into a tensor of fixed size ({name})")
     if isinstance(target, Common) and (target.is_given or not all(isinstance(other, Common) for other in others)):
         raise CannotGroupError(f"wrote into a tensor that is shared, or of fixed size ({name})")
     if any(other.dim() > target.dim() for other in others):
@@ -74,6 +74,8 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     named = list(kwargs)
     plain, _ = align(run, name, [*args, *kwargs.values()])
     func(*plain[: len(args)], **dict(zip(named, plain[len(args) :], strict=True)))
+    if isinstance(target, Stack):
+        target.is_reduced |= any(isinstance(other, Stack) and other.is_reduced for other in others)
     return target
 
 

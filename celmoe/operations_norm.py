@@ -92,7 +92,7 @@ def batch_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
     if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 2:
         raise CannotGroupError(f"called {name} with another axis than the batch first")
     after = value.dim() - 2
-    scale = stack((variance.plain + eps).rsqrt())
+    scale = like(variance, (variance.plain + eps).rsqrt())
     plain, wrap = align(run, name, [value, _by_channel(mean, after), _by_channel(scale, after)])
     normed = wrap((plain[0] - plain[1]) * plain[2])
     return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from .directml import is_directml
 from .members import linear_of_members
-from .operations import Run, align, arguments, like, loop, operands, operation, refuse_row_counts
+from .operations import Run, align, arguments, like, loop, loop_batch_first, operation, refuse_row_counts
 from .product import linear as segment_linear
-from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, require_axes, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, Repeated, Rows, Stack, common, require_axes, rows, stack
 
 
 def _lowered(*tensors: torch.Tensor | None) -> list[Any]:
@@ -82,13 +82,15 @@ def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:
 
 
 @operation("matmul", "__matmul__", "mm", "bmm", "mv")
-def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """``a @ b``."""
     left, right = arguments(("input", "other"), args, kwargs)
     if not isinstance(left, Rows) and not isinstance(right, Rows):
-        return _of_members(left, right)
+        return _of_members(run, name, left, right)
     if left.dim() == 0 or right.dim() == 0:
         raise CannotGroupError("multiplied a matrix by a number")
+    left, right = _not_repeated(left, right), _not_repeated(right, left)
+    left, right = _without_ones(left, right.dim()), _without_ones(right, left.dim())
     if isinstance(left, Rows) and isinstance(right, Stack):
         if right.dim() == 1:
             if left.axis == left.dim() - 1:
@@ -96,23 +98,63 @@ def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
             return _without_last(by_weights(run, left, stack(right.plain.unsqueeze(1), right.is_reduced), None))
         if right.dim() == 2 and left.axis < left.dim() - 1:
             return by_weights(run, left, stack(right.plain.mT, right.is_reduced), None)
-    if isinstance(left, Stack) and isinstance(right, Rows) and left.dim() == 2 and right.axis < right.dim() - 2:
+    if isinstance(left, Stack) and isinstance(right, Rows) and left.dim() <= 2 <= right.dim():
+        if right.axis == right.dim() - 2:
+            raise CannotGroupError("mixed samples (a product over the batch axis)")
         # W x = (xᵀ Wᵀ)ᵀ
-        turned = by_weights(run, rows(right.plain.mT, right.axis, right.factor), left, None)
-        return rows(turned.plain.mT, turned.axis, turned.factor)
+        turned = rows(right.plain.mT, min(right.axis, right.dim() - 2), right.factor)
+        if left.dim() == 1:
+            return _without_last(by_weights(run, turned, stack(left.plain.unsqueeze(1), left.is_reduced), None))
+        return rows(by_weights(run, turned, left, None).plain.mT, right.axis, right.factor)
+    if isinstance(left, Stack) or isinstance(right, Stack):
+        return _by_member(run, name, left, right)
     return _batched(run, left, right)
+
+
+def _not_repeated(value: Ragged, other: Ragged) -> Ragged:
+    """A matrix for each row, for a product with each row's matrix: the same product is that with the matrix."""
+    if isinstance(value, Repeated) and isinstance(other, Rows) and not isinstance(other, Repeated):
+        fits = value.dim() == 3 and (other.dim(), other.axis, other.factor) == (3, 0, value.factor)
+        return value if value.source is None or not fits else value.source
+    return value
+
+
+def _without_ones(value: Ragged, num_axes: int) -> Ragged:
+    """A member's matrix without axes in front that are one long, where the other operand has those anyway."""
+    while isinstance(value, Stack) and 2 < value.dim() <= num_axes and value.shape[0] == 1:
+        value = stack(value.plain.squeeze(1), value.is_reduced)
+    return value
+
+
+def _by_member(run: Run, name: str, left: Ragged, right: Ragged) -> Rows:
+    """Rows and matrices of each member's, as of attention heads."""
+    value, other = (left, right) if isinstance(left, Rows) else (right, left)
+    if isinstance(other, Stack) and other.is_reduced:
+        raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
+    assert isinstance(value, Rows)
+    # Axes are counted from the back: so they stand one above the other.
+    axis = value.axis - value.dim()
+    summed, kept = (-1, -2) if value is left else (-2, -1)
+    if axis == summed or value.dim() == 1:
+        raise CannotGroupError("mixed samples (a product over the batch axis)")
+    if axis != kept and other.dim() >= -axis and other.shape[axis] != 1:
+        raise CannotGroupError("joined a tensor of fixed length to the batch axis (matmul)")
+    if other.dim() == 1 and (value is left or axis != kept):
+        axis += 1
+    product = loop(run, torch.matmul, name, (left, right), {}, axis).plain
+    return rows(product, product.dim() + axis, value.factor)
 
 
 def _without_last(value: Rows) -> Rows:
     return rows(value.plain.squeeze(-1), value.axis, value.factor)
 
 
-def _of_members(left: Ragged, right: Ragged) -> Ragged:
+def _of_members(run: Run, name: str, left: Ragged, right: Ragged) -> Any:
     if isinstance(left, Common) and isinstance(right, Common):
         return common(left.plain @ right.plain)
     is_reduced = any(isinstance(each, Stack) and each.is_reduced for each in (left, right))
     if left.dim() != 2 or right.dim() != 2:
-        raise CannotGroupError("multiplied parameters that are no matrices")
+        return loop(run, torch.matmul, name, (left, right), {}, None)
     return stack(left.plain @ right.plain, is_reduced)
 
 
@@ -129,8 +171,6 @@ def _batched(run: Run, left: Ragged, right: Ragged) -> Ragged:
                 is_left and value.dim() >= 2 and value.axis == value.dim() - 2 and isinstance(right, Common)
             ):
                 raise CannotGroupError("mixed samples (a product over the batch axis)")
-        elif isinstance(value, Stack):
-            raise CannotGroupError("multiplied by a stack of weights")
     if len(found) != 1:
         raise CannotGroupError("put samples side by side with others (matmul)")
     from_back, factor = next(iter(found))
@@ -143,14 +183,25 @@ def _batched(run: Run, left: Ragged, right: Ragged) -> Ragged:
     return rows(out, num_axes + from_back, factor)
 
 
-@operation("addmm", "baddbmm", "addbmm", "addmv")
+_FACTORS = {
+    "addmm": ("mat1", "mat2"),
+    "addmv": ("mat", "vec"),
+    "baddbmm": ("batch1", "batch2"),
+    "addbmm": ("batch1", "batch2"),
+}
+
+
+@operation(*_FACTORS)
 def addmm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """``beta b + alpha x W``."""
-    bias, left, right, beta, alpha = arguments(("input", "a", "b", "beta", "alpha"), args, kwargs, (1, 1))
-    if name in {"addbmm", "addmv"}:
-        raise CannotGroupError(f"called {name}")
+    """``beta b + alpha x W``; in ``addbmm`` that is summed over the first axis."""
+    names = ("input", *_FACTORS[name], "beta", "alpha")
+    bias, left, right, beta, alpha = arguments(names, args, kwargs, (1, 1))
     refuse_row_counts(name, [beta, alpha])
     product = matmul(run, func, name, (left, right), {})
+    if name == "addbmm":
+        if isinstance(product, Rows) and product.axis == 0:
+            raise CannotGroupError(f"mixed samples ({name} sums over the batch axis)")
+        product = like(product, product.plain.sum(int(isinstance(product, Stack))), getattr(product, "axis", 0) - 1)
     return _plus(run, product if alpha == 1 else like(product, product.plain * alpha), bias, beta)
 
 
@@ -234,7 +285,7 @@ def _einsum_as_product(run: Run, pairs: list[tuple[str, Any]], output: str, lett
 @operation("bilinear", namespaces=(F,))
 def bilinear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """By member."""
-    return _by_member_with_batch_first(run, func, name, args, kwargs)
+    return loop_batch_first(run, func, name, args, kwargs)
 
 
 @operation("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", namespaces=(F,))
@@ -254,7 +305,9 @@ def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
                 kernel = stack(weight.plain.flatten(2), weight.is_reduced)
                 out = by_weights(run, rows(patches, 0, value.factor), kernel, bias)
                 return rows(out.plain.transpose(1, 2), 0, value.factor)
-    return _by_member_with_batch_first(run, func, name, args, kwargs)
+    if value.dim() != int(name[-2]) + 2:
+        raise CannotGroupError(f"called {name} without a batch axis")
+    return loop_batch_first(run, func, name, args, kwargs)
 
 
 def _patches(padded_RCL: torch.Tensor, size: int, step: int) -> torch.Tensor:
@@ -270,16 +323,3 @@ def _one(value: Any) -> Any:
     if isinstance(value, tuple | list) and len(value) == 1:
         return value[0]
     return value if isinstance(value, int) else None
-
-
-def _by_member_with_batch_first(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    refuse_row_counts(name, [*args, *kwargs.values()])
-    values = operands([*args, *kwargs.values()])
-    if not isinstance(values[0], Rows) or any(isinstance(each, Rows) and each.axis != 0 for each in values):
-        raise CannotGroupError(f"called {name} with another axis than the batch first")
-    if any(isinstance(each, Stack) and each.is_reduced for each in values):
-        raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
-    if name.startswith("conv") and values[0].dim() != int(name[-2]) + 2:
-        raise CannotGroupError(f"called {name} without a batch axis")
-    looped = loop(run, func, name, args, kwargs, 0)
-    return rows(looped.plain, 0, values[0].factor)

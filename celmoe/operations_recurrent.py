@@ -26,41 +26,32 @@ from .segments import Segments
 _NAMES = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
 
 
-def _step_gru(
-    given: torch.Tensor, state: tuple[torch.Tensor, ...], w: torch.Tensor, b: torch.Tensor | None, segments: Segments
-) -> tuple[torch.Tensor, ...]:
+def _step_gru(given: torch.Tensor, share: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """One step of ``nn.GRU``, by the equations in its documentation."""
     (hidden,) = state
     reset, update, new = given.chunk(3, -1)
-    hidden_reset, hidden_update, hidden_new = linear(hidden, w, b, segments, 1).chunk(3, -1)
+    hidden_reset, hidden_update, hidden_new = share.chunk(3, -1)
     update = torch.sigmoid(update + hidden_update)
     new = torch.tanh(new + torch.sigmoid(reset + hidden_reset) * hidden_new)
     return (new + update * (hidden - new),)
 
 
-def _step_lstm(
-    given: torch.Tensor, state: tuple[torch.Tensor, ...], w: torch.Tensor, b: torch.Tensor | None, segments: Segments
-) -> tuple[torch.Tensor, ...]:
+def _step_lstm(given: torch.Tensor, share: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """One step of ``nn.LSTM``, by the equations in its documentation."""
-    hidden, cell = state
-    enter, forget, new, leave = (given + linear(hidden, w, b, segments, 1)).chunk(4, -1)
+    _, cell = state
+    enter, forget, new, leave = (given + share).chunk(4, -1)
     cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
     return torch.sigmoid(leave) * torch.tanh(cell), cell
 
 
 def _step_rnn(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[torch.Tensor, ...]]:
-    def step(
-        given: torch.Tensor,
-        state: tuple[torch.Tensor, ...],
-        w: torch.Tensor,
-        b: torch.Tensor | None,
-        segments: Segments,
-    ) -> tuple[torch.Tensor, ...]:
-        return (activation(given + linear(state[0], w, b, segments, 1)),)
+    def step(given: torch.Tensor, share: torch.Tensor, state: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (activation(given + share),)
 
     return step
 
 
+# From the input's share of all gates, the hidden state's, and the state to the next state.
 _STEPS = {"gru": _step_gru, "lstm": _step_lstm, "rnn_tanh": _step_rnn(torch.tanh), "rnn_relu": _step_rnn(torch.relu)}
 
 
@@ -77,7 +68,7 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
         raise CannotGroupError(f"called {name} on other tensors than rows of positions")
     if any(not isinstance(each, Rows) or each.axis != 1 or each.factor != 1 for each in states):
         raise CannotGroupError(f"called {name} with a state that is not for rows")
-    if any(not isinstance(each, Stack) for each in weights):
+    if any(not isinstance(each, Stack) or each.is_reduced for each in weights):
         raise CannotGroupError(f"called {name} with weights that are no parameters")
     directions = 2 if both_ways else 1
     per_layer = 4 if has_biases else 2
@@ -101,6 +92,27 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
             inner = F.dropout(inner, dropout)
     result = rows(inner.transpose(0, 1), 0) if batch_first else rows(inner, 1)
     return (result, *(rows(torch.stack(each), 1) for each in zip(*last, strict=True)))
+
+
+@operation("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell", namespaces=(torch,))
+def cell(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """What ``nn.GRUCell``, ``nn.LSTMCell`` and ``nn.RNNCell`` call: one step, of two products by member."""
+    names = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
+    value, state, w_in, w_state, b_in, b_state = arguments(names, args, kwargs, (None, None))
+    states = list(state) if name == "lstm_cell" else [state]
+    if torch.is_autocast_enabled(value.device.type):
+        raise CannotGroupError(f"called {name} under autocast")
+    if any(not isinstance(each, Rows) or each.axis != 0 or each.dim() != 2 for each in (value, *states)):
+        raise CannotGroupError(f"called {name} on other tensors than rows and their states")
+    if len({each.factor for each in (value, *states)}) > 1:
+        raise CannotGroupError(f"put samples side by side with others ({name})")
+    if any(not isinstance(each, Stack) for each in (w_in, w_state, b_in, b_state) if each is not None):
+        raise CannotGroupError(f"called {name} with weights that are no parameters")
+    given = by_weights(run, value, w_in, b_in).plain
+    share = by_weights(run, states[0], w_state, b_state).plain
+    found = _STEPS[name.removesuffix("_cell")](given, share, tuple(each.plain for each in states))
+    result = tuple(rows(each, 0, value.factor) for each in found)
+    return result if name == "lstm_cell" else result[0]
 
 
 def _layer(
@@ -133,7 +145,7 @@ def _unrolled(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     outputs = []
     for each in given.unbind(0):
-        state = step(each, state, w, b, segments)
+        state = step(each, linear(state[0], w, b, segments, 1), state)
         outputs.append(state[0])
     return torch.stack(outputs), state
 

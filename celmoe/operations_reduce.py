@@ -20,12 +20,13 @@ from .operations import (
     axis_of,
     inner_axis_but_rows,
     like,
+    loop,
     operands,
     operation,
     refuse_row_counts,
 )
 from .product import segment_sum
-from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
+from .ragged import CannotGroupError, Ragged, Rows, Stack, owned, stack
 
 REDUCTIONS = [
     "sum",
@@ -55,6 +56,10 @@ _OF_ONE_AXIS = {*_PAIRS, "argmax", "argmin", "prod", "all", "any"}
 @operation(*REDUCTIONS)
 def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `REDUCTIONS`."""
+    return owned(_reduce(run, func, name, args, kwargs))
+
+
+def _reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if operands([*rest, *kwargs.values()]):
@@ -64,15 +69,20 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if value.dim() == 0:
         if name not in {"sum", "mean"}:
             raise CannotGroupError(f"reduced a number ({name})")
-        return like(value, value.plain.to(options.get("dtype") or value.dtype))
+        # As of one: PyTorch sums truth values as integers.
+        return like(value, getattr(torch, name)(value.plain.unsqueeze(-1), -1, **options))
     if isinstance(value, Rows) and value.axis in dims:
-        return _over_rows(run, name, value, dims, keepdim, options)
+        if name in {"sum", "mean"} and {*options} <= {"dtype"} and options.get("dtype") is not torch.bool:
+            return _over_rows(run, name, value, dims, keepdim, options.get("dtype"))
+        return loop(run, func, name, args, kwargs, None)
     places = [each + isinstance(value, Stack) for each in dims]
     axis = None
     if isinstance(value, Rows):
         axis = value.axis if keepdim else value.axis - sum(place < value.axis for place in places)
     if name not in _OF_ONE_AXIS:
         return like(value, getattr(torch, name)(value.plain, dim=places, keepdim=keepdim, **options), axis)
+    if (dim is None or len(places) != 1) and isinstance(value, Stack):
+        return loop(run, func, name, args, kwargs, None)
     if dim is None or len(places) != 1:
         raise CannotGroupError(f"reduced over several axes ({name})")
     found = getattr(torch, name)(value.plain, places[0], keepdim, **options)
@@ -81,12 +91,21 @@ def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return like(value, found, axis)
 
 
+@operation("count_nonzero")
+def count_nonzero(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """A sum."""
+    value, *rest = args
+    return reduce(run, torch.Tensor.sum, "sum", (like(value, value.plain != 0), *rest), kwargs)
+
+
 def _how(name: str, rest: list[Any], kwargs: Any) -> tuple[Any, bool, dict[str, Any]]:
     """The axes, whether they stay, and the other options."""
     options = dict(kwargs)
     if name == "norm":
         if rest:
             options["p"] = rest.pop(0)
+        if options.get("p") == "fro":
+            options["p"] = 2
         if not isinstance(options.get("p", 2), int | float):
             raise CannotGroupError("took a norm of a name")
     dim = rest.pop(0) if rest else options.pop("dim", None)
@@ -103,12 +122,17 @@ def _dims(dim: Any, num_axes: int) -> Sequence[int]:
     return dim if isinstance(dim, tuple | list) else [dim]
 
 
-def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool, options: dict[str, Any]) -> Stack:
-    if name not in {"sum", "mean"} or not (value.is_floating_point() or value.is_complex()):
-        raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
-    inner = value.plain.to(options.pop("dtype", None) or value.dtype)
-    if options:
-        raise CannotGroupError(f"passed arguments that are not known here (to {name})")
+def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool, wanted: torch.dtype | None) -> Stack:
+    inner = value.plain if wanted is None else value.plain.to(wanted)
+    if not (inner.is_floating_point() or inner.is_complex()):
+        if name == "mean":
+            raise CannotGroupError("took the mean of integers")
+        # PyTorch counts in the largest integers.
+        inner = inner.to(torch.int64 if wanted is None else wanted)
+    dtype = inner.dtype
+    if name == "mean" and dtype in (torch.float16, torch.bfloat16):
+        # A sum of many is beyond what their mean needs.
+        inner = inner.float()
     others = [each for each in dims if each != value.axis]
     if others:
         inner = inner.sum(others, keepdim=True)
@@ -116,7 +140,10 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
     if name == "mean":
         width = math.prod(value.plain.shape[each] for each in others) * value.factor
         counts = torch.tensor([count * width for count in run.segments.counts], device=total.device, dtype=total.dtype)
-        total = total / counts.view(-1, *(1,) * (total.dim() - 1))
+        total = (total / counts.view(-1, *(1,) * (total.dim() - 1))).to(dtype)
+    else:
+        # What a Function gives as a view must not be written into.
+        total = total.clone()
     # The row axis comes back one long, where it was.
     total = total.unsqueeze(value.axis + 1)
     if not keepdim:

@@ -22,11 +22,13 @@ from .operations import (
     inner_axis,
     inner_axis_but_rows,
     like,
+    loop,
+    loop_batch_first,
     operands,
     operation,
     refuse_row_counts,
 )
-from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, repeated, rows, stack
 
 
 def _sizes(args: Sequence[Any]) -> list[Any]:
@@ -199,7 +201,18 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         raise CannotGroupError(f"joined a tensor of fixed length to the batch axis ({name})")
     if isinstance(value, Common):
         return rows(value.plain.expand(sizes), axis, factor)
-    return rows(by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes), axis, factor)
+
+    run.expands = True
+
+    def write_out() -> torch.Tensor:
+        return by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes)
+
+    source = value if place < 0 else stack(value.plain.squeeze(place + 1), value.is_reduced)
+    own = list(source.shape)
+    fits = len(own) == len(sizes) - 1 and all(size in (-1, known) for size, known in zip(sizes[1:], own, strict=True))
+    if axis == 0 and fits and not value.is_reduced:
+        return repeated(source, write_out, run.segments.num_rows, factor)
+    return rows(write_out(), axis, factor)
 
 
 @operation("repeat", "tile")
@@ -212,7 +225,7 @@ def repeat(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         num_new = len(times) - value.dim()
         if not symbols:
             if isinstance(value, Stack):
-                raise CannotGroupError(f"repeated a parameter ({name})")
+                return loop(run, func, name, args, kwargs, None)
             return like(value, value.plain.repeat(times))
         sizes = [1] * num_new + list(value.shape)
         if len(symbols) > 1 or sizes[symbols[0]] != 1 or any(t != 1 for i, t in enumerate(times) if i not in symbols):
@@ -356,6 +369,33 @@ def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     return like(found, torch.where(is_padding, found.plain.detach(), found.plain))
 
 
+_BAG_NAMES = (
+    *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse"),
+    *("per_sample_weights", "include_last_offset", "padding_idx"),
+)
+_BAG_DEFAULTS = (None, None, 2.0, False, "mean", False, None, False, None)
+
+
+@operation("embedding_bag", namespaces=(F,))
+def embedding_bag(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Bags of equally many ids, one a row: by member."""
+    given = dict(zip(_BAG_NAMES, arguments(_BAG_NAMES, args, kwargs, _BAG_DEFAULTS), strict=True))
+    if given["max_norm"] is not None or given["scale_grad_by_freq"] or given["sparse"]:
+        raise CannotGroupError("looked embeddings up with max_norm, scale_grad_by_freq or sparse gradients")
+    if given["offsets"] is not None or given["input"].dim() != 2:
+        raise CannotGroupError("looked up bags of ids that are not one a row")
+    return loop_batch_first(run, func, name, (), given)
+
+
+@operation("one_hot", namespaces=(F,))
+def one_hot(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Of so many classes as are asked for."""
+    ids, num_classes = arguments(("input", "num_classes"), args, kwargs, (-1,))
+    if type(num_classes) is not int or num_classes < 0:
+        raise CannotGroupError("read values (the largest id, for one_hot without 'num_classes')")
+    return like(ids, func(ids.plain, num_classes))
+
+
 @operation("cat", "concat", "concatenate", "stack")
 def join(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """Join along any axis but the row axis."""
@@ -445,8 +485,19 @@ def by_common_index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> R
     return like(value, func(value.plain, inner_axis_but_rows(value, dim, name), places.plain, *rest, **kwargs))
 
 
+@operation("gather")
+def gather(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Each row's entries by its own indices; never along the row axis."""
+    value, dim, places = arguments(("input", "dim", "index"), args, kwargs)
+    if not isinstance(value, Rows) or not isinstance(places, Rows):
+        raise CannotGroupError(f"indexed by values ({name} of other tensors than rows)")
+    if (value.axis, value.factor, value.dim()) != (places.axis, places.factor, places.dim()):
+        raise CannotGroupError(f"put samples side by side with others ({name})")
+    return like(value, value.plain.gather(inner_axis_but_rows(value, dim, name), places.plain))
+
+
 @operation("tril", "triu", "flip", "roll", "diagonal", "unfold")
-def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Moves entries along axes that are named, or the last two; of rows only along others than the row axis."""
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
@@ -463,7 +514,9 @@ def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> 
         shifts, dims = arguments(("shifts", "dims"), rest, kwargs, (None,))
         if isinstance(dims, int):
             return like(value, value.plain.roll(shifts, inner_axis_but_rows(value, dims, name)))
-    raise CannotGroupError(f"called {name} on their rows or parameters")
+    if isinstance(value, Stack):
+        return loop(run, func, name, args, kwargs, None)
+    raise CannotGroupError(f"called {name} on their rows")
 
 
 @operation("pad", namespaces=(F,))

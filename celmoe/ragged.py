@@ -13,7 +13,7 @@ Axes: R rows of all members, P members.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -106,6 +106,7 @@ def _of_inner(name: str) -> property:
     """An attribute of the tensor behind a value, read without coming by the mode that watches the experts."""
 
     def read(value: Ragged) -> Any:
+        value = value._source if isinstance(value, Repeated) else value
         members = value.members if isinstance(value, Stack) else None
         with torch._C.DisableTorchFunction():
             return getattr(value.plain if members is None else members[0], name)
@@ -190,12 +191,16 @@ class Stack(Ragged):
 
     Attributes:
         is_reduced: Whether it was made of rows: then it may be a loss, but must not reach rows again.
+        is_own: Whether its memory is a result's own, which the expert may write into: no parameter's, nor a view.
         members: The members' own tensors, where it is nothing but those: stacked only when something asks for all.
     """
 
     is_reduced: bool
+    is_own: bool
     members: Sequence[torch.Tensor] | None
     _stacked: torch.Tensor | None
+    # Not where it was first asked for under `no_grad`: then it is stacked again for who wants gradients.
+    _has_graph: bool
     # What ``isinstance(…, nn.Parameter)`` looks for.
     _is_param = False
 
@@ -207,16 +212,44 @@ class Stack(Ragged):
     @property
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
         """The plain tensor behind it."""
-        if self._stacked is None:
+        if self._stacked is None or (not self._has_graph and torch.is_grad_enabled()):
             members = list(self.members or ())
             require_axes(members[0].device, members[0].dim() + 1)
             with torch._C.DisableTorchFunction():
-                self._stacked = torch.stack(members)
+                self._stacked, self._has_graph = torch.stack(members), torch.is_grad_enabled()
         return self._stacked
 
     def dim(self) -> int:
         """The number of axes that the expert sees."""
         return len(self.plain_shape) - 1
+
+
+class Repeated(Rows):
+    """A stack that each row has its member's entry of: written out only when something asks for that.
+
+    Attributes:
+        source: The stack, whose entries' axes are those behind the row axis, while it says all: once written out, the
+            rows may have been written into; and what was made without gradients stays without.
+    """
+
+    _source: Stack
+    _write_out: Callable[[], torch.Tensor]
+    _written: torch.Tensor | None
+    _has_graph: bool
+
+    @property
+    def source(self) -> Stack | None:
+        """The stack, or ``None``."""
+        says_all = self._written is None and (self._has_graph or not torch.is_grad_enabled())
+        return self._source if says_all else None
+
+    @property
+    def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
+        """The plain tensor behind it."""
+        if self._written is None:
+            with torch.set_grad_enabled(self._has_graph):
+                self._written = self._write_out()
+        return self._written
 
 
 class Common(Ragged):
@@ -242,17 +275,35 @@ def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
     return value
 
 
+def owned(value: Any) -> Any:
+    """A new result, and its memory its own."""
+    if isinstance(value, Stack):
+        value.is_own = True
+    return value
+
+
+def repeated(source: Stack, write_out: Callable[[], torch.Tensor], num_rows: int, factor: int) -> Repeated:
+    """A stack for each row, the row axis in front of its entries' axes."""
+    value = torch.Tensor._make_subclass(Repeated, _NOTHING)
+    value._source, value._write_out, value._written = source, write_out, None
+    value.plain_shape = torch.Size((num_rows * factor, *source.shape))
+    value.axis, value.factor, value._has_graph = 0, factor, torch.is_grad_enabled()
+    return value
+
+
 def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
     """A value with one entry for each member along the first axis."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
     value._stacked, value.plain_shape, value.is_reduced, value.members = inner, inner.shape, is_reduced, None
+    value._has_graph, value.is_own = True, False
     return value
 
 
 def registered(members: Sequence[torch.Tensor], is_parameter: bool) -> Stack:
     """The members' own parameters, or buffers."""
     value = torch.Tensor._make_subclass(Stack, _NOTHING)
-    value._stacked, value.is_reduced, value.members, value._is_param = None, False, members, is_parameter
+    value._stacked, value.is_reduced, value.is_own = None, False, False
+    value.members, value._is_param = members, is_parameter
     value.plain_shape = torch.Size((len(members), *members[0].shape))
     return value
 

@@ -2,18 +2,19 @@
 
 A module is taken down to what can be compared: its class, its plain attributes, and by place its parameters and
 buffers, its children and those of theirs. Two experts of one signature compute the same function of their input and
-of their own tensors. The signature is kept beside a copy of every dictionary and list that it was read from; at every
-call these are compared with the living ones, at C's speed, so replacing, setting or hooking anything shows.
+of their own tensors. The signature is kept beside what was in every dictionary, list and slot that it was read from; at
+every call these are asked for the same objects, at C's speed, so replacing, setting or hooking anything shows.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
 import enum
 import functools
 import itertools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch.nn.modules import module as torch_module
 
 from .inspection import inspect_code, is_trusted
 from .ragged import CannotGroupError
+from .slots import held_by, held_in_slots, slots_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [
@@ -38,7 +40,15 @@ BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"} | DERIVED
 _ASIDE = BOOKKEEPING - {"_parameters", "_buffers", "_modules", *_HOOKS} - DERIVED
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, slice)
 CONTAINERS = (list, tuple, dict, set, frozenset)
+# What reads the containers that may come to hold something else. One in order has an order of its own.
+_READERS: tuple[tuple[type, tuple[Callable[[Any], Collection[Any]], ...]], ...] = (
+    (collections.OrderedDict, (collections.OrderedDict.keys, dict.values)),
+    (dict, (dict.keys, dict.values)),
+    (list, (list.copy,)),
+    (set, (set.copy,)),
+)
 _facts = attrgetter("requires_grad", "dtype")
+_attributes = attrgetter("__dict__")
 
 
 # Comparing a key costs a walk through it; its number does not.
@@ -106,6 +116,38 @@ class _Read:
             return False
 
 
+class _Held:
+    """What containers hold, or objects in their slots.
+
+    Args:
+        read: Gives what one of them holds, as something with a length.
+    """
+
+    def __init__(self, read: Callable[[Any], Collection[Any]]) -> None:
+        self._read = read
+        self._holders: list[Any] = []
+        self._sizes: list[int] = []
+        self._items: list[Any] = []
+
+    def add(self, holder: Any) -> None:
+        """Remember what it holds now."""
+        items = self._read(holder)
+        self._holders.append(holder)
+        self._sizes.append(len(items))
+        self._items += items
+
+    def join(self, other: _Held) -> None:
+        """Remember what another one does."""
+        self._holders += other._holders
+        self._sizes += other._sizes
+        self._items += other._items
+
+    def is_true(self) -> bool:
+        """Whether they hold the same objects: a zero may be replaced by one of the other sign, or a 1 by ``True``."""
+        found = list(map(self._read, self._holders))
+        return list(map(len, found)) == self._sizes and all(map(is_, chain.from_iterable(found), self._items))
+
+
 class _Look(NamedTuple):
     """One look at an expert: what was read, and what it was read from.
 
@@ -117,10 +159,9 @@ class _Look(NamedTuple):
         values: Likewise.
         attributes: The modules' own dictionaries.
         sizes: How much was in each.
-        read: What was read of each, by the names that were read.
-        living: Containers among its attributes.
-        copies: What those held.
         empty: Registries without anything.
+        read: What was read of each, by the names that were read.
+        held: What its containers and slots held, by what reads it.
         code: The classes and functions whose code it runs, and what is against each.
         facts: Of each tensor.
         tensors: The distinct parameters and buffers.
@@ -134,10 +175,9 @@ class _Look(NamedTuple):
     values: list[Any]
     attributes: list[dict[str, Any]]
     sizes: list[int]
-    living: list[Any]
-    copies: list[Any]
     empty: list[Any]
     read: dict[tuple[str, ...], _Read]
+    held: dict[Any, _Held]
     code: dict[Any, str | None]
     facts: list[Any]
     tensors: list[torch.Tensor]
@@ -148,20 +188,21 @@ class _Look(NamedTuple):
         return (
             not any(self.empty)
             and list(map(type, self.modules)) == self.kinds
+            and all(map(is_, map(_attributes, self.modules), self.attributes))
             and list(chain.from_iterable(self.registries)) == self.keys
             # The same objects, not equal ones: a parameter may be replaced by one of its value.
             and all(map(is_, chain.from_iterable(map(dict.values, self.registries)), self.values))
             and list(map(len, self.attributes)) == self.sizes
             and all(each.is_true() for each in self.read.values())
-            and _is_equal(self.living, self.copies)
+            and all(each.is_true() for each in self.held.values())
             and self.facts == list(map(_facts, self.tensors))
             and all(inspected[subject] == fault for subject, fault in self.code.items())
         )
 
 
-_NO_LOOK = _Look([], [], [], [], [], [], [], [], [], [], {}, {}, [], [], Signature((), (), None))
+_NO_LOOK = _Look([], [], [], [], [], [], [], [], {}, {}, {}, [], [], Signature((), (), None))
 # How many of its fields are lists that are joined for many experts.
-_JOINED = 10
+_JOINED = 8
 
 
 class Inspected(dict[Any, "str | None"]):
@@ -201,10 +242,9 @@ class Watched:
             [value for each in reader.registries for value in each.values()],
             reader.attributes,
             list(map(len, reader.attributes)),
-            reader.living,
-            reader.copies,
             reader.empty,
             _read(reader.attributes),
+            reader.held,
             reader.code,
             list(map(_facts, tensors)),
             tensors,
@@ -236,10 +276,15 @@ class Gathered:
         for look in looks:
             for names, each in look.read.items():
                 read.setdefault(names, _Read(names)).join(each)
+        held: dict[Any, _Held] = {}
+        for look in looks:
+            for by, holding in look.held.items():
+                held.setdefault(by, _Held(by)).join(holding)
         joined = [list(chain.from_iterable(parts)) for parts in zip(*(look[:_JOINED] for look in looks), strict=True)]
         self._look = _Look(
             *(joined or _NO_LOOK[:_JOINED]),  # type: ignore[call-arg]  # those fields, in their order
             read,
+            held,
             code,
             [each for look in looks for each in look.facts],
             [each for look in looks for each in look.tensors],
@@ -260,13 +305,6 @@ def _read(attributes: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], _Read]:
     return found
 
 
-def _is_equal(living: list[Any], copies: list[Any]) -> bool:
-    try:
-        return living == copies
-    except Exception:  # noqa: BLE001  # attributes may compare in any way: what can't be compared has changed
-        return False
-
-
 def global_hooks() -> str | None:
     """Why no expert may run with others as one, for hooks on all modules; ``None`` without any."""
     return "there are hooks on all modules" if any(_GLOBAL_HOOKS) else None
@@ -279,8 +317,7 @@ class _Reader:
         self.watched: list[nn.Module] = []
         self.registries: list[dict[str, Any]] = []
         self.attributes: list[dict[str, Any]] = []
-        self.living: list[Any] = []
-        self.copies: list[Any] = []
+        self.held: dict[Any, _Held] = {}
         self.empty: list[Any] = []
         # The classes and functions whose code it runs, and what is against each.
         self.code: dict[Any, str | None] = {}
@@ -303,9 +340,12 @@ class _Reader:
         whole = (key, leaves, shapes)
         return Signature(whole, leaves, None, tuple(self.objects), _number(whole)), tensors
 
-    def _watch(self, value: Any) -> None:
-        self.living.append(value)
-        self.copies.append(copied(value))
+    def _watch(self, holder: Any) -> None:
+        for kind, readers in _READERS:
+            if isinstance(holder, kind):
+                for read in readers:
+                    self.held.setdefault(read, _Held(read)).add(holder)
+                return
 
     def _inspect(self, subject: Any) -> None:
         if is_trusted(subject):
@@ -335,15 +375,12 @@ class _Reader:
             if name in BOOKKEEPING:
                 continue
             plain.append((name, self._plain(value, f"{path}.{name}".removeprefix("."))))
-            if isinstance(value, CONTAINERS):
-                self._watch(value)
         flat = attributes.get("_flat_weights")
         if isinstance(flat, list):
             named = [attributes["_parameters"].get(name) for name in attributes["_flat_weights_names"]]
             if any(each is not parameter for each, parameter in zip(flat, named, strict=False)):
                 raise CannotGroupError(f"hold other weights than their parameters{_at(path)}")
-            self.living.append(flat)
-            self.copies.append(list(flat))
+            self._watch(flat)
         tensors = []
         for is_buffer, registry in enumerate((attributes["_parameters"], attributes["_buffers"])):
             for name, tensor in registry.items():
@@ -379,6 +416,8 @@ class _Reader:
         if isinstance(value, nn.Module):
             raise CannotGroupError(f"hold a module that is not registered, {path!r}")
         if isinstance(value, CONTAINERS):
+            # What a tuple holds stays the same objects.
+            self._watch(value)
             return type(value), self._contents(value, path)
         if isinstance(value, type):
             return "type", value
@@ -397,19 +436,21 @@ class _Reader:
 
     def _object(self, value: Any, path: str) -> Any:
         if type(value) is functools.partial:
-            self._watch(value.args)
-            self._watch(value.keywords)
             parts = (value.func, value.args, value.keywords)
             return type(value), tuple(self._plain(each, path) for each in parts)
-        if _is_its_dict(value):
+        slots = slots_of(type(value))
+        if slots is not None and (slots or hasattr(value, "__dict__")):
             for index, each in enumerate(self.objects):
                 if value is each:
                     return "again", index
             # A config, say: the same where its fields are.
             self._inspect(type(value))
             self.objects.append(value)
-            self._watch(vars(value))
-            return type(value), self._plain(vars(value), path)
+            self.held.setdefault(held_by, _Held(held_by)).add(value)
+            held = tuple(
+                (slot.__name__, self._plain(each, f"{path}.{slot.__name__}")) for slot, each in held_in_slots(value)
+            )
+            return type(value), held, self._contents(vars(value), path) if hasattr(value, "__dict__") else ()
         raise _incomparable(value, path)
 
     def _contents(self, value: Any, path: str) -> Any:
@@ -424,15 +465,6 @@ class _Reader:
         if isinstance(value, set | frozenset):
             return frozenset(self._plain(item, path) for item in value)
         return tuple(self._plain(item, f"{path}[{index}]") for index, item in enumerate(value))
-
-
-def _is_its_dict(value: Any) -> bool:
-    """Whether all that an object holds is in its ``__dict__``: nothing in slots, or where only C code sees it."""
-    kind = type(value)
-    if not hasattr(value, "__dict__") or hasattr(kind, "__slots__"):
-        return False
-    makers = [vars(base).get("__new__") for base in kind.__mro__ if base not in (object, types.SimpleNamespace)]
-    return not any(isinstance(each, types.BuiltinFunctionType) for each in makers)
 
 
 def _incomparable(value: object, path: str) -> CannotGroupError:

@@ -16,10 +16,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import (  # noqa: F401  # register  # noqa: F401  # register
+from . import (  # noqa: F401  # register
     operations_attention,
     operations_elementwise,
+    operations_loss,
     operations_norm,
+    operations_parameters,
     operations_product,
     operations_recurrent,
     operations_reduce,
@@ -30,6 +32,7 @@ from .operations import OPERATIONS, Run
 from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, rows
 from .segments import Segments
 from .signature import BOOKKEEPING, CONTAINERS, DERIVED, Signature, copied
+from .slots import held_in_slots
 
 
 class Given:
@@ -106,6 +109,8 @@ class Template:
         self._objects = {id(each) for each in signature.objects}
         self._twins: dict[int, Any] = {}
         self._containers: list[Any] = []
+        # Objects with slots among the copies.
+        self._slotted: dict[int, Any] = {}
         self._expert = self._likeness(expert, {})
 
     def _likeness(self, module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
@@ -143,7 +148,11 @@ class Template:
             return value
         maker: Any = types.SimpleNamespace if isinstance(value, types.SimpleNamespace) else object
         twin = self._twins[id(value)] = maker.__new__(type(value))
-        vars(twin).update({name: self._held(each) for name, each in vars(value).items()})
+        for slot, each in held_in_slots(value):
+            slot.__set__(twin, self._held(each))
+            self._slotted[id(twin)] = twin
+        if hasattr(value, "__dict__"):
+            vars(twin).update({name: self._held(each) for name, each in vars(value).items()})
         return twin
 
     def fill(self, values: Sequence[Any]) -> None:
@@ -160,16 +169,21 @@ class Template:
     def run(self, batch: ExpertBatch) -> Any:
         """The expert's forward pass; an attribute that it writes is a `CannotGroupError`."""
         watched = [part for module in self._modules for part in (module.__dict__, *_registries(module))]
-        watched += map(vars, self._twins.values())
-        before = [dict(each) for each in watched] + [copied(each) for each in self._containers]
+        watched += [vars(each) for each in self._twins.values() if hasattr(each, "__dict__")]
+        before = [*map(dict, watched), *map(copied, self._containers), *map(_in_slots, self._slotted.values())]
         result = self._expert(batch)
-        for part, was in zip([*watched, *self._containers], before, strict=True):
+        after = [*watched, *self._containers, *map(_in_slots, self._slotted.values())]
+        for part, was in zip(after, before, strict=True):
             if not _is_same(part, was):
                 name = (
                     next((key for key in part if not _has_same(part, was, key)), "?") if isinstance(part, dict) else ""
                 )
                 raise CannotGroupError(f"wrote the attribute {name!r}" if name else "wrote into an attribute")
         return result
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
+    return {slot.__name__: held for slot, held in held_in_slots(value)}
 
 
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
@@ -195,6 +209,9 @@ def _is_plain_equal(a: Any, b: Any) -> bool:
         return a is b
     if type(a) is not type(b):
         return False
+    if isinstance(a, float | complex):
+        # Two zeros are equal and differ.
+        return repr(a) == repr(b)
     return _is_same(a, b) if isinstance(a, dict | list) else bool(a == b)
 
 

@@ -419,20 +419,35 @@ class LearnedStart(Net):
 
 
 class Cell(Net):
-    """A GRU cell, stepped by the expert itself from zeros."""
+    """A recurrent cell, stepped by the expert itself from zeros."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, kind: Callable[..., nn.Module] = nn.GRUCell) -> None:
         super().__init__()
-        self.cell = nn.GRUCell(width, width)
+        self.cell = kind(width, width)
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         rows_NSD = positions(rows)
-        state = torch.zeros_like(rows_NSD[:, 0])
+        state = None
         made = []
         for step_ND in rows_NSD.unbind(1):
             state = self.cell(step_ND, state)
-            made.append(state)
+            made.append(state[0] * state[1] if isinstance(state, tuple) else state)
         return torch.stack(made, 1).reshape(rows.shape)
+
+
+class Expanded(Net):
+    """A matrix for each row, of one parameter, for ``bmm``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / width)
+        self.bias = nn.Parameter(torch.randn(width))
+
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        rows_NSD = positions(rows)
+        weight_NDD = self.weight.expand(rows_NSD.shape[0], -1, -1)
+        made_NSD = torch.tanh(torch.bmm(rows_NSD, weight_NDD))
+        return torch.baddbmm(self.bias, made_NSD, weight_NDD, alpha=0.5).reshape(rows.shape)
 
 
 class Flattened(Net):

@@ -16,7 +16,7 @@ PACKAGE = Path(celmoe.__file__).parent
 
 FLOORS = [
     {"directml"},
-    {"version", "errors", "ragged", "segments", "tally", "watchers"},
+    {"version", "errors", "ragged", "segments", "slots", "tally", "watchers"},
     {"config", "experts", "product", "inspection"},
     {"members", "affine"},
     {"routing", "names", "context", "fusion", "operations", "signature"},
@@ -26,8 +26,9 @@ FLOORS = [
         "operations_reduce",
         "operations_product",
         "operations_norm",
+        "operations_parameters",
     },
-    {"planner", "operations_elementwise", "operations_attention", "operations_recurrent"},
+    {"planner", "operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
     {"compiler", "dispatch", "outputs", "explain", "template"},
     {"looped", "loss", "proof", "grouping"},
     {"cost", "grouped"},
@@ -88,7 +89,7 @@ def test_the_street_is_used():
     reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
     assert {"compiler", "config", "errors"} <= reached["hierarchy"]
     assert {file for file, found in reached.items() if not found} <= {
-        *("version", "errors", "directml", "experts", "names", "ragged", "segments", "tally", "watchers")
+        *("version", "errors", "directml", "experts", "names", "ragged", "segments", "slots", "tally", "watchers")
     }
 
 

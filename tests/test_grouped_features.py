@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from celmoe import EngineRefusedError, ExpertResult, HierarchicalCELMoE
-from tests.architectures import GatedMLP, NormMLP, PackedAttention, Recurrence
+from tests.architectures import Cell, GatedMLP, NormMLP, PackedAttention, Recurrence
 from tests.traps import (
     BATCHES,
     GROUPED,
@@ -101,13 +101,17 @@ def test_autocast(name: str, trailing: tuple[int, ...]):
                 torch.testing.assert_close(mine.float() / largest, theirs.float() / largest, rtol=0, atol=2**-7)
 
 
-def test_recurrent_layers_are_not_grouped_under_autocast():
+@pytest.mark.parametrize("make", [MAKERS["gru"], partial(Cell, WIDTH)])
+def test_recurrent_layers_are_not_grouped_under_autocast(make: Any):
     """PyTorch casts inside them; without it they are grouped all the same, before and after."""
-    model = build(MAKERS["gru"])
+    model = build(make)
     batch = Batch(trailing=(3,))
     for _ in range(2):
         batch(model)
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(EngineRefusedError, match="gru under autocast"):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(EngineRefusedError, match=r"gru\w* under autocast"),
+        ):
             batch(model)
 
 
@@ -218,6 +222,58 @@ def test_the_model_checkpointed(name: str, how: str):
         )
     # As before a checkpoint was ever made of it.
     assert set(engines_of(subject, Batch()).values()) == {"looped" if name == "mixing" else "grouped"}
+
+
+class Moody(Plain):
+    """What it does is told by a word in its context, which no kind of input knows of."""
+
+    def forward(self, batch):
+        mood = batch.context["mood"]
+        hidden = batch.hidden.mul_(2) if mood == "writes" else batch.hidden
+        rows = torch.tanh(self.linear(hidden))
+        if mood == "mixes":
+            rows = rows - rows.sin().mean(0)
+        if mood == "reads":
+            rows = rows * float(rows.detach().sin().abs().max())
+        if mood == "computes more":
+            rows = rows + rows.sin()
+        return ExpertResult(rows, {"size": rows.pow(2).mean()} if mood == "returns a loss" else {})
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+@pytest.mark.parametrize("mood", ["mixes", "reads", "computes more", "writes", "returns a loss"])
+def test_a_known_class_does_something_new_in_a_checkpoint(mood: str, how: str):
+    """It is tried, and looped where that was in vain; and the same again when the checkpoint runs it again.
+
+    Several forward passes wait for their backward pass, so that what the later ones found out is known by then.
+    """
+    subject, twin = build(Moody, "auto"), build(Moody)
+    for moods in (["calm"], [mood, "calm", mood], ["calm", mood]):
+        losses, batches = [], []
+        for each in moods:
+            mine, theirs = Batch(), Batch()
+            batches.append((mine, theirs))
+
+            def run(hidden: torch.Tensor, batch: Batch = mine, each: str = each) -> torch.Tensor:
+                return summed(subject(hidden, batch.routing, {**batch.context, "mood": each}, batch.mask))
+
+            def summed(output: Any) -> torch.Tensor:
+                return output.fused_hidden.pow(2).sum() + sum(output.losses.values())
+
+            losses.append(checkpoint(run, mine.leaves["hidden"], **CHECKPOINTS[how]))
+            context = {**theirs.context, "mood": each}
+            summed(oracle_of(twin)(theirs.leaves["hidden"], theirs.routing, context, theirs.mask)).backward()
+        for loss in losses:
+            loss.backward()
+        for mine, theirs in batches:
+            found = grads_of(subject, mine.leaves["hidden"])
+            assert_close(found, grads_of(twin, theirs.leaves["hidden"]), rtol=1e-4, atol=1e-5)
+    (level,) = subject.explain(Batch().routing).levels
+    reason = {"mixes": "mixed samples", "reads": "read values"}.get(mood)
+    # What is not watched is remembered, and looped from then on.
+    assert level.engine == ("looped" if reason and how == "reentrant" else "grouped")
+    assert reason is None or reason in level.why
+    assert ("but for calls in a checkpoint where they" in level.why) == (reason is not None and how != "reentrant")
 
 
 def test_a_checkpoint_repeats_dropout():

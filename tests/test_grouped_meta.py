@@ -361,7 +361,7 @@ def test_what_the_proof_does_not_see(name: str, monkeypatch: Patch):
 def test_a_grouped_engine_that_only_refuses_is_no_engine(monkeypatch: Patch):
     """The property tests take a refusal of experts that can run as one for a fault."""
     check_property("grouped", CASE, optimizers=())
-    monkeypatch.setattr(celmoe.grouped, "_attempt", lambda *_: (None, "will not", None))
+    monkeypatch.setattr(celmoe.grouped, "_attempt", lambda *_, **__: (None, "will not", None))
     with pytest.raises(AssertionError):
         check_property("grouped", CASE, optimizers=())
 

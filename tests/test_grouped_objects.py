@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import random
 import types
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from celmoe import ExpertResult, HierarchicalCELMoE
@@ -40,6 +42,26 @@ class Tree:
     config: Config
 
 
+@dataclasses.dataclass(slots=True)
+class SlottedConfig:
+    scale: Any = 2.0
+
+
+class HalfSlotted(SlottedConfig):
+    """Slots of its base, and a ``__dict__`` beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    scale: float = 2.0
+    widths: tuple[int, ...] = (1, 2)
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
 class Pair(NamedTuple):
     scales: list[float]
     name: str = "pair"
@@ -54,6 +76,10 @@ OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "namespace": (lambda: types.SimpleNamespace(scale=2.0), lambda held: held),
     "dataclass": (Config, lambda held: held),
     "object in an object": (lambda: Tree(Config()), lambda held: held.config),
+    "frozen beside it": (lambda: types.SimpleNamespace(scale=2.0, sizes=Frozen()), lambda held: held),
+    "slots": (SlottedConfig, lambda held: held),
+    "slots and attributes": (HalfSlotted, lambda held: held),
+    "object in a slot": (lambda: SlottedConfig(Config()), lambda held: held.scale),
     "object in a list": (lambda: [Config()], lambda held: held[0]),
     "object in a dict": (lambda: {"a": Config()}, lambda held: held["a"]),
     "object in an ordered dict": (lambda: collections.OrderedDict(a=Config()), lambda held: held["a"]),
@@ -63,6 +89,7 @@ LISTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "list": (lambda: [2.0], lambda held: held),
     "list of the user's": (lambda: Numbers([2.0]), lambda held: held),
     "list in an object": (lambda: types.SimpleNamespace(scales=[2.0]), lambda held: held.scales),
+    "list in a slot": (lambda: SlottedConfig([2.0]), lambda held: held.scale),
     "list in a dict": (lambda: {"a": [2.0]}, lambda held: held["a"]),
     "list in an ordered dict": (lambda: collections.OrderedDict(a=[2.0]), lambda held: held["a"]),
     "list in a default dict": (lambda: collections.defaultdict(list, a=[2.0]), lambda held: held["a"]),
@@ -136,6 +163,123 @@ def test_an_expert_that_counts_up_its_number(holder: str):
 
     check_refusal(make, r"wrote|writ|compared")
     check_auto(make)
+
+
+class HoldsFrozen(Plain):
+    """A config of numbers that can't be set, other than by force."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Frozen()
+
+    def forward(self, batch):
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)) * self.config.scale / len(self.config.widths))
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+@pytest.mark.parametrize("expert", [0, 1, 4])
+def test_a_frozen_config_with_slots(expert: int, engine: str):
+    """It is compared field by field, replaced, and set by force."""
+    changes: list[Callable[[Any], None]] = [
+        lambda held: setattr(held, "config", Frozen(3.0, (1,))),
+        lambda held: object.__setattr__(held.config, "scale", 5.0),
+        lambda held: object.__delattr__(held.config, "widths") or object.__setattr__(held.config, "widths", (1, 2, 3)),
+        lambda held: setattr(held, "config", Frozen()),
+    ]
+    subject, twin = (build(HoldsFrozen, engine) for _ in range(2))
+    assert_like_oracle(subject, twin, Batch)
+    if engine == GROUPED:
+        assert_ran_grouped(subject, Batch())
+    for change in changes:
+        for model in (subject, twin):
+            change(experts_of(model)[expert])
+        assert_like_oracle(subject, twin, Batch)
+
+
+class HoldsUnset(Plain):
+    """A slot that holds nothing yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SlottedConfig()
+        del self.config.scale
+
+    def forward(self, batch):
+        rows = torch.tanh(self.linear(batch.hidden))
+        return ExpertResult(rows * self.config.scale if hasattr(self.config, "scale") else rows)
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+def test_a_slot_that_comes_to_hold_something(engine: str):
+    subject, twin = (build(HoldsUnset, engine) for _ in range(2))
+    for scale in (None, 3.0):
+        if scale is not None:
+            for model in (subject, twin):
+                experts_of(model)[1].config.scale = scale
+        assert_like_oracle(subject, twin, Batch)
+        assert engine == "auto" or len(subject.explain(Batch().routing).levels[0].classes) == (
+            1 if scale is None else 2
+        )
+
+
+class Told(Plain):
+    """What it does depends on a number's sign and kind."""
+
+    def __init__(self, holder: Any) -> None:
+        super().__init__()
+        self.held = holder
+
+    def forward(self, batch):
+        number = self.held[0] if isinstance(self.held, list) else self.held.scale
+        factor = math.copysign(2.0 if type(number) is float else 3.0, number)
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)) * factor)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, -0.0), (-1, -1.0), (1.0, True)])
+@pytest.mark.parametrize("holder", ["list", "namespace", "slots"])
+def test_a_number_replaced_by_one_that_is_equal(holder: str, before: float, after: float):
+    """They compare as equal, and are not the same."""
+
+    def make() -> Any:
+        match holder:
+            case "list":
+                return [before]
+            case "namespace":
+                return types.SimpleNamespace(scale=before)
+            case _:
+                return SlottedConfig(before)
+
+    subject, twin = (build(lambda: Told(make())) for _ in range(2))
+    assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+    for model in (subject, twin):
+        held = experts_of(model)[1].held
+        if isinstance(held, list):
+            held[0] = after
+        else:
+            held.scale = after
+    assert_like_oracle(subject, twin, Batch)
+
+
+@pytest.mark.parametrize("whose", ["config", "expert", "layer"])
+def test_all_attributes_replaced_at_once(whose: str):
+    def make() -> Holding:
+        return holding("namespace" if whose != "config" else "dataclass")
+
+    subject, twin = build(make), build(make)
+    assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+    for model in (subject, twin):
+        first, second = experts_of(model)[:2]
+        if whose == "config":
+            second.held.__dict__ = {"scale": 5.0}
+        elif whose == "expert":
+            second.__dict__ = {**second.__dict__, "held": types.SimpleNamespace(scale=5.0)}
+        else:
+            own = {name: nn.Parameter(each * 2) for name, each in second.linear._parameters.items()}
+            second.linear.__dict__ = {**second.linear.__dict__, "_parameters": own}
+        assert first is not second
+    assert_like_oracle(subject, twin, Batch)
 
 
 class Activated(Plain):
