@@ -1,0 +1,356 @@
+"""A device that can do what torch-directml can, and refuses or counts the rest: no machine of ours has the real one.
+
+It is a backend for the device type that torch-directml has, ``privateuseone``. PyTorch's dispatcher sees the kernels that
+the plug-in registers (`operators`) and no others, so it decomposes, falls back and records for autograd as it does
+there, and backward passes run in the engine's thread for the device. The kernels themselves are the CPU's, on the same
+memory. Beside operators it has the device's other traits: no more than five dimensions, few dtypes, no inference mode,
+splits that are copies, and what is known to come out wrong is refused.
+
+Refused is what would be slow, wrong or the end of the process there. What computes on the CPU in secret and what reads
+a value back is counted by `tallied`: a program may want it now and then.
+
+A backend can't be taken back, so `install` is for a process of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.directml import operators
+from tests.directml.operators import DTYPES, FALLBACK, MOST_DIMS, NATIVE, Kind, verdict
+
+DEVICE_TYPE = "privateuseone"
+
+# Parts of PyTorch that make a backend in Python. Older ones need C++.
+_NEEDED = ("register_python_privateuseone_hook", "register_python_privateuseone_device_guard")
+
+
+class RefusedError(RuntimeError):
+    """What DirectML can't do, or does on the CPU or wrongly."""
+
+
+class FallbackError(RefusedError):
+    """An operator without a kernel: it would be computed on the CPU."""
+
+
+class WrongResultError(RefusedError):
+    """DirectML would compute something else."""
+
+
+class UnsupportedError(RefusedError):
+    """A dtype, a rank or a mode that DirectML doesn't have."""
+
+
+@dataclass
+class Tally:
+    """What was asked of the device, by operator.
+
+    Attributes:
+        kernels: All kernels that ran.
+        hidden: Those that compute on the CPU without a warning.
+        reads: Those that read values back to the host, copies included.
+        refused: What was refused, whoever caught the error.
+    """
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    hidden: Counter[str] = field(default_factory=Counter)
+    reads: Counter[str] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)
+
+
+_tallies: list[Tally] = []
+# Nothing comes by Python's garbage collector before the process ends.
+_libraries: list[torch.library.Library] = []
+
+
+@contextmanager
+def tallied() -> Iterator[Tally]:
+    """Counts what happens on the device, in whatever thread."""
+    tally = Tally()
+    _tallies.append(tally)
+    try:
+        yield tally
+    finally:
+        _tallies.remove(tally)
+
+
+def why_not() -> str | None:
+    """Why this PyTorch can't have the stand-in, if it can't."""
+    missing = [name for name in _NEEDED if not hasattr(getattr(torch._C, "_acc", None), name)]
+    return f"PyTorch {torch.__version__} has no backends in Python ({', '.join(missing)})" if missing else None
+
+
+def install() -> torch.device:
+    """Make ``privateuseone`` the stand-in, for the rest of this process."""
+    if _libraries:
+        return torch.device(DEVICE_TYPE, 0)
+    # The same name: without one that was given, PyTorch takes the backend for none and runs backward passes on no thread.
+    torch.utils.rename_privateuse1_backend(DEVICE_TYPE)
+    torch._register_device_module(DEVICE_TYPE, _Module)
+    torch._C._acc.register_python_privateuseone_hook(_Hooks())
+    torch._C._acc.register_python_privateuseone_device_guard(_Guard())
+
+    every = torch.library.Library("_", "IMPL", "PrivateUse1")
+    every.fallback(_fall_back)
+    aten = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    for name in sorted(NATIVE):
+        op = _operator(name)
+        # reshape: the plug-in has one below autograd and one above, which do as PyTorch's own.
+        if op is not None and not _decomposes_above_autograd(op):
+            aten.impl(op, _OWN.get(name) or (_viewing(op) if name in _VIEWS else _computing(op, name)))
+    for name in sorted(FALLBACK):
+        op = _operator(name)
+        if op is not None and _is_composite(op):
+            # Made of others in this PyTorch, but not in the plug-in's.
+            aten.impl(op, lambda *args, _op=op, **kwargs: _fall_back(_op))
+    _libraries.extend((every, aten))
+    return torch.device(DEVICE_TYPE, 0)
+
+
+class _Module:
+    """What torch-directml registers as ``torch.privateuseone``, as far as PyTorch asks for it."""
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_autocast_enabled() -> bool:
+        return False
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.float16]
+
+    @staticmethod
+    def _is_in_bad_fork() -> bool:
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+
+if why_not() is None:
+
+    class _Hooks(torch._C._acc.PrivateUse1Hooks):
+        def is_available(self) -> bool:
+            return True
+
+        def has_primary_context(self, dev_id: int) -> bool:
+            return True
+
+        def is_built(self) -> bool:
+            return True
+
+    class _Guard(torch._C._acc.DeviceGuard):
+        def type_(self) -> Any:
+            return torch._C._autograd.DeviceType.PrivateUse1
+
+
+def _operator(name: str) -> Any:
+    base, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
+
+
+def _decomposes_above_autograd(op: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
+def _is_composite(op: Any) -> bool:
+    keys = ("CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in keys)
+
+
+# The same memory under two devices. DLPack knows both, and says whose memory it is in two integers.
+
+_CPU, _EXTENSION = 1, 12
+
+
+class _DLTensorHead(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
+
+
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+
+
+def _under(device: int, tensor: torch.Tensor) -> torch.Tensor:
+    capsule = torch._C._to_dlpack(tensor)
+    head = _DLTensorHead.from_address(_pointer_of(capsule, b"dltensor"))
+    head.device_type, head.device_id = device, 0
+    return torch._C._from_dlpack(capsule)
+
+
+def _on_device(tensor: torch.Tensor) -> torch.Tensor:
+    return _checked(_under(_EXTENSION, tensor))
+
+
+def _on_host(value: Any) -> Any:
+    """The same with the CPU's tensors, in the same memory."""
+    if isinstance(value, torch.Tensor):
+        return _under(_CPU, _checked(value)) if value.device.type == DEVICE_TYPE else value
+    if isinstance(value, list | tuple):
+        return [_on_host(each) for each in value]
+    return value
+
+
+def _checked(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype not in DTYPES:
+        raise _refused(UnsupportedError(f"DirectML has no {tensor.dtype}, or not on every GPU"))
+    if tensor.dim() > MOST_DIMS:
+        raise _refused(UnsupportedError(f"DirectML has at most {MOST_DIMS} dimensions (got {tuple(tensor.shape)})"))
+    return tensor
+
+
+def _refused(error: RefusedError) -> RefusedError:
+    for tally in _tallies:
+        tally.refused.append(str(error))
+    return error
+
+
+def _note(name: str, kind: Kind) -> None:
+    for tally in _tallies:
+        tally.kernels[name] += 1
+        if kind is Kind.HIDDEN_CPU:
+            tally.hidden[name] += 1
+        elif kind is Kind.SYNC:
+            tally.reads[name] += 1
+
+
+def _require_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise _refused(UnsupportedError("DirectML can't set version_counter for inference tensor: use no_grad"))
+
+
+def _fall_back(op: Any, *args: Any, **kwargs: Any) -> Any:
+    raise _refused(FallbackError(f"{op} has no kernel on DirectML: it falls back to the CPU"))
+
+
+# Kernels.
+
+_HOST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_VIEWS = frozenset(("view", "as_strided", "as_strided_", "_reshape_alias", "_unsafe_view", "alias", "unfold"))
+
+
+def _viewing(op: Any) -> Callable[..., Any]:
+    """The CPU's kernel for views looks at sizes alone, so it takes this device's tensors."""
+
+    def view(*args: Any, **kwargs: Any) -> Any:
+        _require_mode()
+        _note(operators.name_of(op), Kind.NATIVE)
+        return _checked(op.redispatch(_HOST_KEYS, *args, **kwargs))
+
+    return view
+
+
+def _computing(op: Any, name: str) -> Callable[..., Any]:
+    """The CPU's kernel on the same memory."""
+    arguments = op._schema.arguments
+    results = [argument.name for argument in arguments if argument.is_out]
+    places = {argument.name: place for place, argument in enumerate(arguments) if not argument.kwarg_only}
+    # Where each of its results comes from, if not out of the kernel.
+    returned = [_written_by(each, arguments) for each in op._schema.returns]
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        _require_mode()
+        with torch._C.DisableTorchFunction():
+            given = [_on_host(each) for each in args]
+            named = {key: _on_host(value) for key, value in kwargs.items()}
+            if "device" in named:
+                named["device"] = torch.device("cpu")
+            kind = verdict(op, given, named).kind
+            _note(name, kind)
+            if kind is Kind.WRONG:
+                raise _refused(WrongResultError(f"{op} gives wrong results on DirectML ({operators.WRONG[name]})"))
+            # Results may be resized, which shared memory can't be.
+            named |= {key: torch.empty(0, dtype=named[key].dtype) for key in results}
+            found = op(*given, **named)
+            for key in results:
+                _put(kwargs[key], named[key])
+            if not returned:
+                return found
+            values = [found] if len(returned) == 1 else found
+            made = [
+                _made(value, name) if source is None else kwargs[source] if source in kwargs else args[places[source]]
+                for value, source in zip(values, returned, strict=True)
+            ]
+            return made[0] if len(made) == 1 else tuple(made)
+
+    return compute
+
+
+def _written_by(result: Any, arguments: Any) -> str | None:
+    if result.alias_info is None or not result.alias_info.is_write:
+        return None
+    return next(
+        each.name
+        for each in arguments
+        if each.alias_info is not None
+        and each.alias_info.is_write
+        and each.alias_info.before_set == result.alias_info.before_set
+    )
+
+
+def _made(value: Any, name: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _on_device(value.clone() if name in operators.COPIES else value)
+    if isinstance(value, list | tuple):
+        return [_made(each, name) for each in value]
+    return value
+
+
+def _put(result: torch.Tensor, value: torch.Tensor) -> None:
+    if result.shape == value.shape:
+        _on_host(result).copy_(value)
+    else:
+        memory = (_on_device(value).untyped_storage(), 0, value.shape, value.stride())
+        torch.ops.aten.set_.source_Storage_storage_offset.redispatch(_HOST_KEYS, result, *memory)
+
+
+def _empty(size: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
+    _require_mode()
+    _note("empty.memory_format", Kind.NATIVE)
+    return _on_device(torch.empty(size, dtype=dtype))
+
+
+def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
+    _require_mode()
+    _note("empty_strided", Kind.NATIVE)
+    return _on_device(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def _resize(tensor: torch.Tensor, size: Any, **_: Any) -> torch.Tensor:
+    _note("resize_", Kind.NATIVE)
+    if list(tensor.shape) != list(size):
+        _put(tensor, torch.empty(size, dtype=tensor.dtype))
+    return tensor
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    _require_mode()
+    is_read = source.device.type == DEVICE_TYPE and target.device.type == "cpu"
+    _note("copy_", Kind.SYNC if is_read else Kind.NATIVE)
+    _on_host(target).copy_(_on_host(source))
+    return target
+
+
+# Where the CPU has no kernel of that name, or one that asks for memory of its own.
+_OWN: dict[str, Callable[..., Any]] = {
+    "empty.memory_format": _empty,
+    "empty_strided": _empty_strided,
+    "resize_": _resize,
+    "copy_": _copy,
+    "_copy_from": lambda source, target, non_blocking=False: _copy(target, source),
+    "_copy_from_and_resize": lambda source, target: _copy(_resize(target, source.shape), source),
+}
