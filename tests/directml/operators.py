@@ -7,6 +7,7 @@ Nothing here needs that package or its device. The facts are in ``data/``; opera
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Kind(enum.Enum):
     HIDDEN_CPU = "runs on the CPU, without a warning"
     SYNC = "reads values back to the host"
     WRONG = "gives wrong results"
+    DOUBLE = "needs float64, which not every device has"
     FALLS_BACK = "falls back to the CPU"
     DECOMPOSES = "runs other operators"
 
@@ -62,6 +64,7 @@ FALLBACK = frozenset(line[0] for line in _lines("fallback.txt"))
 _EXCEPTIONS = list(_lines("exceptions.txt"))
 HIDDEN_CPU = frozenset(name for how, name, *_ in _EXCEPTIONS if how == "cpu")
 SYNC = frozenset(name for how, name, *_ in _EXCEPTIONS if how == "sync")
+DOUBLE = frozenset(name for how, name, *_ in _EXCEPTIONS if how == "double")
 COPIES = frozenset(name for how, name, *_ in _EXCEPTIONS if how == "copy")
 # By operator: the condition under which it is wrong.
 WRONG = {name: when[0] for how, name, *when in _EXCEPTIONS if how == "wrong"}
@@ -78,12 +81,30 @@ def verdict(op: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None 
 
     ``DECOMPOSES`` is for what is made of others by more than naming a result: `decomposed` runs it that way.
     """
+    found = _verdict(op)
+    if found.kind is Kind.WRONG and args and not _CONDITIONS[WRONG[found.reached]](args, kwargs or {}):
+        return Verdict(Kind.NATIVE, found.reached)
+    return found
+
+
+def decomposed(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator that decomposes as the others that it is made of, on any device."""
+    return op._op_dk(_key(op), *args, **kwargs)
+
+
+@functools.cache
+def _key(op: Any) -> Any:
+    return getattr(torch._C.DispatchKey, next(key for key in _COMPOSITE if _has_kernel(op, key)))
+
+
+@functools.cache
+def _verdict(op: Any) -> Verdict:
     if not op._schema.name.startswith("aten::"):
         return Verdict(Kind.FALLS_BACK, op._schema.name)
     for reached in (op, *_results_of(op)):
         name = name_of(reached)
         if name in NATIVE:
-            return Verdict(_kind_of_native(name, args, kwargs or {}), name)
+            return Verdict(_kind_of_native(name), name)
         if name in FALLBACK:
             return Verdict(Kind.FALLS_BACK, name)
     # What has no kernel for all devices is newer than the plug-in's torch.
@@ -91,20 +112,14 @@ def verdict(op: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None 
     return Verdict(Kind.DECOMPOSES if is_known else Kind.FALLS_BACK, name_of(op))
 
 
-def decomposed(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operator that decomposes as the others that it is made of, on any device."""
-    key = next(key for key in _COMPOSITE if _has_kernel(op, key))
-    return op._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
-
-
-def _kind_of_native(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Kind:
-    if name in HIDDEN_CPU:
-        return Kind.HIDDEN_CPU
-    if name in SYNC:
-        return Kind.SYNC
-    if name in WRONG and (not args or _CONDITIONS[WRONG[name]](args, kwargs)):
-        return Kind.WRONG
-    return Kind.NATIVE
+def _kind_of_native(name: str) -> Kind:
+    special = {
+        Kind.HIDDEN_CPU: HIDDEN_CPU,
+        Kind.SYNC: SYNC,
+        Kind.DOUBLE: DOUBLE,
+        Kind.WRONG: WRONG,
+    }
+    return next((kind for kind, names in special.items() if name in names), Kind.NATIVE)
 
 
 def _has_kernel(op: Any, key: str) -> bool:

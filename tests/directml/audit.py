@@ -1,0 +1,160 @@
+"""A training step of a model on the masquerade, held against what its experts do there alone.
+
+What the user's own modules do on the device is theirs. So each expert runs alone on its rows first, and what is found
+then is taken off what is found of the whole model: what is left, the library did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+import celmoe.grouped
+import celmoe.proof
+from celmoe import (
+    CELMoEConfig,
+    ExpertBatch,
+    ExpertConfig,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+    RoutingPlan,
+)
+from tests.directml.masquerade import Finding, Record, masquerade
+from tests.directml.operators import Kind
+from tests.experts import KINDS, Registry
+
+WIDTH, POSITIONS, TABLE = 4, 3, 7
+COUNTS = (5, 3, 1, 4)
+BATCH = sum(COUNTS)
+_EXPERTS = [f"e{index}" for index in range(len(COUNTS))]
+
+
+class Inputs(NamedTuple):
+    """What a model is called with."""
+
+    hidden: torch.Tensor
+    routing: dict[str, list[str]]
+    context: Any
+    mask: torch.Tensor | None
+
+
+def inputs(*, has_positions: bool, mask: str = "bool") -> Inputs:
+    """Rows of all experts, in no order; a context with rows, ids and a table; and a mask."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    shape = (BATCH, POSITIONS, WIDTH) if has_positions else (BATCH, WIDTH)
+    ids = torch.randperm(BATCH, generator=generator).tolist()
+    names = [name for name, count in zip(_EXPERTS, COUNTS, strict=True) for _ in range(count)]
+    context = {
+        "row_hidden": normal(*shape),
+        "row_ids": torch.randint(0, TABLE, (BATCH,), generator=generator),
+        "row_flags": torch.rand(BATCH, 2, generator=generator) < 0.5,
+        "all_table": normal(TABLE, 3),
+        "temperature": 0.5,
+    }
+    masks = {
+        "none": lambda: None,
+        "bool": lambda: torch.rand(shape[:-1], generator=generator) < 0.7,
+        "grad": lambda: normal(*shape[:-1]),
+    }
+    routing = {"upper": ["u0" if each % 2 else "u1" for each in ids], "lower": [names[each] for each in ids]}
+    return Inputs(normal(*shape), routing, context, masks[mask]())
+
+
+def build(kind: str, engine: str, fusion: str = "learned") -> HierarchicalCELMoE:
+    """A model of two levels of experts of one kind; no dropout in the fusion, for whether there is one is its user's."""
+    torch.manual_seed(0)
+    registry = Registry(WIDTH)
+    levels = [
+        HierarchyLevelConfig("upper", {name: ExpertConfig(name, gradient_scale=0.5) for name in ("u0", "u1")}),
+        HierarchyLevelConfig("lower", {name: ExpertConfig(name) for name in _EXPERTS}),
+    ]
+    options: dict[str, Any] = {"use_learned_fusion": False} if fusion == "mean" else {"fusion_type": fusion}
+    config = CELMoEConfig(WIDTH, levels, fusion_dropout=0.0, **options)
+    return HierarchicalCELMoE(config, lambda *_: KINDS[kind].make(WIDTH, registry), engine=engine)
+
+
+def step(model: HierarchicalCELMoE, given: Inputs, routing: RoutingPlan | dict[str, list[str]]) -> torch.Tensor:
+    """Forward and backward; gives the fused hidden states."""
+    output = model(given.hidden, routing=routing, context=given.context, mask=given.mask)
+    total = output.fused_hidden.sum()
+    for loss in output.losses.values():
+        total = total + loss.sum()
+    total.backward()
+    return output.fused_hidden.detach()
+
+
+def alone(model: HierarchicalCELMoE, given: Inputs) -> Counter[Finding]:
+    """What is found of the experts themselves, each on its rows."""
+    batches = []
+    for level, names in given.routing.items():
+        for name, module in model.level_modules[level].items():
+            rows = torch.tensor([row for row, each in enumerate(names) if each == name])
+
+            def cut(value: Any, rows: torch.Tensor = rows) -> Any:
+                if not isinstance(value, torch.Tensor) or len(value) != BATCH:
+                    return value
+                # A copy, for their rows are no leaves in a model, and they may write into them.
+                return value.detach()[rows].requires_grad_(value.requires_grad).clone()
+
+            context = {key: cut(value) for key, value in given.context.items()}
+            state = {"level": level, "expert": name}
+            batches.append((module, ExpertBatch(cut(given.hidden), context, cut(given.mask), state)))
+    with masquerade() as record:
+        for module, batch in batches:
+            result = module(batch)
+            total = result.hidden.sum()
+            for loss in result.losses.values():
+                total = total + loss.sum()
+            if total.requires_grad:
+                total.backward()
+    return record.findings
+
+
+@contextlib.contextmanager
+def _trials_are_seen() -> Iterator[None]:
+    """A class on trial is kept from modes that watch; here it is watched, too."""
+    with (
+        mock.patch.object(celmoe.grouped, "unwatched", contextlib.nullcontext),
+        mock.patch.object(celmoe.proof, "unwatched", contextlib.nullcontext),
+    ):
+        yield
+
+
+class Audit(NamedTuple):
+    """What the library did that the device does not do well.
+
+    Attributes:
+        first: At a first call, in which classes are proven.
+        later: At a later one.
+        record: Of the later one.
+        fused: What that gave.
+    """
+
+    first: Counter[Finding]
+    later: Counter[Finding]
+    record: Record
+    fused: torch.Tensor
+
+
+def audit(
+    model: HierarchicalCELMoE, given: Inputs, *, with_plan: bool, run: Callable[..., torch.Tensor] = step
+) -> Audit:
+    """Run two steps of a model on the masquerade."""
+    theirs = alone(model, given)
+    routing = model.compile_routing(given.routing) if with_plan else given.routing
+    with _trials_are_seen(), masquerade() as first:
+        run(model, given, routing)
+    with _trials_are_seen(), masquerade() as later:
+        fused = run(model, given, routing)
+    # A proof runs its class several times, and reads what came out.
+    new = {what: count for what, count in first.findings.items() if what not in theirs and what.what != Kind.SYNC.value}
+    return Audit(Counter(new), later.findings - theirs, later, fused)

@@ -1,0 +1,213 @@
+"""A CPU's tensors that say they are DirectML's, and a record of what such a device would not do well.
+
+There is no such device here, but the library chooses by what tensors say of their device. So a mode answers for them,
+``privateuseone:0``, and takes that device for the CPU wherever tensors are made or moved. Below autograd another mode
+sees every operation, forward and backward, and asks `operators.verdict` about it. What is made of other operators is
+run as those; what returns copies there returns copies.
+
+Tensors are the host's if they come from NumPy or were moved to the CPU, and what is made of those alone. All others are
+the device's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from celmoe.ragged import Ragged
+from tests.directml.operators import COPIES, DTYPES, MOST_DIMS, Kind, decomposed, verdict
+
+DEVICE = torch.device("privateuseone:0")
+_CPU = torch.device("cpu")
+_READS = frozenset(
+    ("item", "tolist", "numpy", "cpu", "__array__", "__bool__", "__int__", "__float__", "__index__", "is_nonzero")
+)
+
+
+class Finding(NamedTuple):
+    """Something that the device does not do well.
+
+    Attributes:
+        what: Why not.
+        operator: The kernel, or the method, that it is.
+    """
+
+    what: str
+    operator: str
+
+
+class Record:
+    """What was found so far, and which tensors are the host's."""
+
+    def __init__(self) -> None:
+        self.findings: Counter[Finding] = Counter()
+        self.operators: Counter[str] = Counter()
+        # By storage; the tensors are kept, so that no other storage takes the place.
+        self._host: dict[int, torch.Tensor] = {}
+
+    def is_host(self, tensor: torch.Tensor) -> bool:
+        """Whether it is the host's."""
+        return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._host
+
+    def to_host(self, tensor: torch.Tensor) -> None:
+        """It is the host's from now on, and whatever shares its memory."""
+        self._host[tensor.untyped_storage()._cdata] = tensor
+
+    def find(self, what: str, operator: str) -> None:
+        """Something was found."""
+        self.findings[Finding(what, operator)] += 1
+
+
+class _Answering(TorchFunctionMode):
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            attribute = func.__self__.__name__
+            if attribute in ("device", "is_cpu") and isinstance(args[0], torch.Tensor):
+                is_host = self._record.is_host(args[0])
+                return is_host if attribute == "is_cpu" else (_CPU if is_host else DEVICE)
+            return func(*args, **kwargs)
+        if name in _READS and not self._record.is_host(args[0]):
+            self._record.find(Kind.SYNC.value, name)
+        if name in ("to", "cpu"):
+            return self._moved(func, name, args, kwargs)
+        wanted = kwargs.get("device")
+        if wanted is not None:
+            kwargs["device"] = _CPU
+        result = func(*args, **kwargs)
+        if wanted is not None and torch.device(wanted).type == "cpu":
+            self._record.to_host(result)
+        return result
+
+    def _moved(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        tensor = args[0]
+        options = [*args[1:], *kwargs.values()]
+        wanted = _CPU if name == "cpu" else next(filter(None, map(self._device_in, options)), None)
+        args = tuple(_CPU if isinstance(each, torch.device | str) else each for each in args)
+        kwargs = {key: _CPU if isinstance(value, torch.device | str) else value for key, value in kwargs.items()}
+        was_host = self._record.is_host(tensor)
+        result = func(*args, **kwargs)
+        if wanted is None or (wanted.type == "cpu") == was_host:
+            return result
+        if wanted.type == "cpu" and name != "cpu":
+            self._record.find(Kind.SYNC.value, "to(cpu)")
+        with torch.utils._python_dispatch._disable_current_modes():
+            result = result.clone() if result.is_leaf else result + 0
+        if wanted.type == "cpu":
+            self._record.to_host(result)
+        return result
+
+    def _device_in(self, option: Any) -> torch.device | None:
+        if isinstance(option, torch.Tensor):
+            return _CPU if self._record.is_host(option) else DEVICE
+        return torch.device(option) if isinstance(option, torch.device | str) else None
+
+
+class _Watching(TorchDispatchMode):
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self._record = record
+        self._inside: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # Operators inside of this one are nobody's calls.
+        with torch._C.DisableTorchFunction():
+            return self._seen(func, _with_tensors(func, args), kwargs or {})
+
+    def _seen(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        record = self._record
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        of_host = [each for each in given if record.is_host(each)]
+        if given and len(of_host) == len(given):
+            result = func(*args, **kwargs)
+            for each in tree_leaves(result):
+                if isinstance(each, torch.Tensor):
+                    record.to_host(each)
+            return result
+        found = verdict(func, args, kwargs)
+        if found.kind is Kind.DECOMPOSES:
+            if func in self._inside:
+                # Detaching calls itself; what does has nothing to launch.
+                return func(*args, **kwargs)
+            self._inside.append(func)
+            try:
+                with self:
+                    return decomposed(func, args, kwargs)
+            finally:
+                self._inside.remove(func)
+        record.operators[found.reached] += 1
+        if found.kind is not Kind.NATIVE:
+            record.find(found.kind.value, found.reached)
+        if found.reached == "copy_":
+            if record.is_host(args[0]):
+                record.find(Kind.SYNC.value, "copy_")
+        elif any(each.dim() for each in of_host):
+            record.find("mixes tensors of host and device", found.reached)
+        result = func(*args, **kwargs)
+        if found.reached in COPIES:
+            result = tree_map_only(torch.Tensor, torch.clone, result)
+        for each in (*given, *(each for each in tree_leaves(result) if isinstance(each, torch.Tensor))):
+            if each.dtype not in DTYPES and not record.is_host(each):
+                record.find(f"takes or gives {each.dtype}", found.reached)
+            if each.dim() > MOST_DIMS:
+                record.find(f"takes or gives more than {MOST_DIMS} dimensions", found.reached)
+        return result
+
+
+def _with_tensors(func: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """Numbers as tensors where the operator takes nothing else: inside of others numbers are passed on like that."""
+    parameters = zip(func._schema.arguments, args, strict=False)
+    return tuple(
+        torch.scalar_tensor(value, dtype=torch.int64 if type(value) is int else None)
+        if type(value) in (int, float) and str(each.type) == "Tensor"
+        else value
+        for each, value in parameters
+    )
+
+
+@contextlib.contextmanager
+def masquerade() -> Iterator[Record]:
+    """Tensors say that they are DirectML's, and what they go through is recorded."""
+    record = Record()
+    from_numpy = torch.from_numpy
+
+    def of_host(array: Any) -> torch.Tensor:
+        tensor = from_numpy(array)
+        record.to_host(tensor)
+        return tensor
+
+    answering = _Answering(record)
+    run_backward = torch.autograd._engine_run_backward
+
+    def answered(*args: Any, **kwargs: Any) -> Any:
+        # What asks for gradients is a function like others: the mode is left while it runs.
+        with answering:
+            return run_backward(*args, **kwargs)
+
+    # A CPU's fused attention is its own: that device has the plain one.
+    with (
+        mock.patch.object(torch, "from_numpy", of_host),
+        # What stands for rows reads past all modes.
+        mock.patch.object(Ragged, "device", DEVICE),
+        mock.patch.object(torch.autograd, "_engine_run_backward", answered),
+        sdpa_kernel(SDPBackend.MATH),
+        answering,
+        _Watching(record),
+    ):
+        yield record
