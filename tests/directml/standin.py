@@ -1,10 +1,10 @@
 """A device that can do what torch-directml can, and refuses or counts the rest: no machine of ours has the real one.
 
-It is a backend for the device type that torch-directml has, ``privateuseone``. PyTorch's dispatcher sees the kernels that
-the plug-in registers (`operators`) and no others, so it decomposes, falls back and records for autograd as it does
+It is a backend for the device type that torch-directml has, ``privateuseone``. PyTorch's dispatcher sees the kernels
+that the plug-in registers (`operators`) and no others, so it decomposes, falls back and records for autograd as it does
 there, and backward passes run in the engine's thread for the device. The kernels themselves are the CPU's, on the same
 memory. Beside operators it has the device's other traits: no more than five dimensions, few dtypes, no inference mode,
-splits that are copies, and what is known to come out wrong is refused.
+and splits that are copies.
 
 Refused is what would be slow, wrong or the end of the process there. What computes on the CPU in secret and what reads
 a value back is counted by `tallied`: a program may want it now and then.
@@ -66,7 +66,7 @@ class Tally:
 
 
 _tallies: list[Tally] = []
-# Nothing comes by Python's garbage collector before the process ends.
+# Their kernels live as long as they do.
 _libraries: list[torch.library.Library] = []
 
 
@@ -91,20 +91,25 @@ def install() -> torch.device:
     """Make ``privateuseone`` the stand-in, for the rest of this process."""
     if _libraries:
         return torch.device(DEVICE_TYPE, 0)
-    # The same name: without one that was given, PyTorch takes the backend for none and runs backward passes on no thread.
+    # To its own name: where none was given, this PyTorch takes the backend for none, and runs no backward pass on it.
     torch.utils.rename_privateuse1_backend(DEVICE_TYPE)
     torch._register_device_module(DEVICE_TYPE, _Module)
-    torch._C._acc.register_python_privateuseone_hook(_Hooks())
-    torch._C._acc.register_python_privateuseone_device_guard(_Guard())
+    hook, guard = torch._C._acc.PrivateUse1Hooks, torch._C._acc.DeviceGuard
+    has_it = {name: lambda *_: True for name in ("is_available", "is_built", "has_primary_context")}
+    torch._C._acc.register_python_privateuseone_hook(type("_Hook", (hook,), has_it)())
+    is_one = {"type_": lambda _: torch._C._autograd.DeviceType.PrivateUse1}
+    torch._C._acc.register_python_privateuseone_device_guard(type("_Guard", (guard,), is_one)())
 
     every = torch.library.Library("_", "IMPL", "PrivateUse1")
     every.fallback(_fall_back)
     aten = torch.library.Library("aten", "IMPL", "PrivateUse1")
-    for name in sorted(NATIVE):
+    for name in sorted(NATIVE - _OWN.keys()):
         op = _operator(name)
         # reshape: the plug-in has one below autograd and one above, which do as PyTorch's own.
         if op is not None and not _decomposes_above_autograd(op):
-            aten.impl(op, _OWN.get(name) or (_viewing(op) if name in _VIEWS else _computing(op, name)))
+            aten.impl(op, _viewing(op) if name in _VIEWS else _computing(op, name))
+    for name, kernel in _OWN.items():
+        aten.impl(name, kernel)
     for name in sorted(FALLBACK):
         op = _operator(name)
         if op is not None and _is_composite(op):
@@ -142,23 +147,6 @@ class _Module:
         torch.default_generator.manual_seed(seed)
 
 
-if why_not() is None:
-
-    class _Hooks(torch._C._acc.PrivateUse1Hooks):
-        def is_available(self) -> bool:
-            return True
-
-        def has_primary_context(self, dev_id: int) -> bool:
-            return True
-
-        def is_built(self) -> bool:
-            return True
-
-    class _Guard(torch._C._acc.DeviceGuard):
-        def type_(self) -> Any:
-            return torch._C._autograd.DeviceType.PrivateUse1
-
-
 def _operator(name: str) -> Any:
     base, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, base, None), overload or "default", None)
@@ -182,7 +170,9 @@ class _DLTensorHead(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
 
 
-_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 def _under(device: int, tensor: torch.Tensor) -> torch.Tensor:
@@ -257,6 +247,7 @@ def _viewing(op: Any) -> Callable[..., Any]:
 def _computing(op: Any, name: str) -> Callable[..., Any]:
     """The CPU's kernel on the same memory."""
     arguments = op._schema.arguments
+    takes_tensors = [str(argument.type) == "Tensor" for argument in arguments]
     results = [argument.name for argument in arguments if argument.is_out]
     places = {argument.name: place for place, argument in enumerate(arguments) if not argument.kwarg_only}
     # Where each of its results comes from, if not out of the kernel.
@@ -265,7 +256,11 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
     def compute(*args: Any, **kwargs: Any) -> Any:
         _require_mode()
         with torch._C.DisableTorchFunction():
-            given = [_on_host(each) for each in args]
+            given = [
+                # A number in place of a tensor has come here as one.
+                torch.tensor(each) if takes and isinstance(each, int | float) else _on_host(each)
+                for each, takes in zip(args, takes_tensors, strict=False)
+            ]
             named = {key: _on_host(value) for key, value in kwargs.items()}
             if "device" in named:
                 named["device"] = torch.device("cpu")
@@ -273,13 +268,15 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
             _note(name, kind)
             if kind is Kind.WRONG:
                 raise _refused(WrongResultError(f"{op} gives wrong results on DirectML ({operators.WRONG[name]})"))
+            if kind is Kind.DOUBLE:
+                raise _refused(UnsupportedError(f"{op} computes in float64 on DirectML, which not every GPU has"))
+            if kind is not Kind.HIDDEN_CPU and any(map(_is_of_host, args)):
+                raise _refused(UnsupportedError(f"{op} was given tensors of the CPU and of DirectML together"))
             # Results may be resized, which shared memory can't be.
             named |= {key: torch.empty(0, dtype=named[key].dtype) for key in results}
             found = op(*given, **named)
             for key in results:
                 _put(kwargs[key], named[key])
-            if not returned:
-                return found
             values = [found] if len(returned) == 1 else found
             made = [
                 _made(value, name) if source is None else kwargs[source] if source in kwargs else args[places[source]]
@@ -288,6 +285,10 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
             return made[0] if len(made) == 1 else tuple(made)
 
     return compute
+
+
+def _is_of_host(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dim() > 0
 
 
 def _written_by(result: Any, arguments: Any) -> str | None:
@@ -345,6 +346,24 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
     return target
 
 
+def _convolve(*args: Any) -> torch.Tensor:
+    _require_mode()
+    _note("convolution_overrideable", Kind.NATIVE)
+    return _on_device(torch.ops.aten.convolution(*map(_on_host, args)))
+
+
+def _convolve_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
+    _require_mode()
+    _note("convolution_backward_overrideable", Kind.NATIVE)
+    grads = torch.ops.aten.convolution_backward(*map(_on_host, (grad, x, weight)), [weight.shape[0]], *rest)
+    return tuple(None if each is None else _on_device(each) for each in grads)
+
+
+def _safe_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    # Attention is made of it from PyTorch 2.5 on, by operators that have no kernel there. Before it was of this:
+    return torch.ops.aten._softmax(x if dtype is None else x.to(dtype), dim, False)
+
+
 # Where the CPU has no kernel of that name, or one that asks for memory of its own.
 _OWN: dict[str, Callable[..., Any]] = {
     "empty.memory_format": _empty,
@@ -353,4 +372,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     "copy_": _copy,
     "_copy_from": lambda source, target, non_blocking=False: _copy(target, source),
     "_copy_from_and_resize": lambda source, target: _copy(_resize(target, source.shape), source),
+    "convolution_overrideable": _convolve,
+    "convolution_backward_overrideable": _convolve_backward,
+    "_safe_softmax": _safe_softmax,
 }
