@@ -224,7 +224,9 @@ def _require_mode() -> None:
 
 
 def _fall_back(op: Any, *args: Any, **kwargs: Any) -> Any:
-    raise _refused(FallbackError(f"{op} has no kernel on DirectML: it falls back to the CPU"))
+    has_one = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU") or _is_composite(op)
+    ends = "it falls back to the CPU" if has_one else "it fails, for the CPU, to which it falls back, has none either"
+    raise _refused(FallbackError(f"{op} has no kernel on DirectML: {ends}"))
 
 
 # Kernels.

@@ -39,8 +39,7 @@ from tests.strategies import (
 DEVICE = install()
 ENGINE_NAMES = list(ENGINES)
 
-# Their own operations all run on the device. A user's nn.GRU or nn.LSTM is PyTorch's to run, whose cells for such
-# devices have no kernel; lookups are the CPU's.
+# Their own operations all run on the device. PyTorch's gated recurrent layers fail there, and lookups are the CPU's.
 DEVICE_KINDS = (
     *("linear", "frozen", "mlp", "scale", "in_place", "identity", "reads_mask", "reads_context", "losses", "gated"),
     *("layer_norm", "rms_norm", "einsum", "matmul", "views", "own_parameter", "conv1d", "attention_weights"),

@@ -79,6 +79,14 @@ def test_what_falls_back_is_refused(call: Callable[[torch.Tensor], Any]):
     assert len(tally.refused) == 1
 
 
+@pytest.mark.parametrize("layer", [torch.nn.GRU, torch.nn.LSTM])
+def test_gated_recurrent_layers_of_pytorch_fail(layer: Callable[[int, int], torch.nn.Module]):
+    """For this device type PyTorch runs them by fused cells, which exist for CUDA alone."""
+    with pytest.raises(FallbackError, match="the CPU, to which it falls back, has none either"):
+        layer(3, 3).to(DEVICE)(there(2, 3))
+    torch.nn.RNN(3, 3).to(DEVICE)(there(2, 3))
+
+
 def test_a_backward_pass_that_falls_back_is_refused():
     rows = there(3, 2).requires_grad_()
     picked = rows.index_select(0, index(2, 0))
