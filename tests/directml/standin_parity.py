@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import celmoe.devices
 import celmoe.dispatch
 import celmoe.proof
-from celmoe import EngineRefusedError
 from celmoe.engines import ENGINES
 from celmoe.reference import reference_forward
 from tests.directml.standin import FallbackError, Tally, install, tallied
@@ -33,6 +32,7 @@ from tests.strategies import (
     Routes,
     examples,
     hierarchies,
+    of_siblings,
     with_routing,
 )
 
@@ -164,11 +164,13 @@ def device_cases(draw: st.DrawFn) -> Case:
 @examples(15)
 @given(case=device_cases())
 def test_any_hierarchy_and_routes_equal_the_oracles(engine: str, case: Case):
-    try:
-        assert_parity_there(case, engine, objective=case.objective, optimizers=())
-    except EngineRefusedError:
-        assert engine == "grouped"
-        assert any(KINDS[kind].is_refused for kind in case.kinds)
+    assert_parity_there(case, engine, objective=case.objective, optimizers=())
+
+
+@examples(25)
+@given(case=device_cases().map(of_siblings))
+def test_any_siblings_run_as_one_equal_the_oracle(case: Case):
+    assert_parity_there(case, "grouped", objective=case.objective, optimizers=())
 
 
 def forward_and_step(case: Case, engine: str) -> tuple[Tally, Tally]:
