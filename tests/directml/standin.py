@@ -107,9 +107,9 @@ def install() -> torch.device:
         op = _operator(name)
         # reshape: the plug-in has one below autograd and one above, which do as PyTorch's own.
         if op is not None and not _decomposes_above_autograd(op):
-            aten.impl(op, _viewing(op) if name in _VIEWS else _computing(op, name))
-    for name, kernel in _OWN.items():
-        aten.impl(name, kernel)
+            aten.impl(op, _kernel(_viewing(op) if name in _VIEWS else _computing(op, name)))
+    for name, own in _OWN.items():
+        aten.impl(name, _kernel(own))
     for name in sorted(FALLBACK):
         op = _operator(name)
         if op is not None and _is_composite(op):
@@ -218,11 +218,6 @@ def _note(name: str, kind: Kind) -> None:
             tally.reads[name] += 1
 
 
-def _require_mode() -> None:
-    if torch.is_inference_mode_enabled():
-        raise _refused(UnsupportedError("DirectML can't set version_counter for inference tensor: use no_grad"))
-
-
 def _fall_back(op: Any, *args: Any, **kwargs: Any) -> Any:
     has_one = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU") or _is_composite(op)
     ends = "it falls back to the CPU" if has_one else "it fails, for the CPU, to which it falls back, has none either"
@@ -230,6 +225,18 @@ def _fall_back(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 # Kernels.
+
+
+def _kernel(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_inference_mode_enabled():
+            raise _refused(UnsupportedError("DirectML can't set version_counter for inference tensor: use no_grad"))
+        # Who watches calls into PyTorch must not see those of a kernel.
+        with torch._C.DisableTorchFunction():
+            return compute(*args, **kwargs)
+
+    return run
+
 
 _HOST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _VIEWS = frozenset(("view", "as_strided", "as_strided_", "_reshape_alias", "_unsafe_view", "alias", "unfold"))
@@ -239,7 +246,6 @@ def _viewing(op: Any) -> Callable[..., Any]:
     """The CPU's kernel for views looks at sizes alone, so it takes this device's tensors."""
 
     def view(*args: Any, **kwargs: Any) -> Any:
-        _require_mode()
         _note(operators.name_of(op), Kind.NATIVE)
         return _checked(op.redispatch(_HOST_KEYS, *args, **kwargs))
 
@@ -256,35 +262,33 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
     returned = [_written_by(each, arguments) for each in op._schema.returns]
 
     def compute(*args: Any, **kwargs: Any) -> Any:
-        _require_mode()
-        with torch._C.DisableTorchFunction():
-            given = [
-                # A number in place of a tensor has come here as one.
-                torch.tensor(each) if takes and isinstance(each, int | float) else _on_host(each)
-                for each, takes in zip(args, takes_tensors, strict=False)
-            ]
-            named = {key: _on_host(value) for key, value in kwargs.items()}
-            if "device" in named:
-                named["device"] = torch.device("cpu")
-            kind = verdict(op, given, named).kind
-            _note(name, kind)
-            if kind is Kind.WRONG:
-                raise _refused(WrongResultError(f"{op} gives wrong results on DirectML ({operators.WRONG[name]})"))
-            if kind is Kind.DOUBLE:
-                raise _refused(UnsupportedError(f"{op} computes in float64 on DirectML, which not every GPU has"))
-            if kind is not Kind.HIDDEN_CPU and any(map(_is_of_host, args)):
-                raise _refused(UnsupportedError(f"{op} was given tensors of the CPU and of DirectML together"))
-            # Results may be resized, which shared memory can't be.
-            named |= {key: torch.empty(0, dtype=named[key].dtype) for key in results}
-            found = op(*given, **named)
-            for key in results:
-                _put(kwargs[key], named[key])
-            values = [found] if len(returned) == 1 else found
-            made = [
-                _made(value, name) if source is None else kwargs[source] if source in kwargs else args[places[source]]
-                for value, source in zip(values, returned, strict=True)
-            ]
-            return made[0] if len(made) == 1 else tuple(made)
+        given = [
+            # A number in place of a tensor has come here as one.
+            torch.tensor(each) if takes and isinstance(each, int | float) else _on_host(each)
+            for each, takes in zip(args, takes_tensors, strict=False)
+        ]
+        named = {key: _on_host(value) for key, value in kwargs.items()}
+        if "device" in named:
+            named["device"] = torch.device("cpu")
+        kind = verdict(op, given, named).kind
+        _note(name, kind)
+        if kind is Kind.WRONG:
+            raise _refused(WrongResultError(f"{op} gives wrong results on DirectML ({operators.WRONG[name]})"))
+        if kind is Kind.DOUBLE:
+            raise _refused(UnsupportedError(f"{op} computes in float64 on DirectML, which not every GPU has"))
+        if kind is not Kind.HIDDEN_CPU and any(map(_is_of_host, args)):
+            raise _refused(UnsupportedError(f"{op} was given tensors of the CPU and of DirectML together"))
+        # Results may be resized, which shared memory can't be.
+        named |= {key: torch.empty(0, dtype=named[key].dtype) for key in results}
+        found = op(*given, **named)
+        for key in results:
+            _put(kwargs[key], named[key])
+        values = [found] if len(returned) == 1 else found
+        made = [
+            _made(value, name) if source is None else kwargs[source] if source in kwargs else args[places[source]]
+            for value, source in zip(values, returned, strict=True)
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
 
     return compute
 
@@ -321,14 +325,12 @@ def _put(result: torch.Tensor, value: torch.Tensor) -> None:
         torch.ops.aten.set_.source_Storage_storage_offset.redispatch(_HOST_KEYS, result, *memory)
 
 
-def _empty(size: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
-    _require_mode()
+def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> torch.Tensor:
     _note("empty.memory_format", Kind.NATIVE)
-    return _on_device(torch.empty(size, dtype=dtype))
+    return _on_device(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
-    _require_mode()
     _note("empty_strided", Kind.NATIVE)
     return _on_device(torch.empty_strided(size, stride, dtype=dtype))
 
@@ -341,7 +343,6 @@ def _resize(tensor: torch.Tensor, size: Any, **_: Any) -> torch.Tensor:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    _require_mode()
     is_read = source.device.type == DEVICE_TYPE and target.device.type == "cpu"
     _note("copy_", Kind.SYNC if is_read else Kind.NATIVE)
     _on_host(target).copy_(_on_host(source))
@@ -349,13 +350,11 @@ def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False
 
 
 def _convolve(*args: Any) -> torch.Tensor:
-    _require_mode()
     _note("convolution_overrideable", Kind.NATIVE)
     return _on_device(torch.ops.aten.convolution(*map(_on_host, args)))
 
 
 def _convolve_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
-    _require_mode()
     _note("convolution_backward_overrideable", Kind.NATIVE)
     grads = torch.ops.aten.convolution_backward(*map(_on_host, (grad, x, weight)), [weight.shape[0]], *rest)
     return tuple(None if each is None else _on_device(each) for each in grads)
