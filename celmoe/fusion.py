@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .config import CELMoEConfig
+from .directml import is_directml
 from .errors import ConfigTypeError, InputError
 
 
@@ -84,9 +85,7 @@ class PositionAwareFusion(nn.Module):
         dim = level_hiddens[0].dim()
         num_positions = level_hiddens[0].shape[1] if dim == 3 else 1
         scores = [gate(hidden) for gate, hidden in zip(self.level_gates, level_hiddens, strict=True)]
-        # [S, L]; positions past the maximum repeat the last bias.
-        positions = torch.arange(num_positions, device=scores[0].device).clamp_max(self.max_positions - 1)
-        bias = self.position_bias(positions)
+        bias = self._bias(num_positions, scores[0].device)
         weights = torch.softmax(torch.cat(scores, dim=-1) + (bias if dim == 3 else bias[0]), dim=-1)
         # The levels one at a time: stacking them would hold the hidden states twice.
         fused = level_hiddens[0] * weights[..., 0:1]
@@ -94,6 +93,17 @@ class PositionAwareFusion(nn.Module):
             fused = fused + level_hiddens[level] * weights[..., level : level + 1]
         result: torch.Tensor = self.dropout(self.norm(fused))
         return result
+
+    def _bias(self, num_positions: int, device: torch.device) -> torch.Tensor:
+        """``[S, L]``; positions past the maximum repeat the last bias."""
+        if is_directml(device):
+            # An embedding's gradient goes through the CPU there.
+            weight: torch.Tensor = self.position_bias.weight
+            more = num_positions - self.max_positions
+            return weight[:num_positions] if more <= 0 else torch.cat([weight, weight[-1:].expand(more, -1)])
+        positions = torch.arange(num_positions, device=device).clamp_max(self.max_positions - 1)
+        bias: torch.Tensor = self.position_bias(positions)
+        return bias
 
     def check_hidden(self, hidden: torch.Tensor) -> None:
         """Check that hidden states like these can be fused, before any expert runs.

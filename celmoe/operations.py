@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from .product import spread
-from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, require_axes, rows, stack
 from .segments import Segments
 
 
@@ -131,6 +131,7 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
     of_members = [value for value in ragged if isinstance(value, Stack)]
     if of_members:
         is_reduced = any(value.is_reduced for value in of_members)
+        require_axes(run.segments.device, num_axes + 1)
         plain = [_to_members(value, num_axes) if isinstance(value, Ragged) else value for value in values]
         return plain, lambda result: stack(result, is_reduced)
     return [value.plain if isinstance(value, Ragged) else value for value in values], common

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .affine import affine_of_members
+from .directml import is_directml
 from .operations import Run, align, arguments, like, operation
 from .product import backend_of
 from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
@@ -53,9 +54,9 @@ def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
         value, shape, weight, eps = arguments(names, args, kwargs, (None, None))
     if isinstance(value, Rows) and value.axis >= value.dim() - len(shape):
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
-    normed = (
-        F.layer_norm(value.plain, shape, eps=eps) if name == "layer_norm" else F.rms_norm(value.plain, shape, eps=eps)
-    )
+    # Kernels of DirectML's have taken memory in another order for such in order.
+    inner = value.plain.contiguous() if is_directml(run.segments.device) else value.plain
+    normed = F.layer_norm(inner, shape, eps=eps) if name == "layer_norm" else F.rms_norm(inner, shape, eps=eps)
     return _scaled(run, name, like(value, normed), weight, bias)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .directml import is_directml
 from .members import linear_of_members
 from .operations import Run, align, arguments, like, loop, operands, operation, refuse_row_counts
 from .product import linear as segment_linear
-from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, Rows, Stack, common, require_axes, rows, stack
 
 
 def _lowered(*tensors: torch.Tensor | None) -> list[Any]:
@@ -205,6 +206,7 @@ def _einsum_of_members(equation: str, pairs: list[tuple[str, Any]], output: str)
     if all(isinstance(value, Common) for _, value in pairs):
         return common(torch.einsum(equation, *(value.plain for _, value in pairs)))
     member = next(letter for letter in "ABCDEFGHIJ" if letter not in equation)
+    require_axes(pairs[0][1].device, len({*equation} - {*",->"}) + 1)
     names = [member + each if isinstance(value, Stack) else each for each, value in pairs]
     is_reduced = any(isinstance(value, Stack) and value.is_reduced for _, value in pairs)
     joined = f"{','.join(names)}->{member}{output}"
@@ -248,11 +250,20 @@ def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
             padded = F.pad(value.plain, (width, width))
             if 0 < size <= padded.shape[-1]:
                 # [R, C, L, size] -> [R, L, C · size]
-                patches = padded.unfold(2, size, step).transpose(1, 2).flatten(2)
+                patches = _patches(padded, size, step).transpose(1, 2).flatten(2)
                 kernel = stack(weight.plain.flatten(2), weight.is_reduced)
                 out = by_weights(run, rows(patches, 0, value.factor), kernel, bias)
                 return rows(out.plain.transpose(1, 2), 0, value.factor)
     return _by_member_with_batch_first(run, func, name, args, kwargs)
+
+
+def _patches(padded_RCL: torch.Tensor, size: int, step: int) -> torch.Tensor:
+    """``[R, C, L', size]``: what each place of a kernel of ``size`` sees."""
+    if not is_directml(padded_RCL.device):
+        return padded_RCL.unfold(2, size, step)
+    # Without unfolding, whose gradient goes through the CPU there.
+    span = (padded_RCL.shape[2] - size) // step * step + 1
+    return torch.stack([padded_RCL[:, :, start : start + span : step] for start in range(size)], 3)
 
 
 def _one(value: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .directml import is_directml
 from .operations import Run, arguments, operation
 from .operations_product import by_weights
 from .product import is_batched, linear, outer, segment_sum
@@ -114,7 +115,8 @@ def _layer(
     w_state, b_state = state_weights.plain, None if state_bias is None else state_bias.plain
     # The inputs' share of all steps is one product.
     given = by_weights(run, rows(inner, 1), w_in, b_in).plain
-    if name == "gru":
+    # Written out, it uses a kernel that DirectML lacks, and writes into parts of tensors.
+    if name == "gru" and not is_directml(given.device):
         out = _GRU.apply(given.contiguous(), start[0].contiguous(), w_state, b_state, run.segments)
         return out, (out[-1],)
     outputs, state = _unrolled(_STEPS[name], given, start, w_state, b_state, run.segments)

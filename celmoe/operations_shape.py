@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .directml import is_directml
 from .operations import (
     Run,
     align,
@@ -302,7 +303,7 @@ def _kept_row_axis(value: Rows, keys: list[Any]) -> int:
     return target
 
 
-def look_up(run: Run, table: Ragged, ids: Ragged) -> Ragged:
+def look_up(run: Run, table: Ragged, ids: Ragged, *, by_embedding: bool = False) -> Ragged:
     """``table[ids]``: entries along the table's first axis by integers.
 
     A member's ids must not reach its neighbour's entries, so they are compared with the table's length first.
@@ -329,6 +330,9 @@ def look_up(run: Run, table: Ragged, ids: Ragged) -> Ragged:
     offsets = offsets.view(-1, *(1,) * (ids.dim() - 1 - ids.axis))
     # On other devices an id out of range becomes one behind the last entry of all, which they refuse themselves.
     reached = torch.where(places < length, places + offsets, flat.shape[0])
+    if by_embedding and is_directml(flat.device):
+        # Indexing goes through the CPU there, both ways; this, as the expert's own would, one way at most.
+        return rows(F.embedding(reached, flat), ids.axis, ids.factor)
     return rows(flat[reached], ids.axis, ids.factor)
 
 
@@ -343,7 +347,7 @@ def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     )
     if max_norm is not None or by_frequency or sparse:
         raise CannotGroupError("looked embeddings up with max_norm, scale_grad_by_freq or sparse gradients")
-    found = look_up(run, table, ids)
+    found = look_up(run, table, ids, by_embedding=True)
     if padding is None:
         return found
     length = table.plain.shape[int(isinstance(table, Stack))]

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -73,7 +74,7 @@ def prove(members: Sequence[Watched], given: Given, program: tuple[str, ...]) ->
     autocast = _autocast_of(given.hidden.device.type)
     # A mode of inference would hold the rows' gradients back.
     with torch.inference_mode(False), torch.enable_grad(), unwatched(), autocast:
-        index = torch.arange(sum(COUNTS), device=given.hidden.device) % num_rows
+        index = (torch.arange(sum(COUNTS)) % num_rows).to(given.hidden.device)
         few = Given(
             _copy(given.hidden.index_select(0, index)),
             None if given.mask is None else _copy(given.mask.index_select(0, index)),
@@ -190,18 +191,21 @@ def _name(where: torch.Tensor, few: Given, tensors: list[list[torch.Tensor]], pa
 
 def _gradients(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor | None]:
     """Of a weighted sum of all outputs, so that no two elements count alike."""
-    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
-    for output in outputs:
-        if output.requires_grad:
-            weights = torch.linspace(0.5, 1.5, output.numel(), dtype=torch.float64, device=output.device)
-            total = total + (output.double() * weights.view(output.shape)).real.sum()
-    if not total.requires_grad:
+    outputs = [output for output in outputs if output.requires_grad]
+    if not outputs:
         return [None] * len(inputs)
-    return torch.autograd.grad(total, inputs, allow_unused=True)
+    # Made on the host: not every device has float64.
+    weights = [torch.from_numpy(np.linspace(0.5, 1.5, output.numel())) for output in outputs]
+    sent = [
+        weight.view(output.shape).to(output.dtype).to(output.device)
+        for weight, output in zip(weights, outputs, strict=True)
+    ]
+    return torch.autograd.grad(outputs, inputs, sent, allow_unused=True)
 
 
 def _agree(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-    mine, theirs = mine.detach(), theirs.detach()
+    # On the host, where whatever reads values can be asked.
+    mine, theirs = mine.detach().cpu(), theirs.detach().cpu()
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
         return False
     if not mine.numel():
@@ -211,6 +215,6 @@ def _agree(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
     finite = theirs.isfinite()
     if not bool((finite == mine.isfinite()).all()):
         return False
-    largest = theirs[finite].abs().max() if bool(finite.any()) else torch.zeros(())
+    largest = theirs.where(finite, 0).abs().max()
     tolerance = _TOLERANCES.get(mine.dtype, 4 * torch.finfo(mine.dtype).eps)
-    return bool(((mine - theirs)[finite].abs() <= tolerance * largest).all())
+    return bool(((mine - theirs).where(finite, 0).abs() <= tolerance * largest).all())

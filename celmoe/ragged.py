@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from .directml import takes
+
 
 class CannotGroupError(Exception):
     """Why experts can't run as one, in words that complete "looped, for its experts …"."""
@@ -206,8 +208,10 @@ class Stack(Ragged):
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
         """The plain tensor behind it."""
         if self._stacked is None:
+            members = list(self.members or ())
+            require_axes(members[0].device, members[0].dim() + 1)
             with torch._C.DisableTorchFunction():
-                self._stacked = torch.stack(list(self.members or ()))
+                self._stacked = torch.stack(members)
         return self._stacked
 
     def dim(self) -> int:
@@ -223,6 +227,12 @@ class Common(Ragged):
     """
 
     is_given: bool
+
+
+def require_axes(device: torch.device, num_axes: int) -> None:
+    """Refuse a tensor with more axes than its device takes."""
+    if not takes(device, num_axes):
+        raise CannotGroupError(f"have parameters of {num_axes - 1} axes, which have one too many for DirectML together")
 
 
 def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,7 +24,7 @@ from celmoe import (
     HierarchyLevelConfig,
     RoutingPlan,
 )
-from tests.directml.masquerade import Finding, Record, masquerade
+from tests.directml.masquerade import Finding, masquerade
 from tests.directml.operators import Kind
 from tests.experts import KINDS, Registry
 
@@ -70,7 +70,7 @@ def inputs(*, has_positions: bool, mask: str = "bool") -> Inputs:
 
 
 def build(kind: str, engine: str, fusion: str = "learned") -> HierarchicalCELMoE:
-    """A model of two levels of experts of one kind; no dropout in the fusion, for whether there is one is its user's."""
+    """A model of two levels of experts of one kind; without dropout in its fusion, which is the user's choice."""
     torch.manual_seed(0)
     registry = Registry(WIDTH)
     levels = [
@@ -135,26 +135,46 @@ class Audit(NamedTuple):
     Attributes:
         first: At a first call, in which classes are proven.
         later: At a later one.
-        record: Of the later one.
         fused: What that gave.
+        gradients: And the gradients of all parameters and inputs.
     """
 
     first: Counter[Finding]
     later: Counter[Finding]
-    record: Record
     fused: torch.Tensor
+    gradients: list[torch.Tensor | None]
 
 
-def audit(
-    model: HierarchicalCELMoE, given: Inputs, *, with_plan: bool, run: Callable[..., torch.Tensor] = step
-) -> Audit:
+def audit(model: HierarchicalCELMoE, given: Inputs, *, with_plan: bool) -> Audit:
     """Run two steps of a model on the masquerade."""
     theirs = alone(model, given)
     routing = model.compile_routing(given.routing) if with_plan else given.routing
     with _trials_are_seen(), masquerade() as first:
-        run(model, given, routing)
+        step(model, given, routing)
     with _trials_are_seen(), masquerade() as later:
-        fused = run(model, given, routing)
+        fused, gradients = differentiated(model, given, routing)
     # A proof runs its class several times, and reads what came out.
     new = {what: count for what, count in first.findings.items() if what not in theirs and what.what != Kind.SYNC.value}
-    return Audit(Counter(new), later.findings - theirs, later, fused)
+    return Audit(Counter(new), later.findings - theirs, fused, gradients)
+
+
+def differentiated(
+    model: HierarchicalCELMoE, given: Inputs, routing: RoutingPlan | dict[str, list[str]]
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """What a step gives, and the gradients of all parameters and inputs."""
+    inputs = [each for each in (given.hidden, given.mask, *given.context.values()) if isinstance(each, torch.Tensor)]
+    leaves = [*model.parameters(), *inputs]
+    for leaf in leaves:
+        leaf.grad = None
+    return step(model, given, routing), [leaf.grad for leaf in leaves]
+
+
+def require_clean(found: Audit) -> None:
+    """Fail on anything found.
+
+    Raises:
+        AssertionError: Something was; the message names every operator.
+    """
+    for when, findings in (("first", found.first), ("later", found.later)):
+        told = [f"{each.operator} {each.what} ({count} times)" for each, count in findings.items()]
+        assert not told, f"in a {when} call: {', '.join(told)}"

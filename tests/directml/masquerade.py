@@ -21,7 +21,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from celmoe.ragged import Ragged
 from tests.directml.operators import COPIES, DTYPES, MOST_DIMS, Kind, decomposed, verdict
@@ -128,46 +127,57 @@ class _Watching(TorchDispatchMode):
     ) -> Any:
         # Operators inside of this one are nobody's calls.
         with torch._C.DisableTorchFunction():
-            return self._seen(func, _with_tensors(func, args), kwargs or {})
+            return self._seen(func, args, kwargs or {})
 
     def _seen(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        record = self._record
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        of_host = [each for each in given if record.is_host(each)]
-        if given and len(of_host) == len(given):
+        record, given = self._record, _tensors([*args, *kwargs.values()])
+        # Numbers become tensors of no axes on their way.
+        sized = [each for each in given if each.dim()] or given
+        of_host = [each for each in sized if record.is_host(each)]
+        args = _with_tensors(func, args)
+        if sized and len(of_host) == len(sized):
             result = func(*args, **kwargs)
-            for each in tree_leaves(result):
-                if isinstance(each, torch.Tensor):
-                    record.to_host(each)
+            for each in _tensors(result):
+                record.to_host(each)
             return result
         found = verdict(func, args, kwargs)
         if found.kind is Kind.DECOMPOSES:
-            if func in self._inside:
-                # Detaching calls itself; what does has nothing to launch.
-                return func(*args, **kwargs)
-            self._inside.append(func)
-            try:
-                with self:
-                    return decomposed(func, args, kwargs)
-            finally:
-                self._inside.remove(func)
+            return self._decomposed(func, args, kwargs)
         record.operators[found.reached] += 1
         if found.kind is not Kind.NATIVE:
             record.find(found.kind.value, found.reached)
-        if found.reached == "copy_":
-            if record.is_host(args[0]):
-                record.find(Kind.SYNC.value, "copy_")
-        elif any(each.dim() for each in of_host):
-            record.find("mixes tensors of host and device", found.reached)
+        if found.reached != "copy_":
+            if of_host and of_host[0].dim():
+                record.find("mixes tensors of host and device", found.reached)
+        elif record.is_host(args[0]):
+            record.find(Kind.SYNC.value, "copy_")
         result = func(*args, **kwargs)
         if found.reached in COPIES:
-            result = tree_map_only(torch.Tensor, torch.clone, result)
-        for each in (*given, *(each for each in tree_leaves(result) if isinstance(each, torch.Tensor))):
+            result = [each.clone() for each in result]
+        for each in (*given, *_tensors(result)):
             if each.dtype not in DTYPES and not record.is_host(each):
                 record.find(f"takes or gives {each.dtype}", found.reached)
             if each.dim() > MOST_DIMS:
                 record.find(f"takes or gives more than {MOST_DIMS} dimensions", found.reached)
         return result
+
+    def _decomposed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func in self._inside:
+            # Detaching calls itself; what does has nothing to launch.
+            return func(*args, **kwargs)
+        self._inside.append(func)
+        try:
+            with self:
+                return decomposed(func, args, kwargs)
+        finally:
+            self._inside.remove(func)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among an operator's arguments or results."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [each for item in value for each in _tensors(item)] if isinstance(value, list | tuple) else []
 
 
 def _with_tensors(func: Any, args: Sequence[Any]) -> tuple[Any, ...]:
