@@ -7,46 +7,77 @@ import importlib.metadata
 import platform
 import sys
 
-from .devices import DEVICES, FAILS, MISSING, STATE_BY_EXIT_CODE, WORKS, DeviceMissingError, report, self_check
+from .devices import (
+    DEVICES,
+    FAILS,
+    STATE_BY_EXIT_CODE,
+    WORKS,
+    DeviceReport,
+    as_json,
+    report,
+    self_check,
+)
 from .engines import AUTO, ENGINES, resolve_engine
-from .errors import EngineError
+from .errors import EngineError, UnknownDeviceError
 from .version import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit code is 0 if the CPU works."""
     parser = argparse.ArgumentParser(prog="python -m celmoe", description=__doc__)
-    parser.add_argument("--self-check", choices=DEVICES, metavar="DEVICE", help="check one device in this process")
+    parser.add_argument("--self-check", metavar="DEVICE", help="check one device in this process")
     options = parser.parse_args(arguments)
     if options.self_check:
-        return _check_here(options.self_check)
+        try:
+            return _check_here(options.self_check)
+        except UnknownDeviceError as error:
+            parser.error(str(error))
 
     try:
         default = resolve_engine(AUTO)
     except EngineError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"celmoe   {__version__}")
-    print(f"python   {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"celmoe         {__version__}")
+    print(f"python         {platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "numpy", "torch-directml"):
-        print(f"{package:8} {_version(package)}")
-    print(f"engines  {', '.join(ENGINES)} ('{AUTO}' means {default})")
+        print(f"{package:14} {_version(package)}")
+    print(f"engines        {', '.join(ENGINES)} ('{AUTO}' means {default})")
     print()
-    reports = [report(device) for device in DEVICES]
-    for each in reports:
-        print(f"{each.device:9} {each.state:14} {each.detail}")
+    print("| device   | state         | engine  | largest difference | detail |")
+    print("|----------|---------------|---------|--------------------|--------|")
+    reports = []
+    for device in DEVICES:
+        reports.append(report(device))
+        # Each as soon as it is known: a device may take its time.
+        print("\n".join(_rows(reports[-1])), flush=True)
     return 0 if reports[0].state == WORKS else 1
 
 
+def _rows(found: DeviceReport) -> list[str]:
+    """A device's part of the table: a row for each engine, or one without."""
+    if not found.checks:
+        return [_row(found.device, found.state, "", "", found.detail)]
+    return [
+        _row(
+            found.device,
+            FAILS if check.fault else WORKS,
+            check.engine,
+            "" if check.largest_difference is None else f"{check.largest_difference:.1e}",
+            check.fault or " on ".join(filter(None, ("agrees", found.detail if found.state == WORKS else ""))),
+        )
+        for check in found.checks
+    ]
+
+
+def _row(device: str, state: str, engine: str, difference: str, detail: str) -> str:
+    return f"| {device:8} | {state:13} | {engine:7} | {difference:18} | {detail.replace('|', '/')} |"
+
+
 def _check_here(device: str) -> int:
-    try:
-        print(self_check(device))
-    except (DeviceMissingError, ArithmeticError) as error:
-        print(error, file=sys.stderr)
-        state = MISSING if isinstance(error, DeviceMissingError) else FAILS
-    else:
-        state = WORKS
-    return next((code for code, meant in STATE_BY_EXIT_CODE.items() if meant == state), 1)
+    found = self_check(device, lambda doing: print(doing, flush=True))
+    print(as_json(found), flush=True)
+    return next(code for code, state in STATE_BY_EXIT_CODE.items() if state == found.state)
 
 
 def _version(package: str) -> str:

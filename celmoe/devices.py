@@ -1,31 +1,57 @@
-"""Which devices work here, found out in child processes: a broken driver stack ends the process that asks it."""
+"""Which devices work here, found out in child processes: a broken driver stack ends the process that asks it.
+
+`open_device` is for programs that take a device's name; `report` is what ``python -m celmoe`` prints.
+"""
 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
+import importlib.util
+import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
+from .engines import GROUPED, LOOPED
+from .errors import DeviceMissingError, UnknownDeviceError, listed, nearest
 from .experts import ExpertBatch, ExpertModule, ExpertResult
 from .hierarchy import HierarchicalCELMoE
 from .reference import reference_forward
 
 DEVICES = ("cpu", "cuda", "directml")
+ENGINES_CHECKED = (LOOPED, GROUPED)
 TIME_LIMIT_SECONDS = 120
 # Above the batches that take short cuts on a CPU, short enough to be nothing on any device.
-_BATCH_SIZE, _WIDTH = 192, 16
-_TOLERANCE = 1e-4
+_BATCH_SIZE, _WIDTH, _EXPERTS = 192, 16, 5
+# Relative to each tensor's largest value. Devices sum in other orders, and some multiply with fewer bits.
+_TOLERANCE = 1e-3
 
 
 WORKS, FAILS, MISSING = "works", "fails", "not available"
 # The exit codes of a child process that looked: any other is a failure.
-STATE_BY_EXIT_CODE = {0: WORKS, 3: MISSING}
+STATE_BY_EXIT_CODE = {0: WORKS, 1: FAILS, 3: MISSING}
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """One engine on one device, held against the oracle on the CPU.
+
+    Attributes:
+        engine: Its name.
+        largest_difference: Over the fused hidden states and all gradients, each relative to its largest value; ``None``
+            where it did not come so far.
+        fault: Why it does not agree; empty where it does.
+    """
+
+    engine: str
+    largest_difference: float | None = None
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,48 +59,144 @@ class DeviceReport:
     """What became of the self-check on one device.
 
     Attributes:
-        device: One of `DEVICES`.
-        state: `WORKS` where a forward and backward pass agreed with the oracle on the CPU, `MISSING` where there is no
-            such device, else `FAILS`.
-        detail: The largest difference, or why there is none.
+        device: Its name.
+        state: `WORKS` where a forward and backward pass of every engine agreed with the oracle on the CPU, `MISSING`
+            where there is no such device, else `FAILS`.
+        detail: What the hardware is called where it works, else why it does not.
+        checks: By engine; empty where none was reached.
     """
 
     device: str
     state: str
     detail: str
+    checks: tuple[EngineCheck, ...] = ()
 
 
-class DeviceMissingError(RuntimeError):
-    """The device is not there, for the reason given."""
+def open_device(name: str) -> torch.device:
+    """The device of a name, once it is known to work.
+
+    DirectML is tried in a child process first, which takes some seconds: where its drivers are broken, even asking for
+    it can end a process.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"directml"``; or one of several: ``"cuda:1"``, ``"directml:1"``.
+
+    Raises:
+        UnknownDeviceError: No device has this name.
+        DeviceMissingError: It is not there, or gives wrong results.
+    """
+    kind, _ = _parsed(name)
+    if kind == "directml" and (found := report(name)).state != WORKS:
+        raise DeviceMissingError(f"'device' must be one that works (got {name!r}; {found.detail})")
+    return _open(name)[0]
 
 
 def report(device: str) -> DeviceReport:
-    """Run `self_check` for a device in a child process with a time limit."""
-    command = [sys.executable, "-m", "celmoe", "--self-check", device]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return DeviceReport(device, FAILS, f"no answer within {TIME_LIMIT_SECONDS} s")
-    if done.returncode < 0:
-        return DeviceReport(device, FAILS, f"the driver ended the process (signal {-done.returncode})")
-    words = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().splitlines()
-    state = STATE_BY_EXIT_CODE.get(done.returncode, FAILS)
-    return DeviceReport(device, state, words[-1] if words else "no answer")
-
-
-def self_check(name: str) -> str:
-    """Train one step on a device and compare it with the oracle on the CPU.
-
-    Returns:
-        The largest difference, in words.
+    """Run `self_check` for a device in a child process with a time limit.
 
     Raises:
-        DeviceMissingError: The device is not there.
-        ArithmeticError: The results differ.
+        UnknownDeviceError: No device has this name.
     """
-    device = _open(name)
+    _parsed(device)
+    command = [sys.executable, "-m", "celmoe", "--self-check", device]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=TIME_LIMIT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        stage = _last_line(error.stdout)
+        return DeviceReport(device, FAILS, f"no answer within {TIME_LIMIT_SECONDS} s{stage and f' ({stage})'}")
+    stage = _last_line(done.stdout)
+    if done.returncode in STATE_BY_EXIT_CODE and stage.startswith("{"):
+        found = json.loads(stage)
+        checks = tuple(EngineCheck(**check) for check in found["checks"])
+        return DeviceReport(device, STATE_BY_EXIT_CODE[done.returncode], found["detail"], checks)
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode:#x}"
+    words = " while ".join(filter(None, (f"the process ended with {how}", stage)))
+    return DeviceReport(device, FAILS, ": ".join(filter(None, (words, _last_line(done.stderr)))))
+
+
+def _last_line(output: str | bytes | None) -> str:
+    text = output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def self_check(device: str, tell: Callable[[str], object] = lambda _: None) -> DeviceReport:
+    """Train one step with every engine on a device and compare it with the oracle on the CPU.
+
+    It runs in this process, which a broken driver stack may end.
+
+    Args:
+        device: Its name.
+        tell: Called with what is about to be done.
+
+    Raises:
+        UnknownDeviceError: No device has this name.
+    """
+    tell(f"opening {device}")
+    try:
+        opened, hardware = _open(device)
+    except DeviceMissingError as missing:
+        return DeviceReport(device, MISSING, str(missing))
+    tell("running a linear layer")
+    try:
+        difference = _difference_of_a_layer(opened)
+    except Exception as error:  # noqa: BLE001  # whatever a driver raises is the answer
+        return DeviceReport(device, FAILS, f"a linear layer of PyTorch's own raises {_in_words(error)}")
+    if not difference <= _TOLERANCE:
+        return DeviceReport(device, FAILS, f"a linear layer of PyTorch's own is wrong by {difference:.1e}")
+    checks = []
+    for engine in ENGINES_CHECKED:
+        tell(f"running the {engine} engine")
+        checks.append(_checked(engine, opened))
+    faults = [f"{check.engine} {check.fault}" for check in checks if check.fault]
+    return DeviceReport(device, FAILS if faults else WORKS, "; ".join(faults) or hardware, tuple(checks))
+
+
+def as_json(found: DeviceReport) -> str:
+    """A report on one line, as `report` reads it."""
+    return json.dumps({"detail": found.detail, "checks": [asdict(check) for check in found.checks]})
+
+
+def _checked(engine: str, device: torch.device) -> EngineCheck:
+    try:
+        largest = _largest_difference(engine, device)
+    except Exception as error:  # noqa: BLE001  # whatever a driver raises is the answer
+        return EngineCheck(engine, fault=f"raises {_in_words(error)}")
+    if largest <= _TOLERANCE:
+        return EngineCheck(engine, largest)
+    return EngineCheck(engine, largest, f"differs from the oracle by {largest:.1e} (at most {_TOLERANCE:.0e} allowed)")
+
+
+def _in_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"
+
+
+def _difference_of_a_layer(device: torch.device) -> float:
     torch.manual_seed(0)
-    names = [f"expert{index}" for index in range(4)]
+    layer = nn.Linear(_WIDTH, _WIDTH)
+    given, weights = torch.randn(_BATCH_SIZE, _WIDTH), torch.randn(_BATCH_SIZE, _WIDTH)
+    found = []
+    for where in (torch.device("cpu"), device):
+        moved = copy.deepcopy(layer).to(where)
+        out = moved(given.to(where))
+        (out * weights.to(where)).sum().backward()
+        found.append([out.detach(), *(each.grad for each in moved.parameters())])
+    return _largest(*found)
+
+
+def _largest_difference(engine: str, device: torch.device) -> float:
+    torch.manual_seed(0)
+    names = [f"expert{index}" for index in range(_EXPERTS)]
     config = CELMoEConfig(
         _WIDTH,
         [
@@ -83,54 +205,87 @@ def self_check(name: str) -> str:
         ],
         fusion_dropout=0.0,
     )
-    on_cpu = HierarchicalCELMoE(config, lambda *_: _Linear())
+    on_cpu = HierarchicalCELMoE(config, lambda *_: _Block(), engine=engine)
     on_device = copy.deepcopy(on_cpu).to(device)
-    hidden = torch.randn(_BATCH_SIZE, _WIDTH)
-    routing = {"second": [names[(index * index) % len(names)] for index in range(_BATCH_SIZE)]}
+    # A norm stands last, so that a sum of squares would have no gradient.
+    hidden, weights = torch.randn(_BATCH_SIZE, _WIDTH).requires_grad_(), torch.randn(_BATCH_SIZE, _WIDTH)
+    # Squares modulo 7 are 0, 1, 2 and 4, the first of them less often: one expert is left out.
+    routing = {"second": [names[index * index % 7] for index in range(_BATCH_SIZE)]}
 
     expected = reference_forward(on_cpu, hidden, routing).fused_hidden
-    expected.pow(2).mean().backward()
-    found = on_device(hidden.to(device), routing).fused_hidden
-    found.pow(2).mean().backward()
-
-    differences = [(found.detach().cpu() - expected.detach()).abs().max().item()]
-    for mine, oracles in zip(on_device.parameters(), on_cpu.parameters(), strict=True):
-        if (mine.grad is None) != (oracles.grad is None):
-            raise ArithmeticError("a gradient is missing on one side")
-        if mine.grad is not None and oracles.grad is not None:
-            differences.append((mine.grad.cpu() - oracles.grad).abs().max().item())
-    largest = max(differences)
-    if not largest <= _TOLERANCE:
-        raise ArithmeticError(f"differs from the oracle by {largest:.1e} (at most {_TOLERANCE:.0e} allowed)")
-    return f"agrees with the oracle to {largest:.1e}"
+    (expected * weights).sum().backward()
+    given = hidden.detach().to(device).requires_grad_()
+    found = on_device(given, routing).fused_hidden
+    (found * weights.to(device)).sum().backward()
+    return _largest(
+        [expected.detach(), hidden.grad, *(each.grad for each in on_cpu.parameters())],
+        [found.detach(), given.grad, *(each.grad for each in on_device.parameters())],
+    )
 
 
-class _Linear(ExpertModule):
+def _largest(expected: list[torch.Tensor | None], found: list[torch.Tensor | None]) -> float:
+    """The largest relative difference; infinite where there is no number, or a tensor is on one side only."""
+    largest = 0.0
+    for theirs, mine in zip(expected, found, strict=True):
+        if (theirs is None) != (mine is None):
+            return float("inf")
+        if theirs is not None and mine is not None:
+            difference = ((mine.cpu() - theirs).abs().max() / theirs.abs().max()).item()
+            largest = max(largest, difference if difference == difference else float("inf"))
+    return largest
+
+
+class _Block(ExpertModule):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(_WIDTH, _WIDTH)
+        self.norm = nn.LayerNorm(_WIDTH)
+        self.up = nn.Linear(_WIDTH, 2 * _WIDTH)
+        self.down = nn.Linear(2 * _WIDTH, _WIDTH)
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
-        return ExpertResult(self.linear(batch.hidden))
+        return ExpertResult(batch.hidden + self.down(torch.relu(self.up(self.norm(batch.hidden)))))
 
 
-def _open(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device("cpu")
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceMissingError("no CUDA device, or a torch built without CUDA")
-        return torch.device("cuda")
-    if name != "directml":
-        raise DeviceMissingError(f"'device' must be one of {', '.join(DEVICES)} (got {name!r})")
+def _parsed(name: str) -> tuple[str, int | None]:
+    """What kind of device it is, and which of them."""
+    kind, colon, number = str(name).partition(":")
+    if kind not in DEVICES or (colon and not number.isdecimal()) or (kind == "cpu" and colon):
+        raise UnknownDeviceError(
+            f"'device' must be one of {listed(DEVICES)}, with ':' and a number for one of several (got {name!r}; "
+            f"{nearest(kind, DEVICES)})"
+        )
+    return kind, int(number) if colon else None
+
+
+def _open(name: str) -> tuple[torch.device, str]:
+    """The device, and what the hardware is called."""
+    kind, number = _parsed(name)
+    if kind == "cpu":
+        return torch.device("cpu"), ""
+    if kind == "directml":
+        return _open_directml(number or 0)
+    if not torch.cuda.is_available():
+        raise DeviceMissingError("no CUDA device, or a torch built without CUDA")
+    if (number or 0) >= torch.cuda.device_count():
+        raise DeviceMissingError(f"CUDA has {torch.cuda.device_count()} devices, counted from 0")
+    device = torch.device("cuda") if number is None else torch.device("cuda", number)
+    return device, torch.cuda.get_device_name(device)
+
+
+def _open_directml(number: int) -> tuple[torch.device, str]:
+    if importlib.util.find_spec("torch_directml") is None:
+        raise DeviceMissingError("torch-directml is not installed: pip install celmoe[directml]")
     try:
-        importlib.metadata.version("torch-directml")
-    except importlib.metadata.PackageNotFoundError:
-        raise DeviceMissingError("torch-directml is not installed: pip install celmoe[directml]") from None
-    import torch_directml  # noqa: PLC0415  # importing it loads drivers, so only this child process does
-
+        # Importing it loads drivers, so nothing else does.
+        import torch_directml  # noqa: PLC0415
+    except (ImportError, OSError) as error:
+        # The second is what it raises on Linux outside of WSL, the first with another torch than its own.
+        raise DeviceMissingError(f"torch-directml does not load here ({_in_words(error)})") from error
     # Without an adapter, device() still answers, and the first tensor moved there ends the process.
-    if torch_directml.device_count() == 0:
-        raise DeviceMissingError("torch-directml finds no adapter")
-    device: torch.device = torch_directml.device()
-    return device
+    count = torch_directml.device_count()
+    if number >= count:
+        why = f"DirectML has {count} adapters, counted from 0" if count else "torch-directml finds no adapter"
+        raise DeviceMissingError(why)
+    device: torch.device = torch_directml.device(number)
+    named: Any = getattr(torch_directml, "device_name", lambda _: "")
+    return device, str(named(number)).strip("\0 ")

@@ -15,7 +15,9 @@ CELMoEError
 |- InputError         ValueError    a tensor of the wrong shape or device
 |- InputTypeError     TypeError     an argument that is no tensor
 |- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
-'- ResultTypeError    TypeError     what an expert returned is no ExpertResult
+|- ResultTypeError    TypeError     what an expert returned is no ExpertResult
+|- UnknownDeviceError ValueError    a device that does not exist
+'- DeviceMissingError RuntimeError  a device that is not there, or does not work
 """
 
 from __future__ import annotations
@@ -94,6 +96,14 @@ class ResultError(CELMoEError, ValueError):
 
 class ResultTypeError(CELMoEError, TypeError):
     """An expert returned something else than an `ExpertResult` that holds a tensor."""
+
+
+class UnknownDeviceError(CELMoEError, ValueError):
+    """No device has this name."""
+
+
+class DeviceMissingError(CELMoEError, RuntimeError):
+    """The device is not there, or does not work, for the reason given."""
 
 
 def listed(names: Iterable[object]) -> str:
