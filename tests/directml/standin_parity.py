@@ -93,6 +93,11 @@ def test_with_context_mask_and_another_width(kind: str, planned: bool, engine: s
     assert_parity_there(case, engine)
 
 
+@pytest.mark.parametrize("engine", ["looped", "auto"])
+def test_with_activation_checkpoints(engine: str):
+    assert_parity_there(two_levels("checkpointed"), engine)
+
+
 def many_experts(kind: str) -> Case:
     """So many that `auto` runs them as one."""
     names = [f"expert {number}" for number in range(48)]
@@ -130,9 +135,11 @@ def test_ids_on_the_device_are_read_once_a_level():
 
 
 def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(celmoe.devices, "_open", lambda name: DEVICE)
+    monkeypatch.setattr(celmoe.devices, "_open_directml", lambda number: (DEVICE, "a stand-in"))
     with tallied() as tally:
-        assert "agrees with the oracle" in celmoe.devices.self_check("directml")
+        found = celmoe.devices.self_check("directml")
+    assert (found.state, found.detail) == (celmoe.devices.WORKS, "a stand-in")
+    assert [check.engine for check in found.checks] == ["looped", "grouped"]
     assert not tally.refused
     assert not tally.hidden
 
