@@ -14,7 +14,6 @@ A backend can't be taken back, so `install` is for a process of its own.
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +22,11 @@ from typing import Any
 
 import torch
 
-from tests.directml import operators
+from tests.directml import operators, standin_backend
 from tests.directml.operators import DTYPES, FALLBACK, MOST_DIMS, NATIVE, Kind, verdict
+from tests.directml.standin_backend import DEVICE, Under
 
-DEVICE_TYPE = "privateuseone"
-
-# Parts of PyTorch that make a backend in Python. Older ones need C++.
-_NEEDED = ("register_python_privateuseone_hook", "register_python_privateuseone_device_guard")
+_HOST = torch.device("cpu")
 
 
 class RefusedError(RuntimeError):
@@ -68,6 +65,7 @@ class Tally:
 _tallies: list[Tally] = []
 # Their kernels live as long as they do.
 _libraries: list[torch.library.Library] = []
+_under: list[Under] = []
 
 
 @contextmanager
@@ -81,27 +79,18 @@ def tallied() -> Iterator[Tally]:
         _tallies.remove(tally)
 
 
-def why_not() -> str | None:
-    """Why this PyTorch can't have the stand-in, if it can't."""
-    missing = [name for name in _NEEDED if not hasattr(getattr(torch._C, "_acc", None), name)]
-    return f"PyTorch {torch.__version__} has no backends in Python ({', '.join(missing)})" if missing else None
-
-
 def install() -> torch.device:
     """Make ``privateuseone`` the stand-in, for the rest of this process."""
     if _libraries:
-        return torch.device(DEVICE_TYPE, 0)
-    # To its own name: where none was given, this PyTorch takes the backend for none, and runs no backward pass on it.
-    torch.utils.rename_privateuse1_backend(DEVICE_TYPE)
-    torch._register_device_module(DEVICE_TYPE, _Module)
-    hook, guard = torch._C._acc.PrivateUse1Hooks, torch._C._acc.DeviceGuard
-    has_it = {name: lambda *_: True for name in ("is_available", "is_built", "has_primary_context")}
-    torch._C._acc.register_python_privateuseone_hook(type("_Hook", (hook,), has_it)())
-    is_one = {"type_": lambda _: torch._C._autograd.DeviceType.PrivateUse1}
-    torch._C._acc.register_python_privateuseone_device_guard(type("_Guard", (guard,), is_one)())
+        return DEVICE
+    _under.append(standin_backend.register())
+    torch._register_device_module(DEVICE.type, _Module)
 
     every = torch.library.Library("_", "IMPL", "PrivateUse1")
-    every.fallback(_fall_back)
+    # Older PyTorch takes no such kernel in Python: there all operators that would come to it are known by name.
+    takes_any = hasattr(every, "fallback")
+    if takes_any:
+        every.fallback(_fall_back)
     aten = torch.library.Library("aten", "IMPL", "PrivateUse1")
     for name in sorted(NATIVE - _OWN.keys()):
         op = _operator(name)
@@ -112,11 +101,11 @@ def install() -> torch.device:
         aten.impl(name, _kernel(own))
     for name in sorted(FALLBACK):
         op = _operator(name)
-        if op is not None and _is_composite(op):
-            # Made of others in this PyTorch, but not in the plug-in's.
+        # Newer PyTorch makes some of others, which the plug-in's did not.
+        if op is not None and (not takes_any or _is_composite(op)):
             aten.impl(op, lambda *args, _op=op, **kwargs: _fall_back(_op))
     _libraries.extend((every, aten))
-    return torch.device(DEVICE_TYPE, 0)
+    return DEVICE
 
 
 class _Module:
@@ -161,35 +150,14 @@ def _is_composite(op: Any) -> bool:
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in keys)
 
 
-# The same memory under two devices. DLPack knows both, and says whose memory it is in two integers.
-
-_CPU, _EXTENSION = 1, 12
-
-
-class _DLTensorHead(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32)]
-
-
-_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-def _under(device: int, tensor: torch.Tensor) -> torch.Tensor:
-    capsule = torch._C._to_dlpack(tensor)
-    head = _DLTensorHead.from_address(_pointer_of(capsule, b"dltensor"))
-    head.device_type, head.device_id = device, 0
-    return torch._C._from_dlpack(capsule)
-
-
 def _on_device(tensor: torch.Tensor) -> torch.Tensor:
-    return _checked(_under(_EXTENSION, tensor))
+    return _checked(_under[0](tensor, DEVICE))
 
 
 def _on_host(value: Any) -> Any:
     """The same with the CPU's tensors, in the same memory."""
     if isinstance(value, torch.Tensor):
-        return _under(_CPU, _checked(value)) if value.device.type == DEVICE_TYPE else value
+        return _under[0](_checked(value), _HOST) if value.device.type == DEVICE.type else value
     if isinstance(value, list | tuple):
         return [_on_host(each) for each in value]
     return value
@@ -269,7 +237,7 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
         ]
         named = {key: _on_host(value) for key, value in kwargs.items()}
         if "device" in named:
-            named["device"] = torch.device("cpu")
+            named["device"] = _HOST
         kind = verdict(op, given, named).kind
         _note(name, kind)
         if kind is Kind.WRONG:
@@ -294,7 +262,7 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
 
 
 def _is_of_host(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dim() > 0
+    return isinstance(value, torch.Tensor) and value.device.type == _HOST.type and value.dim() > 0
 
 
 def _written_by(result: Any, arguments: Any) -> str | None:
@@ -343,7 +311,7 @@ def _resize(tensor: torch.Tensor, size: Any, **_: Any) -> torch.Tensor:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    is_read = source.device.type == DEVICE_TYPE and target.device.type == "cpu"
+    is_read = source.device.type == DEVICE.type and target.device.type == _HOST.type
     _note("copy_", Kind.SYNC if is_read else Kind.NATIVE)
     _on_host(target).copy_(_on_host(source))
     return target

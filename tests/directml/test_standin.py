@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.directml.standin import why_not
+from tests.directml.standin_backend import why_not
 
 HERE = Path(__file__).parent
 TIME_LIMIT_SECONDS = 240
