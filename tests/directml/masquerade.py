@@ -105,7 +105,7 @@ class _Answering(TorchFunctionMode):
         if wanted.type == "cpu" and name != "cpu":
             self._record.find(Kind.SYNC.value, "to(cpu)")
         with torch.utils._python_dispatch._disable_current_modes():
-            result = result.clone() if result.is_leaf else result + 0
+            result = result.clone()
         if wanted.type == "cpu":
             self._record.to_host(result)
         return result

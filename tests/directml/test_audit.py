@@ -14,6 +14,7 @@ import celmoe.dispatch
 import celmoe.fusion
 import celmoe.hierarchy
 import celmoe.operations
+import celmoe.proof
 from celmoe import (
     CELMoEConfig,
     EngineRefusedError,
@@ -231,6 +232,19 @@ def test_a_broken_library_is_caught(monkeypatch: pytest.MonkeyPatch, way: str):
     with pytest.raises(AssertionError, match=words):
         require_clean(found)
     assert found.later
+
+
+def test_a_proof_is_audited_too(monkeypatch: pytest.MonkeyPatch):
+    right = celmoe.proof._gradients
+
+    def in_double(outputs: Any, inputs: Any) -> Any:
+        return right([output.double() for output in outputs], inputs)
+
+    monkeypatch.setattr(celmoe.proof, "_gradients", in_double)
+    found = audit(model_of("linear", "grouped"), inputs(has_positions=True), with_plan=True)
+    assert not found.later
+    with pytest.raises(AssertionError, match=r"^in a first call: .*takes or gives torch.float64"):
+        require_clean(found)
 
 
 def test_what_experts_do_themselves_hides_nothing(monkeypatch: pytest.MonkeyPatch):
