@@ -49,7 +49,7 @@ def ramp(like: torch.Tensor) -> torch.Tensor:
 
     A layer norm undoes a shift that is the same for all features, and leaves rounding for its gradient.
     """
-    return torch.linspace(0.5, 1.5, like.shape[-1]).to(like.dtype)
+    return torch.linspace(0.5, 1.5, like.shape[-1], device=like.device).to(like.dtype)
 
 
 class Linear(ExpertModule):

@@ -73,6 +73,7 @@ def assert_parity(
     steps: int = 2,
     seed: int = 0,
     in_float64: Callable[[], tuple[HierarchicalCELMoE, Callable[[int], Inputs]]] | None = None,
+    elsewhere: tuple[torch.device, Callable[[int], Inputs]] | None = None,
 ) -> Evidence:
     """Compare a model with the oracle on a copy of it.
 
@@ -86,6 +87,7 @@ def assert_parity(
         seed: Set before each call, so that dropout draws the same numbers.
         in_float64: Makes the same model and inputs in float64, to tell rounding from error where a float32 model's
             values differ by more than the tolerance.
+        elsewhere: Another device, and what makes the same inputs on it: the model runs there, the oracle on the CPU.
 
     Raises:
         ParityError: They disagree, or there was nothing to compare.
@@ -94,9 +96,12 @@ def assert_parity(
     options = (objective, per_sample, seed)
 
     def compare(close: Closeness) -> Evidence:
-        return _compare(
-            lambda evidence: _Comparison(model, model, close, evidence, *options), make_inputs, optimizers, steps
-        )
+        def make_run(evidence: Evidence) -> _Comparison:
+            if elsewhere is not None:
+                return _Elsewhere(model, elsewhere, close, evidence, *options)
+            return _Comparison(model, model, close, evidence, *options)
+
+        return _compare(make_run, make_inputs, optimizers, steps)
 
     try:
         return compare(Closeness())
@@ -179,7 +184,7 @@ class _Comparison:
                     level.hidden.retain_grad()
         self._compare_outputs(output, expected)
         self._compare_gradients(output, expected, given, wanted, optimizers)
-        _compare_callers(given, make_inputs(step))
+        _compare_callers(given, self._make_both(make_inputs, step)[0])
         buffers = dict(self.oracle.named_buffers())
         for key, value in self.subject.named_buffers():
             self.close(f"buffer {key!r}", value, buffers[key])
@@ -302,6 +307,20 @@ class _Comparison:
                 optimizer.step()
 
 
+class _Elsewhere(_Comparison):
+    """The model on another device beside the oracle on the CPU."""
+
+    def __init__(
+        self, model: HierarchicalCELMoE, elsewhere: tuple[torch.device, Callable[[int], Inputs]], *rest: Any
+    ) -> None:
+        super().__init__(model, model, *rest)
+        device, self.make_inputs_there = elsewhere
+        self.subject.to(device)
+
+    def _make_both(self, make_inputs: Callable[[int], Inputs], step: int) -> tuple[Inputs, Inputs]:
+        return self.make_inputs_there(step), make_inputs(step)
+
+
 class _OracleTwice(_Comparison):
     """The oracle in the model's dtype beside the oracle in float64."""
 
@@ -371,9 +390,9 @@ def objective_of(output: CELMoEOutput, objective: str, per_sample: bool) -> torc
     for part in parts:
         if part.is_floating_point():
             weights = torch.randn(part.shape, generator=generator, dtype=torch.float64)
-            total = total + (part * weights.to(part.dtype)).sum()
+            total = total + (part.cpu() * weights.to(part.dtype)).sum()
     if objective in {"all", "losses"} and not per_sample and output.losses:
-        total = total + CELMoELossAPI().compute(output).total
+        total = total + CELMoELossAPI().compute(output).total.cpu()
     return total
 
 
@@ -412,7 +431,7 @@ class Closeness:
             equal(f"{where}.is_contiguous()", mine.is_contiguous(), theirs.is_contiguous())
             equal(f"{where}.requires_grad", mine.requires_grad, theirs.requires_grad)
         if not mine.is_floating_point():
-            if not torch.equal(mine, theirs):
+            if not torch.equal(mine.cpu(), theirs):
                 raise ParityError(f"{where}: values differ")
             return
         if not mine.numel():
@@ -436,7 +455,7 @@ class _Rounding(Closeness):
 
 
 def _difference(where: str, mine: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    wide_mine, wide_theirs = mine.detach().double(), theirs.detach().double()
+    wide_mine, wide_theirs = mine.detach().cpu().double(), theirs.detach().double()
     if not bool(wide_theirs.isfinite().all()):
         raise ParityError(f"{where}: the oracle's values are not finite, and compare with nothing")
     return (wide_mine - wide_theirs).abs().max().item(), wide_theirs.abs().max().item()

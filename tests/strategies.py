@@ -184,15 +184,18 @@ class Case:
             )
         return model.to(self.dtype).train(self.training)
 
-    def inputs(self, step: int = 0) -> Inputs:
-        """Batch number ``step``, the same one every time."""
+    def inputs(self, step: int = 0, device: torch.device | None = None) -> Inputs:
+        """Batch number ``step``, the same one every time, on the CPU or on another device."""
         batch_size = self.batch_size >> step
         generator = torch.Generator().manual_seed(1000 * self.seed + step)
-        maker = _TensorMaker(generator, self.dtype)
+        maker = _TensorMaker(generator, self.dtype, device)
         hidden = self._hidden(maker, batch_size)
         context = _context(self.context, maker, batch_size, tuple(hidden.shape), self.dtype)
         mask = _mask(self.mask, maker, tuple(hidden.shape))
-        return Inputs(hidden, self.routes(batch_size), context, mask, maker.leaves)
+        routing = self.routes(batch_size)
+        if self.planned and device is not None:
+            routing = routing.to(device)
+        return Inputs(hidden, routing, context, mask, maker.leaves)
 
     def routes(self, batch_size: int) -> Any:
         """The routing as the caller passes it."""
@@ -211,7 +214,7 @@ class Case:
     def _hidden(self, maker: _TensorMaker, batch_size: int) -> torch.Tensor:
         shape = (batch_size, *self.trailing, self.width)
         if self.draws_integers:
-            return torch.randint(0, NUM_TOKENS, shape, generator=maker.generator)
+            return maker.integers(NUM_TOKENS, shape)
         match self.layout:
             case "expanded":
                 return maker.leaf("hidden", (1, *shape[1:]), self.hidden_grad).expand(shape)
@@ -227,13 +230,20 @@ class Case:
 class _TensorMaker:
     """Draws tensors, and keeps those that get gradients by name."""
 
-    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype, device: torch.device | None) -> None:
         self.generator = generator
         self.dtype = dtype
+        self.device = device
         self.leaves: dict[str, torch.Tensor] = {}
 
     def normal(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64).to(self.dtype).to(self.device)
+
+    def integers(self, end: int, shape: Sequence[int]) -> torch.Tensor:
+        return torch.randint(0, end, tuple(shape), generator=self.generator).to(self.device)
+
+    def flags(self, shape: Sequence[int], likely: float) -> torch.Tensor:
+        return (torch.rand(tuple(shape), generator=self.generator) < likely).to(self.device)
 
     def leaf(self, name: str, shape: Sequence[int], grad: bool = True) -> torch.Tensor:
         tensor = self.normal(shape).requires_grad_(grad)
@@ -253,8 +263,8 @@ def _context(kind: str, maker: _TensorMaker, batch_size: int, shape: tuple[int, 
         case "dict":
             return {
                 "row_hidden": maker.leaf("context.row_hidden", shape),
-                "row_ids": torch.randint(0, NUM_TOKENS, (batch_size,), generator=maker.generator),
-                "row_flags": torch.rand(batch_size, 2, generator=maker.generator) < 0.5,
+                "row_ids": maker.integers(NUM_TOKENS, (batch_size,)),
+                "row_flags": maker.flags((batch_size, 2), 0.5),
                 "all_table": maker.leaf("context.all_table", (other, 3)),
                 "all_number": maker.leaf("context.all_number", ()),
                 "temperature": 0.5,
@@ -289,11 +299,11 @@ def _mask(kind: str, maker: _TensorMaker, shape: tuple[int, ...]) -> torch.Tenso
         case "none":
             return None
         case "bool":
-            return torch.rand(shape[:-1], generator=maker.generator) < 0.7
+            return maker.flags(shape[:-1], 0.7)
         case "float":
             return maker.normal(shape[:-1])
         case "samples":
-            return torch.randint(0, 5, shape[:1], generator=maker.generator)
+            return maker.integers(5, shape[:1])
         case "grad":
             return maker.leaf("mask", shape[:-1])
     raise AssertionError(kind)
