@@ -11,6 +11,7 @@ from benchmarks.grouped.layouts import Padded, Ragged
 from benchmarks.grouped.stack import STACKED, Stack, fastest_stack
 from benchmarks.steps import ROUTINGS, string_routed
 from benchmarks.workloads import EXPERTS, Workload
+from tests.features import needs_grouped_mm
 
 
 def away_from_start(model):
@@ -45,7 +46,13 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kinds", list(itertools.product((Ragged, Padded), repeat=2)))
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(kinds, marks=needs_grouped_mm if Ragged in kinds else ())
+        for kinds in itertools.product((Ragged, Padded), repeat=2)
+    ],
+)
 @pytest.mark.parametrize("routes", ["uniform", "zipf"])
 @pytest.mark.parametrize("expert", STACKED)
 def test_stack_is_the_model(expert, routes, kinds):
@@ -72,6 +79,7 @@ def test_stack_is_the_model(expert, routes, kinds):
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+@needs_grouped_mm
 def test_the_fastest_stack_is_one_of_those_tried():
     workload = Workload("linear", 8, 40, 9)
     model = workload.build(celmoe)
