@@ -7,6 +7,8 @@ import importlib.metadata
 import platform
 import sys
 
+import torch
+
 from .devices import (
     DEVICES,
     FAILS,
@@ -40,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"celmoe         {__version__}")
     print(f"python         {platform.python_version()} on {platform.system()} {platform.machine()}")
-    for package in ("torch", "numpy", "torch-directml"):
+    # In its own words, which name the build where the metadata of its wheel do not.
+    print(f"torch          {torch.__version__}")
+    for package in ("numpy", "torch-directml"):
         print(f"{package:14} {_version(package)}")
     print(f"engines        {', '.join(ENGINES)} ('{AUTO}' means {default})")
     print()

@@ -395,7 +395,7 @@ class _Reader:
         if tensor is None:
             return None
         name = f"{path}.{leaf.name}".removeprefix(".")
-        if type(tensor) not in (nn.Parameter, torch.Tensor, nn.Buffer):
+        if type(tensor) not in (nn.Parameter, torch.Tensor):
             raise CannotGroupError(f"hold {name!r}, a {type(tensor).__name__}")
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise CannotGroupError(f"hold {name!r}, which is {tensor.layout}")

@@ -24,10 +24,12 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from celmoe import EngineRefusedError, ExpertResult, HierarchicalCELMoE
 from tests.architectures import Cell, GatedMLP, NormMLP, PackedAttention, Recurrence
+from tests.features import needs_selective_checkpoints
 from tests.traps import (
     BATCHES,
     GROUPED,
@@ -184,24 +186,34 @@ class WithDropout(Plain):
         return ExpertResult(F.dropout(torch.tanh(self.linear(batch.hidden)), 0.5, self.training))
 
 
-def keep_products(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def keep_products(ctx: Any, func: Any, *args: Any, **kwargs: Any) -> Any:
     keeps = func in (torch.ops.aten.tanh.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+    policies = torch_checkpoint.CheckpointPolicy
+    return policies.MUST_SAVE if keeps else policies.PREFER_RECOMPUTE
 
 
-CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "reentrant": {"use_reentrant": True},
-    "hooks": {"use_reentrant": False},
-    "to the end": {"use_reentrant": False, "early_stop": False},
-    "selective": {
-        "use_reentrant": False,
-        "context_fn": partial(create_selective_checkpoint_contexts, keep_products),
-    },
+def selective_contexts() -> Any:
+    return torch_checkpoint.create_selective_checkpoint_contexts(keep_products)
+
+
+def checkpoint_to_the_end(*args: Any) -> Any:
+    with set_checkpoint_early_stop(False):
+        return checkpoint(*args, use_reentrant=False)
+
+
+CHECKPOINTS: dict[str, Any] = {
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "hooks": partial(checkpoint, use_reentrant=False),
+    "to the end": checkpoint_to_the_end,
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=selective_contexts),
 }
 CHECKPOINTED = {**MAKERS, "mixing": Mixing, "loss": WithLoss}
 
 
-@pytest.mark.parametrize("how", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(how, marks=needs_selective_checkpoints if how == "selective" else ()) for how in CHECKPOINTS],
+)
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_the_model_checkpointed(name: str, how: str):
     """From the first call on: what is run on trial is not what a checkpoint is to find again."""
@@ -215,7 +227,7 @@ def test_the_model_checkpointed(name: str, how: str):
 
         subject.zero_grad()
         twin.zero_grad()
-        checkpoint(run, mine.leaves["hidden"], **CHECKPOINTS[how]).pow(2).sum().backward()
+        CHECKPOINTS[how](run, mine.leaves["hidden"]).pow(2).sum().backward()
         theirs(oracle_of(twin)).fused_hidden.pow(2).sum().backward()
         assert_close(
             grads_of(subject, mine.leaves["hidden"]), grads_of(twin, theirs.leaves["hidden"]), rtol=1e-4, atol=1e-5

@@ -33,7 +33,9 @@ def start_client(version, library, folder, others_folder):
         "PYTHONIOENCODING": "utf-8",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-P", "-W", "error", PROGRAM, version, folder, others_folder]
+    # The client leaves torch.load its default, of whose change torch 2.4 and 2.5 warn.
+    warnings = ["-W", "error", "-W", "ignore:You are using `torch.load` with `weights_only=False`:FutureWarning"]
+    command = [sys.executable, "-P", *warnings, PROGRAM, version, folder, others_folder]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

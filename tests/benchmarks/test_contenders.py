@@ -12,6 +12,7 @@ from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.stack import STACKED, Stack, fastest_stack
 from benchmarks.steps import ROUTINGS, routings_of, string_routed
 from benchmarks.workloads import Workload
+from tests.features import needs_grouped_mm
 
 
 def away_from_start(model):
@@ -46,7 +47,13 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kinds", list(itertools.product((Ragged, Padded), repeat=2)))
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(kinds, marks=needs_grouped_mm if Ragged in kinds else ())
+        for kinds in itertools.product((Ragged, Padded), repeat=2)
+    ],
+)
 @pytest.mark.parametrize("routes", ["uniform", "zipf"])
 @pytest.mark.parametrize("expert", STACKED)
 def test_stack_is_the_model(expert, routes, kinds):
@@ -73,6 +80,7 @@ def test_stack_is_the_model(expert, routes, kinds):
             torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+@needs_grouped_mm
 def test_the_fastest_stack_is_one_of_those_tried():
     workload = Workload("linear", 8, 40, 9)
     model = workload.build(celmoe)

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from benchmarks.bodies import EXPERTS
+from benchmarks.contenders.stack import STACKED
 from benchmarks.equality import UnequalError, require_equal
 from benchmarks.grouped import contest
 from benchmarks.grouped.contest import INFERENCE, OURS, PEER, TRAINING, compare, rivals_of
 from benchmarks.steps import string_routed
 from benchmarks.workloads import Workload
+from tests.features import needs_grouped_mm
 from tests.peer import FIRST, peer
 
 
@@ -43,7 +45,9 @@ def test_rounding_is_not():
     require_equal(evidence(), evidence(output=torch.tensor([1.0001, -2.0])))
 
 
-@pytest.mark.parametrize("expert", EXPERTS)
+@pytest.mark.parametrize(
+    "expert", [pytest.param(name, marks=needs_grouped_mm if name in STACKED else ()) for name in EXPERTS]
+)
 def test_equal_contenders_are_compared(expert):
     workload = Workload(expert, 8, 24, 5, "zipf")
     found = compare(workload, peer(FIRST), "looped", 0.0, rivals_of(workload), (TRAINING, INFERENCE))
@@ -51,7 +55,7 @@ def test_equal_contenders_are_compared(expert):
     assert all(each.ratio > 0 and each.low <= each.ratio <= each.high for each in found)
 
 
-@pytest.mark.parametrize("rival", [PEER, "stack"])
+@pytest.mark.parametrize("rival", [PEER, pytest.param("stack", marks=needs_grouped_mm)])
 def test_weights_that_are_kept_over_a_step_are_refused(rival, monkeypatch):
     def stale(model, workload):
         forward = string_routed(model, workload)

@@ -1,0 +1,12 @@
+"""What older versions of torch lack: tests that need it are skipped there, and say which version brought it."""
+
+import pytest
+from torch.nn import functional as F
+from torch.utils import checkpoint
+
+needs_grouped_mm = pytest.mark.skipif(
+    not hasattr(F, "grouped_mm"), reason="torch.nn.functional.grouped_mm came with torch 2.10"
+)
+needs_selective_checkpoints = pytest.mark.skipif(
+    not hasattr(checkpoint, "create_selective_checkpoint_contexts"), reason="selective checkpoints came with torch 2.5"
+)
