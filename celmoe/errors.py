@@ -15,7 +15,9 @@ CELMoEError
 |- InputError         ValueError    a tensor of the wrong shape or device
 |- InputTypeError     TypeError     an argument that is no tensor
 |- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
-'- ResultTypeError    TypeError     what an expert returned is no ExpertResult
+|- ResultTypeError    TypeError     what an expert returned is no ExpertResult
+|- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
+'- MeshError          ValueError    a device mesh that does not fit
 """
 
 from __future__ import annotations
@@ -94,6 +96,14 @@ class ResultError(CELMoEError, ValueError):
 
 class ResultTypeError(CELMoEError, TypeError):
     """An expert returned something else than an `ExpertResult` that holds a tensor."""
+
+
+class ProcessGroupError(CELMoEError, RuntimeError):
+    """``torch.distributed`` has no process group, or the ranks' calls do not belong together."""
+
+
+class MeshError(CELMoEError, ValueError):
+    """A device mesh has another size, or other dimensions, than what it is to be used for."""
 
 
 def listed(names: Iterable[object]) -> str:
