@@ -6,7 +6,7 @@ step of one micro-batch, in which the first rank has a Russian sample and the se
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,12 +49,14 @@ class Job:
 class Expert(celmoe.ExpertModule):
     """Row-wise, with a norm and two products; it may read a mask and a context, and give losses."""
 
-    def __init__(self, width, job):
+    def __init__(self, width, job, level="language"):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
-        self.has_losses, self.has_context = job.has_losses, job.has_context
+        # Of a level that is never spread each rank has the loss of its own rows, whose mean is not the joined one.
+        self.has_losses = job.has_losses and level != "universal"
+        self.has_context = job.has_context
 
     def forward(self, batch):
         rows = self.up(self.norm(batch.hidden))
@@ -82,7 +84,9 @@ def make_model(job: Job) -> celmoe.HierarchicalCELMoE:
     config = celmoe.CELMoEConfig(WIDTH, levels, use_learned_fusion=job.fusion == "learned", fusion_dropout=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = celmoe.HierarchicalCELMoE(config, lambda *_: Expert(WIDTH, job), engine=job.engine).to(job.dtype)
+        model = celmoe.HierarchicalCELMoE(config, lambda level, *_: Expert(WIDTH, job, level), engine=job.engine).to(
+            job.dtype
+        )
     for level in levels:
         for name in level.experts:
             model.level_modules[level.name][name].requires_grad_(name not in job.frozen)
@@ -244,6 +248,19 @@ def assert_as_alone(job: Job, histories: list[list[Any]], tolerance: float = TOL
                 assert_close(f"step {step}, gradient of rank {rank}'s inputs", scaled, theirs, tolerance)
                 evidence["inputs"] += len(leaves)
     return evidence
+
+
+def own_rounding(job: Job) -> float:
+    """How far autocast alone moves one process: the largest relative distance over all parameters and gradients."""
+    worst = 0.0
+    exact = train_alone(replace(job, autocast=False))
+    for (rounded, _), (wanted, _) in zip(train_alone(job), exact, strict=True):
+        for name, theirs in wanted.items():
+            for what in ("value", "gradient"):
+                if theirs[what] is not None:
+                    distance = (rounded[name][what] - theirs[what]).abs().max() / theirs[what].abs().max()
+                    worst = max(worst, distance.item())
+    return worst
 
 
 def _unless_empty(theirs: torch.Tensor | None, mine: torch.Tensor | None) -> torch.Tensor | None:
