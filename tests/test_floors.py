@@ -44,7 +44,7 @@ DISTRIBUTED_FLOORS = [
     {"groups", "placement", "transport", "meeting"},
     {"gradients"},
     {"data_parallel", "sharded_level"},
-    {"expert_parallel"},
+    {"expert_parallel", "fully_sharded"},
     {"__init__"},
 ]
 DISTRIBUTED_FLOOR_BY_FILE = {file: number for number, floor in enumerate(DISTRIBUTED_FLOORS) for file in floor}

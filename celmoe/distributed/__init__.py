@@ -2,6 +2,7 @@
 
 from .data_parallel import prepare_ddp
 from .expert_parallel import ExpertSharding, shard_experts
+from .fully_sharded import shard_levels
 from .gradients import joined_mean, reduce_gradients
 from .sharded_level import RemoteExpert
 
@@ -12,4 +13,5 @@ __all__ = [
     "prepare_ddp",
     "reduce_gradients",
     "shard_experts",
+    "shard_levels",
 ]

@@ -14,6 +14,7 @@ from celmoe.config import HierarchyLevelConfig, require_finite
 from celmoe.errors import ConfigError, ProcessGroupError, UnknownExpertError, UnknownLevelError, listed, nearest
 from celmoe.explain import parameter_bytes
 from celmoe.hierarchy import HierarchicalCELMoE
+from celmoe.level import Level
 from celmoe.names import NamedModules
 
 from .data_parallel import refuse_collectives
@@ -155,7 +156,7 @@ def shard_experts(
 
 
 def _chosen(model: HierarchicalCELMoE, levels: Iterable[str] | None) -> list[HierarchyLevelConfig]:
-    if any(isinstance(level, ShardedLevel) for level in model._levels):
+    if any(type(level) is not Level for level in model._levels):
         raise ConfigError("'model' must not be sharded yet (got one that is)")
     by_name = {level.name: level for level in model.levels}
     if levels is None:

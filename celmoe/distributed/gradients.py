@@ -133,7 +133,8 @@ class _Tie(Function):
     def forward(ctx: Any, value: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.anchor = anchor.new_zeros(anchor.shape)
-        return value.view_as(value)
+        # Not `view_as`: autograd refuses in-place work on a view made inside a Function.
+        return value.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
