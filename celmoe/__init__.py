@@ -5,6 +5,7 @@ from .compiler import RoutingCompiler
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .errors import (
     CELMoEError,
+    CheckpointError,
     ConfigError,
     ConfigTypeError,
     EngineError,
@@ -57,6 +58,7 @@ __all__ = [
     "CELMoEError",
     "CELMoELossAPI",
     "CELMoEOutput",
+    "CheckpointError",
     "ClassExplanation",
     "ConfigError",
     "ConfigTypeError",

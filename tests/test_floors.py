@@ -41,10 +41,10 @@ FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in
 
 # A house of its own on top of that: its files import any floor of the other, which knows nothing of it.
 DISTRIBUTED_FLOORS = [
-    {"groups", "placement", "transport", "meeting"},
+    {"groups", "placement", "transport", "meeting", "samplers"},
     {"gradients"},
     {"data_parallel", "sharded_level"},
-    {"expert_parallel", "fully_sharded"},
+    {"expert_parallel", "fully_sharded", "checkpoints"},
     {"__init__"},
 ]
 DISTRIBUTED_FLOOR_BY_FILE = {file: number for number, floor in enumerate(DISTRIBUTED_FLOORS) for file in floor}
