@@ -158,7 +158,7 @@ def seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[s
     for name, parameter in model.named_parameters():
         state = {key: torch.as_tensor(value).clone() for key, value in optimizer.state.get(parameter, {}).items()}
         gradient = None if parameter.grad is None else parameter.grad.clone()
-        found[name] = {"value": parameter.detach().clone(), "gradient": gradient, "state": state}
+        found[name] = {"gradient": gradient, "value": parameter.detach().clone(), "state": state}
     return found
 
 
