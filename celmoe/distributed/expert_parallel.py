@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from celmoe.level import Level
 from celmoe.names import NamedModules
 
 from .data_parallel import refuse_collectives
-from .gradients import reduce_over
+from .gradients import buckets, reduce_over
 from .groups import groups_of, require_dimension, require_process_group, require_whole_world
 from .meeting import Table
 from .placement import balanced
@@ -108,8 +108,10 @@ def shard_experts(
     it would in one process. None is dropped, however many come. Levels that are not spread stay data-parallel, and so
     does everything along the mesh's other dimensions. The first rank's parameters and buffers are everyone's.
 
-    After the backward pass, call `ExpertSharding.reduce_gradients`. The objective must reach the same levels' hidden
-    states, or ``fused_hidden``, on every rank; one without samples calls too, with an empty batch.
+    After the backward pass, call `ExpertSharding.reduce_gradients`. Every rank makes the same number of calls and
+    backward passes, one without samples with an empty batch. The objective must reach ``fused_hidden`` on every rank;
+    or else the same levels' hidden states, and no expert's losses. What experts see whole of a context (see `Shared`)
+    is that of the rank that holds them.
 
     Args:
         model: Built alike on every rank.
@@ -238,9 +240,11 @@ def _require_alike(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, 
 
 
 def _broadcast(model: nn.Module, mesh: DeviceMesh) -> None:
-    tensors: Sequence[torch.Tensor] = [*model.parameters(), *model.buffers()]
-    for group in groups_of(mesh):
-        source = dist.get_global_rank(group, 0)
-        for tensor in tensors:
-            if not tensor.is_meta:
-                dist.broadcast(tensor.detach(), source, group)
+    """Give all ranks the first one's parameters and buffers."""
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        for group in groups_of(mesh):
+            dist.broadcast(flat, dist.get_global_rank(group, 0), group)
+        for tensor, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))

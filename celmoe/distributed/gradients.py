@@ -6,7 +6,7 @@ Everywhere ranks' gradients are *averaged*, as `DistributedDataParallel` and ``f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from .groups import groups_of, require_process_group
 
 # Bytes of gradients in one all-reduce: enough to be worth a message, few enough to be held twice.
 _BUCKET_BYTES = 25 * 2**20
+
+_Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 
 
 def joined_mean(loss_sum: torch.Tensor, count: int, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -81,7 +83,7 @@ def reduce_over(parameters: Sequence[nn.Parameter], groups: Sequence[dist.Proces
         return
     if groups:
         trained = _with_gradient_somewhere(trained, groups)
-    for bucket in _buckets([parameter for parameter in trained if groups or parameter.grad is not None]):
+    for bucket in buckets([parameter for parameter in trained if groups or parameter.grad is not None]):
         _reduce_bucket(bucket, groups, divisor)
 
 
@@ -95,18 +97,18 @@ def _with_gradient_somewhere(
     return [parameter for parameter, any_has in zip(parameters, has.tolist(), strict=True) if any_has]
 
 
-def _buckets(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters of one dtype and device together, in order, up to so many bytes."""
-    done: list[list[nn.Parameter]] = []
-    filling: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}
-    for parameter in parameters:
-        kind = (parameter.dtype, parameter.device)
+def buckets(tensors: Iterable[_Tensor]) -> list[list[_Tensor]]:
+    """Tensors of one dtype and device together, in order, up to so many bytes."""
+    done: list[list[_Tensor]] = []
+    filling: dict[tuple[torch.dtype, torch.device], tuple[list[_Tensor], int]] = {}
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.device)
         bucket, size = filling.get(kind, ([], 0))
-        if bucket and size + parameter.nbytes > _BUCKET_BYTES:
+        if bucket and size + tensor.nbytes > _BUCKET_BYTES:
             done.append(bucket)
             bucket, size = [], 0
-        bucket.append(parameter)
-        filling[kind] = (bucket, size + parameter.nbytes)
+        bucket.append(tensor)
+        filling[kind] = (bucket, size + tensor.nbytes)
     return done + [bucket for bucket, _ in filling.values()]
 
 

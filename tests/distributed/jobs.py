@@ -43,11 +43,13 @@ class Job:
     has_losses: bool = False
     has_context: bool = False
     hidden_grad: bool = True
+    mixes: bool = False
+    has_network: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
 class Expert(celmoe.ExpertModule):
-    """Row-wise, with a norm and two products; it may read a mask and a context, and give losses."""
+    """A norm and two products; it may read a mask and a context, give losses, and look at the rows before each."""
 
     def __init__(self, width, job, level="language"):
         super().__init__()
@@ -57,12 +59,15 @@ class Expert(celmoe.ExpertModule):
         # Of a level that is never spread each rank has the loss of its own rows, whose mean is not the joined one.
         self.has_losses = job.has_losses and level != "universal"
         self.has_context = job.has_context
+        self.mixes = job.mixes and level != "universal"
 
     def forward(self, batch):
         rows = self.up(self.norm(batch.hidden))
         hidden = batch.hidden + self.down(torch.tanh(rows))
         if self.has_context:
             hidden = (hidden + batch.context["shift"]) * batch.mask.unsqueeze(-1)
+        if self.mixes:
+            hidden = hidden + hidden.cumsum(0) / len(hidden)
         losses = {"size": hidden.square().mean()} if self.has_losses else {}
         return celmoe.ExpertResult(hidden, losses)
 
@@ -91,6 +96,28 @@ def make_model(job: Job) -> celmoe.HierarchicalCELMoE:
         for name in level.experts:
             model.level_modules[level.name][name].requires_grad_(name not in job.frozen)
     return model
+
+
+class Network(nn.Module):
+    """A model with trained layers around."""
+
+    def __init__(self, model, job):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.first = nn.Linear(WIDTH, WIDTH, dtype=job.dtype)
+            self.last = nn.Linear(WIDTH, WIDTH, dtype=job.dtype)
+        self.model = model
+
+    def forward(self, hidden, routing, **rest):
+        output = self.model(self.first(hidden), routing, **rest)
+        output.fused_hidden = self.last(output.fused_hidden)
+        return output
+
+
+def network_of(model: celmoe.HierarchicalCELMoE, job: Job) -> nn.Module:
+    """What is trained: the model, or a network around it."""
+    return Network(model, job) if job.has_network else model
 
 
 @dataclass
@@ -162,9 +189,20 @@ def seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[s
     return found
 
 
+_alone: dict[str, list[Any]] = {}
+
+
 def train_alone(job: Job) -> list[Any]:
-    """One process on the joined batches: what `seen` sees after each step, with the leaves' gradients by rank."""
-    model = make_model(job)
+    """One process on the joined batches: what `seen` sees after each step, with the leaves' gradients by rank.
+
+    It loops, whatever engine the ranks take, and is asked once for jobs that are the same but for that.
+    """
+    job = replace(job, engine="looped", options={})
+    return _alone.setdefault(repr(job), _alone.get(repr(job)) or _train_alone(job))
+
+
+def _train_alone(job: Job) -> list[Any]:
+    model = network_of(make_model(job), job)
     optimizer = OPTIMIZERS[job.optimizer](model.parameters())
     history = []
     for step, micros in enumerate(job.steps):

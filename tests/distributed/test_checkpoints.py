@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import celmoe
 from celmoe.distributed import (
@@ -19,10 +20,14 @@ from celmoe.distributed import (
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import STEPS
-from tests.distributed.test_fully_sharded import whole
 
 JOB = Job(STEPS[:4])
 LAYOUTS = ["alone", "experts", "levels"]
+
+
+def whole(value):
+    """A parameter or optimizer state, whole again; all ranks must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def build(layout, job):

@@ -28,7 +28,7 @@ ACCUMULATED = [[[["ru"], ["fr", "fr"]], [["de"], ["it"]], [["pl", "ru"], []]], [
 def train_with_ddp(job):
     """What this rank holds after each step."""
     rank = dist.get_rank()
-    model = jobs.make_model(job)
+    model = jobs.network_of(jobs.make_model(job), job)
     optimizer = jobs.OPTIMIZERS[job.optimizer](model.parameters())
 
     def objective(module, batch):
@@ -66,6 +66,7 @@ JOBS = {
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
     "sequences": Job(STEPS[1:4], positions=3, has_context=True),
+    "in a network": Job(STEPS[:4], has_network=True),
     "small buckets": Job(STEPS[:4], options={"bucket_cap_mb": 0.0001}),
 }
 

@@ -20,6 +20,7 @@ def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):
         for parameter in model.parameters():
             parameter.mul_(rank == 0)  # the first rank's are everyone's
     sharding = shard_experts(model, dist.init_device_mesh("cpu", shape, mesh_dim_names=names), **options)
+    model = jobs.network_of(model, job)
     optimizer = jobs.OPTIMIZERS[job.optimizer](model.parameters())
     history = []
     for step, micros in enumerate(job.steps):
@@ -32,9 +33,9 @@ def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):
                 loss = joined_mean(jobs.loss_sum(job, output, batch), len(batch.languages)) + jobs.extra_losses(output)
             loss.backward()
             leaves.append([leaf.grad for leaf in batch.leaves(job)])
-        sharding.reduce_gradients()
+        sharding.reduce_gradients(model)
         if job.max_norm is not None:
-            sharding.clip_gradients(job.max_norm)
+            sharding.clip_gradients(job.max_norm, model)
         optimizer.step()
         history.append((jobs.seen(model, optimizer), leaves))
     return history
@@ -52,6 +53,8 @@ JOBS = {
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
     "sequences and context": Job(STEPS, positions=3, has_context=True),
+    "experts that mix their rows": Job(STEPS[:4], mixes=True),
+    "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
 
@@ -121,7 +124,7 @@ def look_without_gradients():
     sharding = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
     batch = jobs.make_batches(job, 2, 0)[dist.get_rank()]
     with torch.no_grad():
-        output = model(**batch.inputs(job))
+        output = model(batch.hidden, model.compile_routing({"language": batch.languages}))
     remote = next(module for module in model.level_modules["language"].values() if isinstance(module, RemoteExpert))
     with pytest.raises(celmoe.ProcessGroupError) as error:
         remote(celmoe.ExpertBatch(batch.hidden))

@@ -1,8 +1,11 @@
 """FSDP2 by level: ranks whose samples take other experts train as one process on the joined batch."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import celmoe
@@ -10,18 +13,52 @@ from celmoe.distributed import joined_mean, shard_experts, shard_levels
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_close, assert_ranks_agree
 from tests.distributed.test_data_parallel import ACCUMULATED, DISJOINT, STEPS, train_with_ddp
+from tests.distributed.test_expert_parallel import TWO_BY_TWO
 
 
-def whole(value):
-    """A parameter, gradient or optimizer state, whole again; all ranks must ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+class Part(NamedTuple):
+    """A rank's part of a tensor."""
+
+    rows: torch.Tensor
 
 
-def train_with_levels_sharded(job):
-    """What this rank sees after each step, with its peers' parts."""
+def part(value):
+    """What this rank holds of a value."""
+    return Part(value.to_local()) if isinstance(value, DTensor) else value
+
+
+def put_together(histories, num_parts=2):
+    """As if each of the groups of so many ranks were one that holds all parts; and each rank's inputs."""
+    copies = []
+    for first in range(0, len(histories), num_parts):
+        steps = zip(*histories[first : first + num_parts], strict=True)
+        copies.append([(_joined([seen for seen, _ in group]), group[0][1]) for group in steps])
+    assert_ranks_agree(copies)
+    return [[(copies[0][step][0], inputs) for step, (_, inputs) in enumerate(each)] for each in histories]
+
+
+def _joined(parts):
+    first = parts[0]
+    if isinstance(first, dict):
+        assert all(each.keys() == first.keys() for each in parts)
+        return {key: _joined([each[key] for each in parts]) for key in first}
+    if isinstance(first, Part):
+        return torch.cat([each.rows for each in parts])
+    for each in parts[1:]:
+        assert_close("what all ranks hold", each, first, 0.0)
+    return first
+
+
+def train_with_levels_sharded(job, shape=None):
+    """What this rank holds after each step: its parts."""
     rank = dist.get_rank()
     model = jobs.make_model(job)
-    shard_levels(model, dist.init_device_mesh("cpu", (dist.get_world_size(),)), **job.options)
+    shape = shape or (dist.get_world_size(),)
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+    shard_levels(model, mesh, **job.options)
+    model = jobs.network_of(model, job)
+    if job.has_network:
+        fully_shard(model, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = jobs.OPTIMIZERS[job.optimizer](model.parameters())
     history = []
@@ -41,9 +78,8 @@ def train_with_levels_sharded(job):
         optimizer.step()
         seen = jobs.seen(model, optimizer)
         for found in seen.values():
-            found["value"] = whole(found["value"])
-            found["gradient"] = None if found["gradient"] is None else whole(found["gradient"])
-            found["state"] = {key: whole(value) for key, value in found["state"].items()}
+            found |= {"value": part(found["value"]), "gradient": part(found["gradient"])}
+            found["state"] = {key: part(value) for key, value in found["state"].items()}
         history.append((seen, leaves))
     return history
 
@@ -60,6 +96,7 @@ JOBS = {
     "part of the output": Job(STEPS[:3], objective="family"),
     "sequences and context": Job(STEPS, positions=3, has_context=True),
     "gathered once": Job(STEPS[:3], options={"reshard_after_forward": False}),
+    "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
 
@@ -67,16 +104,20 @@ JOBS = {
 @pytest.mark.parametrize("name", JOBS)
 def test_ranks_train_as_one_process(two, name):
     job = JOBS[name]
-    histories = two.run(train_with_levels_sharded, job)
-    assert_ranks_agree(histories)
+    histories = put_together(two.run(train_with_levels_sharded, job))
+    assert all(assert_as_alone(job, histories).values())
+
+
+def test_parts_on_some_ranks_and_copies_on_others(four):
+    job = Job(TWO_BY_TWO, engine="grouped", max_norm=0.5)
+    histories = put_together(four.run(train_with_levels_sharded, job, (2, 2)))
     assert all(assert_as_alone(job, histories).values())
 
 
 def test_losses_that_only_some_ranks_have(two):
     """An expert's loss is over one rank's rows, as under DDP; it must not start gathering before the levels below."""
     job = Job(STEPS, has_losses=True)
-    histories = two.run(train_with_levels_sharded, job)
-    assert_ranks_agree(histories)
+    histories = put_together(two.run(train_with_levels_sharded, job))
     for step, (theirs, _) in enumerate(two.run(train_with_ddp, job)[0]):
         assert_close(f"step {step}", histories[0][step][0], theirs, jobs.TOLERANCE)
 
@@ -86,8 +127,7 @@ def test_autocast(two):
     job = Job([DISJOINT, STEPS[2]], dtype=torch.float32, autocast=True, optimizer="SGD")
     rounding = jobs.own_rounding(job)
     assert 1e-3 < rounding < 0.1
-    histories = two.run(train_with_levels_sharded, job)
-    assert_ranks_agree(histories)
+    histories = put_together(two.run(train_with_levels_sharded, job))
     assert all(assert_as_alone(job, histories, tolerance=2 * rounding).values())
 
 
