@@ -102,6 +102,16 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
     return DistributedDataParallel(_Objective(model, objective), **options)
 
 
+def require_hierarchy(model: object) -> None:
+    """Refuse what is no `HierarchicalCELMoE`.
+
+    Raises:
+        ConfigTypeError: It is something else.
+    """
+    if not isinstance(model, HierarchicalCELMoE):
+        raise ConfigTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
+
+
 def refuse_collectives(model: nn.Module) -> None:
     """Refuse experts that talk to other ranks themselves: they would wait for ranks that do not run them.
 

@@ -17,9 +17,9 @@ from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
 from celmoe.names import NamedModules
 
-from .data_parallel import refuse_collectives
+from .data_parallel import refuse_collectives, require_hierarchy
 from .gradients import buckets, reduce_over
-from .groups import groups_of, require_dimension, require_process_group, require_whole_world
+from .groups import groups_of, require_dimension, require_mesh, require_process_group, require_whole_world
 from .meeting import Table
 from .placement import balanced
 from .sharded_level import Passage, RemoteExpert, ShardedLevel
@@ -129,6 +129,8 @@ def shard_experts(
             already, an expert with a collective of its own, or experts on several ranks that share a tensor.
     """
     require_process_group("shard_experts")
+    require_mesh(mesh)
+    require_hierarchy(model)
     position = require_dimension(mesh, dimension, "dimension")
     require_whole_world(mesh)
     refuse_collectives(model)

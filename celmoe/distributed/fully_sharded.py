@@ -27,8 +27,8 @@ from celmoe.names import NamedModules
 from celmoe.outputs import LevelOutput
 from celmoe.plan import LevelPlan, RoutingPlan
 
-from .data_parallel import refuse_collectives
-from .groups import groups_of, require_process_group, require_whole_world
+from .data_parallel import refuse_collectives, require_hierarchy
+from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
 # Given the hidden states and the token: the tensors that a level gives.
 _Run = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
@@ -217,9 +217,12 @@ def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) ->
     Raises:
         ProcessGroupError: No process group is initialised.
         MeshError: The mesh leaves processes out.
-        ConfigError: The model is sharded already, or has an expert with a collective of its own.
+        ConfigError, ConfigTypeError: The model is none, is sharded already, or has an expert with a collective of its
+            own.
     """
     require_process_group("shard_levels")
+    require_mesh(mesh)
+    require_hierarchy(model)
     require_whole_world(mesh)
     refuse_collectives(model)
     if any(type(level) is not Level for level in model._levels) or isinstance(model, FSDPModule):

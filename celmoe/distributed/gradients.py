@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from celmoe.errors import InputError, InputTypeError
 
-from .groups import groups_of, require_process_group
+from .groups import groups_of, require_mesh, require_process_group
 
 # Bytes of gradients in one all-reduce: enough to be worth a message, few enough to be held twice.
 _BUCKET_BYTES = 25 * 2**20
@@ -65,8 +65,10 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
 
     Raises:
         ProcessGroupError: No process group is initialised.
+        ConfigTypeError, MeshError: The mesh is none, or this process is not in it.
     """
     require_process_group("reduce_gradients")
+    require_mesh(mesh)
     reduce_over(list(parameters), groups_of(mesh), mesh.size())
 
 

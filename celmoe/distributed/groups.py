@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from celmoe.errors import MeshError, ProcessGroupError, listed, nearest
+from celmoe.errors import ConfigTypeError, MeshError, ProcessGroupError, listed, nearest
 
 
 def require_process_group(what: str) -> None:
@@ -26,6 +26,18 @@ def require_process_group(what: str) -> None:
         )
 
 
+def require_mesh(mesh: object) -> None:
+    """Refuse what is no mesh, or one without this process.
+
+    Raises:
+        ConfigTypeError, MeshError: It is no mesh; this rank is not in it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise ConfigTypeError(f"'mesh' must be a torch.distributed DeviceMesh (got {type(mesh).__name__})")
+    if mesh.get_coordinate() is None:
+        raise MeshError(f"'mesh' must hold this process's rank (got {dist.get_rank()}, mesh {mesh.mesh.tolist()})")
+
+
 def require_dimension(mesh: DeviceMesh, name: str, argument: str) -> int:
     """The position of a mesh's dimension.
 
@@ -35,14 +47,12 @@ def require_dimension(mesh: DeviceMesh, name: str, argument: str) -> int:
         argument: What the caller calls the name.
 
     Raises:
-        MeshError: This rank is not in the mesh, or the mesh has no such dimension.
+        MeshError: It has no such dimension.
     """
     names = mesh.mesh_dim_names or ()
     if name not in names:
         found = nearest(name, names) if names else "its dimensions have no names"
         raise MeshError(f"'{argument}' must be a dimension of the mesh (got {name!r}; {found})")
-    if mesh.get_coordinate() is None:
-        raise MeshError(f"'mesh' must hold this process's rank (got {dist.get_rank()}, mesh {mesh.mesh.tolist()})")
     return names.index(name)
 
 

@@ -34,6 +34,7 @@ class Job:
     optimizer: str = "AdamW"
     fusion: str = "learned"
     frozen: tuple[str, ...] = ()
+    frozen_at: dict[int, tuple[str, ...]] = field(default_factory=dict)
     detached: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float64
     autocast: bool = False
@@ -120,6 +121,13 @@ def network_of(model: celmoe.HierarchicalCELMoE, job: Job) -> nn.Module:
     return Network(model, job) if job.has_network else model
 
 
+def enter_stage(model: celmoe.HierarchicalCELMoE, job: Job, step: int) -> None:
+    """Freeze the languages that are frozen at this step, and no others."""
+    if job.frozen_at:
+        for name, expert in model.level_modules["language"].items():
+            expert.requires_grad_(name not in job.frozen_at.get(step, ()))
+
+
 @dataclass
 class Batch:
     """Some samples: their rows, routes, targets, and what experts may read beside."""
@@ -202,10 +210,12 @@ def train_alone(job: Job) -> list[Any]:
 
 
 def _train_alone(job: Job) -> list[Any]:
-    model = network_of(make_model(job), job)
+    hierarchy = make_model(job)
+    model = network_of(hierarchy, job)
     optimizer = OPTIMIZERS[job.optimizer](model.parameters())
     history = []
     for step, micros in enumerate(job.steps):
+        enter_stage(hierarchy, job, step)
         optimizer.zero_grad()
         inputs = []
         for micro in range(len(micros)):

@@ -28,7 +28,8 @@ ACCUMULATED = [[[["ru"], ["fr", "fr"]], [["de"], ["it"]], [["pl", "ru"], []]], [
 def train_with_ddp(job):
     """What this rank holds after each step."""
     rank = dist.get_rank()
-    model = jobs.network_of(jobs.make_model(job), job)
+    hierarchy = jobs.make_model(job)
+    model = jobs.network_of(hierarchy, job)
     optimizer = jobs.OPTIMIZERS[job.optimizer](model.parameters())
 
     def objective(module, batch):
@@ -38,6 +39,7 @@ def train_with_ddp(job):
     parallel = prepare_ddp(model, objective, **job.options)
     history = []
     for step, micros in enumerate(job.steps):
+        jobs.enter_stage(hierarchy, job, step)
         optimizer.zero_grad()
         leaves = []
         for micro in range(len(micros)):
@@ -66,6 +68,7 @@ JOBS = {
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
     "sequences": Job(STEPS[1:4], positions=3, has_context=True),
+    "frozen for a while": Job([STEPS[0], STEPS[0], *STEPS[:2]], frozen_at={1: ("ru",), 2: ("ru", "fr")}),
     "in a network": Job(STEPS[:4], has_network=True),
     "small buckets": Job(STEPS[:4], options={"bucket_cap_mb": 0.0001}),
 }

@@ -1,11 +1,13 @@
 """Expert parallelism: experts spread over ranks compute, and learn, what they would in one process."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import celmoe
-from celmoe.distributed import RemoteExpert, joined_mean, shard_experts
+from celmoe.distributed import RemoteExpert, joined_mean, meeting, reduce_gradients, shard_experts, shard_levels
 from celmoe.distributed.placement import balanced
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
@@ -20,10 +22,11 @@ def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):
         for parameter in model.parameters():
             parameter.mul_(rank == 0)  # the first rank's are everyone's
     sharding = shard_experts(model, dist.init_device_mesh("cpu", shape, mesh_dim_names=names), **options)
-    model = jobs.network_of(model, job)
+    hierarchy, model = model, jobs.network_of(model, job)
     optimizer = jobs.OPTIMIZERS[job.optimizer](model.parameters())
     history = []
     for step, micros in enumerate(job.steps):
+        jobs.enter_stage(hierarchy, job, step)
         optimizer.zero_grad()
         leaves = []
         for micro in range(len(micros)):
@@ -54,6 +57,7 @@ JOBS = {
     "part of the output": Job(STEPS[:3], objective="family"),
     "sequences and context": Job(STEPS, positions=3, has_context=True),
     "experts that mix their rows": Job(STEPS[:4], mixes=True),
+    "frozen for a while": Job([STEPS[0], STEPS[0], *STEPS[:2]], frozen_at={1: ("ru",), 2: ("ru", "fr")}),
     "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
@@ -98,6 +102,19 @@ def test_autocast(two):
     histories = two.run(train_with_experts_spread, job)
     assert_ranks_agree(histories)
     assert all(assert_as_alone(job, histories, tolerance=2 * rounding).values())
+
+
+def train_with_group_without_cpu(job):
+    """As over a group that only devices can talk over."""
+    with mock.patch.object(meeting.dist, "get_backend_config", return_value="cuda:nccl"):
+        return train_with_experts_spread(job)
+
+
+def test_ranks_meet_on_the_device_where_the_group_has_no_other(two):
+    job = JOBS["auto, SGD, losses"]
+    histories = two.run(train_with_group_without_cpu, job)
+    assert_ranks_agree(histories)
+    assert all(assert_as_alone(job, histories).values())
 
 
 TWO_BY_TWO = [
@@ -178,6 +195,10 @@ def refusals():
             found.append(("nothing", ""))
 
     model = jobs.make_model(job)
+    trying(shard_experts, model, "mesh")
+    trying(shard_experts, torch.nn.Linear(2, 2), mesh)
+    trying(shard_levels, torch.nn.Linear(2, 2), mesh)
+    trying(reduce_gradients, [], (2,))
     trying(shard_experts, model, mesh, dimension="experts")
     trying(shard_experts, model, dist.init_device_mesh("cpu", (2,)))
     trying(shard_experts, model, mesh, levels=["langauge"])
@@ -219,6 +240,10 @@ def test_what_would_hang_is_refused_by_every_rank(two):
     first, second = two.run(refusals)
     assert first == second
     wanted = [
+        ("ConfigTypeError", "'mesh' must be a torch.distributed DeviceMesh (got str)"),
+        ("ConfigTypeError", "'model' must be a HierarchicalCELMoE (got Linear)"),
+        ("ConfigTypeError", "'model' must be a HierarchicalCELMoE (got Linear)"),
+        ("ConfigTypeError", "'mesh' must be a torch.distributed DeviceMesh (got tuple)"),
         ("MeshError", "'dimension' must be a dimension of the mesh (got 'experts'; nearest: 'expert')"),
         ("MeshError", "'dimension' must be a dimension of the mesh (got 'expert'; its dimensions have no names)"),
         ("UnknownLevelError", "'levels' must be levels of the model (got 'langauge'; nearest: 'language')"),

@@ -56,13 +56,14 @@ def train_with_levels_sharded(job, shape=None):
     shape = shape or (dist.get_world_size(),)
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
     shard_levels(model, mesh, **job.options)
-    model = jobs.network_of(model, job)
+    hierarchy, model = model, jobs.network_of(model, job)
     if job.has_network:
         fully_shard(model, mesh=mesh)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = jobs.OPTIMIZERS[job.optimizer](model.parameters())
     history = []
     for step, micros in enumerate(job.steps):
+        jobs.enter_stage(hierarchy, job, step)
         optimizer.zero_grad()
         leaves = []
         for micro in range(len(micros)):
@@ -96,6 +97,7 @@ JOBS = {
     "part of the output": Job(STEPS[:3], objective="family"),
     "sequences and context": Job(STEPS, positions=3, has_context=True),
     "gathered once": Job(STEPS[:3], options={"reshard_after_forward": False}),
+    "frozen for a while": Job([STEPS[0], STEPS[0], *STEPS[:2]], frozen_at={1: ("ru",), 2: ("ru", "fr")}),
     "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
