@@ -55,6 +55,12 @@ class ContextRows:
         """One expert's context from its rows of each of `aligned`."""
         return self.whole if self._build is None else cast(ExpertContext, self._build(blocks))
 
+    def with_aligned(self, aligned: list[torch.Tensor]) -> ContextRows:
+        """The same context with other rows of its batch-aligned tensors."""
+        changed = copy.copy(self)
+        changed.aligned = aligned
+        return changed
+
     def _builder(self, value: object, path: _Path, *, always: bool = False) -> _Builder | None:
         """How to build this value for one expert; ``None`` where all of it is shared as it is."""
         match value:

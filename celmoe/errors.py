@@ -17,7 +17,10 @@ CELMoEError
 |- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
 |- ResultTypeError    TypeError     what an expert returned is no ExpertResult
 |- UnknownDeviceError ValueError    a device that does not exist
-'- DeviceMissingError RuntimeError  a device that is not there, or does not work
+|- DeviceMissingError RuntimeError  a device that is not there, or does not work
+|- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
+|- MeshError          ValueError    a device mesh that does not fit
+'- CheckpointError    ValueError    a checkpoint of another model or optimizer
 """
 
 from __future__ import annotations
@@ -104,6 +107,18 @@ class UnknownDeviceError(CELMoEError, ValueError):
 
 class DeviceMissingError(CELMoEError, RuntimeError):
     """The device is not there, or does not work, for the reason given."""
+
+
+class ProcessGroupError(CELMoEError, RuntimeError):
+    """``torch.distributed`` has no process group, or the ranks' calls do not belong together."""
+
+
+class MeshError(CELMoEError, ValueError):
+    """A device mesh has another size, or other dimensions, than what it is to be used for."""
+
+
+class CheckpointError(CELMoEError, ValueError):
+    """A checkpoint does not hold what the model or optimizer has, or holds what they don't have."""
 
 
 def listed(names: Iterable[object]) -> str:

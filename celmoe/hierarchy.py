@@ -155,8 +155,7 @@ class HierarchicalCELMoE(nn.Module):
         given = LevelInput(hidden, None, context_rows, mask)
         for level, present in zip(self._levels, experts, strict=True):
             planned = plan.levels[level.config.name]
-            # Of the host's plan, so that reading the routes of a batch that was routed by names asks no device.
-            level_output, blocks = level.run(present, self._engine, given, planned, host_plan.routes)
+            level_output, blocks = level.run(present, self._engine, given, planned, host_plan)
             output.levels[planned.name] = level_output
             if level_output.losses:
                 output.losses.update(level_output.losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, cast
 
@@ -109,7 +109,7 @@ class Level:
         engine: str,
         given: LevelInput,
         plan: LevelPlan,
-        make_routes: Callable[[str], list[str]],
+        host_plan: RoutingPlan,
     ) -> tuple[LevelOutput, Blocks | None]:
         """Run the level.
 
@@ -118,7 +118,8 @@ class Level:
             engine: The name of what runs them.
             given: What the level is given.
             plan: The level's plan.
-            make_routes: Given a level's name, the expert's name for each sample.
+            host_plan: The plan of all levels, where the caller has it: reading the routes of a batch that was routed by
+                names asks no device.
 
         Returns:
             Its output, and the same rows as its experts gave them, in the plan's order; without the rows where they
@@ -127,7 +128,7 @@ class Level:
         name = self.config.name
         if not experts:
             empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-            return LevelOutput.with_deferred_routes(name, empty, make_routes), None
+            return LevelOutput.with_deferred_routes(name, empty, host_plan.routes), None
         scales = [self.config.experts[expert].input_gradient_scale for expert in plan.experts]
         arranged = self._arranged(experts, engine, scales, plan)
         if arranged is None:
@@ -139,7 +140,7 @@ class Level:
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
-        output = LevelOutput.with_deferred_routes(name, combine(promoted, order), make_routes)
+        output = LevelOutput.with_deferred_routes(name, combine(promoted, order), host_plan.routes)
         for place in sorted(extras):
             expert, (losses, aux) = plan.experts[place], extras[place]
             if losses:

@@ -1,0 +1,25 @@
+"""The engine beyond one machine, on what ``torch.distributed`` has; see ``notes/distributed.md``."""
+
+from .checkpoints import load_checkpoint, load_file, save_checkpoint, write_file
+from .data_parallel import prepare_ddp
+from .expert_parallel import ExpertSharding, shard_experts
+from .fully_sharded import shard_levels
+from .gradients import joined_mean, reduce_gradients
+from .samplers import ExpertBalancedSampler, GlobalBatchSampler
+from .sharded_level import RemoteExpert
+
+__all__ = [
+    "ExpertBalancedSampler",
+    "ExpertSharding",
+    "GlobalBatchSampler",
+    "RemoteExpert",
+    "joined_mean",
+    "load_checkpoint",
+    "load_file",
+    "prepare_ddp",
+    "reduce_gradients",
+    "save_checkpoint",
+    "shard_experts",
+    "shard_levels",
+    "write_file",
+]

@@ -1,0 +1,243 @@
+"""FSDP2 by level: every rank holds a part of each parameter, and gathers a whole level while that runs.
+
+A level's registry of experts is what ``fully_shard`` wraps, never an expert: ranks run other experts, but all run all
+levels. What it hangs on a module's inputs and outputs is there on every rank, whatever its samples: a token goes in
+beside the hidden states, and comes out of one node with everything that the level gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from celmoe.config import HierarchyLevelConfig
+from celmoe.dispatch import Blocks
+from celmoe.errors import ConfigError
+from celmoe.hierarchy import HierarchicalCELMoE
+from celmoe.level import Level, LevelInput
+from celmoe.names import NamedModules
+from celmoe.outputs import LevelOutput
+from celmoe.plan import LevelPlan, RoutingPlan
+
+from .data_parallel import refuse_collectives, require_hierarchy
+from .groups import groups_of, require_mesh, require_process_group, require_whole_world
+
+# Given the hidden states and the token: the tensors that a level gives.
+_Run = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
+
+
+class GatheredExperts(NamedModules):
+    """A level's experts, called as a whole."""
+
+    def forward(self, run: _Run, hidden: torch.Tensor, token: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Run the level with all its parameters at hand."""
+        return run(hidden, token)
+
+
+class Usage:
+    """Which experts' parameters have had gradients, on any rank, since gradients were last reduced.
+
+    ``fully_shard`` reduces zeros where a rank has no gradient. What no rank had one for gets `None` back.
+
+    Args:
+        mesh: The ranks.
+        registries: The levels' experts, in order, wrapped.
+    """
+
+    def __init__(self, mesh: DeviceMesh, registries: Sequence[nn.Module]) -> None:
+        self._groups = groups_of(mesh)
+        self._device = mesh.device_type
+        self._registries = list(registries)
+        self._sharded = [list(registry.parameters()) for registry in self._registries]
+        self._had = [[False] * len(each) for each in self._sharded]
+        self._used = [[False] * len(each) for each in self._sharded]
+        self._is_queued = False
+
+    def enter(self, level: int) -> None:
+        """A level is about to run: its parameters are in parts, as the optimizer sees them."""
+        self._had[level] = [parameter.grad is not None for parameter in self._sharded[level]]
+
+    def leave(self, level: int) -> None:
+        """A backward pass has come through a level: its whole parameters have their gradients."""
+        used = self._used[level]
+        for place, parameter in enumerate(self._registries[level].parameters()):
+            used[place] |= parameter.grad is not None
+        if not self._is_queued:
+            self._is_queued = True
+            # After that of ``fully_shard``, which was queued when this backward pass reached the first level.
+            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
+
+    def _settle(self) -> None:
+        self._is_queued = False
+        flat = torch.tensor([used for level in self._used for used in level], dtype=torch.uint8, device=self._device)
+        for group in self._groups:
+            dist.all_reduce(flat, dist.ReduceOp.MAX, group)
+        anywhere = iter(flat.tolist())
+        for level, parameters in enumerate(self._sharded):
+            self._used[level] = [bool(next(anywhere)) for _ in parameters]
+            if all(parameter.grad is None for parameter in parameters):
+                continue  # not reduced yet: gradients are being accumulated
+            for parameter, had, used in zip(parameters, self._had[level], self._used[level], strict=True):
+                if not had and not used:
+                    parameter.grad = None
+            self._used[level] = [False] * len(parameters)
+
+
+class _Enter(Function):
+    """The identity; on the way back all of the level's gradients are there by now."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, usage: Usage, level: int, hidden: torch.Tensor, token: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.usage, ctx.level = usage, level
+        ctx.set_materialize_grads(False)
+        return hidden.detach(), token.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        ctx.usage.leave(ctx.level)
+        return None, None, *grads
+
+
+class _Leave(Function):
+    """The identity, of all that a level gives at once: its backward begins when no gradient is to come any more."""
+
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.token = torch.zeros_like(token)
+        ctx.mark_non_differentiable(*(each for each in given if not each.is_floating_point()))
+        return token.detach(), *(each.detach() for each in given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return ctx.token, *grads[1:]
+
+
+class _Thread:
+    """The token on its way through a pass's levels."""
+
+    def __init__(self, num_levels: int) -> None:
+        self._last = num_levels - 1
+        self._token: torch.Tensor | None = None
+
+    def take(self, position: int, device: torch.device) -> torch.Tensor:
+        """The token for a level: a new one for the first."""
+        if position == 0 or self._token is None:
+            return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        return self._token
+
+    def give(self, position: int, token: torch.Tensor) -> None:
+        """The token after a level. That of the last one is let go, and the pass's graph with it."""
+        self._token = None if position == self._last else token
+
+
+class FullyShardedLevel(Level):
+    """One level of a model, its parameters in parts on all ranks.
+
+    Args:
+        config: The level's config.
+        position: Its place among the model's levels.
+        modules: Its experts, wrapped.
+        usage: Of the model.
+        thread: Of the model.
+    """
+
+    def __init__(
+        self, config: HierarchyLevelConfig, position: int, modules: GatheredExperts, usage: Usage, thread: _Thread
+    ) -> None:
+        super().__init__(config)
+        self._position = position
+        self._modules = modules
+        self._usage = usage
+        self._thread = thread
+
+    def run(
+        self,
+        experts: Sequence[nn.Module],
+        engine: str,
+        given: LevelInput,
+        plan: LevelPlan,
+        host_plan: RoutingPlan,
+    ) -> tuple[LevelOutput, Blocks | None]:
+        """As `Level.run`, with the level's parameters gathered for as long as it takes."""
+        records = torch.is_grad_enabled()
+        token = self._thread.take(self._position, given.hidden.device)
+        hidden = given.hidden
+        if not any(expert.input_gradient_scale for expert in self.config.experts.values()):
+            hidden = hidden.detach()
+        self._usage.enter(self._position)
+        found: list[Any] = []
+
+        def run(hidden: torch.Tensor, token: torch.Tensor) -> Sequence[torch.Tensor]:
+            if records:
+                hidden, token = _Enter.apply(self._usage, self._position, hidden, token)
+            output, blocks = super(FullyShardedLevel, self).run(
+                experts, engine, given._replace(hidden=hidden), plan, host_plan
+            )
+            leaves, structure = tree_flatten((output.hidden, output.losses, output.aux))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            found.extend((output, blocks, leaves, structure))
+            return cast(Sequence[torch.Tensor], _Leave.apply(token, *tensors)) if records else [token, *tensors]
+
+        token, *tensors = self._modules(run, hidden, token)
+        self._thread.give(self._position, token)
+        output, blocks, leaves, structure = found
+        new = iter(tensors)
+        leaves = [next(new) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        output.hidden, output.losses, output.aux = tree_unflatten(leaves, structure)
+        return output, blocks
+
+
+def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) -> HierarchicalCELMoE:
+    """Spread every parameter of a model over ranks by ``fully_shard``, level by level, in place.
+
+    The model is called as before, by every rank with its own samples; gradients are averaged in the backward pass, and
+    experts that are absent on all ranks keep ``None``. Make the optimizer afterwards. A network around the model may be
+    wrapped by ``fully_shard`` next. Every rank makes the same number of calls and backward passes, one without samples
+    with an empty batch; the objective reaches the same levels' hidden states, or ``fused_hidden``, on every rank.
+
+    Args:
+        model: Built alike on every rank.
+        mesh: As for ``fully_shard``.
+        **options: For ``fully_shard``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ProcessGroupError: No process group is initialised.
+        MeshError: The mesh leaves processes out.
+        ConfigError, ConfigTypeError: The model is none, is sharded already, or has an expert with a collective of its
+            own.
+    """
+    require_process_group("shard_levels")
+    require_mesh(mesh)
+    require_hierarchy(model)
+    require_whole_world(mesh)
+    refuse_collectives(model)
+    if any(type(level) is not Level for level in model._levels) or isinstance(model, FSDPModule):
+        raise ConfigError("'model' must not be sharded yet (got one that is)")
+    registries = []
+    for level in model.levels:
+        experts = GatheredExperts(dict(cast(NamedModules, model.level_modules[level.name]).items()))
+        model.level_modules[level.name] = experts
+        wrapped = fully_shard(experts, mesh=mesh, **options)
+        wrapped.set_reduce_scatter_unused_params(True, recurse=False)
+        registries.append(experts)
+    fully_shard(model, mesh=mesh, **options)
+    usage, thread = Usage(mesh, registries), _Thread(len(registries))
+    model._levels = [
+        FullyShardedLevel(level, position, registry, usage, thread)
+        for position, (level, registry) in enumerate(zip(model.levels, registries, strict=True))
+    ]
+    return model

@@ -1,0 +1,173 @@
+"""What ranks tell each other before rows travel: how many samples they have for whom, and what rows look like.
+
+One all-gather of some integers serves all levels of a batch.
+
+Axes: G ranks of the group, E experts of a level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from celmoe.errors import InputError
+from celmoe.level import LevelInput
+from celmoe.plan import RoutingPlan
+
+# Kinds of rows that are known; a new one costs one more exchange.
+_MOST_KINDS = 1024
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+
+
+class Rows(NamedTuple):
+    """What a rank's rows look like: all but their number.
+
+    Attributes:
+        hidden: The hidden states' trailing shape.
+        mask: The mask's trailing shape and dtype, or ``None``.
+        context: Trailing shape, dtype and whether gradients flow, of the context's batch-aligned tensors.
+        records: Whether a backward pass is to come.
+        autocast: The dtype that autocast is on for, or ``None``.
+    """
+
+    hidden: tuple[int, ...]
+    mask: tuple[tuple[int, ...], torch.dtype] | None
+    context: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+    records: bool
+    autocast: torch.dtype | None
+
+
+class Meeting(NamedTuple):
+    """What all ranks of the group know of this batch.
+
+    Attributes:
+        counts: By level, samples ``[G, E]`` that each rank has for each expert, in the config's order.
+        dtype: The hidden states' dtype, promoted over ranks that have some.
+        is_differentiated: Whether gradients flow into the hidden states of any rank.
+        rows: What rows look like.
+    """
+
+    counts: Mapping[str, npt.NDArray[np.int64]]
+    dtype: torch.dtype
+    is_differentiated: bool
+    rows: Rows
+
+
+class Table:
+    """Where the ranks of a group meet.
+
+    Args:
+        group: The ranks.
+        levels: The levels whose rows travel, each with its experts in the config's order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, levels: Mapping[str, Sequence[str]]) -> None:
+        self._group = group
+        self._levels = {
+            level: {name: position for position, name in enumerate(experts)} for level, experts in levels.items()
+        }
+        self._kinds: dict[int, Rows] = {}
+        # Integers that the host has and wants had better not go through a device, which would have to be waited for.
+        self._meets_on_cpu = "cpu:" in dist.get_backend_config(group)
+
+    def meet(self, plan: RoutingPlan, given: LevelInput) -> Meeting:
+        """Tell and hear. Every rank of the group must come.
+
+        Args:
+            plan: The rank's own.
+            given: What its first level whose rows travel is given.
+
+        Raises:
+            InputError: Rows do not look alike; every rank raises.
+        """
+        rows = _look(given)
+        kind = int.from_bytes(hashlib.blake2b(repr(rows).encode(), digest_size=8).digest(), signed=True)
+        counts = [self._counts(level, plan) for level in self._levels]
+        said = np.concatenate([[kind, plan.batch_size, *coded(given.hidden)], *counts])
+        heard = self.all_gathered(said, given.hidden.device)
+        self._learn(kind, rows, heard[:, 0])
+        has_some = heard[:, 1] > 0
+        agreed = self._agreed(heard[:, 0], has_some, rows)
+        dtype, is_differentiated = decoded(heard[:, 2:4], has_some, given.hidden.dtype)
+        found, start = {}, 4
+        for level, positions in self._levels.items():
+            found[level] = heard[:, start : start + len(positions)]
+            start += len(positions)
+        return Meeting(found, dtype, is_differentiated, agreed)
+
+    def all_gathered(self, said: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
+        """``[G, N]``: what each rank says, N integers."""
+        tensor = torch.from_numpy(said)
+        if not self._meets_on_cpu:
+            tensor = tensor.to(device)
+        heard = tensor.new_empty(dist.get_world_size(self._group) * len(said))
+        dist.all_gather_single(heard, tensor, self._group)
+        return cast(npt.NDArray[np.int64], heard.cpu().numpy().reshape(-1, len(said)))
+
+    def _counts(self, level: str, plan: RoutingPlan) -> npt.NDArray[np.int64]:
+        positions, planned = self._levels[level], plan.levels[level]
+        counts = np.zeros(len(positions), dtype=np.int64)
+        counts[[positions[name] for name in planned.experts]] = planned.counts
+        return counts
+
+    def _learn(self, kind: int, rows: Rows, kinds: npt.NDArray[np.int64]) -> None:
+        """Know what rows of these kinds look like. All ranks know the same kinds, for all have heard the same."""
+        if self._kinds.keys() >= set(kinds.tolist()):
+            return
+        if len(self._kinds) >= _MOST_KINDS:
+            self._kinds.clear()
+        heard: list[Any] = [None] * len(kinds)
+        dist.all_gather_object(heard, (kind, rows), self._group)
+        self._kinds.update(heard)
+
+    def _agreed(self, kinds: npt.NDArray[np.int64], has_some: npt.NDArray[np.bool_], own: Rows) -> Rows:
+        ranks_by_rows: dict[Rows, list[int]] = {}
+        for rank in np.flatnonzero(has_some).tolist():
+            ranks_by_rows.setdefault(self._kinds[int(kinds[rank])], []).append(rank)
+        if len(ranks_by_rows) > 1:
+            first, second, *_ = ranks_by_rows
+            field = next(name for name in Rows._fields if getattr(first, name) != getattr(second, name))
+            what = {"records": "gradients recorded", "autocast": "autocast"}.get(field, f"rows of {field}")
+            got = ", ".join(f"{getattr(rows, field)} on {ranks}" for rows, ranks in ranks_by_rows.items())
+            raise InputError(f"'{what}' must be alike on all ranks that share experts (got {got})")
+        agreed = next(iter(ranks_by_rows), own)
+        for rank, kind in enumerate(kinds.tolist()):
+            # A rank without samples has experts that want the others' mask and context built for them.
+            rows = self._kinds[kind]
+            if (rows.mask is None, len(rows.context)) != (agreed.mask is None, len(agreed.context)):
+                raise InputError(
+                    f"'context' and 'mask' must be of one structure on all ranks that share experts, also where there "
+                    f"are no samples (got {rows} on {rank}, {agreed} elsewhere)"
+                )
+        return agreed
+
+
+def coded(hidden: torch.Tensor) -> tuple[int, int]:
+    """The dtype of hidden states, and whether gradients flow into them, as integers."""
+    return _DTYPES.index(hidden.dtype), int(hidden.requires_grad)
+
+
+def decoded(
+    codes: npt.NDArray[np.int64], has_some: npt.NDArray[np.bool_], default: torch.dtype
+) -> tuple[torch.dtype, bool]:
+    """The dtype that those of the ranks that have some rows promote to, and whether gradients flow on any rank."""
+    dtypes = {_DTYPES[code] for code in codes[has_some, 0].tolist()}
+    return reduce(torch.promote_types, dtypes) if dtypes else default, bool(codes[:, 1].any())
+
+
+def _look(given: LevelInput) -> Rows:
+    device, mask = given.hidden.device.type, given.mask
+    return Rows(
+        tuple(given.hidden.shape[1:]),
+        None if mask is None else (tuple(mask.shape[1:]), mask.dtype),
+        tuple((tuple(each.shape[1:]), each.dtype, each.requires_grad) for each in given.context.aligned),
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+    )

@@ -1,0 +1,273 @@
+"""A level whose experts are spread over ranks: samples go to their experts, and come back.
+
+Axes: B samples in batch order, R rows received, G ranks of the group, E experts of the level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from celmoe.config import HierarchyLevelConfig
+from celmoe.dispatch import Blocks, combine, dispatch
+from celmoe.errors import ProcessGroupError
+from celmoe.experts import ExpertBatch, ExpertModule, ExpertResult
+from celmoe.explain import LevelExplanation
+from celmoe.level import Level, LevelInput
+from celmoe.names import NamedModules, modules_named
+from celmoe.outputs import CELMoEOutput, LevelOutput
+from celmoe.plan import LevelPlan, RoutingPlan
+
+from .gradients import tied
+from .meeting import Meeting, Table, coded, decoded
+from .transport import Way, from_experts, to_experts
+
+
+class RemoteExpert(ExpertModule):
+    """Stands, without parameters, for an expert that another rank holds.
+
+    Attributes:
+        level: The level's name.
+        expert: The expert's.
+        rank: Which rank of the mesh's dimension holds it.
+    """
+
+    def __init__(self, level: str, expert: str, rank: int) -> None:
+        super().__init__()
+        self.level, self.expert, self.rank = level, expert, rank
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        """Never runs.
+
+        Raises:
+            ProcessGroupError: Always.
+        """
+        raise ProcessGroupError(
+            f"expert {self.expert!r} of level {self.level!r} must be called on rank {self.rank} of its mesh's "
+            f"dimension, which holds it (got a call with {len(batch.hidden)} samples elsewhere)"
+        )
+
+    def extra_repr(self) -> str:
+        """Where the expert is."""
+        return f"rank={self.rank}"
+
+
+class Passage:
+    """What the sharded levels of one model share in a forward pass.
+
+    Args:
+        group: The ranks that the experts are spread over.
+        table: Where they meet.
+        first: The first of the sharded levels.
+
+    Attributes:
+        meeting: What this pass's ranks know of each other.
+        token: Of the last exchange.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, table: Table, first: str) -> None:
+        self.group = group
+        self.table = table
+        self._first = first
+        self.meeting: Meeting | None = None
+        self.token: torch.Tensor | None = None
+
+    def enter(self, level: str, host_plan: RoutingPlan, given: LevelInput) -> tuple[Meeting, torch.Tensor]:
+        """What a level has to know before rows travel.
+
+        Raises:
+            InputError: See `Table.meet`.
+        """
+        if level == self._first:
+            self.meeting = self.table.meet(host_plan, given)
+            self.token = torch.zeros((), device=given.hidden.device, requires_grad=torch.is_grad_enabled())
+        assert self.meeting is not None
+        assert self.token is not None
+        return self.meeting, self.token
+
+    def leave(self, _model: nn.Module, _args: object, output: CELMoEOutput) -> None:
+        """Tie what the pass gave to its exchanges: wherever a backward pass starts, it makes them all."""
+        token, self.token, self.meeting = self.token, None, None
+        if token is None or not torch.is_grad_enabled():
+            return
+        output.fused_hidden = tied(output.fused_hidden, token)
+        for level in output.levels.values():
+            for key, value in level.losses.items():
+                level.losses[key] = output.losses[key] = tied(value, token)
+
+
+class ShardedLevel(Level):
+    """One level of a model, its experts spread over ranks.
+
+    Args:
+        config: The level's config.
+        modules: Its experts, with a `RemoteExpert` for each that another rank holds.
+        owners: The rank of each expert, in the config's order.
+        passage: What the model's sharded levels share.
+    """
+
+    def __init__(
+        self, config: HierarchyLevelConfig, modules: NamedModules, owners: Sequence[int], passage: Passage
+    ) -> None:
+        super().__init__(config)
+        self._modules = modules
+        self._names = tuple(config.experts)
+        self._owners = np.asarray(owners, dtype=np.int64)
+        self._passage = passage
+        rank = dist.get_rank(passage.group)
+        positions = {name: position for position, name in enumerate(self._names)}
+        self._owner_by_name = {name: owners[position] for name, position in positions.items()}
+        # Positions in the config's order of the experts here, by name.
+        self._here = [positions[name] for name in sorted(positions) if owners[positions[name]] == rank]
+
+    def run(
+        self,
+        experts: Sequence[nn.Module],  # noqa: ARG002  # those of this rank's samples: most are elsewhere
+        engine: str,
+        given: LevelInput,
+        plan: LevelPlan,
+        host_plan: RoutingPlan,
+    ) -> tuple[LevelOutput, Blocks | None]:
+        """As `Level.run`, but that samples run where their experts are, together with other ranks' samples.
+
+        Losses and aux are those of the experts here, over the samples of all ranks; the losses' weights count the
+        ranks, for what all ranks' objectives add up to is divided by as many.
+        """
+        passage = self._passage
+        meeting, token = passage.enter(plan.name, host_plan, given)
+        counts = meeting.counts[plan.name]
+        present = counts.sum(0) > 0
+        if not present.any():
+            return super().run((), engine, given, plan, host_plan)
+        dtype, is_differentiated = self._agreed_input(meeting, given)
+        scales = [self.config.experts[name].input_gradient_scale for name in self._names]
+        if not any(scale for scale, is_there in zip(scales, present, strict=True) if is_there):
+            is_differentiated = False
+
+        num_ranks = dist.get_world_size(passage.group)
+        rank = dist.get_rank(passage.group)
+        here = counts[:, self._here]
+        sent = np.bincount(self._owners, weights=counts[rank], minlength=num_ranks).astype(np.int64)
+        way = Way(passage.group, tuple(sent.tolist()), tuple(here.sum(1).tolist()))
+        outward = self._by_owner(plan)
+        rows = self._outgoing(given, outward, meeting, dtype, is_differentiated)
+        has_gradient = [is_differentiated, *([False] if given.mask is not None else [])]
+        has_gradient += [requires_grad for _, _, requires_grad in meeting.rows.context]
+        token, received = to_experts(rows, way, [meeting.rows.records and each for each in has_gradient], token)
+
+        local_plan = self._local_plan(here, given.hidden.device)
+        hidden, *rest = received
+        mask = rest.pop(0) if given.mask is not None else None
+        local = LevelInput(hidden, None, given.context.with_aligned(rest) if rest else given.context, mask)
+        modules = modules_named(self._modules, local_plan.experts)
+        output, _ = super().run(modules, engine, local, local_plan, host_plan)
+
+        result = self._in_agreed_dtype(output.hidden, bool(here.any()))
+        passage.token, returned = from_experts(result, way, token)
+        output.hidden = combine([returned], outward).reshape(given.hidden.shape)
+        output.loss_weights = {key: weight * num_ranks for key, weight in output.loss_weights.items()}
+        return output, None
+
+    def explain(
+        self,
+        modules: NamedModules,
+        engine: str,
+        experts: Sequence[nn.Module],  # noqa: ARG002  # as in `run`
+        plan: LevelPlan | None,  # noqa: ARG002  # which samples come here is not known before ranks meet
+    ) -> LevelExplanation:
+        """How the experts of this rank would run."""
+        here = {self._names[position]: modules[self._names[position]] for position in sorted(self._here)}
+        return super().explain(NamedModules(here), engine, list(here.values()), None)
+
+    def _agreed_input(self, meeting: Meeting, given: LevelInput) -> tuple[torch.dtype, bool]:
+        """The dtype in which rows travel, and whether gradients come back."""
+        if meeting.counts.keys() and next(iter(meeting.counts)) == self.config.name:
+            return meeting.dtype, meeting.is_differentiated
+        # What the levels in between gave is known to each rank only of itself.
+        heard = self._heard([int(given.hidden.shape[0] > 0), *coded(given.hidden)], given.hidden.device)
+        return decoded(heard[:, 1:], heard[:, 0] > 0, given.hidden.dtype)
+
+    def _in_agreed_dtype(self, rows: torch.Tensor, has_some: bool) -> torch.Tensor:
+        """The experts' rows in the dtype that those of all ranks promote to, as they would in one process."""
+        heard = self._heard([int(has_some), *coded(rows)], rows.device)
+        dtype, _ = decoded(heard[:, 1:], heard[:, 0] > 0, rows.dtype)
+        return rows.to(dtype)
+
+    def _heard(self, said: Sequence[int], device: torch.device) -> npt.NDArray[np.int64]:
+        return self._passage.table.all_gathered(np.array(said, dtype=np.int64), device)
+
+    def _outgoing(
+        self, given: LevelInput, outward: LevelPlan, meeting: Meeting, dtype: torch.dtype, is_differentiated: bool
+    ) -> list[torch.Tensor]:
+        """Hidden states, mask and the context's batch-aligned tensors, in the order of the ranks that they go to."""
+        looks = meeting.rows
+        if not given.hidden.shape[0]:
+            # Of no samples, whatever this rank's look like.
+            device = given.hidden.device
+            shapes = [(looks.hidden, dtype), *([] if looks.mask is None else [looks.mask])]
+            shapes += [(shape, each) for shape, each, _ in looks.context]
+            return [torch.empty((0, *shape), dtype=each, device=device) for shape, each in shapes]
+        hidden = given.hidden.to(dtype)
+        tensors = [hidden if is_differentiated else hidden.detach()]
+        tensors += [] if given.mask is None else [given.mask]
+        tensors += given.context.aligned
+        return [dispatch(tensor, outward)[0] for tensor in tensors]
+
+    def _by_owner(self, plan: LevelPlan) -> LevelPlan:
+        """This rank's plan as one group of rows: by the rank that they go to, then by expert, then as in the batch."""
+        owners = [self._owner_by_name[name] for name in plan.experts]
+        size = plan.order.numel()
+        positions = sorted(range(len(owners)), key=owners.__getitem__)
+        if positions == list(range(len(owners))):
+            return plan._replace(experts=("",), counts=(size,), follows_previous=False)
+        counts = np.asarray(plan.counts, dtype=np.int64)
+        starts = np.cumsum(counts) - counts
+        order = _ranges(starts[positions], counts[positions])
+        both = torch.from_numpy(np.concatenate([order, np.argsort(order, kind="stable")])).to(
+            plan.order.device, non_blocking=True
+        )
+        return plan._replace(
+            experts=("",),
+            counts=(size,),
+            is_sorted=False,
+            follows_previous=False,
+            order=plan.order.index_select(0, both[:size]),
+            inverse=both[size:].index_select(0, plan.inverse),
+        )
+
+    def _local_plan(self, here: npt.NDArray[np.int64], device: torch.device) -> LevelPlan:
+        """The plan of the rows received: they come by rank, then by expert; experts want theirs by rank.
+
+        Args:
+            here: ``[G, E here]``, rows by rank and expert.
+            device: Of the rows.
+        """
+        starts = (np.cumsum(here) - here.reshape(-1)).reshape(here.shape)
+        order = _ranges(starts.T.reshape(-1), here.T.reshape(-1))
+        counts = here.sum(0)
+        is_there = np.flatnonzero(counts)
+        size, num_present = len(order), len(is_there)
+        ids = np.tile(np.asarray(self._here, dtype=np.int64), len(here)).repeat(here.reshape(-1))
+        packed = np.concatenate([order, np.argsort(order, kind="stable"), ids, np.cumsum(counts[is_there])])
+        tensor = torch.from_numpy(packed).to(device, non_blocking=True)
+        parts = tensor.split([size, size, size, num_present])
+        return LevelPlan(
+            self.config.name,
+            tuple(self._names[self._here[place]] for place in is_there.tolist()),
+            tuple(counts[is_there].tolist()),
+            bool((order == np.arange(size)).all()),
+            False,
+            *cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], parts),
+        )
+
+
+def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The ranges that begin at these starts, one after another."""
+    shifts = starts - (np.cumsum(lengths) - lengths)
+    return np.repeat(shifts, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)

@@ -1,0 +1,124 @@
+"""Rows on their way to the ranks of their experts and back: one all-to-all each way, in the backward pass too.
+
+Both Functions carry a *token*, a scalar that is threaded through all of a pass's exchanges. It makes one chain of them,
+so that a backward pass makes them all, in one order, on every rank: also on one whose experts got no rows, are frozen,
+or detach their input.
+
+Axes: R rows, those of one rank next to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class Way(NamedTuple):
+    """How many rows go where.
+
+    Attributes:
+        group: The ranks.
+        sent: Rows from here to each rank.
+        received: Rows from each rank to here.
+    """
+
+    group: dist.ProcessGroup
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    def back(self) -> Way:
+        """The other way."""
+        return Way(self.group, self.received, self.sent)
+
+
+def exchange(tensors: Sequence[torch.Tensor], way: Way) -> list[torch.Tensor]:
+    """All tensors' rows in one all-to-all, as bytes: they may be of any dtypes, and a row stays together.
+
+    Args:
+        tensors: ``[R, ...]`` each, of the same dtypes and trailing shapes on all ranks.
+        way: R is the sum of what it sends.
+    """
+    rows = sum(way.sent)
+    sizes = [tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors]
+    packed = [
+        tensor.detach().reshape(rows, tensor.shape[1:].numel()).contiguous().view(torch.uint8) for tensor in tensors
+    ]
+    given = packed[0] if len(packed) == 1 else torch.cat(packed, 1)
+    taken = given.new_empty((sum(way.received), sum(sizes)))
+    dist.all_to_all_single(taken, given, list(way.received), list(way.sent), way.group)
+    return [
+        part.contiguous().view(tensor.dtype).reshape(len(part), *tensor.shape[1:])
+        for part, tensor in zip(taken.split(sizes, 1), tensors, strict=True)
+    ]
+
+
+class _ToExperts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, way: Way, differentiated: tuple[bool, ...], token: torch.Tensor, *rows: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.way, ctx.differentiated = way, differentiated
+        ctx.set_materialize_grads(False)
+        received = exchange(rows, way)
+        ctx.received = [each.new_empty(()).expand(each.shape) for each in received]
+        ctx.mark_non_differentiable(*(each for each, has in zip(received, differentiated, strict=True) if not has))
+        ctx.token = torch.zeros_like(token)
+        return torch.zeros_like(token), *received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _token: torch.Tensor | None, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        sent = [
+            torch.zeros_like(like, memory_format=torch.contiguous_format) if grad is None else grad
+            for grad, like, has in zip(grads, ctx.received, ctx.differentiated, strict=True)
+            if has
+        ]
+        returned = iter(exchange(sent, ctx.way.back()) if sent else ())
+        return None, None, ctx.token, *(next(returned) if has else None for has in ctx.differentiated)
+
+
+class _FromExperts(Function):
+    @staticmethod
+    def forward(ctx: Any, way: Way, token: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.way = way
+        ctx.set_materialize_grads(False)
+        (returned,) = exchange([rows], way)
+        ctx.returned = returned.new_empty(()).expand(returned.shape)
+        ctx.token = torch.zeros_like(token)
+        return torch.zeros_like(token), returned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _token: torch.Tensor | None, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            grad = torch.zeros_like(ctx.returned, memory_format=torch.contiguous_format)
+        (rows,) = exchange([grad], ctx.way.back())
+        return None, ctx.token, rows
+
+
+def to_experts(
+    rows: Sequence[torch.Tensor], way: Way, differentiated: Sequence[bool], token: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Send rows to their experts' ranks.
+
+    Args:
+        rows: ``[R, ...]`` each, in the order of the ranks that they go to.
+        way: How many go where.
+        differentiated: Which of them gradients come back for: the same on all ranks.
+        token: Of the exchange before.
+
+    Returns:
+        The token for the exchange after, and the rows received, in the order of the ranks that they come from.
+    """
+    token, *received = cast(tuple[torch.Tensor, ...], _ToExperts.apply(way, tuple(differentiated), token, *rows))
+    return token, received
+
+
+def from_experts(rows: torch.Tensor, way: Way, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Send rows back to where they came from; arguments and result as for `to_experts`."""
+    return cast(tuple[torch.Tensor, torch.Tensor], _FromExperts.apply(way.back(), token, rows))

@@ -1,0 +1,21 @@
+"""Two and four processes for all tests of this folder."""
+
+import pytest
+
+from tests.distributed.pool import Pool
+
+
+def _pool(size):
+    pool = Pool(size)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two():
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def four():
+    yield from _pool(4)

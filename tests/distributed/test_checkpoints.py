@@ -1,0 +1,178 @@
+"""Checkpoints: written by some ranks, read by others, spread in other ways, and as one file."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import celmoe
+from celmoe.distributed import (
+    joined_mean,
+    load_checkpoint,
+    load_file,
+    save_checkpoint,
+    shard_experts,
+    shard_levels,
+    write_file,
+)
+from tests.distributed import jobs
+from tests.distributed.jobs import Job, assert_close
+from tests.distributed.test_data_parallel import STEPS
+
+JOB = Job(STEPS[:4])
+LAYOUTS = ["alone", "experts", "levels"]
+
+
+def whole(value):
+    """A parameter or optimizer state, whole again; all ranks must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def build(layout, job):
+    """A model spread in one way, its optimizer, and what has to be done between backward pass and step."""
+    model = jobs.make_model(job)
+    between = None
+    if layout == "experts":
+        between = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))).reduce_gradients
+    elif layout == "levels":
+        shard_levels(model, dist.init_device_mesh("cpu", (2,)))
+    return model, jobs.OPTIMIZERS[job.optimizer](model.parameters()), between
+
+
+def train(layout, job, steps, read=None, write=None, *, from_file=False):
+    """Some steps, from a checkpoint and to one; what there is at the end."""
+    rank, is_alone = (0, True) if layout == "alone" else (dist.get_rank(), False)
+    model, optimizer, between = build(layout, job)
+    extra = {}
+    if read is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()  # a load that does nothing would show
+        extra = (load_file if from_file else load_checkpoint)(read, model, optimizer)
+    for step in steps:
+        optimizer.zero_grad()
+        batches = jobs.make_batches(job, step, 0)
+        batch = jobs.joined(batches) if is_alone else batches[rank]
+        output = model(**batch.inputs(job))
+        loss = jobs.loss_sum(job, output, batch)
+        (loss / len(batch.languages) if is_alone else joined_mean(loss, len(batch.languages))).backward()
+        if between is not None:
+            between()
+        optimizer.step()
+    if write is not None:
+        save_checkpoint(write, model, optimizer, extra={"step": steps[-1] + 1})
+    seen = {
+        name: {
+            "value": whole(found["value"]),
+            "state": {key: whole(value) for key, value in found["state"].items()},
+        }
+        for name, found in jobs.seen(model, optimizer).items()
+    }
+    return seen, extra, optimizer.param_groups[0]["lr"]
+
+
+def run(two, layout, *args, **options):
+    """In the processes that the layout wants; all that they hold together."""
+    results = [train(layout, *args, **options)] if layout == "alone" else two.run(_train, layout, args, options)
+    together = {}
+    for seen, *_ in results:
+        together |= seen
+    return together, results[0][1], results[0][2]
+
+
+def _train(layout, args, options):
+    return train(layout, *args, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize(("writer", "reader"), [(a, b) for a in LAYOUTS for b in LAYOUTS if (a, b) != ("alone",) * 2])
+def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optimizer):
+    job = replace(JOB, optimizer=optimizer)
+    run(two, writer, job, [0, 1], write=tmp_path / "checkpoint")
+    if reader == "alone":
+        # As one file, which any process reads.
+        write_file(tmp_path / "checkpoint", tmp_path / "file.pt")
+        content = torch.load(tmp_path / "file.pt", weights_only=True)
+        jobs.make_model(job).load_state_dict(content["model"], strict=True)
+        found, extra, _ = run(two, reader, job, [2, 3], read=tmp_path / "file.pt", from_file=True)
+    else:
+        found, extra, _ = run(two, reader, job, [2, 3], read=tmp_path / "checkpoint")
+    assert extra == {"step": 2}
+    wanted, *_ = run(two, "alone", job, [0, 1, 2, 3])
+    assert_close("", found, wanted, jobs.TOLERANCE)
+    # 'zh.Hant' has never been routed to.
+    assert all(not found[name]["state"] for name in found if "Hant" in name)
+    assert sum(bool(value["state"]) for value in found.values()) > 20
+
+
+@pytest.mark.parametrize("reader", LAYOUTS)
+def test_an_ordinary_state_dict(two, tmp_path, reader):
+    model = jobs.make_model(JOB)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.add_(index)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    results = [_read_file(reader, tmp_path)] if reader == "alone" else two.run(_read_file, reader, tmp_path)
+    together = {}
+    for seen in results:
+        together |= seen
+    assert_close("", together, {name: value.detach() for name, value in model.named_parameters()}, 0.0)
+
+
+def _read_file(layout, folder):
+    model, *_ = build(layout, JOB)
+    load_file(folder / "model.pt", model)
+    return {name: whole(value.detach()) for name, value in model.named_parameters()}
+
+
+def refusals(folder):
+    """What each rank says of checkpoints that do not fit; nothing may have changed."""
+    model, optimizer, _ = build("experts", JOB)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = []
+    for name in ("fewer", "more", "wider", "model"):
+        try:
+            load_file(folder / f"{name}.pt", model, optimizer)
+        except celmoe.CheckpointError as error:
+            texts.append(str(error))
+    save_checkpoint(folder / "checkpoint", model)
+    try:
+        load_checkpoint(folder / "checkpoint", model, optimizer)
+    except celmoe.CheckpointError as error:
+        texts.append(str(error))
+    try:
+        save_checkpoint(folder / "other", model, torch.optim.SGD(jobs.make_model(JOB).parameters(), lr=0.1))
+    except celmoe.CheckpointError as error:
+        texts.append(str(error))
+    assert_close("state", dict(model.state_dict()), before, 0.0)
+    assert not optimizer.state
+    return texts
+
+
+def test_what_does_not_fit_is_refused_by_every_rank(two, tmp_path):
+    state = jobs.make_model(JOB).state_dict()
+    torch.save(state, tmp_path / "model.pt")
+    torch.save({key: value for key, value in state.items() if ".ru." not in key}, tmp_path / "fewer.pt")
+    torch.save(state | {"level_modules.language.xx.up.bias": torch.ones(2)}, tmp_path / "more.pt")
+    torch.save(state | {"fusion.norm.bias": torch.ones(2)}, tmp_path / "wider.pt")
+    first, second = two.run(refusals, tmp_path)
+    assert first[:5] == second[:5]
+    starts = [
+        "'directory' or 'file' must hold a checkpoint of this model (got on rank 0 lacking 'level_modules.language.ru.",
+        (
+            "'directory' or 'file' must hold a checkpoint of this model (got on rank 0 lacking none; too many: "
+            "'level_modules.language.xx.up.bias')"
+        ),
+        (
+            "'directory' or 'file' must hold a checkpoint of this model (got on rank 0 'fusion.norm.bias' of shape "
+            "(2,), here (6,))"
+        ),
+        "'directory' or 'file' must hold a checkpoint of this model (got on rank 0 one without an optimizer)",
+        "'directory' or 'file' must hold a checkpoint of this model (got on rank 0 one without an optimizer)",
+        "'optimizer' must be of the model's parameters (got 65 that the model does not have)",
+    ]
+    assert len(first) == len(starts)
+    for text, start in zip(first, starts, strict=True):
+        assert text.startswith(start), text
