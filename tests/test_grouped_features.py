@@ -207,13 +207,13 @@ CHECKPOINTS: dict[str, Any] = {
     "to the end": checkpoint_to_the_end,
     "selective": partial(checkpoint, use_reentrant=False, context_fn=selective_contexts),
 }
+every_checkpoint = pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=needs_selective_checkpoints if how == "selective" else ()) for how in CHECKPOINTS]
+)
 CHECKPOINTED = {**MAKERS, "mixing": Mixing, "loss": WithLoss}
 
 
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param(how, marks=needs_selective_checkpoints if how == "selective" else ()) for how in CHECKPOINTS],
-)
+@every_checkpoint
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_the_model_checkpointed(name: str, how: str):
     """From the first call on: what is run on trial is not what a checkpoint is to find again."""
@@ -252,7 +252,7 @@ class Moody(Plain):
         return ExpertResult(rows, {"size": rows.pow(2).mean()} if mood == "returns a loss" else {})
 
 
-@pytest.mark.parametrize("how", CHECKPOINTS)
+@every_checkpoint
 @pytest.mark.parametrize("mood", ["mixes", "reads", "computes more", "writes", "returns a loss"])
 def test_a_known_class_does_something_new_in_a_checkpoint(mood: str, how: str):
     """It is tried, and looped where that was in vain; and the same again when the checkpoint runs it again.
@@ -272,7 +272,7 @@ def test_a_known_class_does_something_new_in_a_checkpoint(mood: str, how: str):
             def summed(output: Any) -> torch.Tensor:
                 return output.fused_hidden.pow(2).sum() + sum(output.losses.values())
 
-            losses.append(checkpoint(run, mine.leaves["hidden"], **CHECKPOINTS[how]))
+            losses.append(CHECKPOINTS[how](run, mine.leaves["hidden"]))
             context = {**theirs.context, "mood": each}
             summed(oracle_of(twin)(theirs.leaves["hidden"], theirs.routing, context, theirs.mask)).backward()
         for loss in losses:
