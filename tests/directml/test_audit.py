@@ -142,6 +142,39 @@ def test_experts_whose_parameters_have_too_many_axes_to_be_stacked_are_looped(wa
     assert not [found for found in record.findings if "dimensions" in found.what]
 
 
+class Classifier(ExpertModule):
+    """Its loss has a gradient on the device as long as nobody takes it row by row."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.reduction = reduction
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        scores = self.linear(batch.hidden)
+        classes = batch.context["row_ids"] % WIDTH
+        return ExpertResult(scores, {"loss": F.cross_entropy(scores, classes, reduction=self.reduction)})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_losses_that_are_wrong_row_by_row_are_taken_by_expert(reduction: str):
+    given = inputs(has_positions=False, mask="none")
+    config = CELMoEConfig(
+        WIDTH,
+        [
+            HierarchyLevelConfig(level, {name: ExpertConfig(name) for name in sorted(set(names))})
+            for level, names in given.routing.items()
+        ],
+        fusion_dropout=0.0,
+    )
+    torch.manual_seed(0)
+    model = HierarchicalCELMoE(config, lambda *_: Classifier(reduction), engine="grouped")
+    plain = copy.deepcopy(model)
+    found = audit(model, given, with_plan=True)
+    require_clean(found)
+    require_parity(found, plain, given)
+
+
 @pytest.mark.parametrize(("length", "size", "step"), [(5, 3, 1), (7, 3, 2), (8, 3, 2), (9, 4, 3), (3, 3, 1), (4, 1, 2)])
 def test_patches_are_those_of_unfolding(length: int, size: int, step: int):
     padded = torch.randn(2, 3, length)
