@@ -9,7 +9,7 @@ Axes: R rows, S positions, K input width, H hidden width, P members.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .directml import is_directml
-from .operations import Run, arguments, operation
+from .operations import Run, arguments, by_members, operation
 from .operations_product import by_weights
 from .product import is_batched, linear, outer, segment_sum
 from .ragged import CannotGroupError, Rows, Stack, rows
@@ -123,15 +123,16 @@ def _layer(
     weights: tuple[Any, ...],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """One direction of one layer: ``[S, R, K]`` to ``[S, R, H]``, and the last state."""
-    w_in, state_weights, b_in, state_bias = weights
-    w_state, b_state = state_weights.plain, None if state_bias is None else state_bias.plain
+    w_in, w_state, b_in, b_state = weights
     # The inputs' share of all steps is one product.
     given = by_weights(run, rows(inner, 1), w_in, b_in).plain
     # Written out, it uses a kernel that DirectML lacks, and writes into parts of tensors.
     if name == "gru" and not is_directml(given.device):
-        out = _GRU.apply(given.contiguous(), start[0].contiguous(), w_state, b_state, run.segments)
+        members = [*by_members(run, w_state), *([] if b_state is None else by_members(run, b_state))]
+        out = _GRU.apply(given.contiguous(), start[0].contiguous(), run.segments, *members)
         return out, (out[-1],)
-    outputs, state = _unrolled(_STEPS[name], given, start, w_state, b_state, run.segments)
+    bias = None if b_state is None else b_state.plain
+    outputs, state = _unrolled(_STEPS[name], given, start, w_state.plain, bias, run.segments)
     return outputs, state
 
 
@@ -151,17 +152,17 @@ def _unrolled(
 
 
 class _GRU(Function):
-    """One layer: ``[S, R, 3H]`` of inputs' shares and ``[R, H]`` to ``[S, R, H]``."""
+    """One layer: ``[S, R, 3H]`` of inputs' shares and ``[R, H]`` to ``[S, R, H]``.
+
+    Weights and biases come by member. They are stacked here, twice: a stack kept from one pass for the other would be
+    there all the while, as large as the weights.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        given_SRG: torch.Tensor,
-        start_RH: torch.Tensor,
-        w_PGH: torch.Tensor,
-        b_PG: torch.Tensor | None,
-        segments: Segments,
+        ctx: Any, given_SRG: torch.Tensor, start_RH: torch.Tensor, segments: Segments, *members: torch.Tensor
     ) -> torch.Tensor:
+        w_PGH, b_PG = _stacked(members, segments)
         num_positions, num_rows, gates = given_SRG.shape
         width = gates // 3
         out = given_SRG.new_empty(num_positions, num_rows, width)
@@ -177,23 +178,23 @@ class _GRU(Function):
             hidden_new.copy_(share[:, 2 * width :])
             new = torch.addcmul(given[:, 2 * width :], reset, hidden_new).tanh_()
             hidden = torch.lerp(new, hidden, update, out=out[position])
-        ctx.save_for_backward(given_SRG, start_RH, w_PGH, b_PG, out, kept)
+        ctx.save_for_backward(given_SRG, start_RH, out, kept, *members)
         ctx.segments = segments
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        given_SRG, start_RH, w_PGH, b_PG, out, kept = ctx.saved_tensors
+        given_SRG, start_RH, out, kept, *members = ctx.saved_tensors
         segments = ctx.segments
         if torch.is_grad_enabled() or is_batched(*grads):
-            return (*_again(given_SRG, start_RH, w_PGH, b_PG, segments, grads[0], ctx.needs_input_grad), None)
+            return _again(given_SRG, start_RH, members, segments, grads[0], ctx.needs_input_grad)
         num_positions, num_rows, width = out.shape
         grad_given = torch.empty_like(given_SRG)
         # Of one position, and of every position of a row together, as the weights' gradients are summed.
         d_share = given_SRG.new_empty(num_rows, 3 * width)
         shares = given_SRG.new_empty(num_rows, num_positions, 3 * width)
         grad_hidden = torch.zeros_like(start_RH)
-        w_PHG = w_PGH.transpose(1, 2)
+        w_PHG = _stacked(members, segments)[0].transpose(1, 2)
         for position in range(num_positions - 1, -1, -1):
             reset, update, hidden_new = kept[position].unbind(0)
             new = torch.addcmul(given_SRG[position][:, 2 * width :], reset, hidden_new).tanh_()
@@ -209,30 +210,43 @@ class _GRU(Function):
             torch.mul(d_new, reset, out=d_share[:, 2 * width :])
             shares[:, position] = d_share
             grad_hidden = torch.addcmul(linear(d_share, w_PHG, None, segments, 1), grad, update)
-        grad_w = grad_b = None
-        if ctx.needs_input_grad[2]:
+        # Before there are gradients of its size.
+        del w_PHG
+        num_members = len(segments.counts)
+        of_weights, of_biases = ctx.needs_input_grad[3 : 3 + num_members], ctx.needs_input_grad[3 + num_members :]
+        of_members: list[torch.Tensor | None] = [None] * len(members)
+        if any(of_weights):
             hiddens = start_RH.new_empty(num_rows, num_positions, width)
             hiddens[:, 0] = start_RH
             hiddens[:, 1:] = out[:-1].transpose(0, 1)
-            grad_w = outer(shares.flatten(0, 1), hiddens.flatten(0, 1), segments, num_positions)
-        if b_PG is not None and ctx.needs_input_grad[3]:
-            grad_b = segment_sum(shares.flatten(0, 1), segments, num_positions)
-        return grad_given, grad_hidden, grad_w, grad_b, None
+            found = outer(shares.flatten(0, 1), hiddens.flatten(0, 1), segments, num_positions)
+            of_members[:num_members] = found.unbind(0)
+        if any(of_biases):
+            of_members[num_members:] = segment_sum(shares.flatten(0, 1), segments, num_positions).unbind(0)
+        return grad_given, grad_hidden, None, *of_members
+
+
+def _stacked(members: Sequence[torch.Tensor], segments: Segments) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``[P, 3H, H]`` weights, and ``[P, 3H]`` biases where there are any."""
+    num_members = len(segments.counts)
+    weights, biases = list(members[:num_members]), list(members[num_members:])
+    return torch.stack(weights), torch.stack(biases) if biases else None
 
 
 def _again(
     given: torch.Tensor,
     start: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor | None,
+    members: Sequence[torch.Tensor],
     segments: Segments,
     grad: torch.Tensor,
-    needed: tuple[bool, ...],
-) -> list[torch.Tensor | None]:
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients as a graph that can be differentiated again."""
-    inputs = [given, start, w, b]
-    wanted = [each for each, needs in zip(inputs, needed, strict=False) if needs and each is not None]
+    inputs = [given, start, None, *members]
+    wanted = [each for each, needs in zip(inputs, needed, strict=True) if needs and each is not None]
     with torch.enable_grad():
-        out, _ = _unrolled(_step_gru, given, (start,), w, b, segments)
+        out, _ = _unrolled(_step_gru, given, (start,), *_stacked(members, segments), segments)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
-    return [next(found) if needs and each is not None else None for each, needs in zip(inputs, needed, strict=False)]
+    return tuple(
+        next(found) if needs and each is not None else None for each, needs in zip(inputs, needed, strict=True)
+    )

@@ -46,9 +46,12 @@ def weights_of(model):
     return sum(each.nbytes for each in model.parameters())
 
 
-@pytest.mark.parametrize("expert", ["linear", "mlp", "low-rank"])
-def test_a_grouped_step_takes_little_more_than_a_looped_one(expert):
-    workload = Workload(expert, 64, 1024, 32)
+@pytest.mark.parametrize(
+    ("expert", "batch_size"),
+    [("linear", 1024), ("mlp", 1024), ("low-rank", 1024), ("gru", 64), ("gru", 512), ("block", 64)],
+)
+def test_a_grouped_step_takes_little_more_than_a_looped_one(expert, batch_size):
+    workload = Workload(expert, 64, batch_size, 32)
     peaks = {}
     for engine in ("grouped", "looped"):
         model = workload.build(celmoe, engine=engine)
