@@ -161,6 +161,10 @@ def experts_of(model: HierarchicalCELMoE) -> list[Any]:
     return [model.level_modules[LEVEL][name] for name in NAMES]
 
 
+def second(model: HierarchicalCELMoE) -> Any:
+    return experts_of(model)[1]
+
+
 def arm_all(model: HierarchicalCELMoE) -> None:
     """Set every expert's trap."""
     for expert in experts_of(model):
