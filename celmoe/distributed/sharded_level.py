@@ -144,7 +144,10 @@ class ShardedLevel(Level):
         counts = meeting.counts[plan.name]
         present = counts.sum(0) > 0
         if not present.any():
-            return super().run((), engine, given, plan, host_plan)
+            # Of no samples anywhere in the group; ranks of other groups may have some, and all make a backward pass.
+            output, _ = super().run((), engine, given, plan, host_plan)
+            output.hidden = tied(output.hidden, token)
+            return output, None
         dtype, is_differentiated = self._agreed_input(meeting, given)
         scales = [self.config.experts[name].input_gradient_scale for name in self._names]
         if not any(scale for scale, is_there in zip(scales, present, strict=True) if is_there):

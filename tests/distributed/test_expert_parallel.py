@@ -52,6 +52,7 @@ JOBS = {
     "accumulated": Job(ACCUMULATED),
     "frozen, no fusion": Job(STEPS[1:4], frozen=("core", *jobs.FAMILIES, "ru", "pl"), fusion="mean"),
     "detached": Job(STEPS[:3], detached=("ru", "fr", "de", "it")),
+    "present ones detached": Job([*STEPS[:2], STEPS[5]], detached=("slavic", "romance"), objective="family"),
     "all detached": Job(STEPS[:3], detached=tuple(jobs.FAMILY_OF), objective="fused", fusion="mean"),
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
@@ -123,6 +124,15 @@ TWO_BY_TWO = [
     [[["it"], ["it"], ["it"], ["it", "zh.Hant"]]],
     [[[], [], ["pl", "de"], ["ru"]]],
 ]
+
+
+def test_a_group_without_samples_beside_one_with_some(four):
+    """It makes a backward pass like the others, through a level that nothing came to."""
+    steps = [[[[], [], ["ru"], []]], [[["fr"], ["it"], ["ru"], []]]]
+    job = Job(steps, objective="family", fusion="mean", frozen=("core",), hidden_grad=False)
+    histories = four.run(train_with_experts_spread, job, (2, 2), ("data", "expert"))
+    assert_ranks_agree(histories)
+    assert all(assert_as_alone(job, histories).values())
 
 
 @pytest.mark.parametrize("engine", ["looped", "grouped"])

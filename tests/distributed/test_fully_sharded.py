@@ -92,6 +92,11 @@ JOBS = {
     "accumulated": Job(ACCUMULATED),
     "frozen on one rank, no fusion": Job(STEPS[1:4], frozen=("core", *jobs.FAMILIES, "ru", "pl"), fusion="mean"),
     "detached": Job(STEPS[:3], detached=("ru", "fr", "de", "it")),
+    # All experts that are present, though not all there are: the level above is not reached, and gets no zeros. (What is
+    # handed to the model does, by PyTorch's wrapper around the whole.)
+    "present ones detached": Job(
+        [*STEPS[:2], STEPS[5]], detached=("slavic", "romance"), objective="family", hidden_grad=False
+    ),
     "all detached": Job(STEPS[:3], detached=tuple(jobs.FAMILY_OF)),
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
