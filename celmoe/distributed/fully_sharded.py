@@ -102,13 +102,18 @@ class _Enter(Function):
         ctx: Any, usage: Usage, level: int, hidden: torch.Tensor, token: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.usage, ctx.level = usage, level
+        ctx.hidden = hidden.new_empty(()).expand(hidden.shape)
         ctx.set_materialize_grads(False)
         return hidden.detach(), token.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         ctx.usage.leave(ctx.level)
-        return None, None, *grads
+        hidden, token = grads
+        if hidden is None and ctx.level == 0:
+            # What stands before the model is reached by other ranks: it has to be here, where no sample led to it.
+            hidden = torch.zeros_like(ctx.hidden, memory_format=torch.contiguous_format)
+        return None, None, hidden, token
 
 
 class _Leave(Function):

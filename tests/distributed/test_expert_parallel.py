@@ -60,6 +60,7 @@ JOBS = {
     "experts that mix their rows": Job(STEPS[:4], mixes=True),
     "frozen for a while": Job([STEPS[0], STEPS[0], *STEPS[:2]], frozen_at={1: ("ru",), 2: ("ru", "fr")}),
     "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
+    "in a network, no fusion": Job(STEPS[1:5], has_network=True, fusion="mean"),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
 
