@@ -234,7 +234,7 @@ def refusals():
     longer = batch.hidden.detach().unsqueeze(1).expand(-1, 2 + rank, -1)
     trying(model, **given | {"hidden": longer, "context": {"shift": longer}, "mask": longer[..., 0]})
     trying(model, **given | {"context": {"shift": batch.shift.detach() if rank else batch.shift}})
-    trying(model, **given | {"mask": batch.mask.float() if rank else batch.mask})
+    trying(model, **given | {"mask": batch.mask.detach() if rank else batch.mask})
     with torch.set_grad_enabled(bool(rank)):
         trying(model, **given)
     if rank:
@@ -275,7 +275,10 @@ def test_what_would_hang_is_refused_by_every_rank(two):
             "'rows of hidden' must be alike on all ranks that share experts (got (2, 6) on [0], (3, 6) on [1]",
         ),
         ("InputError", "'rows of context' must be alike on all ranks that share experts (got (((6,), torch.float64, T"),
-        ("InputError", "'rows of mask' must be alike on all ranks that share experts (got ((), torch.float64) on [0]"),
+        (
+            "InputError",
+            "'rows of mask' must be alike on all ranks that share experts (got ((), torch.float64, True) on",
+        ),
         ("InputError", "'gradients recorded' must be alike on all ranks that share experts (got False on [0], True on"),
         ("InputError", "'context' and 'mask' must be of one structure on all ranks that share experts, also where"),
     ]
