@@ -30,16 +30,19 @@ from celmoe.plan import LevelPlan, RoutingPlan
 from .data_parallel import refuse_collectives, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
-# Given the hidden states and the token: the tensors that a level gives.
-_Run = Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]
+# Given the token: the tensors that a level gives.
+_Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
 class GatheredExperts(NamedModules):
     """A level's experts, called as a whole."""
 
-    def forward(self, run: _Run, hidden: torch.Tensor, token: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Run the level with all its parameters at hand."""
-        return run(hidden, token)
+    def forward(self, run: _Run, token: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Run the level with all its parameters at hand.
+
+        The hidden states are not for ``fully_shard`` to see: where they have no gradient it would give them zeros.
+        """
+        return run(token)
 
 
 class Usage:
@@ -99,13 +102,18 @@ class _Enter(Function):
         ctx: Any, usage: Usage, level: int, hidden: torch.Tensor, token: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.usage, ctx.level = usage, level
+        ctx.hidden = hidden.new_empty(()).expand(hidden.shape)
         ctx.set_materialize_grads(False)
         return hidden.detach(), token.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         ctx.usage.leave(ctx.level)
-        return None, None, *grads
+        hidden, token = grads
+        if hidden is None and ctx.level == 0:
+            # What stands before the model is reached by other ranks: it has to be here, where no sample led to it.
+            hidden = torch.zeros_like(ctx.hidden, memory_format=torch.contiguous_format)
+        return None, None, hidden, token
 
 
 class _Leave(Function):
@@ -178,18 +186,19 @@ class FullyShardedLevel(Level):
         self._usage.enter(self._position)
         found: list[Any] = []
 
-        def run(hidden: torch.Tensor, token: torch.Tensor) -> Sequence[torch.Tensor]:
+        def run(token: torch.Tensor) -> Sequence[torch.Tensor]:
+            entered = hidden
             if records:
-                hidden, token = _Enter.apply(self._usage, self._position, hidden, token)
+                entered, token = _Enter.apply(self._usage, self._position, hidden, token)
             output, blocks = super(FullyShardedLevel, self).run(
-                experts, engine, given._replace(hidden=hidden), plan, host_plan
+                experts, engine, given._replace(hidden=entered), plan, host_plan
             )
             leaves, structure = tree_flatten((output.hidden, output.losses, output.aux))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             found.extend((output, blocks, leaves, structure))
             return cast(Sequence[torch.Tensor], _Leave.apply(token, *tensors)) if records else [token, *tensors]
 
-        token, *tensors = self._modules(run, hidden, token)
+        token, *tensors = self._modules(run, token)
         self._thread.give(self._position, token)
         output, blocks, leaves, structure = found
         new = iter(tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,20 +26,24 @@ _MOST_KINDS = 1024
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
+# Of one tensor beside the hidden states: its trailing shape, its dtype, whether gradients flow.
+_Look: TypeAlias = tuple[tuple[int, ...], torch.dtype, bool]
+
+
 class Rows(NamedTuple):
     """What a rank's rows look like: all but their number.
 
     Attributes:
         hidden: The hidden states' trailing shape.
-        mask: The mask's trailing shape and dtype, or ``None``.
-        context: Trailing shape, dtype and whether gradients flow, of the context's batch-aligned tensors.
+        mask: The mask's trailing shape, dtype, and whether gradients flow; or ``None``.
+        context: The same of each of the context's batch-aligned tensors.
         records: Whether a backward pass is to come.
         autocast: The dtype that autocast is on for, or ``None``.
     """
 
     hidden: tuple[int, ...]
-    mask: tuple[tuple[int, ...], torch.dtype] | None
-    context: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+    mask: _Look | None
+    context: tuple[_Look, ...]
     records: bool
     autocast: torch.dtype | None
 
@@ -166,8 +170,12 @@ def _look(given: LevelInput) -> Rows:
     device, mask = given.hidden.device.type, given.mask
     return Rows(
         tuple(given.hidden.shape[1:]),
-        None if mask is None else (tuple(mask.shape[1:]), mask.dtype),
-        tuple((tuple(each.shape[1:]), each.dtype, each.requires_grad) for each in given.context.aligned),
+        None if mask is None else _look_of(mask),
+        tuple(map(_look_of, given.context.aligned)),
         torch.is_grad_enabled(),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
+
+
+def _look_of(tensor: torch.Tensor) -> _Look:
+    return tuple(tensor.shape[1:]), tensor.dtype, tensor.requires_grad

@@ -144,7 +144,10 @@ class ShardedLevel(Level):
         counts = meeting.counts[plan.name]
         present = counts.sum(0) > 0
         if not present.any():
-            return super().run((), engine, given, plan, host_plan)
+            # Of no samples anywhere in the group; ranks of other groups may have some, and all make a backward pass.
+            output, _ = super().run((), engine, given, plan, host_plan)
+            output.hidden = tied(output.hidden, token)
+            return output, None
         dtype, is_differentiated = self._agreed_input(meeting, given)
         scales = [self.config.experts[name].input_gradient_scale for name in self._names]
         if not any(scale for scale, is_there in zip(scales, present, strict=True) if is_there):
@@ -157,9 +160,9 @@ class ShardedLevel(Level):
         way = Way(passage.group, tuple(sent.tolist()), tuple(here.sum(1).tolist()))
         outward = self._by_owner(plan)
         rows = self._outgoing(given, outward, meeting, dtype, is_differentiated)
-        has_gradient = [is_differentiated, *([False] if given.mask is not None else [])]
-        has_gradient += [requires_grad for _, _, requires_grad in meeting.rows.context]
-        token, received = to_experts(rows, way, [meeting.rows.records and each for each in has_gradient], token)
+        looks = meeting.rows
+        has_gradient = [is_differentiated, *(each[2] for each in (looks.mask, *looks.context) if each is not None)]
+        token, received = to_experts(rows, way, [looks.records and each for each in has_gradient], token)
 
         local_plan = self._local_plan(here, given.hidden.device)
         hidden, *rest = received
@@ -210,9 +213,8 @@ class ShardedLevel(Level):
         if not given.hidden.shape[0]:
             # Of no samples, whatever this rank's look like.
             device = given.hidden.device
-            shapes = [(looks.hidden, dtype), *([] if looks.mask is None else [looks.mask])]
-            shapes += [(shape, each) for shape, each, _ in looks.context]
-            return [torch.empty((0, *shape), dtype=each, device=device) for shape, each in shapes]
+            wanted = [(looks.hidden, dtype), *(each[:2] for each in (looks.mask, *looks.context) if each is not None)]
+            return [torch.empty((0, *shape), dtype=each, device=device) for shape, each in wanted]
         hidden = given.hidden.to(dtype)
         tensors = [hidden if is_differentiated else hidden.detach()]
         tensors += [] if given.mask is None else [given.mask]

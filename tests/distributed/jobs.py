@@ -145,7 +145,7 @@ class Batch:
         return given
 
     def leaves(self, job: Job) -> list[torch.Tensor]:
-        return [leaf for leaf in (self.hidden, self.shift if job.has_context else None) if leaf is not None]
+        return [self.hidden, self.shift, self.mask] if job.has_context else [self.hidden]
 
 
 def make_batches(job: Job, step: int, micro: int) -> list[Batch]:
@@ -158,6 +158,7 @@ def make_batches(job: Job, step: int, micro: int) -> list[Batch]:
         mask = torch.rand(shape[:-1], generator=generator, dtype=job.dtype)
         hidden.requires_grad_(job.hidden_grad)
         shift.requires_grad_(job.has_context)
+        mask.requires_grad_(job.has_context)
         batches.append(Batch(hidden, languages, targets, shift, mask))
     return batches
 

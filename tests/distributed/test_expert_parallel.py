@@ -52,6 +52,7 @@ JOBS = {
     "accumulated": Job(ACCUMULATED),
     "frozen, no fusion": Job(STEPS[1:4], frozen=("core", *jobs.FAMILIES, "ru", "pl"), fusion="mean"),
     "detached": Job(STEPS[:3], detached=("ru", "fr", "de", "it")),
+    "present ones detached": Job([*STEPS[:2], STEPS[5]], detached=("slavic", "romance"), objective="family"),
     "all detached": Job(STEPS[:3], detached=tuple(jobs.FAMILY_OF), objective="fused", fusion="mean"),
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
@@ -59,6 +60,7 @@ JOBS = {
     "experts that mix their rows": Job(STEPS[:4], mixes=True),
     "frozen for a while": Job([STEPS[0], STEPS[0], *STEPS[:2]], frozen_at={1: ("ru",), 2: ("ru", "fr")}),
     "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
+    "in a network, no fusion": Job(STEPS[1:5], has_network=True, fusion="mean"),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
 
@@ -123,6 +125,15 @@ TWO_BY_TWO = [
     [[["it"], ["it"], ["it"], ["it", "zh.Hant"]]],
     [[[], [], ["pl", "de"], ["ru"]]],
 ]
+
+
+def test_a_group_without_samples_beside_one_with_some(four):
+    """It makes a backward pass like the others, through a level that nothing came to."""
+    steps = [[[[], [], ["ru"], []]], [[["fr"], ["it"], ["ru"], []]]]
+    job = Job(steps, objective="family", fusion="mean", frozen=("core",), hidden_grad=False)
+    histories = four.run(train_with_experts_spread, job, (2, 2), ("data", "expert"))
+    assert_ranks_agree(histories)
+    assert all(assert_as_alone(job, histories).values())
 
 
 @pytest.mark.parametrize("engine", ["looped", "grouped"])
@@ -223,7 +234,7 @@ def refusals():
     longer = batch.hidden.detach().unsqueeze(1).expand(-1, 2 + rank, -1)
     trying(model, **given | {"hidden": longer, "context": {"shift": longer}, "mask": longer[..., 0]})
     trying(model, **given | {"context": {"shift": batch.shift.detach() if rank else batch.shift}})
-    trying(model, **given | {"mask": batch.mask.float() if rank else batch.mask})
+    trying(model, **given | {"mask": batch.mask.detach() if rank else batch.mask})
     with torch.set_grad_enabled(bool(rank)):
         trying(model, **given)
     if rank:
@@ -264,7 +275,10 @@ def test_what_would_hang_is_refused_by_every_rank(two):
             "'rows of hidden' must be alike on all ranks that share experts (got (2, 6) on [0], (3, 6) on [1]",
         ),
         ("InputError", "'rows of context' must be alike on all ranks that share experts (got (((6,), torch.float64, T"),
-        ("InputError", "'rows of mask' must be alike on all ranks that share experts (got ((), torch.float64) on [0]"),
+        (
+            "InputError",
+            "'rows of mask' must be alike on all ranks that share experts (got ((), torch.float64, True) on",
+        ),
         ("InputError", "'gradients recorded' must be alike on all ranks that share experts (got False on [0], True on"),
         ("InputError", "'context' and 'mask' must be of one structure on all ranks that share experts, also where"),
     ]

@@ -92,6 +92,11 @@ JOBS = {
     "accumulated": Job(ACCUMULATED),
     "frozen on one rank, no fusion": Job(STEPS[1:4], frozen=("core", *jobs.FAMILIES, "ru", "pl"), fusion="mean"),
     "detached": Job(STEPS[:3], detached=("ru", "fr", "de", "it")),
+    # All experts that are present, though not all there are: the level above is not reached, and gets no zeros. (What
+    # is handed to the model does.)
+    "present ones detached": Job(
+        [*STEPS[:2], STEPS[5]], detached=("slavic", "romance"), objective="family", hidden_grad=False
+    ),
     "all detached": Job(STEPS[:3], detached=tuple(jobs.FAMILY_OF)),
     "clipped": Job(STEPS[:3], max_norm=0.05, optimizer="SGD"),
     "part of the output": Job(STEPS[:3], objective="family"),
@@ -99,6 +104,7 @@ JOBS = {
     "gathered once": Job(STEPS[:3], options={"reshard_after_forward": False}),
     "frozen for a while": Job([STEPS[0], STEPS[0], *STEPS[:2]], frozen_at={1: ("ru",), 2: ("ru", "fr")}),
     "in a network": Job(STEPS[:4], has_network=True, max_norm=0.05),
+    "in a network, no fusion": Job(STEPS[1:5], has_network=True, fusion="mean"),
     "no gradient into the rows": Job(STEPS[:4], hidden_grad=False),
 }
 
