@@ -1,6 +1,7 @@
 """What older versions of torch lack: tests that need it are skipped there, and say which version brought it."""
 
 import pytest
+import torch
 from torch.nn import functional as F
 from torch.utils import checkpoint
 
@@ -10,3 +11,5 @@ needs_grouped_mm = pytest.mark.skipif(
 needs_selective_checkpoints = pytest.mark.skipif(
     not hasattr(checkpoint, "create_selective_checkpoint_contexts"), reason="selective checkpoints came with torch 2.5"
 )
+HAS_DISTRIBUTED = hasattr(torch.distributed, "all_gather_single")
+needs_distributed = pytest.mark.skipif(not HAS_DISTRIBUTED, reason="celmoe.distributed wants torch 2.13")

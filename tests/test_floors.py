@@ -43,6 +43,7 @@ FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in
 
 # A house of its own on top of that: its files import any floor of the other, which knows nothing of it.
 DISTRIBUTED_FLOORS = [
+    {"versions"},
     {"groups", "placement", "transport", "meeting", "samplers"},
     {"gradients"},
     {"data_parallel", "sharded_level"},

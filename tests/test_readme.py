@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.features import needs_distributed
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 
@@ -36,6 +38,7 @@ def run(blocks, name="README.md"):
     return namespace
 
 
+@needs_distributed
 def test_the_examples_run(tmp_path, monkeypatch):
     blocks = examples(README.read_text(encoding="utf-8"))
     assert blocks, "README.md has no python example"

@@ -1,5 +1,6 @@
 """The engine beyond one machine, on what ``torch.distributed`` has; see ``notes/distributed.md``."""
 
+from . import versions  # noqa: F401  # first of all
 from .checkpoints import load_checkpoint, load_file, save_checkpoint, write_file
 from .data_parallel import prepare_ddp
 from .expert_parallel import ExpertSharding, shard_experts

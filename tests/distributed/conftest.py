@@ -3,6 +3,10 @@
 import pytest
 
 from tests.distributed.pool import Pool
+from tests.features import HAS_DISTRIBUTED
+
+# They can't be imported there.
+collect_ignore_glob = [] if HAS_DISTRIBUTED else ["test_*.py"]
 
 
 def _pool(size):

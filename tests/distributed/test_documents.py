@@ -1,5 +1,8 @@
 """The README's functions for several ranks do what it says; and `celmoe.distributed` shows what it lists."""
 
+import importlib
+
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -53,3 +56,9 @@ def test_the_list_is_sorted_and_equals_what_is_visible():
     assert set(celmoe.distributed.__all__) == visible
     for name in visible:
         assert getattr(celmoe.distributed, name).__doc__
+
+
+def test_an_older_pytorch_is_told(monkeypatch):
+    monkeypatch.delattr(dist, "all_gather_single")
+    with pytest.raises(ImportError, match=r"'celmoe.distributed' must have PyTorch 2.13 or later \(got "):
+        importlib.reload(celmoe.distributed.versions)
