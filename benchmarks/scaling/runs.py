@@ -1,0 +1,213 @@
+"""Real steps on a process group, counted, and the model of the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+
+import celmoe
+from benchmarks.scaling import layouts
+from benchmarks.scaling.collectives import KINDS, REDUCE_SCATTER, Traffic, by_kind
+from benchmarks.scaling.counting import Counter, SocketBytes, socket_bytes
+from benchmarks.scaling.load import expected_load, spread
+from benchmarks.scaling.sizes import sizes_of_workload
+from benchmarks.workloads import Workload
+from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
+
+DDP, REDUCED, LEVELS, EXPERTS = "prepare_ddp", "reduce_gradients", "shard_levels", "shard_experts"
+LAYOUTS = (DDP, REDUCED, LEVELS, EXPERTS)
+# What the model may be off by: it expects, a batch is drawn.
+TOLERANCE = 0.05
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train one workload.
+
+    Attributes:
+        layout: One of `LAYOUTS`.
+        workload: Its B is a rank's.
+        num_copies: Ranks that hold the same parts of parameters, or the same experts.
+    """
+
+    layout: str
+    workload: Workload
+    num_copies: int = 1
+
+    def __str__(self) -> str:
+        copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""
+        return f"{self.layout}{copies}, {self.workload}"
+
+
+class Counted(NamedTuple):
+    """A rank's mean step.
+
+    Attributes:
+        traffic: By kind of collective, what `Counter` saw.
+        sockets: What went over TCP.
+    """
+
+    traffic: dict[str, Traffic]
+    sockets: SocketBytes
+
+
+def count(case: Case) -> Counted:
+    """Train some steps, each on other samples, on the group that this rank is in; all its ranks must come.
+
+    A step goes before that is not counted, in which ranks learn what does not change.
+    """
+    step = _trainings[case.layout](case)
+    step(0)
+    counter = Counter()
+    before = socket_bytes()
+    # Between two barriers, so that nothing of a step before or after is in it.
+    dist.barrier()
+    with counter:
+        for number in range(1, _STEPS + 1):
+            step(number)
+    dist.barrier()
+    after = socket_bytes()
+    dist.barrier()
+    traffic = {
+        kind: each._replace(**{name: getattr(each, name) / _STEPS for name in ("given", "taken", "sent", "received")})
+        for kind, each in by_kind(counter.traffic).items()
+    }
+    return Counted(traffic, SocketBytes(*((then - now) // _STEPS for then, now in zip(after, before, strict=True))))
+
+
+def modelled(case: Case, num_ranks: int, rank: int) -> dict[str, Traffic]:
+    """What the model says of such a step, by kind of collective."""
+    return by_kind(traffic_of(case, num_ranks, rank))
+
+
+def traffic_of(case: Case, num_ranks: int, rank: int) -> list[Traffic]:
+    """What the model says of such a step."""
+    workload, num_parts = case.workload, num_ranks // case.num_copies
+    sizes, load = sizes_of_workload(workload), expected_load(workload, num_ranks)
+    if case.layout == DDP:
+        return layouts.data_parallel(sizes, num_ranks)
+    if case.layout == REDUCED:
+        return layouts.reduced(sizes, load, num_ranks)
+    if case.layout == LEVELS:
+        return layouts.fully_sharded(sizes, num_parts, case.num_copies)
+    spread_levels = spread(sizes, load, num_parts)
+    rows = rows_of(workload)
+    return layouts.expert_parallel(sizes, load, rows, spread_levels, num_parts, case.num_copies, rank % num_parts)
+
+
+def rows_of(workload: Workload) -> layouts.Rows:
+    """The batches of its ranks, float32, that come from nothing that is trained."""
+    numbers = workload.hidden_size * (workload.positions or 1)
+    lowest = next(iter(workload.levels().values()))
+    return layouts.Rows(workload.batch_size, 4 * numbers, has_input_gradient=len(lowest) == 1)
+
+
+def differences(counted: dict[str, Traffic], expected: dict[str, Traffic]) -> list[str]:
+    """Where the two are further apart than `TOLERANCE`, by kind of collective and direction."""
+    found = []
+    nothing = Traffic("", "", 0.0, 0.0, 0.0, 0.0)
+    for kind in KINDS:
+        ours, theirs = counted.get(kind, nothing), expected.get(kind, nothing)
+        found += [
+            f"{kind}: {getattr(ours, name):,.0f} bytes {name}, not {getattr(theirs, name):,.0f}"
+            for name in ("given", "taken", "sent", "received")
+            if abs(getattr(ours, name) - getattr(theirs, name)) > TOLERANCE * getattr(theirs, name)
+        ]
+    return found
+
+
+def socket_differences(counted: Counted) -> list[str]:
+    """Where what went over TCP is further than `TOLERANCE` from what the collectives that were seen should send."""
+    found = []
+    for name in ("sent", "received"):
+        wanted, got = _on_gloo(counted.traffic.values(), name), getattr(counted.sockets, name)
+        if abs(got - wanted) > TOLERANCE * wanted:
+            found.append(f"TCP: {got:,.0f} bytes {name}, not {wanted:,.0f}")
+    return found
+
+
+def _on_gloo(traffic: Iterable[Traffic], name: str) -> float:
+    # Gloo reduces all and keeps a share.
+    return sum((2 if each.kind == REDUCE_SCATTER else 1) * float(getattr(each, name)) for each in traffic)
+
+
+_Step = Callable[[int], None]
+
+
+def _objective(model: torch.nn.Module, hidden: torch.Tensor, routing: dict[str, list[str]]) -> torch.Tensor:
+    fused = model(hidden, routing).fused_hidden
+    return joined_mean(fused.square().flatten(1).mean(1).sum(), len(hidden))
+
+
+def _batch(case: Case, number: int) -> tuple[torch.Tensor, dict[str, list[str]]]:
+    seed = 1000 * dist.get_rank() + number
+    return case.workload.hidden(seed), case.workload.routing(seed)
+
+
+def _model(case: Case) -> celmoe.HierarchicalCELMoE:
+    return cast(celmoe.HierarchicalCELMoE, case.workload.build(celmoe))
+
+
+def _mesh(case: Case) -> dist.DeviceMesh:
+    num_ranks = dist.get_world_size()
+    if case.num_copies == 1:
+        return dist.init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("expert",))
+    shape = (case.num_copies, num_ranks // case.num_copies)
+    return dist.init_device_mesh("cpu", shape, mesh_dim_names=("copy", "expert"))
+
+
+def _with_ddp(case: Case) -> _Step:
+    model = _model(case)
+    parallel = prepare_ddp(model, _objective)
+
+    def step(number: int) -> None:
+        model.zero_grad()
+        parallel(*_batch(case, number)).backward()
+
+    return step
+
+
+def _with_reduction(case: Case) -> _Step:
+    model, mesh = _model(case), _mesh(case)
+
+    def step(number: int) -> None:
+        model.zero_grad()
+        _objective(model, *_batch(case, number)).backward()
+        reduce_gradients(model.parameters(), mesh)
+
+    return step
+
+
+def _with_levels_sharded(case: Case) -> _Step:
+    model = shard_levels(_model(case), _mesh(case))
+
+    def step(number: int) -> None:
+        model.zero_grad()
+        _objective(model, *_batch(case, number)).backward()
+
+    return step
+
+
+def _with_experts_spread(case: Case) -> _Step:
+    model = _model(case)
+    sharding = shard_experts(model, _mesh(case))
+
+    def step(number: int) -> None:
+        model.zero_grad()
+        _objective(model, *_batch(case, number)).backward()
+        sharding.reduce_gradients()
+
+    return step
+
+
+_trainings: dict[str, Callable[[Case], _Step]] = {
+    DDP: _with_ddp,
+    REDUCED: _with_reduction,
+    LEVELS: _with_levels_sharded,
+    EXPERTS: _with_experts_spread,
+}
