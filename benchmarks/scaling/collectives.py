@@ -36,6 +36,10 @@ class Traffic(NamedTuple):
     received: float
 
 
+QUANTITIES = Traffic._fields[2:]
+NOTHING = Traffic("nothing", "none", 0.0, 0.0, 0.0, 0.0)
+
+
 def all_reduce(what: str, nbytes: float, num_ranks: int) -> Traffic:
     """Everyone's sum of a tensor of so many bytes: N - 1 parts of 1/N go round to be summed, N - 1 to be known."""
     moved = 2 * nbytes * (num_ranks - 1) / num_ranks

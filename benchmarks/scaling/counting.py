@@ -1,8 +1,8 @@
 """Counting what a step really moves, in two ways that know nothing of each other.
 
-`Counter` sees each collective as it is dispatched: ``torch.distributed``'s functions, the functional ones, and DDP's and
-FSDP's own calls alike, for they all come to the operators ``c10d`` or ``_c10d_functional``, DDP's C++ reducer among
-them. It knows tensors, so payload, and takes a ring for what is sent.
+`Counter` sees each collective as it is dispatched: ``torch.distributed``'s functions, the functional ones, and the
+calls of FSDP and of DDP's C++ reducer alike, for they all come to operators of ``c10d`` or ``_c10d_functional``. It
+knows tensors, so payload, and takes a ring for what is sent.
 
 `socket_bytes` asks the kernel what has gone over this process's TCP connections, whoever wrote it and by whatever
 algorithm: a collective that `Counter` did not see, or a ring that is none, shows there.
@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.traffic: list[Traffic] = []
 
     def __torch_dispatch__(
@@ -76,7 +77,7 @@ def socket_bytes() -> SocketBytes:
     Raises:
         OSError: The kernel does not tell.
     """
-    infos = [info for name in os.listdir("/proc/self/fd") if (info := _tcp_info(int(name))) is not None]
+    infos = [info for path in Path("/proc/self/fd").iterdir() if (info := _tcp_info(int(path.name))) is not None]
     if not infos:
         raise OSError("this process must have a TCP connection (got none)")
     if any(len(info) < _TCP_INFO_BYTES for info in infos):
@@ -110,7 +111,7 @@ def _nbytes(tensors: Iterable[Any]) -> int:
 
 def _group(given: Mapping[str, Any]) -> dist.ProcessGroup:
     if "group_name" in given:
-        return dist.distributed_c10d._resolve_process_group(given["group_name"])
+        return dist.distributed_c10d._resolve_process_group(given["group_name"])  # type: ignore[attr-defined]
     return dist.ProcessGroup.unbox(given["process_group"])
 
 

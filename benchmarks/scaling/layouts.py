@@ -11,12 +11,16 @@ samples that goes to this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
 from benchmarks.scaling.load import Load, Spread
-from benchmarks.scaling.sizes import LevelSizes, ModelSizes, Parameter, bytes_of
+from benchmarks.scaling.sizes import LevelSizes, ModelSizes, bytes_of
+from benchmarks.workloads import Workload
+
+DDP, REDUCED, LEVELS, EXPERTS = "prepare_ddp", "reduce_gradients", "shard_levels", "shard_experts"
+LAYOUTS = (DDP, REDUCED, LEVELS, EXPERTS)
 
 # Of the scalar that `prepare_ddp` adds, of an entry in DDP's map of used parameters, and of one in ours.
 _ANCHOR_BYTES, _USED_BYTES, _FLAG_BYTES = 4, 4, 1
@@ -44,6 +48,13 @@ class Rows(NamedTuple):
     has_input_gradient: bool = True
 
 
+def rows_of(workload: Workload) -> Rows:
+    """The batches of its ranks, float32, that come from nothing that is trained."""
+    numbers = workload.hidden_size * (workload.positions or 1)
+    lowest = next(iter(workload.levels().values()))
+    return Rows(workload.batch_size, 4 * numbers, has_input_gradient=len(lowest) == 1)
+
+
 def data_parallel(sizes: ModelSizes, num_ranks: int) -> list[Traffic]:
     """`prepare_ddp`: all-reduces of all gradients, P + 4 bytes, and of 4 bytes a parameter for which were used."""
     parameters = sizes.parameters
@@ -55,9 +66,9 @@ def data_parallel(sizes: ModelSizes, num_ranks: int) -> list[Traffic]:
 
 
 def reduced(sizes: ModelSizes, load: Load, num_ranks: int) -> list[Traffic]:
-    """`reduce_gradients`: all-reduces of the gradients of present experts, and of 1 byte a parameter for which exist."""
-    nbytes = bytes_of(sizes.others) + sum(_present_bytes(level, load) for level in sizes.levels)
-    return [_joined_mean(num_ranks), *_reduce(sizes.parameters, nbytes, [num_ranks])]
+    """`reduce_gradients`: all-reduces of present experts' gradients, and of 1 byte a parameter for which exist."""
+    nbytes = bytes_of(sizes.others) + _present_bytes(sizes.levels, load)
+    return [_joined_mean(num_ranks), *_reduce(len(sizes.parameters), nbytes, [num_ranks])]
 
 
 def fully_sharded(sizes: ModelSizes, num_parts: int, num_copies: int = 1) -> list[Traffic]:
@@ -113,17 +124,16 @@ def expert_parallel(
         moved += [_said("dtypes", _SAID_OF_DTYPES, num_parts)] * (1 if position == 0 else 2)
 
     whole = [level for level in sizes.levels if level.name not in spread.owners]
-    parameters = [*(parameter for level in whole for parameter in level.parameters), *sizes.others]
-    nbytes = bytes_of(sizes.others) + sum(_present_bytes(level, load) for level in whole)
-    moved += _reduce(parameters, nbytes, [num_parts, num_copies])
-    mine, nbytes = [], 0.0
+    num_parameters = sum(len(level.parameters) for level in whole) + len(sizes.others)
+    nbytes = bytes_of(sizes.others) + _present_bytes(whole, load)
+    moved += _reduce(num_parameters, nbytes, [num_parts, num_copies])
+    num_mine, mine_bytes = 0, 0.0
     for level in sizes.levels:
-        if level.name not in spread.owners:
-            continue
-        is_mine = [owner == rank for owner in spread.owners[level.name].tolist()]
-        mine += [each for expert, here in zip(level.experts, is_mine, strict=True) if here for each in expert]
-        nbytes += _present_bytes(level, load, is_mine)
-    return moved + (_reduce(mine, nbytes, [num_copies]) if mine else [])
+        if level.name in spread.owners:
+            is_mine = spread.owners[level.name] == rank
+            num_mine += int(level.expert_tensors[is_mine].sum())
+            mine_bytes += float((level.expert_bytes * load.present[level.name])[is_mine].sum())
+    return moved + (_reduce(num_mine, mine_bytes, [num_copies]) if num_mine else [])
 
 
 def _exchanges(rows: Rows, share: float, num_parts: int, has_gradient: bool) -> list[Traffic]:
@@ -142,19 +152,15 @@ def _exchanges(rows: Rows, share: float, num_parts: int, has_gradient: bool) -> 
     return moved + ([exchange("gradients back", rows.hidden_bytes, is_outward=False)] if has_gradient else [])
 
 
-def _present_bytes(level: LevelSizes, load: Load, chosen: Iterable[bool] | None = None) -> float:
-    """Bytes that a level's present experts are expected to have."""
-    present = load.present[level.name].tolist()
-    chosen = [True] * len(present) if chosen is None else chosen
-    return sum(
-        nbytes * likely for nbytes, likely, is_in in zip(level.expert_bytes, present, chosen, strict=True) if is_in
-    )
+def _present_bytes(levels: Iterable[LevelSizes], load: Load) -> float:
+    """Bytes that the present experts of levels are expected to have."""
+    return sum(float(level.expert_bytes @ load.present[level.name]) for level in levels)
 
 
-def _reduce(parameters: Sequence[Parameter], nbytes: float, group_sizes: Iterable[int]) -> list[Traffic]:
+def _reduce(num_parameters: int, nbytes: float, group_sizes: Iterable[int]) -> list[Traffic]:
     """Which gradients exist, and those, over groups in turn."""
     groups = [size for size in group_sizes if size > 1]
-    flags = [all_reduce("existing gradients", _FLAG_BYTES * len(parameters), size) for size in groups]
+    flags = [all_reduce("existing gradients", _FLAG_BYTES * num_parameters, size) for size in groups]
     return flags + [all_reduce("gradients", nbytes, size) for size in groups]
 
 

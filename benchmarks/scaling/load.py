@@ -78,7 +78,7 @@ def spread(sizes: ModelSizes, load: Load, num_parts: int, *, by_load: bool = Fal
     for level in sizes.levels:
         if len(level.experts) == 1:
             continue
-        costs = load.shares[level.name].tolist() if by_load else [float(each) for each in level.expert_bytes]
+        costs = load.shares[level.name].tolist() if by_load else level.expert_bytes.tolist()
         owners[level.name] = np.array(balanced(costs, num_parts))
-        shares[level.name] = np.bincount(owners[level.name], load.shares[level.name], num_parts)
+        shares[level.name] = np.bincount(owners[level.name], load.shares[level.name], num_parts).astype(np.float64)
     return Spread(owners, shares)

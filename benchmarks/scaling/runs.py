@@ -8,18 +8,19 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import celmoe
+from benchmarks.hierarchies import EVEN, ZIPF
 from benchmarks.scaling import layouts
-from benchmarks.scaling.collectives import KINDS, REDUCE_SCATTER, Traffic, by_kind
+from benchmarks.scaling.collectives import KINDS, NOTHING, QUANTITIES, REDUCE_SCATTER, Traffic, by_kind
 from benchmarks.scaling.counting import Counter, SocketBytes, socket_bytes
+from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
 from benchmarks.scaling.load import expected_load, spread
 from benchmarks.scaling.sizes import sizes_of_workload
 from benchmarks.workloads import Workload
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
 
-DDP, REDUCED, LEVELS, EXPERTS = "prepare_ddp", "reduce_gradients", "shard_levels", "shard_experts"
-LAYOUTS = (DDP, REDUCED, LEVELS, EXPERTS)
 # What the model may be off by: it expects, a batch is drawn.
 TOLERANCE = 0.05
 _STEPS = 4
@@ -30,7 +31,7 @@ class Case:
     """One way to train one workload.
 
     Attributes:
-        layout: One of `LAYOUTS`.
+        layout: One of `layouts.LAYOUTS`.
         workload: Its B is a rank's.
         num_copies: Ranks that hold the same parts of parameters, or the same experts.
     """
@@ -42,6 +43,21 @@ class Case:
     def __str__(self) -> str:
         copies = f", {self.num_copies} copies" if self.num_copies > 1 else ""
         return f"{self.layout}{copies}, {self.workload}"
+
+
+def cases_of(num_ranks: int) -> list[Case]:
+    """All layouts of experts of both kinds, all of them present or not, routed evenly or not, on so many ranks."""
+    workloads = [
+        Workload("linear", 64, 256, 64),
+        Workload("linear", 64, 256, 256, ZIPF),
+        Workload("mlp", 32, 1024, 16),
+        Workload("mlp", 32, 1024, 16, ZIPF),
+    ]
+    cases = [Case(layout, workload) for layout in layouts.LAYOUTS for workload in workloads]
+    cases.append(Case(EXPERTS, Workload("linear", 64, 256, 32, ZIPF, EVEN)))
+    if num_ranks > 2 and num_ranks % 2 == 0:
+        cases += [Case(layout, workload, 2) for layout in (LEVELS, EXPERTS) for workload in workloads[1:3]]
+    return cases
 
 
 class Counted(NamedTuple):
@@ -74,7 +90,7 @@ def count(case: Case) -> Counted:
     after = socket_bytes()
     dist.barrier()
     traffic = {
-        kind: each._replace(**{name: getattr(each, name) / _STEPS for name in ("given", "taken", "sent", "received")})
+        kind: each._replace(**{name: getattr(each, name) / _STEPS for name in QUANTITIES})
         for kind, each in by_kind(counter.traffic).items()
     }
     return Counted(traffic, SocketBytes(*((then - now) // _STEPS for then, now in zip(after, before, strict=True))))
@@ -82,11 +98,10 @@ def count(case: Case) -> Counted:
 
 def modelled(case: Case, num_ranks: int, rank: int) -> dict[str, Traffic]:
     """What the model says of such a step, by kind of collective."""
-    return by_kind(traffic_of(case, num_ranks, rank))
+    return by_kind(_traffic(case, num_ranks, rank))
 
 
-def traffic_of(case: Case, num_ranks: int, rank: int) -> list[Traffic]:
-    """What the model says of such a step."""
+def _traffic(case: Case, num_ranks: int, rank: int) -> list[Traffic]:
     workload, num_parts = case.workload, num_ranks // case.num_copies
     sizes, load = sizes_of_workload(workload), expected_load(workload, num_ranks)
     if case.layout == DDP:
@@ -96,26 +111,18 @@ def traffic_of(case: Case, num_ranks: int, rank: int) -> list[Traffic]:
     if case.layout == LEVELS:
         return layouts.fully_sharded(sizes, num_parts, case.num_copies)
     spread_levels = spread(sizes, load, num_parts)
-    rows = rows_of(workload)
+    rows = layouts.rows_of(workload)
     return layouts.expert_parallel(sizes, load, rows, spread_levels, num_parts, case.num_copies, rank % num_parts)
-
-
-def rows_of(workload: Workload) -> layouts.Rows:
-    """The batches of its ranks, float32, that come from nothing that is trained."""
-    numbers = workload.hidden_size * (workload.positions or 1)
-    lowest = next(iter(workload.levels().values()))
-    return layouts.Rows(workload.batch_size, 4 * numbers, has_input_gradient=len(lowest) == 1)
 
 
 def differences(counted: dict[str, Traffic], expected: dict[str, Traffic]) -> list[str]:
     """Where the two are further apart than `TOLERANCE`, by kind of collective and direction."""
     found = []
-    nothing = Traffic("", "", 0.0, 0.0, 0.0, 0.0)
     for kind in KINDS:
-        ours, theirs = counted.get(kind, nothing), expected.get(kind, nothing)
+        ours, theirs = counted.get(kind, NOTHING), expected.get(kind, NOTHING)
         found += [
             f"{kind}: {getattr(ours, name):,.0f} bytes {name}, not {getattr(theirs, name):,.0f}"
-            for name in ("given", "taken", "sent", "received")
+            for name in QUANTITIES
             if abs(getattr(ours, name) - getattr(theirs, name)) > TOLERANCE * getattr(theirs, name)
         ]
     return found
@@ -153,12 +160,12 @@ def _model(case: Case) -> celmoe.HierarchicalCELMoE:
     return cast(celmoe.HierarchicalCELMoE, case.workload.build(celmoe))
 
 
-def _mesh(case: Case) -> dist.DeviceMesh:
+def _mesh(case: Case) -> DeviceMesh:
     num_ranks = dist.get_world_size()
     if case.num_copies == 1:
-        return dist.init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("expert",))
+        return init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("expert",))
     shape = (case.num_copies, num_ranks // case.num_copies)
-    return dist.init_device_mesh("cpu", shape, mesh_dim_names=("copy", "expert"))
+    return init_device_mesh("cpu", shape, mesh_dim_names=("copy", "expert"))
 
 
 def _with_ddp(case: Case) -> _Step:

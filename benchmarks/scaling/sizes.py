@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 import celmoe
+from benchmarks.hierarchies import UNIFORM
 from benchmarks.workloads import Workload
 
 
@@ -38,7 +42,8 @@ class Parameter(NamedTuple):
         return -(-self.shape[0] // num_parts) * num_parts * math.prod(self.shape[1:]) * self.itemsize
 
 
-class LevelSizes(NamedTuple):
+@dataclass(frozen=True)
+class LevelSizes:
     """A level.
 
     Attributes:
@@ -49,15 +54,20 @@ class LevelSizes(NamedTuple):
     name: str
     experts: tuple[tuple[Parameter, ...], ...]
 
-    @property
+    @cached_property
     def parameters(self) -> list[Parameter]:
         """Those of all experts."""
         return [parameter for expert in self.experts for parameter in expert]
 
-    @property
-    def expert_bytes(self) -> list[int]:
+    @cached_property
+    def expert_bytes(self) -> npt.NDArray[np.float64]:
         """``[E]``, the bytes of each expert."""
-        return [bytes_of(expert) for expert in self.experts]
+        return np.array([bytes_of(expert) for expert in self.experts], dtype=np.float64)
+
+    @cached_property
+    def expert_tensors(self) -> npt.NDArray[np.int64]:
+        """``[E]``, how many parameters each expert has."""
+        return np.array([len(expert) for expert in self.experts], dtype=np.int64)
 
 
 class ModelSizes(NamedTuple):
@@ -91,9 +101,13 @@ def sizes_of(model: celmoe.HierarchicalCELMoE) -> ModelSizes:
     return ModelSizes(levels, _trained(model.fusion))
 
 
-@cache
 def sizes_of_workload(workload: Workload) -> ModelSizes:
     """The sizes of a workload's model, found without making it."""
+    return _sizes(replace(workload, batch_size=1, routes=UNIFORM))
+
+
+@cache
+def _sizes(workload: Workload) -> ModelSizes:
     with torch.device("meta"):
         model = workload.build(celmoe)
     assert isinstance(model, celmoe.HierarchicalCELMoE)
