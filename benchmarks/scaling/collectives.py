@@ -36,7 +36,8 @@ class Traffic(NamedTuple):
     received: float
 
 
-QUANTITIES = Traffic._fields[2:]
+PAYLOAD = ("given", "taken")
+QUANTITIES = (*PAYLOAD, "sent", "received")
 NOTHING = Traffic("nothing", "none", 0.0, 0.0, 0.0, 0.0)
 
 

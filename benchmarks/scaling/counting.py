@@ -25,7 +25,7 @@ from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_
 
 _NAMESPACES = ("c10d", "_c10d_functional")
 # They move no tensor.
-_EMPTY = ("barrier", "monitored_barrier_", "wait_tensor")
+_EMPTY = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")
 # Linux's tcp_info: where it has the bytes received, sent, and sent again, 64 bits each.
 _RECEIVED_AT, _SENT_AT, _RESENT_AT, _TCP_INFO_BYTES = 128, 200, 208, 216
 

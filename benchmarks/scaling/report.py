@@ -1,9 +1,8 @@
-"""What a run of the command leaves: tables, and a drawing of the numbers in the file beside it."""
+"""What the model says as a run grows, as a drawing and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -11,8 +10,6 @@ from rich.table import Table
 
 from benchmarks.hierarchies import UNIFORM
 from benchmarks.report.canvas import SERIES_COLOURS, Drawing, new_panels
-from benchmarks.scaling.collectives import KINDS, NOTHING, QUANTITIES, Traffic, total
-from benchmarks.scaling.counting import SocketBytes
 from benchmarks.scaling.growth import (
     BASE,
     BASE_RANKS,
@@ -22,7 +19,6 @@ from benchmarks.scaling.growth import (
     Point,
 )
 from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
-from benchmarks.scaling.runs import Case, Counted, differences, modelled, socket_differences
 
 _DRAWN = {
     DDP: (SERIES_COLOURS[0], "-"),
@@ -54,7 +50,7 @@ def draw_growth(points: Sequence[Point]) -> Drawing:
     for row, routes in zip(panels, ROUTES, strict=True):
         for axes, axis in zip(row, _AXES, strict=True):
             _draw_panel(axes, [each for each in points if (each.axis, each.workload.routes) == (axis, routes)])
-            axes.set_title("even routes" if routes == UNIFORM else "Zipf routes")
+            axes.set_title("uniform routes" if routes == UNIFORM else "Zipf routes")
     for axes, label in zip(panels[-1], _AXES.values(), strict=True):
         axes.set_xlabel(label)
     figure.supylabel("bytes that the busiest rank sends in a step, by the model", fontsize=9)
@@ -96,99 +92,6 @@ def growth_table(points: Sequence[Point]) -> Table:
             *(f"{each:,}" for each in (num_ranks, workload.num_experts, workload.batch_size)),
             workload.routes,
             *(in_units(sent[layout]) if layout in sent else "" for layout in _DRAWN),
-        )
-    return table
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A case, counted on all ranks.
-
-    Attributes:
-        case: What was trained.
-        counted: Of each rank.
-    """
-
-    case: Case
-    counted: Sequence[Counted]
-
-    @property
-    def differences(self) -> list[str]:
-        """Where the model or TCP disagrees with what was counted, by rank."""
-        return [
-            f"{self.case}, rank {rank}: {text}"
-            for rank, each in enumerate(self.counted)
-            for text in (*differences(each.traffic, self.modelled(rank)), *socket_differences(each))
-        ]
-
-    @property
-    def furthest(self) -> float:
-        """The largest relative difference of counted payload from the model's, over ranks, kinds and directions."""
-        return max(abs(got / wanted - 1) for _, _, got, wanted in self._pairs())
-
-    def modelled(self, rank: int) -> dict[str, Traffic]:
-        """What the model says of a rank."""
-        return modelled(self.case, len(self.counted), rank)
-
-    def rows(self) -> Iterator[dict[str, object]]:
-        """One a rank, kind of collective and quantity."""
-        for rank, each in enumerate(self.counted):
-            for kind in KINDS:
-                got, wanted = each.traffic.get(kind, NOTHING), self.modelled(rank).get(kind, NOTHING)
-                for name in QUANTITIES if got != wanted else ():
-                    yield {
-                        **self._columns(rank),
-                        "collective": kind,
-                        "quantity": name,
-                        "counted": round(getattr(got, name)),
-                        "modelled": round(getattr(wanted, name)),
-                    }
-            for name in SocketBytes._fields:
-                yield {
-                    **self._columns(rank),
-                    "collective": "TCP",
-                    "quantity": name,
-                    "counted": getattr(each.sockets, name),
-                    "modelled": "",
-                }
-
-    def _columns(self, rank: int) -> dict[str, object]:
-        workload = self.case.workload
-        return {
-            "ranks": len(self.counted),
-            "rank": rank,
-            "layout": self.case.layout,
-            "copies": self.case.num_copies,
-            "expert": workload.expert,
-            "H": workload.hidden_size,
-            "E": workload.num_experts,
-            "B": workload.batch_size,
-            "routes": workload.routes,
-            "hierarchy": workload.hierarchy,
-        }
-
-    def _pairs(self) -> Iterator[tuple[str, str, float, float]]:
-        for rank, each in enumerate(self.counted):
-            for kind, wanted in self.modelled(rank).items():
-                for name in QUANTITIES:
-                    yield kind, name, getattr(each.traffic.get(kind, NOTHING), name), getattr(wanted, name)
-
-
-def compared_table(compared: Sequence[Compared]) -> Table:
-    """What the first rank sent, by the model, by its collectives, and by TCP."""
-    table = Table(title="bytes that the first rank sends in a step, and how far any rank's payload is from the model")
-    for name in ("ranks", "layout", "workload", "modelled", "counted", "by TCP", "furthest"):
-        table.add_column(name, justify="left" if name in ("layout", "workload") else "right")
-    for each in compared:
-        copies = f", {each.case.num_copies} copies" if each.case.num_copies > 1 else ""
-        table.add_row(
-            str(len(each.counted)),
-            f"{each.case.layout}{copies}",
-            str(each.case.workload),
-            f"{total(each.modelled(0).values()).sent:,.0f}",
-            f"{total(each.counted[0].traffic.values()).sent:,.0f}",
-            f"{each.counted[0].sockets.sent:,}",
-            f"{100 * each.furthest:.2f} %",
         )
     return table
 

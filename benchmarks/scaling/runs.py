@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,13 +19,13 @@ from benchmarks.scaling import layouts
 from benchmarks.scaling.collectives import KINDS, NOTHING, QUANTITIES, REDUCE_SCATTER, Traffic, by_kind
 from benchmarks.scaling.counting import Counter, SocketBytes, socket_bytes
 from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
-from benchmarks.scaling.load import expected_load, spread
+from benchmarks.scaling.load import Load, spread
 from benchmarks.scaling.sizes import sizes_of_workload
 from benchmarks.workloads import Workload
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
 
-# What the model may be off by: it expects, a batch is drawn.
-TOLERANCE = 0.05
+# What the model may be off by where it expects and batches are drawn; and where it is given the batches.
+TOLERANCE, ROUNDING = 0.05, 1e-9
 _STEPS = 4
 
 
@@ -96,35 +99,60 @@ def count(case: Case) -> Counted:
     return Counted(traffic, SocketBytes(*((then - now) // _STEPS for then, now in zip(after, before, strict=True))))
 
 
-def modelled(case: Case, num_ranks: int, rank: int) -> dict[str, Traffic]:
-    """What the model says of such a step, by kind of collective."""
-    return by_kind(_traffic(case, num_ranks, rank))
+def modelled(case: Case, num_ranks: int, rank: int, load: Load) -> dict[str, Traffic]:
+    """What the model says of such a step, by kind of collective.
+
+    Args:
+        case: What is trained.
+        num_ranks: Ranks N.
+        rank: Whose.
+        load: How samples fall on experts: `load.expected_load`, or `drawn_load`.
+    """
+    return by_kind(_traffic(case, num_ranks, rank, load))
 
 
-def _traffic(case: Case, num_ranks: int, rank: int) -> list[Traffic]:
+def drawn_load(case: Case, num_ranks: int, rank: int) -> Load:
+    """How the counted steps' samples did fall on experts: the mean of those steps.
+
+    Shares are of the samples of the ranks that this one exchanges rows with.
+    """
+    num_parts = num_ranks // case.num_copies
+    levels = case.workload.levels()
+    counts = {level: np.zeros((_STEPS, num_ranks, len(names))) for level, names in levels.items()}
+    for step, each in itertools.product(range(_STEPS), range(num_ranks)):
+        for level, names in case.workload.routing(_seed(each, step + 1)).items():
+            found = Counts(names)
+            counts[level][step, each] = [found[name] for name in levels[level]]
+    first = rank - rank % num_parts
+    shares = {level: each[:, first : first + num_parts].sum((0, 1)) for level, each in counts.items()}
+    return Load(
+        {level: each / each.sum() for level, each in shares.items()},
+        {level: (each.sum(1) > 0).mean(0) for level, each in counts.items()},
+    )
+
+
+def _traffic(case: Case, num_ranks: int, rank: int, load: Load) -> list[Traffic]:
     workload, num_parts = case.workload, num_ranks // case.num_copies
-    sizes, load = sizes_of_workload(workload), expected_load(workload, num_ranks)
+    sizes = sizes_of_workload(workload)
     if case.layout == DDP:
         return layouts.data_parallel(sizes, num_ranks)
     if case.layout == REDUCED:
         return layouts.reduced(sizes, load, num_ranks)
     if case.layout == LEVELS:
         return layouts.fully_sharded(sizes, num_parts, case.num_copies)
-    spread_levels = spread(sizes, load, num_parts)
-    rows = layouts.rows_of(workload)
-    return layouts.expert_parallel(sizes, load, rows, spread_levels, num_parts, case.num_copies, rank % num_parts)
+    rows, where = layouts.rows_of(workload), spread(sizes, load, num_parts)
+    return layouts.expert_parallel(sizes, load, rows, where, num_parts, case.num_copies, rank % num_parts)
 
 
-def differences(counted: dict[str, Traffic], expected: dict[str, Traffic]) -> list[str]:
-    """Where the two are further apart than `TOLERANCE`, by kind of collective and direction."""
+def differences(
+    counted: dict[str, Traffic], wanted: dict[str, Traffic], tolerance: float, quantities: Iterable[str] = QUANTITIES
+) -> list[str]:
+    """Where two are further apart than so much of the second, by kind of collective and quantity."""
     found = []
-    for kind in KINDS:
-        ours, theirs = counted.get(kind, NOTHING), expected.get(kind, NOTHING)
-        found += [
-            f"{kind}: {getattr(ours, name):,.0f} bytes {name}, not {getattr(theirs, name):,.0f}"
-            for name in QUANTITIES
-            if abs(getattr(ours, name) - getattr(theirs, name)) > TOLERANCE * getattr(theirs, name)
-        ]
+    for kind, name in itertools.product(KINDS, quantities):
+        ours, theirs = (getattr(each.get(kind, NOTHING), name) for each in (counted, wanted))
+        if abs(ours - theirs) > tolerance * theirs:
+            found.append(f"{kind}: {ours:,.0f} bytes {name}, not {theirs:,.0f}")
     return found
 
 
@@ -151,8 +179,12 @@ def _objective(model: torch.nn.Module, hidden: torch.Tensor, routing: dict[str, 
     return joined_mean(fused.square().flatten(1).mean(1).sum(), len(hidden))
 
 
+def _seed(rank: int, step: int) -> int:
+    return 1000 * rank + step
+
+
 def _batch(case: Case, number: int) -> tuple[torch.Tensor, dict[str, list[str]]]:
-    seed = 1000 * dist.get_rank() + number
+    seed = _seed(dist.get_rank(), number)
     return case.workload.hidden(seed), case.workload.routing(seed)
 
 
