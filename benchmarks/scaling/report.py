@@ -46,7 +46,7 @@ def in_units(nbytes: float) -> str:
 
 def draw_growth(points: Sequence[Point]) -> Drawing:
     """A panel for each axis, by routes: what the busiest rank sends."""
-    figure, panels = new_panels(11, 6.4, len(ROUTES), len(_AXES), share_x=False, share_y=True)
+    figure, panels = new_panels(11, 6.4, len(ROUTES), len(_AXES), share_y=True)
     for row, routes in zip(panels, ROUTES, strict=True):
         for axes, axis in zip(row, _AXES, strict=True):
             _draw_panel(axes, [each for each in points if (each.axis, each.workload.routes) == (axis, routes)])
