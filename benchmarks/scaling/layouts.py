@@ -12,6 +12,7 @@ samples that goes to this rank.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
@@ -49,10 +50,15 @@ class Rows(NamedTuple):
 
 
 def rows_of(workload: Workload) -> Rows:
-    """The batches of its ranks, float32, that come from nothing that is trained."""
-    numbers = workload.hidden_size * (workload.positions or 1)
-    lowest = next(iter(workload.levels().values()))
-    return Rows(workload.batch_size, 4 * numbers, has_input_gradient=len(lowest) == 1)
+    """The batches of its ranks, that come from nothing that is trained."""
+    one = replace(workload, batch_size=1)
+    mask, lowest = one.mask(), next(iter(workload.levels().values()))
+    return Rows(
+        workload.batch_size,
+        one.hidden().nbytes,
+        0 if mask is None else mask.nbytes,
+        has_input_gradient=len(lowest) == 1,
+    )
 
 
 def data_parallel(sizes: ModelSizes, num_ranks: int) -> list[Traffic]:

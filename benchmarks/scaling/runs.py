@@ -58,6 +58,7 @@ def cases_of(num_ranks: int) -> list[Case]:
     ]
     cases = [Case(layout, workload) for layout in layouts.LAYOUTS for workload in workloads]
     cases.append(Case(EXPERTS, Workload("linear", 64, 256, 32, ZIPF, EVEN)))
+    cases.append(Case(EXPERTS, Workload("masked-block", 16, 256, 8)))
     if num_ranks > 2 and num_ranks % 2 == 0:
         cases += [Case(layout, workload, 2) for layout in (LEVELS, EXPERTS) for workload in workloads[1:3]]
     return cases
@@ -174,8 +175,13 @@ def _on_gloo(traffic: Iterable[Traffic], name: str) -> float:
 _Step = Callable[[int], None]
 
 
-def _objective(model: torch.nn.Module, hidden: torch.Tensor, routing: dict[str, list[str]]) -> torch.Tensor:
-    fused = model(hidden, routing).fused_hidden
+_Batch = tuple[torch.Tensor, dict[str, list[str]], torch.Tensor | None]
+
+
+def _objective(
+    model: torch.nn.Module, hidden: torch.Tensor, routing: dict[str, list[str]], mask: torch.Tensor | None
+) -> torch.Tensor:
+    fused = model(hidden, routing, mask=mask).fused_hidden
     return joined_mean(fused.square().flatten(1).mean(1).sum(), len(hidden))
 
 
@@ -183,9 +189,9 @@ def _seed(rank: int, step: int) -> int:
     return 1000 * rank + step
 
 
-def _batch(case: Case, number: int) -> tuple[torch.Tensor, dict[str, list[str]]]:
+def _batch(case: Case, number: int) -> _Batch:
     seed = _seed(dist.get_rank(), number)
-    return case.workload.hidden(seed), case.workload.routing(seed)
+    return case.workload.hidden(seed), case.workload.routing(seed), case.workload.mask(seed)
 
 
 def _model(case: Case) -> celmoe.HierarchicalCELMoE:

@@ -140,9 +140,10 @@ def test_samples_can_be_balanced_but_for_one_expert_s():
     assert many.busiest == 0
 
 
-def test_rows_without_gradient():
+def test_rows_of_workloads():
     assert not layouts.rows_of(Workload("linear", 8, 64, 8, hierarchy=EVEN)).has_input_gradient
     assert layouts.rows_of(Workload("gru", 8, 64, 8)) == layouts.Rows(64, 16 * 8 * 4)
+    assert layouts.rows_of(Workload("masked-block", 8, 64, 8)) == layouts.Rows(64, 16 * 8 * 4, 16)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

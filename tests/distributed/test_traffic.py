@@ -32,6 +32,7 @@ CASES = {
     "experts": Case(EXPERTS, LINEAR),
     "experts, MLPs": Case(EXPERTS, MLP),
     "experts, Zipf MLPs": Case(EXPERTS, replace(MLP, routes=ZIPF)),
+    "experts, masks": Case(EXPERTS, Workload("masked-block", 16, 256, 8)),
     "experts, no gradient into the rows": Case(EXPERTS, replace(LINEAR, hierarchy=EVEN, num_experts=32)),
 }
 
@@ -60,7 +61,7 @@ def test_absent_experts_are_among_the_cases(compared):
         assert each.traffic[ALL_REDUCE].given < 0.8 * whole
 
 
-EXCHANGES, SHARDED = layouts._exchanges, layouts.fully_sharded
+EXCHANGES, SHARDED, ROWS = layouts._exchanges, layouts.fully_sharded, layouts.rows_of
 
 
 def _without_way_back(rows, share, num_parts, has_gradient):
@@ -78,6 +79,10 @@ def _gathered_once(sizes, num_parts, num_copies=1):
     ]
 
 
+def _without_masks(workload):
+    return ROWS(workload)._replace(other_bytes=0)
+
+
 def _as_if_all_present(levels, load):
     return sum(float(level.expert_bytes.sum()) for level in levels)
 
@@ -90,6 +95,7 @@ MUTANTS = {
     "absent experts reduced": ("_present_bytes", _as_if_all_present, "reduced", "all-reduce"),
     "no anchor": ("_ANCHOR_BYTES", 0, "DDP", "all-reduce"),
     "flags of four bytes": ("_FLAG_BYTES", 4, "reduced, MLPs", "all-reduce"),
+    "no masks": ("rows_of", _without_masks, "experts, masks", "all-to-all"),
     "nothing said of rows": ("_SAID_OF_ROWS", 0, "experts", "all-gather"),
 }
 
