@@ -50,7 +50,7 @@ def routing_of(hierarchy: str, num_experts: int, routes: str, batch_size: int, s
         seed: Of the draw.
     """
     draw = random.Random(seed)
-    weights = [1.0 if routes == UNIFORM else 1.0 / (rank + 1) for rank in range(num_experts)]
+    weights = _weights(num_experts, routes)
     levels = levels_of(hierarchy, num_experts)
     if hierarchy in (EVEN, ONE_LEVEL):
         return {level: draw.choices(names, weights, k=batch_size) for level, names in levels.items()}
@@ -63,6 +63,25 @@ def routing_of(hierarchy: str, num_experts: int, routes: str, batch_size: int, s
         _FAMILY: ["".join([*families[pick]]) for pick in picks],
         _LANGUAGE: ["".join([*languages[pick]]) for pick in picks],
     }
+
+
+def shares_of(hierarchy: str, num_experts: int, routes: str) -> dict[str, dict[str, float]]:
+    """By level and expert, in the order of `levels_of`: how likely a sample of `routing_of` takes it."""
+    levels = levels_of(hierarchy, num_experts)
+    weights = _weights(num_experts, routes)
+    shares = [weight / sum(weights) for weight in weights]
+    if hierarchy in (EVEN, ONE_LEVEL):
+        return {level: dict(zip(names, shares, strict=True)) for level, names in levels.items()}
+    families = dict.fromkeys(levels[_FAMILY], 0.0)
+    for family, share in zip(_families(hierarchy, levels[_LANGUAGE]), shares, strict=True):
+        families[family] += share
+    languages = dict(zip(levels[_LANGUAGE], shares, strict=True))
+    return {_UNIVERSAL: {_CORE: 1.0}, _FAMILY: families, _LANGUAGE: languages}
+
+
+def _weights(num_experts: int, routes: str) -> list[float]:
+    """How often each expert of the last level is drawn, in proportion."""
+    return [1.0 if routes == UNIFORM else 1.0 / (rank + 1) for rank in range(num_experts)]
 
 
 def _languages(hierarchy: str, num_experts: int) -> list[str]:

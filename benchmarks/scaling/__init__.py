@@ -1,0 +1,1 @@
+"""``python -m benchmarks.scaling``: the bytes that a training step moves between ranks, on paper and counted."""

@@ -1,0 +1,97 @@
+"""What one collective moves: the payload that a rank hands it and gets from it, and what a ring sends for that.
+
+*Given* and *taken* are payload: the bytes of the tensors that a rank passes in and gets out. *Sent* and *received* are
+what goes over the rank's links: those of a ring, the algorithm of gloo and NCCL for large payloads and the least there
+is for an all-reduce of two passes. Headers are not in it.
+
+Axes: N ranks of the collective's group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = "all-reduce", "all-gather", "reduce-scatter", "all-to-all"
+KINDS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL)
+
+
+class Traffic(NamedTuple):
+    """What one collective, or several of a kind, moves at one rank; all in bytes, which an expectation may split.
+
+    Attributes:
+        what: What for.
+        kind: One of `KINDS`.
+        given: Payload handed to it.
+        taken: Payload got from it.
+        sent: What leaves the rank.
+        received: What comes to it.
+    """
+
+    what: str
+    kind: str
+    given: float
+    taken: float
+    sent: float
+    received: float
+
+
+PAYLOAD = ("given", "taken")
+QUANTITIES = (*PAYLOAD, "sent", "received")
+NOTHING = Traffic("nothing", "none", 0.0, 0.0, 0.0, 0.0)
+
+
+def all_reduce(what: str, nbytes: float, num_ranks: int) -> Traffic:
+    """Everyone's sum of a tensor of so many bytes: N - 1 parts of 1/N go round to be summed, N - 1 to be known."""
+    moved = 2 * nbytes * (num_ranks - 1) / num_ranks
+    return Traffic(what, ALL_REDUCE, nbytes, nbytes, moved, moved)
+
+
+def all_gather(what: str, nbytes: float, num_ranks: int) -> Traffic:
+    """Everyone's shares, of ``nbytes / N`` each, known to all: N - 1 of them pass by every rank."""
+    moved = nbytes * (num_ranks - 1) / num_ranks
+    return Traffic(what, ALL_GATHER, nbytes / num_ranks, nbytes, moved, moved)
+
+
+def reduce_scatter(what: str, nbytes: float, num_ranks: int) -> Traffic:
+    """To each its share of the sum of a tensor of so many bytes: N - 1 parts of 1/N go round.
+
+    Gloo makes an all-reduce of it and keeps a share: it sends twice as much.
+    """
+    moved = nbytes * (num_ranks - 1) / num_ranks
+    return Traffic(what, REDUCE_SCATTER, nbytes, nbytes / num_ranks, moved, moved)
+
+
+def all_to_all(what: str, given: float, taken: float, kept: float) -> Traffic:
+    """To each its own: all is sent once, straight, but what a rank has for itself.
+
+    Args:
+        what: What for.
+        given: Bytes for all ranks.
+        taken: Bytes from all ranks.
+        kept: Bytes of both that are the rank's own.
+    """
+    return Traffic(what, ALL_TO_ALL, given, taken, given - kept, taken - kept)
+
+
+def total(traffic: Iterable[Traffic], what: str = "all", kind: str = "all") -> Traffic:
+    """The sum."""
+    moved = list(traffic)
+    return Traffic(
+        what,
+        kind,
+        sum(each.given for each in moved),
+        sum(each.taken for each in moved),
+        sum(each.sent for each in moved),
+        sum(each.received for each in moved),
+    )
+
+
+def by_kind(traffic: Iterable[Traffic]) -> dict[str, Traffic]:
+    """The sums of those kinds that there are."""
+    given = list(traffic)
+    return {
+        kind: total((each for each in given if each.kind == kind), kind, kind)
+        for kind in KINDS
+        if any(each.kind == kind for each in given)
+    }

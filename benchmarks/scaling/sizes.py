@@ -1,0 +1,120 @@
+"""The parameters of a hierarchy, as far as what they cost to send goes.
+
+Axes: E experts of a level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+import celmoe
+from benchmarks.hierarchies import UNIFORM
+from benchmarks.workloads import Workload
+
+
+class Parameter(NamedTuple):
+    """One trained tensor.
+
+    Attributes:
+        shape: Its shape.
+        itemsize: Bytes of a number.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.itemsize
+
+    def padded_bytes(self, num_parts: int) -> int:
+        """Its bytes where every rank's part has as many rows of the first axis: ``fully_shard`` fills the last up."""
+        return -(-self.shape[0] // num_parts) * num_parts * math.prod(self.shape[1:]) * self.itemsize
+
+
+@dataclass(frozen=True)
+class LevelSizes:
+    """A level.
+
+    Attributes:
+        name: Its name.
+        experts: ``[E]``, the parameters of each expert, in the config's order.
+    """
+
+    name: str
+    experts: tuple[tuple[Parameter, ...], ...]
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """Those of all experts."""
+        return [parameter for expert in self.experts for parameter in expert]
+
+    @cached_property
+    def expert_bytes(self) -> npt.NDArray[np.float64]:
+        """``[E]``, the bytes of each expert."""
+        return np.array([bytes_of(expert) for expert in self.experts], dtype=np.float64)
+
+    @cached_property
+    def expert_tensors(self) -> npt.NDArray[np.int64]:
+        """``[E]``, how many parameters each expert has."""
+        return np.array([len(expert) for expert in self.experts], dtype=np.int64)
+
+
+class ModelSizes(NamedTuple):
+    """A model.
+
+    Attributes:
+        levels: Its levels.
+        others: The parameters of no expert: the fusion's.
+    """
+
+    levels: tuple[LevelSizes, ...]
+    others: tuple[Parameter, ...]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All of them."""
+        return [*(parameter for level in self.levels for parameter in level.parameters), *self.others]
+
+
+def bytes_of(parameters: Iterable[Parameter]) -> int:
+    """Of all of them."""
+    return sum(parameter.nbytes for parameter in parameters)
+
+
+def sizes_of(model: celmoe.HierarchicalCELMoE) -> ModelSizes:
+    """The sizes of a model, on any device; on ``meta`` it takes no memory."""
+    levels = tuple(
+        LevelSizes(level.name, tuple(_trained(model.level_modules[level.name][name]) for name in level.experts))  # type: ignore[index]  # nested mappings
+        for level in model.levels
+    )
+    return ModelSizes(levels, _trained(model.fusion))
+
+
+def sizes_of_workload(workload: Workload) -> ModelSizes:
+    """The sizes of a workload's model, found without making it."""
+    return _sizes(replace(workload, batch_size=1, routes=UNIFORM))
+
+
+@cache
+def _sizes(workload: Workload) -> ModelSizes:
+    with torch.device("meta"):
+        model = workload.build(celmoe)
+    assert isinstance(model, celmoe.HierarchicalCELMoE)
+    return sizes_of(model)
+
+
+def _trained(module: nn.Module) -> tuple[Parameter, ...]:
+    return tuple(
+        Parameter(tuple(each.shape), each.element_size()) for each in module.parameters() if each.requires_grad
+    )
