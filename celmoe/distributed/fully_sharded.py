@@ -217,7 +217,8 @@ def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) ->
 
     Args:
         model: Built alike on every rank.
-        mesh: As for ``fully_shard``.
+        mesh: As for ``fully_shard``. With more ranks in its last dimension than a parameter has rows, the rest of them
+            hold and send padding: give it a first dimension, of copies.
         **options: For ``fully_shard``.
 
     Returns:
