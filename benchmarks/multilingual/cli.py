@@ -11,11 +11,10 @@ from benchmarks.multilingual.compare import compare
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import INTERRUPTED, run
 from benchmarks.multilingual.options import parse_options
-from benchmarks.multilingual.ranks import RankLostError, joined_ranks, launched_rank
+from benchmarks.multilingual.ranks import RANK_LOST, RankLostError, joined_ranks, launched_rank
 from celmoe.errors import CELMoEError
 
 REFUSED = 2
-RANK_LOST = 1
 
 
 def answered(work: Callable[[], int], reporter: Reporter) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,10 @@ TIMEOUT = timedelta(seconds=30)
 READING_TIMEOUT = timedelta(minutes=30)
 # What a failed exchange says, besides the errors that are classes of their own.
 _SIGNS = ("gloo", "monitoredBarrier")
+
+
+# The exit code of who is left.
+RANK_LOST = 1
 
 
 class RankLostError(Exception):
@@ -119,15 +125,27 @@ def joined_ranks() -> Iterator[Ranks]:
     ranks = Ranks(rank, size)
     with ranks.watched():
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
-    yield ranks
-    # Not after an error: a group that has lost a rank is not taken leave of.
+    try:
+        yield ranks
+    except RankLostError:
+        atexit.register(_leave)
+        raise
     dist.destroy_process_group()
     signal.signal(signal.SIGTERM, before)
 
 
+def _leave() -> None:
+    """Without the interpreter's end, in which an exchange that is still under way aborts the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(RANK_LOST)
+
+
 def _end_once() -> None:
-    # This rank ends anyway: what it says must not be cut short.
+    """This rank ends: what it says must not be cut short, be it by the end of its loader processes."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # noqa: ARG005  # called with both
 
 
 def _is_loss(error: RuntimeError) -> bool:
@@ -135,6 +153,7 @@ def _is_loss(error: RuntimeError) -> bool:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The first line, without the file of the library's that it begins with."""
+    """The first sentence, without the file of the library's that it begins with."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.rpartition("] ")[2] if line.startswith("[/") else line
+    _, _, text = line.partition("] ") if line.startswith("[/") else ("", "", line)
+    return text.partition(". ")[0]
