@@ -82,18 +82,25 @@ class Collator:
     """
 
     def __init__(
-        self, words: WordTable, languages: Sequence[str], compiler: celmoe.RoutingCompiler, ranks: Ranks = ALONE
+        self,
+        words: WordTable,
+        languages: Sequence[str],
+        compiler: celmoe.RoutingCompiler,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self._words = words
         self._languages = np.array(languages, dtype=object)
         self._compiler = compiler
-        self._ranks = ranks
+        self._rank = rank
+        self._num_ranks = num_ranks
 
     def __call__(self, rows: torch.Tensor) -> Batch:
         """Rows [B] -> the batch of those words, or of this rank's of them, in that order."""
-        rank, size = self._ranks.rank, self._ranks.size
-        joined = None if size == 1 else self._compiler({"language": self._languages_of(rows)})
-        rows = rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
+        rank, num_ranks = self._rank, self._num_ranks
+        joined = None if num_ranks == 1 else self._compiler({"language": self._languages_of(rows)})
+        rows = rows[len(rows) * rank // num_ranks : len(rows) * (rank + 1) // num_ranks]
         languages = self._languages_of(rows)
         return Batch(
             characters=self._words.characters[rows].int(),
@@ -142,9 +149,15 @@ def _begin_worker(worker_id: int) -> None:
 
 
 def training_batches(
-    steps: TrainingSteps, collator: Collator, first: int, last: int, workers: int, device: torch.device
+    steps: TrainingSteps,
+    collator: Collator,
+    first: int,
+    last: int,
+    workers: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Generator[Batch, None, None]:
-    """The batches of steps ``first`` up to ``last``.
+    """The batches of steps ``first`` up to ``last``; the first one comes when all ranks have theirs.
 
     Workers are spawned, since forking a process that runs torch's threads is not safe; the words are shared memory.
     """
@@ -162,7 +175,9 @@ def training_batches(
     )
     with interrupts_held():
         batches = iter(loader)
-    for batch in batches:
+    for place, batch in enumerate(batches):
+        if place == 0:
+            ranks.meet()
         yield batch.to(device)
 
 

@@ -231,9 +231,15 @@ def _train(job: Run, begun: float) -> bool:
     """Train to the end; False where somebody asked to stop before it."""
     options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
     deadline = _deadline(job, begun)
-    collator = Collator(data.tables[TRAIN].share_memory(), data.vocabulary.languages, make_compiler(data), job.ranks)
+    collator = Collator(
+        data.tables[TRAIN].share_memory(),
+        data.vocabulary.languages,
+        make_compiler(data),
+        rank=job.ranks.rank,
+        num_ranks=job.ranks.size,
+    )
     batches = training_batches(
-        job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device
+        job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device, job.ranks
     )
     checks = _validation_batches(data, options.device)
 

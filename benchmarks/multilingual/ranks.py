@@ -18,10 +18,8 @@ import torch.distributed as dist
 
 # How long a rank waits for another one in training: a step takes less than a second, a checkpoint a few.
 TIMEOUT = timedelta(seconds=30)
-# How long the others wait while the first one reads dictionaries.
-READING_TIMEOUT = timedelta(minutes=30)
-# What a failed exchange says, besides the errors that are classes of their own.
-_SIGNS = ("gloo", "monitoredBarrier")
+# How long they wait while the first one reads dictionaries, or for all to have a loader process that gives batches.
+STARTING_TIMEOUT = timedelta(minutes=30)
 
 
 # The exit code of who is left.
@@ -44,10 +42,14 @@ def launched_rank() -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; by default it is alone, and nothing is sent."""
+    """This process among those that train together; by default it is alone, and nothing is sent.
+
+    ``starting`` is a group of them all that waits longer, for the start; by default it is the one that trains.
+    """
 
     rank: int = 0
     size: int = 1
+    starting: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -82,10 +84,15 @@ class Ranks:
     def first_goes_ahead(self) -> Iterator[None]:
         """The first rank runs the block alone, however long it takes; then the others do."""
         if not self.is_first:
-            dist.monitored_barrier(timeout=READING_TIMEOUT)
+            self.meet()
         yield
-        if self.is_first and self.size > 1:
-            dist.monitored_barrier(timeout=TIMEOUT)
+        if self.is_first:
+            self.meet()
+
+    def meet(self) -> None:
+        """Wait for all, however long they take to start."""
+        if self.size > 1:
+            dist.barrier(self.starting)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -122,11 +129,11 @@ def joined_ranks() -> Iterator[Ranks]:
         raise RankLostError(f"rank {rank} of {size} was told to end, as all are when one has failed")
 
     before = signal.signal(signal.SIGTERM, end)
-    ranks = Ranks(rank, size)
-    with ranks.watched():
+    with Ranks(rank, size).watched():
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=TIMEOUT)
+        starting = dist.new_group(timeout=STARTING_TIMEOUT)
     try:
-        yield ranks
+        yield Ranks(rank, size, starting)
     except RankLostError:
         atexit.register(_leave)
         raise
@@ -149,7 +156,8 @@ def _end_once() -> None:
 
 
 def _is_loss(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in _SIGNS)
+    # Gloo's own errors have no class.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -65,7 +65,7 @@ def take_steps(layout, levels, max_norm, folder):
     contender = make_contender("experts", network, Losses(network, LossWeights()))
     ranks = ALONE if layout is None else Ranks(dist.get_rank(), dist.get_world_size())
     compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, LANGUAGES, LEVELS, SETTINGS))
-    collator = Collator(words(), LANGUAGES, compiler, ranks)
+    collator = Collator(words(), LANGUAGES, compiler, rank=ranks.rank, num_ranks=ranks.size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "CLIP_NORM", max_norm)
         patch.setattr(layouts, "CLIP_NORM", max_norm)
