@@ -108,14 +108,6 @@ def _parallel(text: str | None) -> str | None:
             f"'--parallel' must stand under torchrun (got {text!r} in a process that was started alone: "
             f"torchrun --nproc-per-node 2 -m {MODULE} --parallel {text})"
         )
-    if text is not None:
-        try:
-            import_module("celmoe.distributed")
-        except ImportError as error:
-            raise OptionError(
-                f"'--parallel' must stand with a PyTorch that celmoe.distributed runs on (got {torch.__version__}, "
-                f"{error})"
-            ) from None
     return text
 
 

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+from benchmarks.arguments import OptionError
 
 # How long a rank waits for another one in training: a step takes less than a second, a checkpoint a few.
 TIMEOUT = timedelta(seconds=30)
@@ -118,8 +121,13 @@ def joined_ranks() -> Iterator[Ranks]:
     """Meet the other ranks. Whoever ends this one, as torchrun does when another has failed, gets a sentence for it.
 
     Raises:
+        OptionError: This PyTorch has not what ranks need.
         RankLostError: They did not come; in the block: this rank was told to end.
     """
+    try:
+        import_module("celmoe.distributed")
+    except ImportError as error:
+        raise OptionError(f"'--parallel' must have a PyTorch that runs celmoe.distributed (got: {error})") from None
     size, rank = launched_ranks(), launched_rank()
     assert size is not None
 

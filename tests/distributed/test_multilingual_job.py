@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import celmoe
+from benchmarks.arguments import OptionError
 from benchmarks.multilingual import layouts, training
 from benchmarks.multilingual.batches import Collator
 from benchmarks.multilingual.checkpoint import FILE_NAME
@@ -24,7 +25,7 @@ from benchmarks.multilingual.layouts import spread
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, hierarchy_config
 from benchmarks.multilingual.options import LAYOUTS, parse_options
-from benchmarks.multilingual.ranks import ALONE, TIMEOUT, Ranks
+from benchmarks.multilingual.ranks import ALONE, TIMEOUT, Ranks, joined_ranks
 from benchmarks.multilingual.rules import EditRule
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import make_contender, train_step
@@ -125,6 +126,13 @@ def ask_ranks():
 
 def test_ranks_decide_together(two):
     assert two.run(ask_ranks) == [(True, 0, True, False)] * 2
+
+
+def test_an_older_pytorch_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "celmoe.distributed", None)
+    message = r"^'--parallel' must have a PyTorch that runs celmoe.distributed \(got: "
+    with pytest.raises(OptionError, match=message), joined_ranks():
+        pytest.fail("there are ranks")
 
 
 @contextlib.contextmanager
