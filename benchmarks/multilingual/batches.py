@@ -10,7 +10,7 @@ import atexit
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import celmoe
 from benchmarks.multilingual.interrupts import interrupts_held
+from benchmarks.multilingual.ranks import ALONE, Ranks
 from benchmarks.multilingual.words import WordTable
 
 
@@ -27,54 +28,91 @@ class Batch:
     """B words of all languages, mixed.
 
     ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language;
-    ``languages`` are the names behind ``plan``, for readers that route by strings.
+    ``languages`` are the names behind ``plan``, for readers that route by strings. Where several ranks share a batch,
+    these are one rank's words, and ``joined`` is the plan of all of them.
     """
 
     characters: torch.Tensor
     targets: torch.Tensor
     languages: list[str]
     plan: celmoe.RoutingPlan
+    joined: celmoe.RoutingPlan | None = None
+
+    @property
+    def words_by_expert(self) -> dict[str, int]:
+        """How many words of the batch, all ranks' together, each ``level/expert`` has."""
+        levels = (self.joined or self.plan).levels.values()
+        return {
+            f"{level.name}/{expert}": words
+            for level in levels
+            for expert, words in zip(level.experts, level.counts, strict=True)
+        }
+
+    @property
+    def joined_size(self) -> int:
+        """Words of all ranks."""
+        return (self.joined or self.plan).batch_size
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        return Batch(
+        return replace(
+            self,
             characters=self.characters.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
-            languages=self.languages,
             plan=self.plan.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the loader calls this."""
-        return Batch(
+        return replace(
+            self,
             characters=self.characters.pin_memory(),
             targets=self.targets.pin_memory(),
-            languages=self.languages,
             plan=self.plan.pin_memory(),
         )
 
 
 class Collator:
-    """From row numbers to a batch: the loader's ``collate_fn``, where the routing is compiled too."""
+    """From row numbers to a batch: the loader's ``collate_fn``, where the routing is compiled too.
 
-    def __init__(self, words: WordTable, languages: Sequence[str], compiler: celmoe.RoutingCompiler) -> None:
+    Each of several ranks takes a run of the rows; one after another their runs are the batch of one process.
+    """
+
+    def __init__(
+        self,
+        words: WordTable,
+        languages: Sequence[str],
+        compiler: celmoe.RoutingCompiler,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
         self._words = words
         self._languages = np.array(languages, dtype=object)
         self._compiler = compiler
+        self._rank = rank
+        self._num_ranks = num_ranks
 
     def __call__(self, rows: torch.Tensor) -> Batch:
-        """Rows [B] -> the batch of those words, in that order."""
-        languages = self._languages[self._words.language_ids[rows].numpy()].tolist()
+        """Rows [B] -> the batch of those words, or of this rank's of them, in that order."""
+        rank, num_ranks = self._rank, self._num_ranks
+        joined = None if num_ranks == 1 else self._compiler({"language": self._languages_of(rows)})
+        rows = rows[len(rows) * rank // num_ranks : len(rows) * (rank + 1) // num_ranks]
+        languages = self._languages_of(rows)
         return Batch(
             characters=self._words.characters[rows].int(),
             targets=self._words.targets[rows].long(),
             languages=languages,
             # The upper levels follow from each language expert's parent.
             plan=self._compiler({"language": languages}),
+            joined=joined,
         )
+
+    def _languages_of(self, rows: torch.Tensor) -> list[str]:
+        return cast("list[str]", self._languages[self._words.language_ids[rows].numpy()].tolist())
 
 
 class TrainingSteps(Dataset[torch.Tensor]):
@@ -111,9 +149,15 @@ def _begin_worker(worker_id: int) -> None:
 
 
 def training_batches(
-    steps: TrainingSteps, collator: Collator, first: int, last: int, workers: int, device: torch.device
+    steps: TrainingSteps,
+    collator: Collator,
+    first: int,
+    last: int,
+    workers: int,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Generator[Batch, None, None]:
-    """The batches of steps ``first`` up to ``last``.
+    """The batches of steps ``first`` up to ``last``; the first one comes when all ranks have theirs.
 
     Workers are spawned, since forking a process that runs torch's threads is not safe; the words are shared memory.
     """
@@ -131,7 +175,9 @@ def training_batches(
     )
     with interrupts_held():
         batches = iter(loader)
-    for batch in batches:
+    for place, batch in enumerate(batches):
+        if place == 0:
+            ranks.meet()
         yield batch.to(device)
 
 

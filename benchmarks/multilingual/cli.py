@@ -11,18 +11,28 @@ from benchmarks.multilingual.compare import compare
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import INTERRUPTED, run
 from benchmarks.multilingual.options import parse_options
+from benchmarks.multilingual.ranks import RANK_LOST, RankLostError, joined_ranks, launched_rank
 from celmoe.errors import CELMoEError
 
 REFUSED = 2
 
 
 def answered(work: Callable[[], int], reporter: Reporter) -> int:
-    """The exit code: the work's own, 2 where something was refused or could not be read or written, 130 for Ctrl-C."""
+    """The exit code: the work's own, 2 where something was refused or could not be read or written, 130 for Ctrl-C.
+
+    On one of several ranks it is 1 where another one is gone.
+    """
     try:
         return work()
-    except (OptionError, CheckpointError, CELMoEError) as error:
+    except (OptionError, CheckpointError) as error:
+        reporter.refuse(str(error))
+        return REFUSED
+    except CELMoEError as error:
         reporter.fail(str(error))
         return REFUSED
+    except RankLostError as error:
+        reporter.fail(str(error))
+        return RANK_LOST
     except OSError as error:
         reporter.fail(f"a file or folder could not be used: {error}")
         return REFUSED
@@ -33,10 +43,15 @@ def answered(work: Callable[[], int], reporter: Reporter) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit code."""
-    reporter = Reporter()
+    reporter = Reporter(rank=launched_rank())
 
     def work() -> int:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        return compare(options, reporter) if options.compare else run(options, reporter)
+        if options.compare:
+            return compare(options, reporter)
+        if options.parallel is None:
+            return run(options, reporter)
+        with joined_ranks() as ranks:
+            return run(options, reporter, ranks)
 
     return answered(work, reporter)

@@ -33,9 +33,15 @@ class Bar:
 
 
 class Reporter:
-    """Lines, tables and bars for the reader; errors go to the other stream."""
+    """Lines, tables and bars for the reader; errors go to the other stream.
 
-    def __init__(self, console: Console | None = None) -> None:
+    Of several ranks the first says what is to be said. The others tell of errors alone, and which rank had them.
+    """
+
+    def __init__(self, console: Console | None = None, rank: int = 0) -> None:
+        if rank:
+            console = Console(quiet=True)
+        self._rank = rank
         # Outside a terminal a table must not be cut to eighty columns.
         self._console = console or Console(highlight=False)
         if console is None and not self._console.is_terminal:
@@ -53,6 +59,11 @@ class Reporter:
     def fail(self, text: str) -> None:
         """One line about what went wrong."""
         self._errors.print(" ".join(text.split()), markup=False)
+
+    def refuse(self, text: str) -> None:
+        """One line about what every rank refuses alike."""
+        if not self._rank:
+            self.fail(text)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:

@@ -14,6 +14,7 @@ import celmoe
 from benchmarks.multilingual.losses import LossWeights
 from benchmarks.multilingual.network import NetworkSettings
 from benchmarks.multilingual.options import Options
+from benchmarks.multilingual.ranks import launched_ranks
 from benchmarks.setting import processor_name
 
 
@@ -37,6 +38,8 @@ def measurement_facts(options: Options, settings: NetworkSettings, weights: Loss
         "threads": torch.get_num_threads(),
         "device": options.device_name,
         "engine": options.engine,
+        "parallel": options.parallel,
+        "ranks": launched_ranks() or 1,
         "minutes": options.minutes,
         "network": asdict(settings),
         "loss_weights": asdict(weights),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.arguments import OptionError
 from benchmarks.multilingual import figures, report
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
 from benchmarks.multilingual.checkpoint import (
@@ -37,6 +38,7 @@ from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
+from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
 from benchmarks.multilingual.schedule import Deadline, plan_steps
 from benchmarks.multilingual.training import Contender, CurvePoint, Progress, Watchers, make_contender, train
 from benchmarks.setting import prepare_folder
@@ -59,11 +61,16 @@ class Run:
     contenders: list[Contender]
     steps: TrainingSteps
     progress: Progress
+    ranks: Ranks = ALONE
     saved_step: int | None = None
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        save_checkpoint(self.options.report, self.identity, self.data.vocabulary, self.contenders, self.progress)
+        """Write the checkpoint: that of one process, which the first rank writes. All must ask."""
+        wholes = [each.whole() for each in self.contenders]
+        if self.ranks.is_first:
+            save_checkpoint(self.options.report, self.identity, self.data.vocabulary, wholes, self.progress)
+        # None goes on, or says that it is written, before it is.
+        self.ranks.any(False)
         self.saved_step = self.progress.step
 
 
@@ -109,40 +116,63 @@ def report_seconds(languages: int) -> float:
     return 8 + languages * 0.5
 
 
-def run(options: Options, reporter: Reporter) -> int:
-    """Train, evaluate and report; returns the exit code."""
+def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
+    """Train, evaluate and report; returns the exit code.
+
+    Raises:
+        OptionError: A batch has fewer words than there are ranks, or the report's folder can't be written to.
+        CheckpointError: The checkpoint to go on from can't be read, or is another run's.
+        RankLostError: Another rank is gone.
+    """
     begun = time.monotonic()
     state = read_checkpoint(options.report) if options.resume else None
     identity = resolve_identity(options, state)
+    if identity.batch_size < ranks.size:
+        raise OptionError(
+            f"'--batch-size' must be at least the number of ranks, {ranks.size} (got {identity.batch_size})"
+        )
     if state is not None and is_reported(state, identity, options.report):
         reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
         return 0
     prepare_folder(options.report)
+    where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
     reporter.say(
         f"{len(identity.languages)} languages, batches of {identity.batch_size:,} words, seed {identity.seed}, "
-        f"engine {options.engine}, device {options.device}, {torch.get_num_threads()} threads"
+        f"engine {options.engine}, device {options.device}, {where}{torch.get_num_threads()} threads"
     )
-    job = _prepare(options, reporter, identity, state)
+    with ranks.watched():
+        job = _prepare(options, reporter, identity, state, ranks)
     try:
-        if not job.progress.finished:
-            finished = _train(job, begun)
-            job.save()
-            if not finished:
-                reporter.say(
-                    f"stopped at step {job.progress.step} of {job.progress.total_steps}; go on with: "
-                    f"{resume_command(options)}"
-                )
-                return INTERRUPTED
-        _evaluate(job)
+        with ranks.watched():
+            return _carry_out(job, begun)
     except KeyboardInterrupt:
         # The second one while training, or one in the evaluation: what was done since the last checkpoint is lost.
-        if job.saved_step is None:
-            reporter.fail("stopped before the first checkpoint; the dictionaries that were read are kept")
-        else:
-            reporter.fail(f"stopped; the checkpoint of step {job.saved_step} is kept: {resume_command(options)}")
+        reporter.fail(f"stopped{_kept(job)}")
         return INTERRUPTED
-    reporter.say(f"report in {options.report}, {time.monotonic() - begun:.0f} s in all")
+    except RankLostError as error:
+        raise RankLostError(f"{error}{_kept(job)}") from error
+
+
+def _carry_out(job: Run, begun: float) -> int:
+    if not job.progress.finished:
+        finished = _train(job, begun)
+        job.save()
+        if not finished:
+            job.reporter.say(
+                f"stopped at step {job.progress.step} of {job.progress.total_steps}; go on with: "
+                f"{resume_command(job.options)}"
+            )
+            return INTERRUPTED
+    _evaluate(job)
+    job.reporter.say(f"report in {job.options.report}, {time.monotonic() - begun:.0f} s in all")
     return 0
+
+
+def _kept(job: Run) -> str:
+    """What is left of a run that ended in the midst."""
+    if job.saved_step is None:
+        return " before the first checkpoint; the dictionaries that were read are kept"
+    return f"; the checkpoint of step {job.saved_step} is kept: {resume_command(job.options)}"
 
 
 def is_reported(state: Mapping[str, Any], identity: RunIdentity, folder: Path) -> bool:
@@ -156,8 +186,11 @@ def _identity_facts(identity: RunIdentity, progress: Progress) -> dict[str, Any]
     return {**asdict(identity), "languages": list(identity.languages), "steps": progress.step}
 
 
-def _prepare(options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None) -> Run:
-    data = prepare_data(identity.languages, reporter)
+def _prepare(
+    options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None, ranks: Ranks
+) -> Run:
+    with ranks.first_goes_ahead():
+        data = prepare_data(identity.languages, reporter)
     contenders = make_contenders(data, options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:
@@ -168,6 +201,10 @@ def _prepare(options: Options, reporter: Reporter, identity: RunIdentity, state:
     else:
         progress = restore(state, data.vocabulary, contenders)
         reporter.say(f"resumed at step {progress.step} of {progress.total_steps}")
+    if options.parallel is not None:
+        from benchmarks.multilingual.layouts import spread  # noqa: PLC0415  # one process needs no such PyTorch
+
+        contenders = [spread(options.parallel, each, ranks, options.report) for each in contenders]
     return Run(
         options=options,
         reporter=reporter,
@@ -176,6 +213,7 @@ def _prepare(options: Options, reporter: Reporter, identity: RunIdentity, state:
         contenders=contenders,
         steps=steps,
         progress=progress,
+        ranks=ranks,
         saved_step=None if state is None else progress.step,
     )
 
@@ -186,16 +224,22 @@ def _deadline(job: Run, begun: float) -> Deadline | None:
     seconds = job.options.minutes * 60
     ends_at = begun + seconds - report_seconds(len(job.identity.languages))
     # However long the dictionaries took, a quarter of the time is for training.
-    return Deadline(max(ends_at, time.monotonic() + seconds / 4))
+    return Deadline(max(ends_at, time.monotonic() + seconds / 4), ranks=job.ranks)
 
 
 def _train(job: Run, begun: float) -> bool:
     """Train to the end; False where somebody asked to stop before it."""
     options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
     deadline = _deadline(job, begun)
-    collator = Collator(data.tables[TRAIN].share_memory(), data.vocabulary.languages, make_compiler(data))
+    collator = Collator(
+        data.tables[TRAIN].share_memory(),
+        data.vocabulary.languages,
+        make_compiler(data),
+        rank=job.ranks.rank,
+        num_ranks=job.ranks.size,
+    )
     batches = training_batches(
-        job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device
+        job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device, job.ranks
     )
     checks = _validation_batches(data, options.device)
 
@@ -206,6 +250,11 @@ def _train(job: Run, begun: float) -> bool:
             f", {point.validation_accuracy or 0:.1%} on unseen lemmas, "
             f"{point.words_per_second:,.0f} words/s"
         )
+
+    def validate(contender: Contender) -> float:
+        network = contender.whole().network
+        # The first rank's curve is the one that is kept.
+        return rule_accuracy(network, iter(checks)) if job.ranks.is_first else 0.0
 
     left = progress.planned_steps - progress.step
     with InterruptGuard() as guard, reporter.bar("training", progress.total_steps) as bar:
@@ -218,10 +267,10 @@ def _train(job: Run, begun: float) -> bool:
             on_step=lambda step, results, speeds: bar.move_to(
                 step, progress.total_steps, step_figures(results[EXPERTS], speeds[EXPERTS]) if results else None
             ),
-            validate=lambda contender: rule_accuracy(contender.network, iter(checks)),
+            validate=validate,
             on_validated=say_validated,
             on_milestone=job.save,
-            stop_requested=guard.requested,
+            stop_requested=lambda: job.ranks.any(guard.requested()),
         )
         try:
             return train(job.contenders, batches, progress, deadline, watchers)
@@ -238,7 +287,10 @@ def _validation_batches(data: Data, device: torch.device) -> list[Batch]:
 
 
 def _evaluate(job: Run) -> None:
-    options, reporter, data, contenders, progress = job.options, job.reporter, job.data, job.contenders, job.progress
+    options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
+    contenders = [each.whole() for each in job.contenders]
+    if not job.ranks.is_first:
+        return
     table = data.tables[TEST]
     collator = Collator(table, data.vocabulary.languages, make_compiler(data))
     predictions = {

@@ -11,6 +11,7 @@ by the middle of the schedule. ``notes/multilingual.md`` has the figures, and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -33,11 +34,26 @@ class LossWeights:
     distance: float = 0.1
 
 
-class Losses:
-    """The loss bundle of one network; the universal expert alone has but the fused prediction's."""
+def mean(loss_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """What a loss is in one process; several ranks have a joined one."""
+    return loss_sum / count.clamp(min=1)
 
-    def __init__(self, network: Lemmatizer, weights: LossWeights, library: ModuleType = celmoe) -> None:
+
+class Losses:
+    """The loss bundle of one network; the universal expert alone has but the fused prediction's.
+
+    ``mean`` makes a loss of its sum over the batch and of what it was summed over.
+    """
+
+    def __init__(
+        self,
+        network: Lemmatizer,
+        weights: LossWeights,
+        library: ModuleType = celmoe,
+        mean: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mean,
+    ) -> None:
         self._network = network
+        self._mean = mean
         # What fades, as tensors that the API multiplies with, and from where.
         self._fading: list[tuple[torch.Tensor, float]] = []
         self._api: celmoe.CELMoELossAPI = library.CELMoELossAPI()
@@ -67,12 +83,12 @@ class Losses:
     def _rule(self, output: celmoe.CELMoEOutput, targets: object, _context: object) -> torch.Tensor:
         assert isinstance(targets, Batch)
         self.logits = self._network.head(output.fused_hidden, targets.plan.levels[LANGUAGE])
-        return cross_entropy(self.logits, rule_targets(targets))
+        return self._mean(*cross_entropy(self.logits, rule_targets(targets)))
 
     def _size(
         self, level: celmoe.LevelOutput, _output: celmoe.CELMoEOutput, _targets: object, _context: object
     ) -> torch.Tensor:
-        return level.hidden.square().mean()
+        return self._mean(level.hidden.square().sum(), torch.tensor(level.hidden.numel()))
 
     def _distance(
         self,
@@ -82,4 +98,5 @@ class Losses:
         _targets: object,
         _context: object,
     ) -> torch.Tensor:
-        return functional.mse_loss(child.hidden, parent.hidden.detach())
+        squares = functional.mse_loss(child.hidden, parent.hidden.detach(), reduction="sum")
+        return self._mean(squares, torch.tensor(child.hidden.numel()))

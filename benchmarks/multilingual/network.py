@@ -184,11 +184,10 @@ def rule_targets(batch: Batch) -> tuple[torch.Tensor, ...]:
     return sorted_targets
 
 
-def cross_entropy(logits: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean over the words whose rule is among the candidates."""
+def cross_entropy(logits: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over the words whose rule is among the candidates, and how many those are."""
     sums = [
         functional.cross_entropy(scores, wanted, ignore_index=NO_RULE, reduction="sum")
         for scores, wanted in zip(logits, targets, strict=True)
     ]
-    known = torch.cat(list(targets)).ne(NO_RULE).sum().clamp(min=1)
-    return torch.stack(sums).sum() / known
+    return torch.stack(sums).sum(), torch.cat(list(targets)).ne(NO_RULE).sum()

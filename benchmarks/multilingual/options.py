@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.arguments import OptionError, make_parser, nearest, read_arguments, whole_number
 from benchmarks.multilingual.arguments import language_codes
+from benchmarks.multilingual.ranks import launched_ranks
 from benchmarks.multilingual.schedule import MOST_EPOCHS, WORDS_PER_MINUTE
 from celmoe.engines import AUTO, ENGINES
 
@@ -28,6 +29,8 @@ DEFAULT_WORKERS = 1
 DEFAULT_DEVICE = "cpu"
 DIRECTML = "directml"
 LARGEST_SEED = 2**63 - 1
+DDP, FSDP, EXPERT = "ddp", "fsdp", "expert"
+LAYOUTS = (DDP, FSDP, EXPERT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class Options:
     report: Path
     resume: bool
     compare: bool
+    parallel: str | None
 
 
 def _minutes(text: str) -> float:
@@ -89,6 +93,24 @@ def _engine(text: str) -> str:
     return text
 
 
+def _parallel(text: str | None) -> str | None:
+    known = ", ".join(LAYOUTS)
+    num_ranks = launched_ranks()
+    if text is None and num_ranks is not None:
+        raise OptionError(
+            f"'--parallel' must be given under torchrun, as one of {known} (got none: each of the ranks, {num_ranks}, "
+            "would run a job of its own)"
+        )
+    if text is not None and text not in LAYOUTS:
+        raise OptionError(f"'--parallel' must be one of {known} (got {text!r}; {nearest(text, LAYOUTS)})")
+    if text is not None and num_ranks is None:
+        raise OptionError(
+            f"'--parallel' must stand under torchrun (got {text!r} in a process that was started alone: "
+            f"torchrun --nproc-per-node 2 -m {MODULE} --parallel {text})"
+        )
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     description = "Train experts for lemmatization on simplemma's languages and report how they do."
     parser = make_parser(MODULE, description)
@@ -108,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", default=str(DEFAULT_REPORT), help=f"folder to write to (default {DEFAULT_REPORT})")
     add("--resume", action="store_true", help="go on from the checkpoint in the report folder")
     add("--compare", action="store_true", help="time the same steps with celmoe-vp 1.1.4 and with the reference loop")
+    add("--parallel", help=f"under torchrun, how ranks share the training: {', '.join(LAYOUTS)}")
     return parser
 
 
@@ -124,9 +147,15 @@ def parse_options(arguments: Sequence[str]) -> Options:
         raise OptionError("'--resume' and '--compare' must not stand together (got both: a comparison has none)")
     if given.resume and given.steps is not None:
         raise OptionError("'--resume' and '--steps' must not stand together (got both: the checkpoint knows its steps)")
+    parallel = _parallel(given.parallel)
+    if parallel is not None and given.compare:
+        raise OptionError("'--parallel' and '--compare' must not stand together (got both: one process is compared)")
+    device = _device(given.device)
+    if parallel is not None and device.type != "cpu":
+        raise OptionError(f"'--device' must be cpu where '--parallel' is given (got {given.device!r})")
     return Options(
         engine=_engine(given.engine),
-        device=_device(given.device),
+        device=device,
         device_name=given.device,
         languages=None if given.languages is None else language_codes(given.languages),
         batch_size=None if given.batch_size is None else whole_number("--batch-size", given.batch_size, 1),
@@ -137,17 +166,22 @@ def parse_options(arguments: Sequence[str]) -> Options:
         report=Path(given.report),
         resume=given.resume,
         compare=given.compare,
+        parallel=parallel,
     )
 
 
 def resume_command(options: Options) -> str:
     """What to type to go on with this run: the checkpoint knows the rest."""
-    words = ["python", "-m", MODULE, "--resume", "--report", str(options.report)]
+    start = ["python"]
+    if options.parallel is not None:
+        start = ["torchrun", "--nproc-per-node", str(launched_ranks())]
+    words = [*start, "-m", MODULE, "--resume", "--report", str(options.report)]
     for option, value, default in (
         ("--engine", options.engine, AUTO),
         ("--device", options.device_name, DEFAULT_DEVICE),
         ("--workers", options.workers, DEFAULT_WORKERS),
         ("--minutes", options.minutes, DEFAULT_MINUTES),
+        ("--parallel", options.parallel, None),
     ):
         if value != default:
             words += [option, str(value)]

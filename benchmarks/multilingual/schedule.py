@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 
+from benchmarks.multilingual.ranks import ALONE, Ranks
+
 # What two cores of an ordinary machine do with room to spare: 60 steps of 4,096 words. The plan follows from the
 # options alone, so that timing noise has no say, and counts words, so that small batches see as many as large ones.
 WORDS_PER_MINUTE = 60 * 4_096
@@ -31,16 +33,20 @@ def learning_rate(step: int, total_steps: int) -> float:
 
 
 class Deadline:
-    """The moment by which training has to be over, and how many steps still fit."""
+    """The moment by which training has to be over, and how many steps still fit.
 
-    def __init__(self, ends_at: float, clock: Callable[[], float] = time.monotonic) -> None:
+    Several ranks agree on both: the strictest clock decides, and all of them must ask.
+    """
+
+    def __init__(self, ends_at: float, clock: Callable[[], float] = time.monotonic, ranks: Ranks = ALONE) -> None:
         self._ends_at = ends_at
         self._clock = clock
+        self._ranks = ranks
 
     def passed(self) -> bool:
         """Whether no further step may begin."""
-        return self._clock() >= self._ends_at
+        return self._ranks.any(self._clock() >= self._ends_at)
 
     def steps_that_fit(self, seconds_per_step: float) -> int:
         """How many more steps end in time."""
-        return max(0, int((self._ends_at - self._clock()) / seconds_per_step))
+        return self._ranks.least(max(0, int((self._ends_at - self._clock()) / seconds_per_step)))

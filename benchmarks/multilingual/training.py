@@ -27,15 +27,43 @@ CLIP_NORM = 1.0
 REVISION_INTERVAL = 10
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """One contender's step: ``loss`` is the weighted total, ``terms`` its parts, ``accuracy`` on the batch."""
+
+    loss: float
+    terms: dict[str, float]
+    accuracy: float
+
+
 @dataclass
 class Contender:
-    """One network in training. ``seconds`` is what its own share of the steps has taken."""
+    """One network in training. ``seconds`` is what its own share of the steps has taken.
+
+    What several ranks do otherwise than one process stands in the methods.
+    """
 
     name: str
     network: Lemmatizer
     losses: Losses
     optimizer: torch.optim.Optimizer
     seconds: float = 0.0
+
+    def backward(self, batch: Batch) -> celmoe.LossBundle:
+        """Forward and backward pass: the losses, and their gradients, clipped."""
+        bundle = self.losses(self.network(batch), batch)
+        bundle.total.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        return bundle
+
+    def read(self, bundle: celmoe.LossBundle, batch: Batch) -> StepResult:
+        """The step's result, read from the device."""
+        right = count_right(self.losses.logits, batch)
+        return StepResult(bundle.total.item(), bundle.as_dict(), right / len(batch))
+
+    def whole(self) -> Contender:
+        """The contender as one process has it: to save, and to predict with."""
+        return self
 
 
 def make_contender(name: str, network: Lemmatizer, losses: Losses) -> Contender:
@@ -46,15 +74,6 @@ def make_contender(name: str, network: Lemmatizer, losses: Losses) -> Contender:
     # One kernel for all parameters, where the device has it: a language expert's are too small for one each.
     fused = matrices[0].device.type in {"cpu", "cuda"}
     return Contender(name, network, losses, torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=fused))
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One contender's step: ``loss`` is the weighted total, ``terms`` its parts, ``accuracy`` on the batch."""
-
-    loss: float
-    terms: dict[str, float]
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -114,10 +133,10 @@ class Progress:
         )
 
 
-def accuracy_of(logits: list[torch.Tensor], batch: Batch) -> float:
-    """Share of the batch whose highest score is the right rule."""
+def count_right(logits: list[torch.Tensor], batch: Batch) -> int:
+    """Words of the batch whose highest score is the right rule."""
     right = [scores.argmax(-1).eq(wanted) for scores, wanted in zip(logits, rule_targets(batch), strict=True)]
-    return torch.cat(right).float().mean().item()
+    return int(torch.cat(right).sum())
 
 
 def train_step(contender: Contender, batch: Batch, rate: float, *, done: float, read: bool) -> StepResult | None:
@@ -125,15 +144,10 @@ def train_step(contender: Contender, batch: Batch, rate: float, *, done: float, 
     contender.losses.fade(done)
     for group in contender.optimizer.param_groups:
         group["lr"] = rate
-    output = contender.network(batch)
-    bundle: celmoe.LossBundle = contender.losses(output, batch)
     contender.optimizer.zero_grad(set_to_none=True)
-    bundle.total.backward()
-    nn.utils.clip_grad_norm_(contender.network.parameters(), CLIP_NORM)
+    bundle = contender.backward(batch)
     contender.optimizer.step()
-    if not read:
-        return None
-    return StepResult(bundle.total.item(), bundle.as_dict(), accuracy_of(contender.losses.logits, batch))
+    return contender.read(bundle, batch) if read else None
 
 
 def wait_for(device: torch.device) -> None:
@@ -154,11 +168,6 @@ class Watchers:
     on_validated: Callable[[CurvePoint], None]
     on_milestone: Callable[[], None]
     stop_requested: Callable[[], bool]
-
-
-def _count_load(load: Counter[str], plan: celmoe.RoutingPlan) -> None:
-    for level in plan.levels.values():
-        load.update({f"{level.name}/{name}": words for name, words in zip(level.experts, level.counts, strict=True)})
 
 
 def train(
@@ -205,11 +214,11 @@ def train(
             wait_for(batch.targets.device)
             spent = time.perf_counter() - started
             contender.seconds += spent
-            speeds[contender.name] = len(batch) / spent
+            speeds[contender.name] = batch.joined_size / spent
             if result is not None:
                 results[contender.name] = result
         progress.step += 1
-        _count_load(progress.expert_load, batch.plan)
+        progress.expert_load.update(batch.words_by_expert)
         _record(contenders, progress, results, speeds, watchers, validate=validate)
         watchers.on_step(progress.step, results, speeds)
         if deadline is not None and len(begun) >= REVISION_INTERVAL and progress.step % REVISION_INTERVAL == 0:

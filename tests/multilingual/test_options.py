@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from benchmarks.arguments import OptionError
-from benchmarks.multilingual import compare, job
+from benchmarks.multilingual import compare, job, options
 from benchmarks.multilingual.ablation import main as ablation
 from benchmarks.multilingual.cli import main
+from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.options import parse_options, resume_command
+from benchmarks.multilingual.ranks import Ranks
 from celmoe.engines import ENGINES
 from celmoe.errors import UnknownExpertError
 
@@ -37,6 +39,12 @@ REFUSALS = {
     ("--report", ""): "'--report' must be a folder that can be written to (got '')",
     ("--resume", "--compare"): "'--resume' and '--compare' must not stand together (got both: ",
     ("--resume", "--steps", "3"): "'--resume' and '--steps' must not stand together (got both: ",
+    ("--parallel", "dpp"): "'--parallel' must be one of ddp, fsdp, expert (got 'dpp'; nearest: ddp",
+    ("--parallel", "experts"): "'--parallel' must be one of ddp, fsdp, expert (got 'experts'; nearest: expert",
+    ("--parallel", "fsdp"): (
+        "'--parallel' must stand under torchrun (got 'fsdp' in a process that was started alone: "
+        "torchrun --nproc-per-node 2 -m benchmarks.multilingual --parallel fsdp)"
+    ),
     ("--lang", "de"): "'arguments' must be options that --help shows (got '--lang'; nearest: --languages",
     ("german",): "'arguments' must be options that --help shows (got 'german'; ",
     ("--seed",): "'--seed' must be followed by a value (got none)",
@@ -54,6 +62,47 @@ def test_a_refusal_is_one_sentence(
     assert said.out == ""
     assert said.err.startswith(message)
     assert said.err.count("\n") == 1
+
+
+RANKS_REFUSALS = {
+    (): "'--parallel' must be given under torchrun, as one of ddp, fsdp, expert (got none: each of the ranks, 2, ",
+    ("--parallel", "fdsp"): "'--parallel' must be one of ddp, fsdp, expert (got 'fdsp'; nearest: fsdp",
+    ("--parallel", "ddp", "--compare"): "'--parallel' and '--compare' must not stand together (got both: ",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), list(RANKS_REFUSALS.items()), ids=lambda value: " ".join(value)[:24])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_ranks_refuse_alike_the_first_one_says(
+    arguments: tuple[str, ...],
+    message: str,
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(message if rank == 0 else "")
+    assert said.err.count("\n") == (1 if rank == 0 else 0)
+
+
+def test_ranks_train_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(options, "_device", torch.device)
+    with pytest.raises(OptionError, match=r"^'--device' must be cpu where '--parallel' is given \(got 'cuda:0'\)$"):
+        parse_options(["--parallel", "ddp", "--device", "cuda:0"])
+
+
+def test_a_batch_has_a_word_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    few = parse_options(["--parallel", "ddp", "--batch-size", "3", "--report", str(tmp_path)])
+    with pytest.raises(OptionError, match=r"^'--batch-size' must be at least the number of ranks, 4 \(got 3\)$"):
+        job.run(few, Reporter(), Ranks(0, 4))
 
 
 def test_engines_are_those_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,12 +123,12 @@ def test_directml_is_refused_in_words_where_it_is_missing() -> None:
 
 
 def test_defaults() -> None:
-    options = parse_options([])
-    assert options.engine == "auto"
-    assert options.device == torch.device("cpu")
-    assert options.report == Path("celmoe-report") / "multilingual"
-    assert (options.languages, options.batch_size, options.seed, options.steps) == (None, None, None, None)
-    assert options.minutes < 8
+    found = parse_options([])
+    assert found.engine == "auto"
+    assert found.device == torch.device("cpu")
+    assert found.report == Path("celmoe-report") / "multilingual"
+    assert (found.languages, found.batch_size, found.seed, found.steps, found.parallel) == (None,) * 5
+    assert found.minutes < 8
 
 
 def test_languages_are_sorted() -> None:
@@ -142,6 +191,15 @@ def test_the_resume_command_can_be_pasted() -> None:
     again = parse_options(shlex.split(command)[3:])
     assert (again.report, again.engine, again.device) == (Path("my report; rm *"), "looped", torch.device("cpu:0"))
     assert (again.resume, again.workers, again.minutes) == (True, 0, 20)
+
+
+def test_ranks_are_resumed_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = shlex.split(resume_command(parse_options(["--parallel", "expert", "--report", "here"])))
+    assert command[:5] == ["torchrun", "--nproc-per-node", "2", "-m", "benchmarks.multilingual"]
+    again = parse_options(command[5:])
+    assert (again.resume, again.parallel, again.report) == (True, "expert", Path("here"))
 
 
 ABLATION_REFUSALS = {
