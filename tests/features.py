@@ -1,5 +1,7 @@
 """What older versions of torch lack: tests that need it are skipped there, and say which version brought it."""
 
+import inspect
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,8 +10,13 @@ from torch.utils import checkpoint
 needs_grouped_mm = pytest.mark.skipif(
     not hasattr(F, "grouped_mm"), reason="torch.nn.functional.grouped_mm came with torch 2.10"
 )
+needs_weighted_losses = pytest.mark.skipif(
+    "weight" not in inspect.signature(F.mse_loss).parameters, reason="mse_loss takes weights in later versions"
+)
 needs_selective_checkpoints = pytest.mark.skipif(
     not hasattr(checkpoint, "create_selective_checkpoint_contexts"), reason="selective checkpoints came with torch 2.5"
 )
+# Whether it can be told that nobody watches what autograd saves (2.7).
+TELLS_WATCHERS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 HAS_DISTRIBUTED = hasattr(torch.distributed, "all_gather_single")
 needs_distributed = pytest.mark.skipif(not HAS_DISTRIBUTED, reason="celmoe.distributed wants torch 2.13")

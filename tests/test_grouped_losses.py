@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from celmoe import EngineRefusedError, ExpertResult
+from tests.features import needs_weighted_losses
 from tests.traps import (
     BATCHES,
     GROUPED,
@@ -230,7 +231,9 @@ REFUSED: dict[str, tuple[Loss, str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce args", "ignore:Using a target size")
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_weighted_losses if name == "weighted squares" else ()) for name in REFUSED]
+)
 def test_what_is_refused_says_why(name: str):
     function, reason = REFUSED[name]
     model = build(lambda: Losing(function))

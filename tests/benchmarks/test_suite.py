@@ -37,6 +37,7 @@ from benchmarks.record import Record
 from benchmarks.rounds import gather, require_all_equal
 from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP, tasks_of
 from benchmarks.workloads import Workload
+from tests.features import needs_grouped_mm
 
 CPU = torch.device("cpu")
 OURS = {AUTO, GROUPED, LOOPED}
@@ -63,7 +64,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "expert", "others"), CASES)
+@pytest.mark.parametrize(
+    ("stage", "expert", "others"),
+    [pytest.param(*case, marks=needs_grouped_mm if STACK in case[2] else ()) for case in CASES],
+)
 def test_all_contenders_are_equal(stage, expert, others):
     gathered = gather(tasks_of(stage, tiny(expert, stage), CPU), 60.0)
     assert gathered.tasks.keys() - FOREIGN == OURS | others
@@ -75,7 +79,7 @@ def test_all_contenders_are_equal(stage, expert, others):
     ("stage", "expert", "others"),
     [
         (DISPATCH, UNTOUCHED, {AUTO, ORACLE, DENSE, STACK, VMAP}),
-        (EXPERTS, PRODUCT, {AUTO, LOOPED, DENSE, STACK, VMAP}),
+        pytest.param(EXPERTS, PRODUCT, {AUTO, LOOPED, DENSE, STACK, VMAP}, marks=needs_grouped_mm),
         (PLAN, UNTOUCHED, {AUTO, LOOK_UPS, ORACLE}),
     ],
 )
