@@ -37,6 +37,8 @@ class Tally:
         # Names by member, whose rows are reached for all.
         self._reached: dict[int, tuple[list[set[str]], set[None]]] = {}
         self._checked: int | None = None
+        # The first pass with a graph of its own: those that go through it reach members by other ways than losses.
+        self._first_with_graph: int | None = None
 
     def add(self, member: int | None, name: str | None) -> None:
         """A gradient has arrived at a member's loss, or at the rows of all."""
@@ -46,6 +48,8 @@ class Tally:
             self._reached.clear()
             self._checked = None
             self._reached[task] = [set() for _ in self.counts], set()
+        if self._first_with_graph is None and torch.is_grad_enabled():
+            self._first_with_graph = task
         names, of_rows = self._reached[task]
         if member is None or name is None:
             of_rows.add(None)
@@ -59,7 +63,7 @@ class Tally:
             RuntimeError: A member is reached, and not by one of its losses that is not finite, but by such of others.
         """
         task = torch._C._current_graph_task_id()
-        if task not in self._reached:
+        if task not in self._reached or self._first_with_graph not in (None, task):
             return [True] * len(self.counts)
         names, of_rows = self._reached[task]
         if self._checked != task:

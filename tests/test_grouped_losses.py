@@ -383,3 +383,19 @@ def test_losses_may_be_added_up_in_place():
 
     model = build(lambda: Losing(LOSSES["squares"]))
     assert_same(*(gradients(model, forward, Batch(), objective) for forward in (model, oracle_of(model))))
+
+
+def test_a_loss_of_one_expert_beside_the_gradients_of_another():
+    """Gradients of gradients reach an expert's weights, and not by its loss."""
+    found = []
+    model = build(lambda: Losing(LOSSES["squares"]), dtype=torch.float64)
+    for forward in (model, oracle_of(model)):
+        model.zero_grad()
+        losses = Batch(dtype=torch.float64)(forward).losses
+        wanted = list(experts_of(model)[1].linear.parameters())
+        grads = torch.autograd.grad(losses[f"{LEVEL}.b.loss"], wanted, create_graph=True)
+        (losses[f"{LEVEL}.a.loss"] + sum(each.square().sum() for each in grads)).backward()
+        of_pair = [each for expert in experts_of(model)[:2] for each in expert.linear.parameters()]
+        found.append({f"gradient of {index}": each.grad for index, each in enumerate(of_pair)})
+    assert_ran_grouped(model, Batch())
+    assert_same(*found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from celmoe import EngineRefusedError, ExpertResult
-from tests.traps import WIDTH, Batch, Trapped, assert_like_oracle, assert_ran_grouped, auto_groups_all, build
+from tests.traps import WIDTH, Batch, Trapped, assert_like_oracle, assert_ran_grouped, build
 
 
 class Given(Trapped):
@@ -55,14 +55,12 @@ def embedded(self, rows, batch):
     return self.linear(rows) + self.table(batch.context["lengths"])
 
 
-@pytest.mark.parametrize("engine", ["grouped", "auto"])
-def test_negative_ids_have_no_embedding(engine: str):
+def test_negative_ids_have_no_embedding():
     """As an index they would count from the end of the table."""
-    model = build(lambda: Given(embedded), engine)
-    with auto_groups_all():
-        Batch()(model)
+    model = build(lambda: Given(embedded))
+    Batch()(model)
     assert_ran_grouped(model, Batch())
     batch = Batch()
     batch.context["lengths"][3] = -1
-    with pytest.raises(IndexError, match="out of range"), auto_groups_all():
+    with pytest.raises(IndexError, match="out of range"):
         batch(model)
