@@ -23,7 +23,7 @@ from .looped import run_looped
 from .proof import prove
 from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
-from .tally import Tally, entering, leaving
+from .tally import Tally, entering, entering_rows, leaving
 from .template import Given, Outcome, Template, run_template
 from .watchers import StopRecomputationError, is_symbolic, is_watched, unwatched
 
@@ -124,7 +124,13 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
             why_not, error = _attempt(unit, batch)[1:]
         _set_random_state(batch.hidden.device, state)
     if why_not is None:
+        is_asked = not is_strict and batch.hidden.device.type == "cpu" and torch.is_grad_enabled()
+        before = _random_state(batch.hidden.device) if is_asked else None
         outcome, why_not, error = _attempt(unit, batch, learns=not is_repeated)
+        if outcome is not None and before is not None and not _is_finite(outcome.losses):
+            # Who leaves such a loss out of the objective would have its gradient in what else the expert gave.
+            _set_random_state(batch.hidden.device, before)
+            return _run_members(unit, batch)
     if outcome is not None:
         record.kinds.add(kind)
         losses = outcome.losses
@@ -179,7 +185,8 @@ def _attempt(
     writes, has_losses = writes or record.writes, has_losses or record.has_losses
     # An attempt that fails must leave the rows and the random stream as they were.
     is_known = bool(record.programs) and not writes
-    given = _given(batch, private=not is_known)
+    tally = Tally(batch.counts) if has_losses else None
+    given = _given(batch, private=not is_known, tally=tally)
     state = _random_state(batch.hidden.device)
     segments = Segments(batch.counts, batch.hidden.device)
     try:
@@ -190,33 +197,22 @@ def _attempt(
     error: Exception | None = None
     try:
         tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
-        tally = Tally() if has_losses else None
         if tally is not None:
-            tensors = [entering(each, tally) for each in tensors]
+            tensors = [entering(each, tally, leaf) for leaf, each in enumerate(tensors)]
         outcome = run_template(template, tensors, given, segments, may_write=not is_known)
         if tally is not None:
-            outcome.hidden = leaving(outcome.hidden, tally, None)
-            outcome.losses = {
-                name: [leaving(value, tally, member) for member, value in enumerate(values)]
-                for name, values in outcome.losses.items()
-            }
+            _leave(outcome, tally)
         elif outcome.losses:
             # Found out only now: once more, with a tally.
             record.has_losses |= learns
             _set_random_state(batch.hidden.device, state)
             return _attempt(unit, batch, learns=learns, writes=writes, has_losses=True)
         record.templates.append(template)
-        if outcome.operations in record.programs:
+        why_not = None if outcome.operations in record.programs else _prove(unit, batch, outcome, learns)
+        if why_not is None:
+            if tally is not None:
+                tally.reach = outcome.reach
             return outcome, None, None
-        if record.attempts >= _MOST_PROOFS:
-            why_not = "compute something else at every call"
-        else:
-            record.attempts += 1
-            why_not = prove(unit.members, _given(batch, private=False), outcome.operations)
-            if why_not is None:
-                record.programs[outcome.operations] = outcome.looped
-                record.writes |= outcome.writes and learns
-                return outcome, None, None
     except NeedsOwnRowsError:
         record.writes |= learns
         _set_random_state(batch.hidden.device, state)
@@ -231,8 +227,37 @@ def _attempt(
     return None, why_not, error
 
 
-def _given(batch: UnitBatch, *, private: bool) -> Given:
+def _leave(outcome: Outcome, tally: Tally) -> None:
+    """Have the tally told of what comes back to rows and losses."""
+    outcome.hidden = leaving(outcome.hidden, tally, None)
+    tally.values = {name: [each.detach() for each in values] for name, values in outcome.losses.items()}
+    outcome.losses = {
+        name: [leaving(value, tally, member, name) for member, value in enumerate(values)]
+        for name, values in outcome.losses.items()
+    }
+
+
+def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str | None:
+    """Prove a new program: why it can't be, or ``None``."""
+    record = unit.record
+    if record.attempts >= _MOST_PROOFS:
+        return "compute something else at every call"
+    record.attempts += 1
+    why_not = prove(unit.members, _given(batch, private=False), outcome.operations)
+    if why_not is None:
+        record.programs[outcome.operations] = outcome.looped
+        record.writes |= outcome.writes and learns
+    return why_not
+
+
+def _is_finite(losses: Mapping[str, Sequence[torch.Tensor]]) -> bool:
+    return all(bool(value.isfinite().all()) for values in losses.values() for value in values if value.requires_grad)
+
+
+def _given(batch: UnitBatch, *, private: bool, tally: Tally | None = None) -> Given:
     def own(tensor: torch.Tensor) -> torch.Tensor:
+        if tally is not None:
+            tensor = entering_rows(tensor, tally)
         return tensor.clone() if private else tensor
 
     rows = batch.context_rows

@@ -9,14 +9,26 @@ Axes: R rows of all members, P members.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from .product import spread
-from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, require_axes, rows, stack
+from .ragged import (
+    CannotGroupError,
+    Common,
+    Ragged,
+    RowCount,
+    Rows,
+    Stack,
+    common,
+    require_axes,
+    rows,
+    stack,
+)
 from .segments import Segments
 
 
@@ -26,18 +38,24 @@ class Run:
     Attributes:
         segments: The rows of each member.
         operations: Names of the operations so far: the program.
+        aliases: Whether an operation gave what it was given, as those do that write into it.
         looped: How many times each operation was looped over the members.
         is_rehearsal: Whether random operations are to do something that can be compared.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
         expands: Whether rows were made of a member's entries: to the expert they are a view.
+        spread: Memory of rows that were made so.
+        ambiguous: Memory of rows that were copied, and of the copies, where one row alone would have been viewed.
     """
 
     def __init__(self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True) -> None:
         self.segments = segments
         self.may_write = may_write
         self.writes = False
+        self.aliases = False
         self.expands = False
+        self.spread: list[StorageWeakRef] = []
+        self.ambiguous: list[StorageWeakRef] = []
         self.operations: list[str] = []
         self.looped: Counter[str] = Counter()
         self.is_rehearsal = is_rehearsal
@@ -46,6 +64,45 @@ class Run:
     def num_members(self) -> int:
         """Members P."""
         return len(self.segments.counts)
+
+    def trace(self, name: str, result: Any, args: Iterable[Any]) -> None:
+        """Know what a result has gradients for."""
+        given = list(_flat(args))
+        sources = frozenset[int]().union(*(each.sources for each in given))
+        if name == "detach" or not torch.is_grad_enabled():
+            sources = frozenset()
+        for made in _flat([result]):
+            if any(made is each for each in given):
+                self.aliases = True
+            else:
+                made.sources = sources
+
+    def note_copy(self, value: Ragged, copy: torch.Tensor, viewed: Callable[[torch.Tensor], bool]) -> None:
+        """Know what may be a copy of rows.
+
+        Args:
+            value: What it was made of.
+            copy: It.
+            viewed: Whether the expert, with these rows of the value, would be given a view.
+        """
+        if not isinstance(value, Rows) or (value.plain.is_contiguous() and not self.spread):
+            return
+        inner = value.plain.detach()
+        memory = StorageWeakRef(inner.untyped_storage())
+        if memory in self.spread or (not viewed(inner) and viewed(inner.narrow(value.axis, 0, value.factor))):
+            self.ambiguous += [memory, StorageWeakRef(copy.untyped_storage())]
+
+    def is_ambiguous(self, inner: torch.Tensor) -> bool:
+        """Whether a write would be seen elsewhere by an expert of one row, and not by others."""
+        return bool(self.ambiguous) and StorageWeakRef(inner.untyped_storage()) in self.ambiguous
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Ragged]:
+    for value in values:
+        if isinstance(value, Ragged):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _flat(value)
 
 
 Handler: TypeAlias = Callable[..., Any]

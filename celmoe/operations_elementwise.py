@@ -50,7 +50,14 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     plain, wrap = align(run, name, [*args, *kwargs.values()])
     positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))
     result = wrap(func(*positional, **options))
-    return result if name in _MAY_BE_THE_SAME else owned(result)
+    if name not in _MAY_BE_THE_SAME:
+        return owned(result)
+    if name == "contiguous":
+        run.note_copy(args[0], result.plain, lambda some: bool(some.is_contiguous()))
+    if isinstance(result, Common):
+        # The context's memory stays the context's.
+        result.is_given = isinstance(args[0], Common) and args[0].is_given
+    return result
 
 
 @operation(*IN_PLACE.split())
@@ -58,6 +65,8 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
     target = args[0]
     others = operands([*args[1:], *kwargs.values()])
+    if isinstance(target, Rows) and run.is_ambiguous(target.plain):
+        raise CannotGroupError(f"wrote into what their number of rows makes a copy or a view ({name})")
     # A number each, a loss say. Of larger ones a member's reshape may be a copy where that of the stack is a view.
     if isinstance(target, Stack) and (not target.is_own or target.dim() or run.expands):
         raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")

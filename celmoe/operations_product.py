@@ -255,7 +255,9 @@ def _spelled(letters: list[str], output: str, values: list[Any]) -> tuple[list[s
 
 def _einsum_of_members(equation: str, pairs: list[tuple[str, Any]], output: str) -> Ragged:
     if all(isinstance(value, Common) for _, value in pairs):
-        return common(torch.einsum(equation, *(value.plain for _, value in pairs)))
+        # Of one operand it may be a view.
+        is_given = any(value.is_given for _, value in pairs)
+        return common(torch.einsum(equation, *(value.plain for _, value in pairs)), is_given)
     member = next(letter for letter in "ABCDEFGHIJ" if letter not in equation)
     require_axes(pairs[0][1].device, len({*equation} - {*",->"}) + 1)
     names = [member + each if isinstance(value, Stack) else each for each, value in pairs]

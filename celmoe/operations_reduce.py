@@ -64,6 +64,7 @@ def _reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if operands([*rest, *kwargs.values()]):
         return _between(run, name, args, kwargs)
+    is_of_matrices = func is torch.linalg.norm and bool(rest) and rest[0] not in (None, "fro")
     dim, keepdim, options = _how(name, rest, kwargs)
     dims = sorted({axis_of(value, each) for each in _dims(dim, value.dim())})
     if value.dim() == 0:
@@ -75,6 +76,8 @@ def _reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if name in {"sum", "mean"} and {*options} <= {"dtype"} and options.get("dtype") is not torch.bool:
             return _over_rows(run, name, value, dims, keepdim, options.get("dtype"))
         return loop(run, func, name, args, kwargs, None)
+    if is_of_matrices and len(dims) > 1:
+        raise CannotGroupError("took a norm of matrices")
     places = [each + isinstance(value, Stack) for each in dims]
     axis = None
     if isinstance(value, Rows):
@@ -109,6 +112,8 @@ def _how(name: str, rest: list[Any], kwargs: Any) -> tuple[Any, bool, dict[str, 
         if not isinstance(options.get("p", 2), int | float):
             raise CannotGroupError("took a norm of a name")
     dim = rest.pop(0) if rest else options.pop("dim", None)
+    if rest and name in {"var", "std"}:
+        options["unbiased"] = rest.pop(0)
     if rest:
         options["keepdim"] = rest.pop(0)
     if rest:

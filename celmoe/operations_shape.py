@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from .directml import is_directml
@@ -68,7 +69,19 @@ def reshape(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if not fits or (symbols and sizes[axis].factor != factor):
         raise CannotGroupError(f"mixed samples ({name} across the batch axis)")
     target = (*head, run.segments.num_rows * factor, *tail)
-    return rows(value.plain.view(target) if name == "view" else value.plain.reshape(target), axis, factor)
+    if name == "view":
+        return rows(value.plain.view(target), axis, factor)
+    made = value.plain.reshape(target)
+    run.note_copy(value, made, lambda some: _is_viewed(some, (*head, -1, *tail)))
+    return rows(made, axis, factor)
+
+
+def _is_viewed(inner: torch.Tensor, sizes: Sequence[int]) -> bool:
+    try:
+        inner.view(sizes)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _resolved(sizes: Sequence[Any], numel: int) -> list[int]:
@@ -205,7 +218,9 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     run.expands = True
 
     def write_out() -> torch.Tensor:
-        return by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes)
+        written = by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes)
+        run.spread.append(StorageWeakRef(written.untyped_storage()))
+        return written
 
     source = value if place < 0 else stack(value.plain.squeeze(place + 1), value.is_reduced)
     own = list(source.shape)
@@ -360,6 +375,9 @@ def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     )
     if max_norm is not None or by_frequency or sparse:
         raise CannotGroupError("looked embeddings up with max_norm, scale_grad_by_freq or sparse gradients")
+    if ids.device.type == "cpu" and ids.plain.numel() and ids.plain.min() < 0:
+        # As an index it would count from the end.
+        raise IndexError("index out of range in self")
     found = look_up(run, table, ids, by_embedding=True)
     if padding is None:
         return found
@@ -501,8 +519,10 @@ def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> 
     """Moves entries along axes that are named, or the last two; of rows only along others than the row axis."""
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
+    if func is F.unfold:
+        raise CannotGroupError("cut patches of images (unfold)")
     if isinstance(value, Common):
-        return common(func(value.plain, *rest, **kwargs))
+        return common(func(value.plain, *rest, **kwargs), value.is_given)
     if name in {"tril", "triu"} and (not isinstance(value, Rows) or value.axis < value.dim() - 2):
         return like(value, func(value.plain, *rest, **kwargs))
     if name == "unfold" and isinstance(value, Rows) and not kwargs:

@@ -120,10 +120,12 @@ class Ragged(torch.Tensor):
     Attributes:
         plain: The plain tensor behind it.
         plain_shape: Its shape.
+        sources: The places of the expert's own tensors that it has a gradient for.
     """
 
     plain: torch.Tensor
     plain_shape: torch.Size
+    sources: frozenset[int] = frozenset()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

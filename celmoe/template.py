@@ -33,6 +33,7 @@ from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, r
 from .segments import Segments
 from .signature import BOOKKEEPING, CONTAINERS, DERIVED, Signature, copied
 from .slots import held_in_slots
+from .tally import Reach
 
 
 class Given:
@@ -72,12 +73,15 @@ class Outcome:
         operations: The program: the operations in order.
         looped: Those that were looped over the members, and how often.
         writes: Whether anything was written in place.
+        reach: By the name of a loss, the places of the leaves that it depends on; the rows do for ``None``. Empty
+            where that is not known.
     """
 
-    __slots__ = ("hidden", "looped", "losses", "operations", "writes")
+    __slots__ = ("hidden", "looped", "losses", "operations", "reach", "writes")
 
-    def __init__(self, hidden: torch.Tensor, losses: dict[str, list[torch.Tensor]], run: Run) -> None:
+    def __init__(self, hidden: torch.Tensor, losses: dict[str, list[torch.Tensor]], run: Run, reach: Reach) -> None:
         self.hidden = hidden
+        self.reach = reach
         self.losses = losses
         self.operations = tuple(run.operations)
         self.looped = dict(run.looped)
@@ -240,7 +244,9 @@ class _Interception(TorchFunctionMode):
             if kwargs.get("out") is not None:
                 raise CannotGroupError(f"called {name} with 'out'")
             kwargs.pop("out", None)
-        return handler(self._run, func, name, args, kwargs)
+        result = handler(self._run, func, name, args, kwargs)
+        self._run.trace(name, result, [*args, *kwargs.values()] if kwargs else args)
+        return result
 
     def _registered(self, value: Any) -> Any:
         """Tensors that are not the run's own must be the context's."""
@@ -349,12 +355,13 @@ def run_template(
         CannotGroupError: It can't be right for all. Whatever the expert raises passes through.
     """
     run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write)
-    template.fill(
-        [
-            registered(values, not leaves[0].is_buffer)
-            for values, leaves in zip(tensors, template._signature.leaves, strict=True)
-        ]
-    )
+    stacks = [
+        registered(values, not leaves[0].is_buffer)
+        for values, leaves in zip(tensors, template._signature.leaves, strict=True)
+    ]
+    for place, each in enumerate(stacks):
+        each.sources = frozenset((place,))
+    template.fill(stacks)
     try:
         batch = ExpertBatch(
             rows(given.hidden),
@@ -368,7 +375,9 @@ def run_template(
     finally:
         # No copy of a weight outlives the call.
         template.fill([None] * len(tensors))
-    return Outcome(hidden, losses, run)
+    # What was written into may be seen by what was made before.
+    reach = {} if run.aliases else {None: result.hidden.sources} | {k: v.sources for k, v in result.losses.items()}
+    return Outcome(hidden, losses, run, reach)
 
 
 def _checked(
