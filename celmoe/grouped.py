@@ -251,7 +251,12 @@ def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str 
 
 
 def _is_finite(losses: Mapping[str, Sequence[torch.Tensor]]) -> bool:
-    return all(bool(value.isfinite().all()) for values in losses.values() for value in values if value.requires_grad)
+    # By name together: a call for each expert's would cost as much as the loss itself.
+    return all(
+        bool(torch.cat([value.detach().reshape(-1) for value in values]).isfinite().all())
+        for values in losses.values()
+        if values[0].requires_grad
+    )
 
 
 def _given(batch: UnitBatch, *, private: bool, tally: Tally | None = None) -> Given:

@@ -17,18 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from .product import spread
-from .ragged import (
-    CannotGroupError,
-    Common,
-    Ragged,
-    RowCount,
-    Rows,
-    Stack,
-    common,
-    require_axes,
-    rows,
-    stack,
-)
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, require_axes, rows, stack
 from .segments import Segments
 
 

@@ -83,8 +83,9 @@ class Tally:
             for name in used - own if own or has_rows else ():
                 if not bool(self.values[name][member].isfinite().all()):
                     raise RuntimeError(
-                        f"an expert's loss {name!r} is not finite and left out of an objective that others' are in; "
-                        "experts run as one can't bear: take engine='looped'"
+                        f"an expert's loss {name!r} must be finite where an objective leaves it out and has those of "
+                        "others run as one with it (got NaN or infinity, whose gradient of zero is none; "
+                        "engine='looped' keeps experts apart)"
                     )
 
 

@@ -337,7 +337,7 @@ def test_a_loss_over_nothing_that_the_objective_leaves_out(engine: str, objectiv
 
 def test_a_loss_over_nothing_left_out_beside_rows_is_no_silent_nan():
     model = build(lambda: Losing(masked_mean), dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="not finite and left out"):
+    with pytest.raises(RuntimeError, match="must be finite where an objective leaves it out"):
         gradients(model, model, with_an_empty_mask(), everything_and_finite_ones)
 
 
