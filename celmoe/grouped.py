@@ -199,7 +199,7 @@ def _attempt(
         tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
         if tally is not None:
             tensors = [entering(each, tally, leaf) for leaf, each in enumerate(tensors)]
-        outcome = run_template(template, tensors, given, segments, may_write=not is_known)
+        outcome = run_template(template, tensors, given, segments, may_write=not is_known, traces=tally is not None)
         if tally is not None:
             _leave(outcome, tally)
         elif outcome.losses:

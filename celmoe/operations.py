@@ -30,6 +30,7 @@ class Run:
         aliases: Whether an operation gave what it was given, as those do that write into it.
         looped: How many times each operation was looped over the members.
         is_rehearsal: Whether random operations are to do something that can be compared.
+        traces: Whether it is known of every value which of the experts' tensors it has gradients for.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
         expands: Whether rows were made of a member's entries: to the expert they are a view.
@@ -37,8 +38,11 @@ class Run:
         ambiguous: Memory of rows that were copied, and of the copies, where one row alone would have been viewed.
     """
 
-    def __init__(self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True) -> None:
+    def __init__(
+        self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True, traces: bool = False
+    ) -> None:
         self.segments = segments
+        self.traces = traces
         self.may_write = may_write
         self.writes = False
         self.aliases = False

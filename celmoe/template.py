@@ -245,7 +245,8 @@ class _Interception(TorchFunctionMode):
                 raise CannotGroupError(f"called {name} with 'out'")
             kwargs.pop("out", None)
         result = handler(self._run, func, name, args, kwargs)
-        self._run.trace(name, result, [*args, *kwargs.values()] if kwargs else args)
+        if self._run.traces:
+            self._run.trace(name, result, [*args, *kwargs.values()] if kwargs else args)
         return result
 
     def _registered(self, value: Any) -> Any:
@@ -340,6 +341,7 @@ def run_template(
     *,
     is_rehearsal: bool = False,
     may_write: bool = True,
+    traces: bool = False,
 ) -> Outcome:
     """Run a class over all rows of its members.
 
@@ -350,11 +352,12 @@ def run_template(
         segments: The rows of each member.
         is_rehearsal: Whether random operations are to do something that can be compared.
         may_write: Whether the rows are a copy that the experts may write into.
+        traces: Whether to find out which losses depend on which of the tensors.
 
     Raises:
         CannotGroupError: It can't be right for all. Whatever the expert raises passes through.
     """
-    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write)
+    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write, traces=traces)
     stacks = [
         registered(values, not leaves[0].is_buffer)
         for values, leaves in zip(tensors, template._signature.leaves, strict=True)
@@ -376,7 +379,11 @@ def run_template(
         # No copy of a weight outlives the call.
         template.fill([None] * len(tensors))
     # What was written into may be seen by what was made before.
-    reach = {} if run.aliases else {None: result.hidden.sources} | {k: v.sources for k, v in result.losses.items()}
+    reach = (
+        {}
+        if run.aliases or not traces
+        else {None: result.hidden.sources} | {k: v.sources for k, v in result.losses.items()}
+    )
     return Outcome(hidden, losses, run, reach)
 
 
