@@ -35,9 +35,10 @@ def build(layout, job):
     model = jobs.make_model(job)
     between = None
     if layout == "experts":
-        between = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))).reduce_gradients
+        mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+        between = shard_experts(model, mesh).reduce_gradients
     elif layout == "levels":
-        shard_levels(model, dist.init_device_mesh("cpu", (2,)))
+        shard_levels(model, dist.init_device_mesh("cpu", (dist.get_world_size(),)))
     return model, jobs.OPTIMIZERS[job.optimizer](model.parameters()), between
 
 
@@ -105,6 +106,18 @@ def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optim
     # 'zh.Hant' has never been routed to.
     assert all(not found[name]["state"] for name in found if "Hant" in name)
     assert sum(bool(value["state"]) for value in found.values()) > 20
+
+
+@pytest.mark.parametrize("layout", ["experts", "levels"])
+def test_training_goes_on_from_two_ranks_to_four_and_to_one(two, four, tmp_path, layout):
+    job = replace(JOB, steps=[STEPS[0], [[["ru"], ["de", "it"], [], ["fr"]]], STEPS[2]])
+    run(two, layout, job, [0], write=tmp_path / "two")
+    run(four, layout, job, [1], read=tmp_path / "two", write=tmp_path / "four")
+    write_file(tmp_path / "four", tmp_path / "file.pt")
+    found, extra, _ = run(two, "alone", job, [2], read=tmp_path / "file.pt", from_file=True)
+    assert extra == {"step": 2}
+    wanted, *_ = run(two, "alone", job, [0, 1, 2])
+    assert_close("", found, wanted, jobs.TOLERANCE)
 
 
 @pytest.mark.parametrize("reader", LAYOUTS)
