@@ -84,7 +84,7 @@ def plain_numbers(axes: Axes, which: str) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     low, high = axis.get_view_interval()
-    if high / low < 300:
+    if high / low < 60:
         axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
     else:
         axis.set_minor_formatter(NullFormatter())
