@@ -170,6 +170,8 @@ def run_suite(
 def _child(arguments: Sequence[str], mouth: Connection, stop: Event, log: str, seconds: float | None) -> None:
     # A terminal sends Ctrl-C to both, and the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What somebody adds to every run of pytest is meant for tests: more processes, say.
+    os.environ.pop("PYTEST_ADDOPTS", None)
     # By their numbers, so that a driver's last words get there too.
     with Path(log).open("w", encoding="utf-8") as file:
         for stream in (sys.stdout, sys.stderr):

@@ -44,7 +44,8 @@ def run(folder, source, seconds=None, stopped=lambda: False):
     return outcome, heard
 
 
-def test_what_is_heard_of_a_run_that_crashes(tmp_path):
+def test_what_is_heard_of_a_run_that_crashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")  # meant for who runs the tests
     outcome, heard = run(tmp_path, SUITE + CRASH)
     assert [news.kind for news in heard] == [FOUND, *[BEGUN, DONE] * 3, BEGUN]
     assert len(heard[0].names) == 4
