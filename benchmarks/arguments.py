@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -59,4 +60,15 @@ def whole_number(option: str, text: str, least: int, most: int | None = None) ->
         raise OptionError(f"'{option}' must be {rule} (got {text!r})") from None
     if value < least or (most is not None and value > most):
         raise OptionError(f"'{option}' must be {rule} (got {text!r})")
+    return value
+
+
+def above_zero(option: str, text: str) -> float:
+    """The value of ``option``, a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise OptionError(f"'{option}' must be a number above 0 (got {text!r})")
     return value

@@ -35,7 +35,7 @@ class TransformersMLP(Planned):
         super().__init__(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it warns of at import is none of ours
-            from transformers.integrations.moe import use_experts_implementation  # noqa: PLC0415
+            from transformers.integrations.moe import use_experts_implementation  # noqa: PLC0415  # may be absent
 
         self.kind: Any = use_experts_implementation(_Projections, has_bias=True, has_gate=False)
         bodies = cast(list[list[MLP]], bodies_of(model))
@@ -85,8 +85,8 @@ class PeftAdapters(nn.Module):
         super().__init__()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as above
-            from peft import LoraConfig  # noqa: PLC0415
-            from peft.tuners.lora import Linear  # noqa: PLC0415
+            from peft import LoraConfig  # noqa: PLC0415  # may be absent
+            from peft.tuners.lora import Linear  # noqa: PLC0415  # as above
 
         self.level_names = [level.name for level in model.levels]
         self.layers = nn.ModuleList()

@@ -32,7 +32,7 @@ class Planned(nn.Module):
         self.fusion = copy.deepcopy(model.fusion)
 
     def run_level(self, index: int, hidden: torch.Tensor, plan: celmoe.LevelPlan) -> torch.Tensor:
-        """``[B, ...]`` in batch order to the same shape and order."""
+        """``[B, ...]`` in batch order to the same shape and order; what tells one such model from another."""
         raise NotImplementedError
 
     def forward(self, hidden: torch.Tensor, routing: Routes) -> torch.Tensor:

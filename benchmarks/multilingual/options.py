@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import OptionError, make_parser, nearest, read_arguments, whole_number
+from benchmarks.arguments import OptionError, above_zero, make_parser, nearest, read_arguments, whole_number
 from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.ranks import launched_ranks
 from benchmarks.multilingual.schedule import MOST_EPOCHS, WORDS_PER_MINUTE
@@ -53,16 +52,6 @@ class Options:
     resume: bool
     compare: bool
     parallel: str | None
-
-
-def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"'--minutes' must be a number above 0 (got {text!r})")
-    return value
 
 
 def _device(text: str) -> torch.device:
@@ -159,7 +148,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         device_name=given.device,
         languages=None if given.languages is None else language_codes(given.languages),
         batch_size=None if given.batch_size is None else whole_number("--batch-size", given.batch_size, 1),
-        minutes=_minutes(given.minutes),
+        minutes=above_zero("--minutes", given.minutes),
         steps=None if given.steps is None else whole_number("--steps", given.steps, 1),
         seed=None if given.seed is None else whole_number("--seed", given.seed, 0, LARGEST_SEED),
         workers=whole_number("--workers", given.workers, 0, 64),

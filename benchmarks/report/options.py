@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.arguments import OptionError, make_parser, nearest, read_arguments
+from benchmarks.arguments import OptionError, above_zero, make_parser, nearest, read_arguments
 from benchmarks.report.reading import ReadError, Suite, read_suite
 from celmoe.devices import DEVICES
 
@@ -52,7 +51,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return Options(
         devices=devices,
         workloads=_one_of("--set", given.set, SETS),
-        seconds=None if given.seconds is None else _seconds(given.seconds),
+        seconds=None if given.seconds is None else above_zero("--seconds", given.seconds),
         compare=None if given.compare is None else _other_run(given.compare),
         report=Path(given.report),
     )
@@ -82,16 +81,6 @@ def _one_of(option: str, text: str, known: Sequence[str]) -> str:
     if text not in known:
         raise OptionError(f"'{option}' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
     return text
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"'--seconds' must be a number above 0 (got {text!r})")
-    return value
 
 
 def _other_run(text: str) -> Suite:
