@@ -23,7 +23,7 @@ from .looped import run_looped
 from .proof import prove
 from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
-from .tally import Tally, entering, entering_rows, leaving
+from .tally import Tally, leaving
 from .template import Given, Outcome, Template, run_template
 from .watchers import StopRecomputationError, is_symbolic, is_watched, unwatched
 
@@ -124,13 +124,7 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
             why_not, error = _attempt(unit, batch)[1:]
         _set_random_state(batch.hidden.device, state)
     if why_not is None:
-        is_asked = not is_strict and batch.hidden.device.type == "cpu" and torch.is_grad_enabled()
-        before = _random_state(batch.hidden.device) if is_asked else None
         outcome, why_not, error = _attempt(unit, batch, learns=not is_repeated)
-        if outcome is not None and before is not None and not _is_finite(outcome.losses):
-            # Who leaves such a loss out of the objective would have its gradient in what else the expert gave.
-            _set_random_state(batch.hidden.device, before)
-            return _run_members(unit, batch)
     if outcome is not None:
         record.kinds.add(kind)
         losses = outcome.losses
@@ -186,7 +180,7 @@ def _attempt(
     # An attempt that fails must leave the rows and the random stream as they were.
     is_known = bool(record.programs) and not writes
     tally = Tally(batch.counts) if has_losses else None
-    given = _given(batch, private=not is_known, tally=tally)
+    given = _given(batch, private=not is_known)
     state = _random_state(batch.hidden.device)
     segments = Segments(batch.counts, batch.hidden.device)
     try:
@@ -197,9 +191,7 @@ def _attempt(
     error: Exception | None = None
     try:
         tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
-        if tally is not None:
-            tensors = [entering(each, tally, leaf) for leaf, each in enumerate(tensors)]
-        outcome = run_template(template, tensors, given, segments, may_write=not is_known, traces=tally is not None)
+        outcome = run_template(template, tensors, given, segments, may_write=not is_known, tally=tally)
         if tally is not None:
             _leave(outcome, tally)
         elif outcome.losses:
@@ -230,7 +222,6 @@ def _attempt(
 def _leave(outcome: Outcome, tally: Tally) -> None:
     """Have the tally told of what comes back to rows and losses."""
     outcome.hidden = leaving(outcome.hidden, tally, None)
-    tally.values = {name: [each.detach() for each in values] for name, values in outcome.losses.items()}
     outcome.losses = {
         name: [leaving(value, tally, member, name) for member, value in enumerate(values)]
         for name, values in outcome.losses.items()
@@ -250,19 +241,8 @@ def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str 
     return why_not
 
 
-def _is_finite(losses: Mapping[str, Sequence[torch.Tensor]]) -> bool:
-    # By name together: a call for each expert's would cost as much as the loss itself.
-    return all(
-        bool(torch.cat([value.detach().reshape(-1) for value in values]).isfinite().all())
-        for values in losses.values()
-        if values[0].requires_grad
-    )
-
-
-def _given(batch: UnitBatch, *, private: bool, tally: Tally | None = None) -> Given:
+def _given(batch: UnitBatch, *, private: bool) -> Given:
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        if tally is not None:
-            tensor = entering_rows(tensor, tally)
         return tensor.clone() if private else tensor
 
     rows = batch.context_rows

@@ -9,7 +9,7 @@ Axes: R rows of all members, P members.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .product import spread
 from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, require_axes, rows, stack
 from .segments import Segments
+from .trace import Trace
 
 
 class Run:
@@ -27,10 +28,9 @@ class Run:
     Attributes:
         segments: The rows of each member.
         operations: Names of the operations so far: the program.
-        aliases: Whether an operation gave what it was given, as those do that write into it.
         looped: How many times each operation was looped over the members.
         is_rehearsal: Whether random operations are to do something that can be compared.
-        traces: Whether it is known of every value which of the experts' tensors it has gradients for.
+        trace: What gradients come by; ``None`` where there are no losses.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
         expands: Whether rows were made of a member's entries: to the expert they are a view.
@@ -39,13 +39,17 @@ class Run:
     """
 
     def __init__(
-        self, segments: Segments, *, is_rehearsal: bool = False, may_write: bool = True, traces: bool = False
+        self,
+        segments: Segments,
+        *,
+        is_rehearsal: bool = False,
+        may_write: bool = True,
+        trace: Trace | None = None,
     ) -> None:
         self.segments = segments
-        self.traces = traces
+        self.trace = trace
         self.may_write = may_write
         self.writes = False
-        self.aliases = False
         self.expands = False
         self.spread: list[StorageWeakRef] = []
         self.ambiguous: list[StorageWeakRef] = []
@@ -57,18 +61,6 @@ class Run:
     def num_members(self) -> int:
         """Members P."""
         return len(self.segments.counts)
-
-    def trace(self, name: str, result: Any, args: Iterable[Any]) -> None:
-        """Know what a result has gradients for."""
-        given = list(_flat(args))
-        sources = frozenset[int]().union(*(each.sources for each in given))
-        if name == "detach" or not torch.is_grad_enabled():
-            sources = frozenset()
-        for made in _flat([result]):
-            if any(made is each for each in given):
-                self.aliases = True
-            else:
-                made.sources = sources
 
     def note_copy(self, value: Ragged, copy: torch.Tensor, viewed: Callable[[torch.Tensor], bool]) -> None:
         """Know what may be a copy of rows.
@@ -88,14 +80,6 @@ class Run:
     def is_ambiguous(self, inner: torch.Tensor) -> bool:
         """Whether a write would be seen elsewhere by an expert of one row, and not by others."""
         return bool(self.ambiguous) and StorageWeakRef(inner.untyped_storage()) in self.ambiguous
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Ragged]:
-    for value in values:
-        if isinstance(value, Ragged):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _flat(value)
 
 
 Handler: TypeAlias = Callable[..., Any]
@@ -139,15 +123,6 @@ def inner_axis_but_rows(value: Ragged, dim: int, name: str) -> int:
     if isinstance(value, Rows) and axis == value.axis:
         raise CannotGroupError(f"mixed samples ({name} along the batch axis)")
     return axis
-
-
-def like(value: Ragged, inner: torch.Tensor, axis: int | None = None) -> Ragged:
-    """A value of the same kind, with its row axis at ``axis`` if given."""
-    if isinstance(value, Rows):
-        return rows(inner, value.axis if axis is None else axis, value.factor)
-    if isinstance(value, Stack):
-        return stack(inner, value.is_reduced)
-    return common(inner, isinstance(value, Common) and value.is_given)
 
 
 def operands(values: Iterable[Any]) -> list[Ragged]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from .operations import Run, align, like, operands, operation, refuse_row_counts
-from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack, owned
+from .operations import Run, align, operands, operation, refuse_row_counts
+from .ragged import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack, like, owned
 
 # Functions of one or more tensors that agree on their axes; other arguments are numbers and options.
 ELEMENTWISE = """
@@ -41,10 +43,22 @@ _MAY_BE_THE_SAME = {
 }
 
 
+@cache
+def _place_of_inplace(func: Any) -> int | None:
+    """Which argument says that the first is to be written into."""
+    try:
+        names = list(inspect.signature(func).parameters)
+    except ValueError:
+        # Of built-in ones none does.
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
 @operation(*ELEMENTWISE.split())
 def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `ELEMENTWISE`."""
-    if kwargs.get("inplace"):
+    place = _place_of_inplace(func)
+    if kwargs.get("inplace") or (place is not None and place < len(args) and args[place]):
         return in_place(run, func, name, args, kwargs)
     named = list(kwargs)
     plain, wrap = align(run, name, [*args, *kwargs.values()])
@@ -63,7 +77,11 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 @operation(*IN_PLACE.split())
 def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
-    target = args[0]
+    # Not what stands for it where gradients are traced.
+    target = args[0] if args[0].origin is None else args[0].origin
+    args = (target, *args[1:])
+    if run.trace is not None:
+        run.trace.require_own(target, name)
     others = operands([*args[1:], *kwargs.values()])
     if isinstance(target, Rows) and run.is_ambiguous(target.plain):
         raise CannotGroupError(f"wrote into what their number of rows makes a copy or a view ({name})")
@@ -89,7 +107,7 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 @operation("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", namespaces=(F,))
-def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Of rows: each draws its own numbers, as it would alone."""
     value, *options = args
     refuse_row_counts(name, [*options, *kwargs.values()])
@@ -101,8 +119,9 @@ def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
     if run.is_rehearsal:
         return like(value, value.plain * (1.0 - 0.5 * float(p)))
-    drawn = func(value.plain, p, True, options_by_name.get("inplace", False))
-    return value if options_by_name.get("inplace") else like(value, drawn)
+    if options_by_name.get("inplace"):
+        return in_place(run, func, name, (value, p, True, True), {})
+    return like(value, func(value.plain, p, True))
 
 
 @operation("is_floating_point", "is_complex", "numel", namespaces=(torch,))

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from .affine import affine_of_members
 from .directml import is_directml
-from .operations import Run, align, arguments, like, operation
+from .operations import Run, align, arguments, operation
 from .product import backend_of
-from .ragged import CannotGroupError, Ragged, Rows, Stack, stack
+from .ragged import CannotGroupError, Ragged, Rows, Stack, like, stack
 
 
 def _scaled(run: Run, name: str, value: Ragged, weight: Ragged | None, bias: Ragged | None) -> Ragged:

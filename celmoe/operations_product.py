@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from .directml import is_directml
 from .members import linear_of_members
-from .operations import Run, align, arguments, like, loop, loop_batch_first, operation, refuse_row_counts
+from .operations import Run, align, arguments, loop, loop_batch_first, operation, refuse_row_counts
 from .product import linear as segment_linear
-from .ragged import CannotGroupError, Common, Ragged, Repeated, Rows, Stack, common, require_axes, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, Repeated, Rows, Stack, common, like, require_axes, rows, stack
 
 
 def _lowered(*tensors: torch.Tensor | None) -> list[Any]:

@@ -19,14 +19,13 @@ from .operations import (
     arguments,
     axis_of,
     inner_axis_but_rows,
-    like,
     loop,
     operands,
     operation,
     refuse_row_counts,
 )
 from .product import segment_sum
-from .ragged import CannotGroupError, Ragged, Rows, Stack, owned, stack
+from .ragged import CannotGroupError, Ragged, Rows, Stack, like, owned, stack
 
 REDUCTIONS = [
     "sum",

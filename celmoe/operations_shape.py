@@ -22,14 +22,13 @@ from .operations import (
     by_row,
     inner_axis,
     inner_axis_but_rows,
-    like,
     loop,
     loop_batch_first,
     operands,
     operation,
     refuse_row_counts,
 )
-from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, repeated, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, like, repeated, rows, stack
 
 
 def _sizes(args: Sequence[Any]) -> list[Any]:
@@ -217,8 +216,8 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
     run.expands = True
 
-    def write_out() -> torch.Tensor:
-        written = by_row(run, value, name, factor, place, len(sizes) - 1 - axis).expand(sizes)
+    def write_out(source: Stack, place: int = -1) -> torch.Tensor:
+        written = by_row(run, source, name, factor, place, len(sizes) - 1 - axis).expand(sizes)
         run.spread.append(StorageWeakRef(written.untyped_storage()))
         return written
 
@@ -227,7 +226,7 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     fits = len(own) == len(sizes) - 1 and all(size in (-1, known) for size, known in zip(sizes[1:], own, strict=True))
     if axis == 0 and fits and not value.is_reduced:
         return repeated(source, write_out, run.segments.num_rows, factor)
-    return rows(write_out(), axis, factor)
+    return rows(write_out(value, place), axis, factor)
 
 
 @operation("repeat", "tile")

@@ -120,12 +120,16 @@ class Ragged(torch.Tensor):
     Attributes:
         plain: The plain tensor behind it.
         plain_shape: Its shape.
-        sources: The places of the expert's own tensors that it has a gradient for.
+        sources: The edges between operations that its gradients come by, where those are traced.
+        origin: The value that an operation took, where this is what it was given in its place.
+        is_used: Whether something was made of it, or has its memory, where that is traced.
     """
 
     plain: torch.Tensor
     plain_shape: torch.Size
     sources: frozenset[int] = frozenset()
+    origin: Ragged | None = None
+    is_used: bool = False
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
@@ -235,7 +239,7 @@ class Repeated(Rows):
     """
 
     _source: Stack
-    _write_out: Callable[[], torch.Tensor]
+    _write_out: Callable[[Stack], torch.Tensor]
     _written: torch.Tensor | None
     _has_graph: bool
 
@@ -250,7 +254,7 @@ class Repeated(Rows):
         """The plain tensor behind it."""
         if self._written is None:
             with torch.set_grad_enabled(self._has_graph):
-                self._written = self._write_out()
+                self._written = self._write_out(self._source)
         return self._written
 
 
@@ -284,7 +288,7 @@ def owned(value: Any) -> Any:
     return value
 
 
-def repeated(source: Stack, write_out: Callable[[], torch.Tensor], num_rows: int, factor: int) -> Repeated:
+def repeated(source: Stack, write_out: Callable[[Stack], torch.Tensor], num_rows: int, factor: int) -> Repeated:
     """A stack for each row, the row axis in front of its entries' axes."""
     value = torch.Tensor._make_subclass(Repeated, _NOTHING)
     value._source, value._write_out, value._written = source, write_out, None
@@ -316,3 +320,12 @@ def common(inner: torch.Tensor, is_given: bool = False) -> Common:
     value.is_given = is_given
     value.plain, value.plain_shape = inner, inner.shape
     return value
+
+
+def like(value: Ragged, inner: torch.Tensor, axis: int | None = None) -> Ragged:
+    """A value of the same kind, with its row axis at ``axis`` if given."""
+    if isinstance(value, Rows):
+        return rows(inner, value.axis if axis is None else axis, value.factor)
+    if isinstance(value, Stack):
+        return stack(inner, value.is_reduced)
+    return common(inner, isinstance(value, Common) and value.is_given)

@@ -2,9 +2,9 @@
 
 An expert alone has no gradient where nothing of what it gave is differentiated. Run as one, all members are reached
 when any of them is: with a loss of one expert for an objective the others would get zeros, and an optimizer would move
-them; where their own loss is not finite, what comes back is no zero either. So what a class gives is tallied by member
-on the way back. Of their own tensors members get gradients only where something was reached that depends on them, and
-rows of members that were not reached get zeros, as from the batch.
+them; and where a zero meets a derivative that is not finite, what comes of it is no number. So what a class gives is
+tallied by member on the way back, and wherever an operation took something, gradients are held back of the members none
+of whose chosen results came of that: their own tensors get none, and rows get zeros, as from the batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch.autograd import Function
 
-# By the name of a loss, the places of the tensors of an expert's that it depends on; the rows do for `None`.
+# By the name of a loss, the edges between operations that it came by; the rows do for `None`.
 Reach: TypeAlias = Mapping[str | None, frozenset[int]]
+# Names by member, and whether the rows of all are reached.
+_Reached: TypeAlias = tuple[list[set[str]], set[None]]
 
 
 class Tally:
@@ -26,67 +28,47 @@ class Tally:
         counts: Rows of each member.
 
     Attributes:
-        reach: What depends on which tensors; all on all where it is empty.
-        values: By name, the members' losses, without their graphs.
+        reach: What came by which edges; all by all where it is empty.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = list(counts)
         self.reach: Reach = {}
-        self.values: dict[str, list[torch.Tensor]] = {}
-        # Names by member, whose rows are reached for all.
-        self._reached: dict[int, tuple[list[set[str]], set[None]]] = {}
-        self._checked: int | None = None
-        # The first pass with a graph of its own: those that go through it reach members by other ways than losses.
-        self._first_with_graph: int | None = None
+        self._task: int | None = None
+        self._reached = self._nothing()
+        # Passes with a graph of their own: later ones may go through that, and reach members by other ways than losses.
+        self._before: _Reached | None = None
+
+    def _nothing(self) -> _Reached:
+        return [set() for _ in self.counts], set()
 
     def add(self, member: int | None, name: str | None) -> None:
         """A gradient has arrived at a member's loss, or at the rows of all."""
         task = torch._C._current_graph_task_id()
-        if task not in self._reached:
+        if task != self._task:
             # An earlier pass is over by now.
-            self._reached.clear()
-            self._checked = None
-            self._reached[task] = [set() for _ in self.counts], set()
-        if self._first_with_graph is None and torch.is_grad_enabled():
-            self._first_with_graph = task
-        names, of_rows = self._reached[task]
-        if member is None or name is None:
-            of_rows.add(None)
-        else:
-            names[member].add(name)
+            self._task, self._reached = task, self._nothing()
+        records = [self._reached]
+        if torch.is_grad_enabled():
+            self._before = self._before or self._nothing()
+            records.append(self._before)
+        for names, of_rows in records:
+            if member is None or name is None:
+                of_rows.add(None)
+            else:
+                names[member].add(name)
 
-    def members_reached(self, leaf: int | None) -> list[bool]:
-        """Whether this pass has reached each member; only by what depends on one of its tensors, if that is given.
-
-        Raises:
-            RuntimeError: A member is reached, and not by one of its losses that is not finite, but by such of others.
-        """
-        task = torch._C._current_graph_task_id()
-        if task not in self._reached or self._first_with_graph not in (None, task):
+    def members_reached(self, edge: int) -> list[bool]:
+        """Whether this pass has reached each member, by what came by the edge."""
+        passes = [] if self._before is None else [self._before]
+        if torch._C._current_graph_task_id() == self._task:
+            passes.append(self._reached)
+        if not passes or not self.reach:
             return [True] * len(self.counts)
-        names, of_rows = self._reached[task]
-        if self._checked != task:
-            self._checked = task
-            self._check(names, bool(of_rows))
-        if leaf is None or not self.reach:
-            return [bool(of_rows) or bool(each) for each in names]
-        depending = {name for name, leaves in self.reach.items() if leaf in leaves}
-        if of_rows and None in depending:
-            return [True] * len(names)
-        return [not each.isdisjoint(depending) for each in names]
-
-    def _check(self, names: Sequence[set[str]], has_rows: bool) -> None:
-        """A zero that comes back through what is not finite would be none, and reach what the member's others give."""
-        used = set().union(*names)
-        for member, own in enumerate(names):
-            for name in used - own if own or has_rows else ():
-                if not bool(self.values[name][member].isfinite().all()):
-                    raise RuntimeError(
-                        f"an expert's loss {name!r} must be finite where an objective leaves it out and has those of "
-                        "others run as one with it (got NaN or infinity, whose gradient of zero is none; "
-                        "engine='looped' keeps experts apart)"
-                    )
+        came_by = {name for name, edges in self.reach.items() if edge in edges}
+        if None in came_by and any(of_rows for _, of_rows in passes):
+            return [True] * len(self.counts)
+        return [any(not names[member].isdisjoint(came_by) for names, _ in passes) for member in range(len(self.counts))]
 
 
 class _Exit(Function):
@@ -101,33 +83,35 @@ class _Exit(Function):
         return grads[0], None, None, None
 
 
-class _Entry(Function):
+class _Members(Function):
     @staticmethod
-    def forward(ctx: Any, tally: Tally, leaf: int, *members: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.tally, ctx.leaf = tally, leaf
+    def forward(ctx: Any, tally: Tally, edge: int, *members: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.tally, ctx.edge = tally, edge
         ctx.set_materialize_grads(False)
         return tuple(member.view_as(member) for member in members)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        reached = ctx.tally.members_reached(ctx.leaf)
+        reached = ctx.tally.members_reached(ctx.edge)
         return None, None, *(grad if each else None for grad, each in zip(grads, reached, strict=True))
 
 
-class _RowsEntry(Function):
+class _Blocks(Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, tally: Tally) -> torch.Tensor:
-        ctx.tally = tally
-        return rows.view_as(rows)
+    def forward(
+        ctx: Any, value: torch.Tensor, tally: Tally, edge: int, axis: int, sizes: Sequence[int]
+    ) -> torch.Tensor:
+        ctx.tally, ctx.edge, ctx.axis, ctx.sizes = tally, edge, axis, sizes
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        reached = ctx.tally.members_reached(None)
+        reached = ctx.tally.members_reached(ctx.edge)
         if not all(reached):
-            blocks = zip(grad.split(ctx.tally.counts), reached, strict=True)
-            grad = torch.cat([block if each else torch.zeros_like(block) for block, each in blocks])
-        return grad, None
+            blocks = zip(grad.split(ctx.sizes, ctx.axis), reached, strict=True)
+            grad = torch.cat([block if each else torch.zeros_like(block) for block, each in blocks], ctx.axis)
+        return grad, None, None, None, None
 
 
 def leaving(value: torch.Tensor, tally: Tally, member: int | None, name: str | None = None) -> torch.Tensor:
@@ -137,15 +121,19 @@ def leaving(value: torch.Tensor, tally: Tally, member: int | None, name: str | N
     return cast(torch.Tensor, _Exit.apply(value, tally, member, name))
 
 
-def entering(members: Sequence[torch.Tensor], tally: Tally, leaf: int) -> Sequence[torch.Tensor]:
-    """The members' own tensors, whose gradients are to be theirs alone."""
-    if not torch.is_grad_enabled() or not any(member.requires_grad for member in members):
-        return members
-    return cast(Sequence[torch.Tensor], _Entry.apply(tally, leaf, *members))
+def members_entering(members: Sequence[torch.Tensor], tally: Tally, edge: int) -> Sequence[torch.Tensor]:
+    """The members' own tensors, whose gradients are to be theirs alone: none for those that are not reached."""
+    return cast(Sequence[torch.Tensor], _Members.apply(tally, edge, *members))
 
 
-def entering_rows(rows: torch.Tensor, tally: Tally) -> torch.Tensor:
-    """The rows of all members, one member's after the other's."""
-    if not torch.is_grad_enabled() or not rows.requires_grad:
-        return rows
-    return cast(torch.Tensor, _RowsEntry.apply(rows, tally))
+def blocks_entering(value: torch.Tensor, tally: Tally, edge: int, axis: int, sizes: Sequence[int]) -> torch.Tensor:
+    """A tensor with a block for each member along an axis: zeros come back to those that are not reached.
+
+    Args:
+        value: The tensor.
+        tally: Who is reached.
+        edge: By what.
+        axis: Where the blocks stand one after another.
+        sizes: Of each member's block.
+    """
+    return cast(torch.Tensor, _Blocks.apply(value, tally, edge, axis, sizes))

@@ -33,7 +33,8 @@ from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, r
 from .segments import Segments
 from .signature import BOOKKEEPING, CONTAINERS, DERIVED, Signature, copied
 from .slots import held_in_slots
-from .tally import Reach
+from .tally import Reach, Tally
+from .trace import Trace
 
 
 class Given:
@@ -73,8 +74,8 @@ class Outcome:
         operations: The program: the operations in order.
         looped: Those that were looped over the members, and how often.
         writes: Whether anything was written in place.
-        reach: By the name of a loss, the places of the leaves that it depends on; the rows do for ``None``. Empty
-            where that is not known.
+        reach: By the name of a loss, the edges that its gradients come by; those of the rows for ``None``. Empty where
+            that is not traced.
     """
 
     __slots__ = ("hidden", "looped", "losses", "operations", "reach", "writes")
@@ -244,9 +245,13 @@ class _Interception(TorchFunctionMode):
             if kwargs.get("out") is not None:
                 raise CannotGroupError(f"called {name} with 'out'")
             kwargs.pop("out", None)
-        result = handler(self._run, func, name, args, kwargs)
-        if self._run.traces:
-            self._run.trace(name, result, [*args, *kwargs.values()] if kwargs else args)
+        trace = self._run.trace
+        if trace is None:
+            return handler(self._run, func, name, args, kwargs)
+        taken = trace.take(name, [*args, *kwargs.values()])
+        entered = dict(zip(kwargs, taken[len(args) :], strict=True))
+        result = handler(self._run, func, name, tuple(taken[: len(args)]), entered)
+        trace.give(name, result, [*args, *kwargs.values()])
         return result
 
     def _registered(self, value: Any) -> Any:
@@ -341,7 +346,7 @@ def run_template(
     *,
     is_rehearsal: bool = False,
     may_write: bool = True,
-    traces: bool = False,
+    tally: Tally | None = None,
 ) -> Outcome:
     """Run a class over all rows of its members.
 
@@ -352,18 +357,17 @@ def run_template(
         segments: The rows of each member.
         is_rehearsal: Whether random operations are to do something that can be compared.
         may_write: Whether the rows are a copy that the experts may write into.
-        traces: Whether to find out which losses depend on which of the tensors.
+        tally: Where it counts which members the losses are of that are differentiated.
 
     Raises:
         CannotGroupError: It can't be right for all. Whatever the expert raises passes through.
     """
-    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write, traces=traces)
+    trace = None if tally is None else Trace(tally, segments)
+    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write, trace=trace)
     stacks = [
         registered(values, not leaves[0].is_buffer)
         for values, leaves in zip(tensors, template._signature.leaves, strict=True)
     ]
-    for place, each in enumerate(stacks):
-        each.sources = frozenset((place,))
     template.fill(stacks)
     try:
         batch = ExpertBatch(
@@ -378,12 +382,9 @@ def run_template(
     finally:
         # No copy of a weight outlives the call.
         template.fill([None] * len(tensors))
-    # What was written into may be seen by what was made before.
-    reach = (
-        {}
-        if run.aliases or not traces
-        else {None: result.hidden.sources} | {k: v.sources for k, v in result.losses.items()}
-    )
+    reach: dict[str | None, frozenset[int]] = {}
+    if trace is not None:
+        reach = {None: result.hidden.sources} | {name: loss.sources for name, loss in result.losses.items()}
     return Outcome(hidden, losses, run, reach)
 
 

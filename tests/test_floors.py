@@ -19,7 +19,8 @@ FLOORS = [
     {"version", "errors", "ragged", "segments", "slots", "tally", "watchers"},
     {"config", "experts", "product", "inspection"},
     {"members", "affine"},
-    {"routing", "names", "context", "fusion", "operations", "signature"},
+    {"routing", "names", "context", "fusion", "signature", "trace"},
+    {"operations"},
     {
         "plan",
         "operations_shape",

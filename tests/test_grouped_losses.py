@@ -5,7 +5,6 @@ Experts have unlike numbers of rows, and of targets that are left out: a mean ov
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from celmoe import EngineRefusedError, ExpertResult
+from celmoe import EngineRefusedError
 from tests.features import needs_weighted_losses
 from tests.traps import (
     BATCHES,
@@ -22,33 +21,16 @@ from tests.traps import (
     NAMES,
     WIDTH,
     Batch,
-    Trapped,
+    Losing,
+    Loss,
     assert_like_oracle,
     assert_ran_grouped,
     assert_same,
-    auto_groups_all,
     build,
     check_change,
     experts_of,
     oracle_of,
 )
-
-Loss = Callable[[Any, torch.Tensor, Any], torch.Tensor]
-
-
-class Losing(Trapped):
-    """A layer whose rows are scores, and a loss that a function makes of itself, those and the batch."""
-
-    def __init__(self, function: Loss) -> None:
-        super().__init__()
-        self.function = function
-        self.ignored = 2
-        self.entropy = nn.CrossEntropyLoss(torch.rand(WIDTH) + 0.5)
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, batch):
-        rows = torch.tanh(self.linear(batch.hidden))
-        return ExpertResult(rows, {"loss": self.function(self, rows, batch)})
 
 
 def signs(rows: torch.Tensor) -> torch.Tensor:
@@ -294,111 +276,3 @@ def test_a_mean_of_many_halves():
     assert all(bool(each.isfinite()) for each in losses[1].values())
     assert_ran_grouped(model, batch)
     torch.testing.assert_close(*losses, rtol=2e-3, atol=0)
-
-
-def masked_mean(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Not a number where a mask is empty, and so is what comes back through it, even for a gradient of zero."""
-    return (rows.square().sum(1) * batch.mask).sum() / batch.mask.sum()
-
-
-def finite_ones(output: Any) -> Any:
-    return sum(loss for loss in output.losses.values() if bool(loss.isfinite()))
-
-
-def everything_and_finite_ones(output: Any) -> Any:
-    return output.fused_hidden.square().sum() + finite_ones(output)
-
-
-def gradients(model: Any, forward: Any, batch: Batch, objective: Callable[[Any], Any]) -> dict[str, Any]:
-    model.zero_grad()
-    objective(batch(forward)).backward()
-    return {f"gradient of {key}": each.grad for key, each in [*model.named_parameters(), *batch.leaves.items()]}
-
-
-def with_an_empty_mask() -> Batch:
-    batch = Batch(dtype=torch.float64)
-    batch.mask = torch.tensor([route != "b" for route in batch.routing[LEVEL]])
-    return batch
-
-
-@pytest.mark.parametrize(
-    ("engine", "objective"),
-    [(GROUPED, finite_ones), ("auto", finite_ones), ("auto", everything_and_finite_ones)],
-)
-def test_a_loss_over_nothing_that_the_objective_leaves_out(engine: str, objective: Callable[[Any], Any]):
-    model = build(lambda: Losing(masked_mean), engine, dtype=torch.float64)
-    with auto_groups_all():
-        Batch(dtype=torch.float64)(model)
-        found = gradients(model, model, with_an_empty_mask(), objective)
-    expected = gradients(model, oracle_of(model), with_an_empty_mask(), objective)
-    assert all(bool(each.isfinite().all()) for each in expected.values() if each is not None)
-    assert_same(found, expected)
-
-
-def test_a_loss_over_nothing_left_out_beside_rows_is_no_silent_nan():
-    model = build(lambda: Losing(masked_mean), dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="must be finite where an objective leaves it out"):
-        gradients(model, model, with_an_empty_mask(), everything_and_finite_ones)
-
-
-class TwoHeads(Trapped):
-    """A loss of the layer and one of a head, whose names the context may swap."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, batch):
-        first, second = self.linear(batch.hidden), self.head(batch.hidden.detach())
-        if batch.context.get("swaps"):
-            first, second = second, first
-        return ExpertResult(first - batch.hidden, {"first": first.square().mean(), "second": second.square().mean()})
-
-
-@pytest.mark.parametrize("swaps", [False, True])
-@pytest.mark.parametrize("has_rows", [False, True])
-def test_tensors_that_only_some_losses_depend_on(swaps: bool, has_rows: bool):
-    """None and zero are not the same to an optimizer: what an expert's chosen losses do not need has no gradient."""
-
-    def objective(output: Any) -> Any:
-        chosen = output.losses[f"{LEVEL}.a.first"] + output.losses[f"{LEVEL}.b.second"]
-        return chosen + output.fused_hidden.square().sum() if has_rows else chosen
-
-    model = build(TwoHeads)
-    Batch()(model)
-    found = []
-    for forward in (model, oracle_of(model)):
-        batch = Batch()
-        batch.context["swaps"] = swaps
-        found.append(gradients(model, forward, batch, objective))
-    assert_ran_grouped(model, Batch())
-    names = [f"gradient of level_modules.{LEVEL}.{name}.{layer}.bias" for name in "ab" for layer in ("linear", "head")]
-    assert len([name for name in names if found[1][name] is None]) == (1 if has_rows else 2)
-    assert_same(*found)
-
-
-def test_losses_may_be_added_up_in_place():
-    def objective(output: Any) -> Any:
-        total, *others = output.losses.values()
-        for loss in others:
-            total += loss
-        return total
-
-    model = build(lambda: Losing(LOSSES["squares"]))
-    assert_same(*(gradients(model, forward, Batch(), objective) for forward in (model, oracle_of(model))))
-
-
-def test_a_loss_of_one_expert_beside_the_gradients_of_another():
-    """Gradients of gradients reach an expert's weights, and not by its loss."""
-    found = []
-    model = build(lambda: Losing(LOSSES["squares"]), dtype=torch.float64)
-    for forward in (model, oracle_of(model)):
-        model.zero_grad()
-        losses = Batch(dtype=torch.float64)(forward).losses
-        wanted = list(experts_of(model)[1].linear.parameters())
-        grads = torch.autograd.grad(losses[f"{LEVEL}.b.loss"], wanted, create_graph=True)
-        (losses[f"{LEVEL}.a.loss"] + sum(each.square().sum() for each in grads)).backward()
-        of_pair = [each for expert in experts_of(model)[:2] for each in expert.linear.parameters()]
-        found.append({f"gradient of {index}": each.grad for index, each in enumerate(of_pair)})
-    assert_ran_grouped(model, Batch())
-    assert_same(*found)

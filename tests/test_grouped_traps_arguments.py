@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from celmoe import EngineRefusedError, ExpertResult
-from tests.traps import WIDTH, Batch, Trapped, assert_like_oracle, assert_ran_grouped, build
+from tests.traps import WIDTH, Batch, Trapped, assert_like_oracle, assert_ran_grouped, auto_groups_all, build
 
 
 class Given(Trapped):
@@ -64,3 +65,35 @@ def test_negative_ids_have_no_embedding():
     batch.context["lengths"][3] = -1
     with pytest.raises(IndexError, match="out of range"):
         batch(model)
+
+
+IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "by place": lambda rows: F.leaky_relu(rows, 0.5, True),
+    "by name": lambda rows: F.leaky_relu(rows, 0.5, inplace=True),
+    "dropout": lambda rows: F.dropout(rows, 0.5, True, True),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_rows_written_into_before_what_cannot_be_grouped(name: str):
+    """The loop begins with the rows as they were given, and not with what a failed attempt made of them."""
+
+    write = IN_PLACE[name]
+
+    def written_into(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+        if not batch.context.get("writes"):
+            return self.linear(rows)
+        written = self.linear(write(rows))
+        return written + rows.sort(0).values
+
+    def forward(model: Any, **flags: bool) -> torch.Tensor:
+        batch = Batch()
+        batch.context |= flags
+        torch.manual_seed(0)
+        return batch(model).fused_hidden
+
+    subject, twin = (build(lambda: Given(written_into), engine) for engine in ("auto", "looped"))
+    with auto_groups_all():
+        torch.testing.assert_close(forward(subject), forward(twin))
+        assert_ran_grouped(subject, Batch())
+        torch.testing.assert_close(forward(subject, writes=True), forward(twin, writes=True))

@@ -46,6 +46,7 @@ NAMES = ("a", "b", "c", "d", "e", "absent")
 LEVEL = "language"
 
 Make = Callable[[], nn.Module]
+Loss = Callable[[Any, torch.Tensor, Any], torch.Tensor]
 Change = Callable[[HierarchicalCELMoE], HierarchicalCELMoE | None]
 
 
@@ -139,6 +140,21 @@ class Plain(Trapped):
 
     def arm(self) -> Trapped:
         raise AssertionError("there is no trap to set")
+
+
+class Losing(Trapped):
+    """A layer whose rows are scores, and a loss that a function makes of itself, those and the batch."""
+
+    def __init__(self, function: Loss) -> None:
+        super().__init__()
+        self.function = function
+        self.ignored = 2
+        self.entropy = nn.CrossEntropyLoss(torch.rand(WIDTH) + 0.5)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, batch):
+        rows = torch.tanh(self.linear(batch.hidden))
+        return ExpertResult(rows, {"loss": self.function(self, rows, batch)})
 
 
 def build(

@@ -1,0 +1,250 @@
+"""Losses that an objective leaves out: nothing of theirs comes back, not even a zero that is none.
+
+Run alone, an expert whose loss is not chosen has no part in the backward pass by it. In a class, a gradient of zero
+goes its way: behind a derivative that is not finite it is no number, and must reach nothing that the expert's rows do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from celmoe import EngineRefusedError, ExpertResult
+from tests.traps import (
+    GROUPED,
+    LEVEL,
+    WIDTH,
+    Batch,
+    Losing,
+    Loss,
+    Trapped,
+    assert_ran_grouped,
+    assert_same,
+    auto_groups_all,
+    build,
+    check_refusal,
+    experts_of,
+    oracle_of,
+)
+
+
+def squares(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    return rows.square().mean()
+
+
+def masked_mean(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Not a number where a mask is empty."""
+    return (rows.square().sum(1) * batch.mask).sum() / batch.mask.sum()
+
+
+def masked(rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    return rows * batch.mask.unsqueeze(1)
+
+
+def of_rows_in_place(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = masked(rows, batch)
+    found.abs_()
+    found.sqrt_()
+    return found.mean()
+
+
+def of_weights(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    """The rows come by the same tensor."""
+    return (self.linear.bias * batch.mask.sum()).abs().sum().sqrt()
+
+
+def of_weights_by_row(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    return masked(self.linear.bias.expand(rows.shape[0], WIDTH).abs(), batch).sqrt().sum()
+
+
+def of_a_product(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    """Infinite before a mask, with the very weights that the rows come by."""
+    found = self.linear(batch.hidden / batch.mask.unsqueeze(1))
+    return torch.where(batch.mask.unsqueeze(1), found, 0.0).mean()
+
+
+def of_a_norm(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = self.norm(rows) / batch.mask.unsqueeze(1)
+    return torch.where(batch.mask.unsqueeze(1), self.norm(found), 0.0).pow(3).mean()
+
+
+# Of an expert whose mask is empty each is finite or not, and its derivative is not.
+SINGULAR: dict[str, Loss] = {
+    "mean over nothing": masked_mean,
+    "mean over nothing, masked again": lambda s, r, b: torch.where(b.mask.sum() > 0, masked_mean(s, r, b), 0.0),
+    "root of a sum": lambda s, r, b: masked(r, b).square().sum().sqrt(),
+    "root of rows": lambda s, r, b: masked(F.softplus(r), b).sqrt().mean(),
+    "power of sums of rows": lambda s, r, b: masked(r, b).square().sum(1).pow(0.5).mean(),
+    "loss of each row": lambda s, r, b: masked(r, b).square().sum(1).sqrt(),
+    "logarithm": lambda s, r, b: -masked(r, b).square().sum().log(),
+    "rows in place": of_rows_in_place,
+    "weights": of_weights,
+    "weights by row": of_weights_by_row,
+    "product": of_a_product,
+    "norm": of_a_norm,
+}
+
+
+def chosen(output: Any) -> Any:
+    """All losses but that of the expert whose mask is empty."""
+    return sum(loss.sum() for name, loss in output.losses.items() if name != f"{LEVEL}.b.loss")
+
+
+def everything_and_chosen(output: Any) -> Any:
+    return output.fused_hidden.square().sum() + chosen(output)
+
+
+def the_one_left_out(output: Any) -> Any:
+    return output.losses[f"{LEVEL}.b.loss"].sum()
+
+
+def gradients(model: Any, forward: Any, batch: Batch, objective: Callable[[Any], Any]) -> dict[str, Any]:
+    model.zero_grad()
+    objective(batch(forward)).backward()
+    return {f"gradient of {key}": each.grad for key, each in [*model.named_parameters(), *batch.leaves.items()]}
+
+
+def with_an_empty_mask() -> Batch:
+    batch = Batch(dtype=torch.float64)
+    batch.mask = torch.tensor([route != "b" for route in batch.routing[LEVEL]])
+    return batch
+
+
+def are_finite(found: dict[str, Any]) -> bool:
+    return all(bool(each.isfinite().all()) for each in found.values() if each is not None)
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+@pytest.mark.parametrize("objective", [chosen, everything_and_chosen])
+@pytest.mark.parametrize("name", SINGULAR)
+def test_a_loss_that_the_objective_leaves_out(name: str, objective: Callable[[Any], Any], engine: str):
+    model = build(lambda: Losing(SINGULAR[name]), engine, dtype=torch.float64)
+    with auto_groups_all():
+        Batch(dtype=torch.float64)(model)
+        found = gradients(model, model, with_an_empty_mask(), objective)
+        assert_ran_grouped(model, with_an_empty_mask())
+    oracle = oracle_of(model)
+    expected = gradients(model, oracle, with_an_empty_mask(), objective)
+    assert are_finite(expected)
+    assert not are_finite(gradients(model, oracle, with_an_empty_mask(), the_one_left_out))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["root of a sum", "weights", "product"])
+def test_what_is_chosen_is_as_singular_as_alone(name: str):
+    """Nothing is held back of an expert that is reached."""
+    model = build(lambda: Losing(SINGULAR[name]), dtype=torch.float64)
+    found, expected = (
+        gradients(model, forward, with_an_empty_mask(), the_one_left_out) for forward in (model, oracle_of(model))
+    )
+    assert not are_finite(expected)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, equal_nan=True)
+
+
+def test_a_loss_left_out_of_a_second_derivative():
+    found = []
+    model = build(lambda: Losing(SINGULAR["root of a sum"]), dtype=torch.float64)
+    for forward in (model, oracle_of(model)):
+        model.zero_grad()
+        batch = with_an_empty_mask()
+        output = batch(forward)
+        (slope,) = torch.autograd.grad(everything_and_chosen(output), batch.leaves["hidden"], create_graph=True)
+        (slope.square().sum() + chosen(output)).backward()
+        found.append({f"gradient of {key}": each.grad for key, each in model.named_parameters()})
+    assert_ran_grouped(model, with_an_empty_mask())
+    assert are_finite(found[1])
+    assert_same(*found)
+
+
+def written_after_use(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = rows * 2
+    total = found.sum()
+    return total + found.add_(batch.hidden).square().mean()
+
+
+def by_what_all_share(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    return (rows * batch.context["table"][0]).square().mean()
+
+
+def test_writing_into_what_has_been_used():
+    """What gradients come by would not be known."""
+    check_refusal(lambda: Losing(written_after_use), "write into what has been used before")
+
+
+def test_gradients_of_what_all_share():
+    """It is no member's: what comes back to it is a sum over all, of which none could be held back."""
+    model = build(lambda: Losing(by_what_all_share))
+    batch = Batch()
+    batch(model)
+    batch.context["table"].requires_grad_()
+    with pytest.raises(EngineRefusedError, match=r"return losses, and give gradients to a tensor that is shared"):
+        batch(model)
+
+
+class TwoHeads(Trapped):
+    """A loss of the layer and one of a head, whose names the context may swap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, batch):
+        first, second = self.linear(batch.hidden), self.head(batch.hidden.detach())
+        if batch.context.get("swaps"):
+            first, second = second, first
+        return ExpertResult(first - batch.hidden, {"first": first.square().mean(), "second": second.square().mean()})
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+@pytest.mark.parametrize("has_rows", [False, True])
+def test_tensors_that_only_some_losses_depend_on(swaps: bool, has_rows: bool):
+    """None and zero are not the same to an optimizer: what an expert's chosen losses do not need has no gradient."""
+
+    def objective(output: Any) -> Any:
+        chosen = output.losses[f"{LEVEL}.a.first"] + output.losses[f"{LEVEL}.b.second"]
+        return chosen + output.fused_hidden.square().sum() if has_rows else chosen
+
+    model = build(TwoHeads)
+    Batch()(model)
+    found = []
+    for forward in (model, oracle_of(model)):
+        batch = Batch()
+        batch.context["swaps"] = swaps
+        found.append(gradients(model, forward, batch, objective))
+    assert_ran_grouped(model, Batch())
+    names = [f"gradient of level_modules.{LEVEL}.{name}.{layer}.bias" for name in "ab" for layer in ("linear", "head")]
+    assert len([name for name in names if found[1][name] is None]) == (1 if has_rows else 2)
+    assert_same(*found)
+
+
+def test_losses_may_be_added_up_in_place():
+    def objective(output: Any) -> Any:
+        total, *others = output.losses.values()
+        for loss in others:
+            total += loss
+        return total
+
+    model = build(lambda: Losing(squares))
+    assert_same(*(gradients(model, forward, Batch(), objective) for forward in (model, oracle_of(model))))
+
+
+def test_a_loss_of_one_expert_beside_the_gradients_of_another():
+    """Gradients of gradients reach an expert's weights, and not by its loss."""
+    found = []
+    model = build(lambda: Losing(squares), dtype=torch.float64)
+    for forward in (model, oracle_of(model)):
+        model.zero_grad()
+        losses = Batch(dtype=torch.float64)(forward).losses
+        wanted = list(experts_of(model)[1].linear.parameters())
+        grads = torch.autograd.grad(losses[f"{LEVEL}.b.loss"], wanted, create_graph=True)
+        (losses[f"{LEVEL}.a.loss"] + sum(each.square().sum() for each in grads)).backward()
+        of_pair = [each for expert in experts_of(model)[:2] for each in expert.linear.parameters()]
+        found.append({f"gradient of {index}": each.grad for index, each in enumerate(of_pair)})
+    assert_ran_grouped(model, Batch())
+    assert_same(*found)
