@@ -21,6 +21,8 @@ from .template import Template
 # Elsewhere they always do: those with about as many do.
 FEW_ROWS_PER_EXPERT = 96
 _MOST_CLASSES = 1024
+# Calls in a row that may go by what is remembered of the experts: asking them all can take a tenth of a small one.
+_MOST_FROM_MEMORY = 32
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Unit(NamedTuple):
     scale: float
     fault: str | None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether its experts run one by one."""
+        return self.fault is not None or len(self.members) == 1
+
 
 class LevelClasses:
     """The experts of one level and their classes. A copy of a model starts without any.
@@ -82,8 +89,9 @@ class LevelClasses:
         self._modules: dict[str, nn.Module] = {}
         self._numbers: dict[str, int] = {}
         self._records: dict[int, ClassRecord] = {}
-        self._gathered = Gathered(())
+        self._everyone: Gathered | None = None
         self._shares_tensors = False
+        self._calls_since = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LevelClasses:
         return LevelClasses()
@@ -100,6 +108,22 @@ class LevelClasses:
             scales: What the gradient into each one's input is multiplied by.
         """
         self._refresh(names, experts)
+        self._calls_since = 0
+        return self._parted(names, scales)
+
+    def remembered(
+        self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float]
+    ) -> list[Unit] | None:
+        """As `units`, but as the experts were when they were last looked at.
+
+        ``None`` where one is new, and now and then: they are to be looked at again.
+        """
+        if self._calls_since >= _MOST_FROM_MEMORY or list(map(self._modules.get, names)) != experts:
+            return None
+        self._calls_since += 1
+        return self._parted(names, scales)
+
+    def _parted(self, names: Sequence[str], scales: Sequence[float]) -> list[Unit]:
         numbers = [self._numbers[name] for name in names]
         members = [self._watched[name] for name in names]
         if numbers.count(numbers[0]) == len(numbers) and scales.count(scales[0]) == len(scales):
@@ -114,27 +138,27 @@ class LevelClasses:
 
     def _refresh(self, names: Sequence[str], experts: Sequence[nn.Module]) -> None:
         """Make true what is known of these experts."""
-        is_known = list(map(self._modules.get, names)) == experts
-        # Asking all at once costs less than asking some one by one, unless they are a few.
-        if is_known and 4 * len(names) >= len(self._watched):
-            if self._gathered.is_true():
-                return
-            names, experts = list(self._modules), list(self._modules.values())
         inspected = Inspected()
-        is_same = True
+        if list(map(self._modules.get, names)) == experts:
+            # What is kept of all is asked faster than what must be gathered first.
+            asks_all = 3 * len(names) >= 2 * len(self._watched)
+            if asks_all:
+                gathered = self._everyone = self._everyone or Gathered(list(self._watched.values()))
+            else:
+                gathered = Gathered([self._watched[name] for name in names])
+            if gathered.is_true(inspected):
+                return
+            if asks_all:
+                names, experts = list(self._modules), list(self._modules.values())
         for name, expert in zip(names, experts, strict=True):
             watched = self._watched.get(name)
             if watched is None or watched.module is not expert:
                 watched = self._watched[name] = Watched(expert)
                 self._modules[name] = expert
-            before = watched.look
             watched.refresh(inspected)
             self._numbers[name] = watched.signature.id
-            is_same &= watched.look is before
-        if not is_same or 4 * len(names) >= len(self._watched):
-            everyone = list(self._watched.values())
-            self._gathered = Gathered(everyone)
-            self._shares_tensors = shared_tensor(everyone) is not None
+        self._everyone = None
+        self._shares_tensors = shared_tensor(list(self._watched.values())) is not None
 
     def _unit(self, positions: tuple[int, ...], members: tuple[Watched, ...], scale: float) -> Unit:
         signature = members[0].signature

@@ -177,23 +177,30 @@ class Level:
             return None
         if engine == AUTO and list(map(self.classes.looped_anyway.get, plan.experts)) == experts:
             return None
+        if engine == AUTO:
+            # Where a loop costs less it is right whatever the experts have become, and they need not be asked.
+            remembered = self.classes.remembered(plan.experts, experts, scales)
+            if remembered is not None and all(unit.is_alone for unit in self._judged(remembered, plan)):
+                return None
         units = self.classes.units(plan.experts, experts, scales)
         if engine == AUTO:
-            for unit in units:
-                if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
-                    pairs = zip(unit.positions, unit.members, strict=True)
-                    self.classes.looped_anyway.update((plan.experts[place], each.module) for place, each in pairs)
-            units = [judged(unit, _rows_of(unit, plan)) for unit in units]
+            units = self._judged(units, plan)
         if all(len(unit.members) == 1 for unit in units):
             return None
         if engine == AUTO or len(set(experts)) < len(experts):
             # Experts that share a module must run in one loop, which knows of it.
-            can_group = len(set(experts)) == len(experts) and any(
-                unit.fault is None and len(unit.members) > 1 for unit in units
-            )
+            can_group = len(set(experts)) == len(experts) and not all(unit.is_alone for unit in units)
             if not can_group and (engine == AUTO or not any(unit.fault for unit in units)):
                 return None
         return arrange(units, plan)
+
+    def _judged(self, units: Sequence[Unit], plan: LevelPlan) -> list[Unit]:
+        """The units with a fault where a loop costs less; those that never pay are remembered."""
+        for unit in units:
+            if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
+                pairs = zip(unit.positions, unit.members, strict=True)
+                self.classes.looped_anyway.update((plan.experts[place], each.module) for place, each in pairs)
+        return [judged(unit, _rows_of(unit, plan)) for unit in units]
 
 
 def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | None) -> ClassExplanation:

@@ -11,6 +11,8 @@ from torch import nn
 
 from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
 from celmoe.cost import estimate, judged, never_pays
+from celmoe.grouping import _MOST_FROM_MEMORY
+from celmoe.reference import reference_forward
 from tests.architectures import Recurrence
 
 
@@ -103,7 +105,46 @@ def test_experts_that_are_too_few_are_asked_once():
     assert len(looks) == 2
     model.explain({"level": names})
     model(torch.randn(3, 8), {"level": names})
-    assert len(looks) == 4
+    assert len(looks) == 3
+
+
+def test_a_call_that_does_not_pay_asks_nothing():
+    """Experts that together would pay: a loop over a few is right whatever has become of them."""
+    model = model_of(100)
+    names = list(model.level_modules["level"])
+    model(torch.randn(100, 8), {"level": names})
+    looks = []
+    classes = model._levels[0].classes
+    right = classes.units
+    classes.units = lambda *args: looks.append(args) or right(*args)
+    model.level_modules["level"][names[1]].linear.weight.data *= 2
+    model.level_modules["level"][names[2]].linear = nn.Linear(8, 8, bias=False)
+    for few in (names[:3], names[1:4]):
+        hidden = torch.randn(3, 8)
+        expected = reference_forward(model, hidden, {"level": few}).fused_hidden
+        torch.testing.assert_close(model(hidden, {"level": few}).fused_hidden, expected)
+    assert not looks
+    hidden = torch.randn(100, 8)
+    expected = reference_forward(model, hidden, {"level": names}).fused_hidden
+    torch.testing.assert_close(model(hidden, {"level": names}).fused_hidden, expected)
+    assert len(looks) == 1
+    assert classes_of(model, {"level": names}) == ["grouped", "looped"]
+
+
+def test_what_is_remembered_of_experts_is_not_remembered_for_good():
+    """Two classes that would not pay become one that does: it is found out without anyone asking."""
+    model = model_of(60)
+    names, experts = zip(*model.level_modules["level"].items(), strict=True)
+    for expert in experts[::2]:
+        expert.requires_grad_(False)
+    hidden, routing = torch.randn(60, 8), {"level": list(names)}
+    model(hidden, routing)
+    for expert in experts[::2]:
+        expert.requires_grad_(True)
+    for _ in range(_MOST_FROM_MEMORY + 1):
+        model(hidden, routing)
+    (unit,) = model._levels[0].classes.remembered(names, list(experts), [1.0] * 60)
+    assert unit.record.programs
 
 
 def test_what_never_pays_pays_for_no_fewer_experts_and_no_more_rows():

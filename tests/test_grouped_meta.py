@@ -393,7 +393,7 @@ def compare_after_replacing_a_weight() -> None:
 
 def test_a_replaced_parameter_that_is_not_seen(monkeypatch: Patch):
     compare_after_replacing_a_weight()
-    monkeypatch.setattr(Gathered, "is_true", lambda self: True)
+    monkeypatch.setattr(Gathered, "is_true", lambda self, inspected: True)
     with pytest.raises(ParityError, match=r"^levels\['language'\]\.hidden: values differ"):
         compare_after_replacing_a_weight()
 
