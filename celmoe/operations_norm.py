@@ -67,6 +67,9 @@ def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
     value, groups, weight, bias, eps = arguments(names, args, kwargs, (None, None, 1e-5))
     if not isinstance(value, Rows) or value.axis != 0:
         raise CannotGroupError(f"called {name} with another axis than the batch first")
+    if value.plain.shape[1:].numel() == groups:
+        # Of a single value PyTorch makes an error, where there is but one row.
+        F.group_norm(value.plain[: min(run.segments.counts) * value.factor], groups)
     normed = like(value, F.group_norm(value.plain, groups, eps=eps))
     after = value.dim() - 2
     return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))

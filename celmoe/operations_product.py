@@ -78,6 +78,9 @@ def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:
     plain, wrap = align(run, "add", [bias, value])
+    if beta == 0:
+        # Whatever it holds, but a gradient of zero.
+        return wrap(plain[1] + plain[0].masked_fill(torch.ones_like(plain[0], dtype=torch.bool), 0))
     return wrap(plain[0] * beta + plain[1] if beta != 1 else plain[1] + plain[0])
 
 

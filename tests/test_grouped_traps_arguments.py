@@ -10,7 +10,16 @@ import torch
 from torch.nn import functional as F
 
 from celmoe import EngineRefusedError, ExpertResult
-from tests.traps import WIDTH, Batch, Trapped, assert_like_oracle, assert_ran_grouped, auto_groups_all, build
+from tests.traps import (
+    WIDTH,
+    Batch,
+    Trapped,
+    assert_like_oracle,
+    assert_ran_grouped,
+    auto_groups_all,
+    build,
+    experts_of,
+)
 
 
 class Given(Trapped):
@@ -97,3 +106,33 @@ def test_rows_written_into_before_what_cannot_be_grouped(name: str):
         torch.testing.assert_close(forward(subject), forward(twin))
         assert_ran_grouped(subject, Batch())
         torch.testing.assert_close(forward(subject, writes=True), forward(twin, writes=True))
+
+
+def no_part_of_a_bias(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    return torch.addmm(self.linear.bias, rows, self.linear.weight.T, beta=0)
+
+
+def test_a_bias_that_takes_no_part_may_hold_anything():
+    """And has a gradient of zero, not none."""
+    found = []
+    for engine in ("grouped", "looped"):
+        model = build(lambda: Given(no_part_of_a_bias), engine)
+        with torch.no_grad():
+            experts_of(model)[1].linear.bias.fill_(torch.nan)
+        hidden = Batch()(model).fused_hidden
+        hidden.sum().backward()
+        found.append([hidden, *(each.grad for each in model.parameters())])
+    assert bool(found[1][0].isfinite().all())
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def normed_by_itself(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    return self.linear(F.group_norm(rows, WIDTH))
+
+
+def test_a_group_of_one_value_is_an_error_for_an_expert_of_one_row():
+    for engine in ("grouped", "auto", "looped"):
+        model = build(lambda: Given(normed_by_itself), engine)
+        with auto_groups_all(), pytest.raises(ValueError, match="more than 1 value per channel"):
+            Batch((7, 3, 1))(model)

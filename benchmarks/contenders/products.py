@@ -23,20 +23,22 @@ _LEVEL = "language"
 
 
 class _Rows:
-    """The rows of each expert, in the order of the config, absent experts left out."""
+    """The rows of each expert present, by their number: the order in which the grouped engine puts a few rows each."""
 
     def __init__(self, terms: Terms) -> None:
         model = cast(celmoe.HierarchicalCELMoE, terms.workload.build(celmoe))
         self.plan = model.compile_routing(terms.workload.routing())
         level = self.plan.levels[_LEVEL]
-        self.counts = list(level.counts)
+        by_count = sorted(zip(level.counts, level.experts, strict=True))
+        self.counts = [count for count, _ in by_count]
         modules = model.level_modules[_LEVEL]
-        self.layers = nn.ModuleList(modules[name].body for name in level.experts).to(terms.device)  # type: ignore[index]  # a mapping
-        # A plan of rows that stand in expert order already, for the experts present.
-        sorted_names = [name for name, count in zip(level.experts, level.counts, strict=True) for _ in range(count)]
+        self.layers = nn.ModuleList(modules[name].body for _, name in by_count).to(terms.device)  # type: ignore[index]  # a mapping
+        # A plan of rows that stand in that order already: names in order are experts in order.
+        places = [f"{place:05}" for place in range(len(by_count))]
+        sorted_names = [place for place, count in zip(places, self.counts, strict=True) for _ in range(count)]
         present = celmoe.CELMoEConfig(
             terms.workload.hidden_size,
-            [celmoe.HierarchyLevelConfig(_LEVEL, {name: celmoe.ExpertConfig(name) for name in level.experts})],
+            [celmoe.HierarchyLevelConfig(_LEVEL, {place: celmoe.ExpertConfig(place) for place in places})],
         )
         self.sorted_level = celmoe.RoutingCompiler(present)({_LEVEL: sorted_names}).to(terms.device).levels[_LEVEL]
 
