@@ -18,12 +18,12 @@ from .context import ContextRows
 from .dispatch import cut
 from .errors import EngineRefusedError, listed
 from .experts import ExpertBatch, ExpertResult
-from .grouping import Unit
+from .grouping import ClassRecord, Unit
 from .looped import run_looped
 from .proof import prove
 from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
-from .tally import Tally, leaving
+from .tally import Tally, leaving, rows_entering
 from .template import Given, Outcome, Template, run_template
 from .watchers import StopRecomputationError, is_symbolic, is_watched, unwatched
 
@@ -111,7 +111,7 @@ def run_auto(units: Sequence[Any], batches: Iterable[ExpertBatch]) -> list[Exper
 
 def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     record, kind = unit.record, kind_of(batch)
-    why_not = unit.fault or _transforms() or record.faults.get(kind)
+    why_not = unit.fault or _passing(record) or record.faults.get(kind)
     outcome: Outcome | None = None
     error: Exception | None = None
     watched = is_watched()
@@ -139,7 +139,7 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
         raise _refusal(unit, batch, why_not)
     result = _run_members(unit, batch)
     # The experts themselves did not raise: their being run as one did.
-    if unit.fault is None and _transforms() is None:
+    if unit.fault is None and _passing(record) is None:
         (record.repeated_faults if is_repeated else record.faults)[kind] = why_not
     if is_strict:
         raise _refusal(unit, batch, why_not)
@@ -153,7 +153,11 @@ def _refusal(unit: Unit, batch: UnitBatch, why_not: str) -> EngineRefusedError:
     )
 
 
-def _transforms() -> str | None:
+def _passing(record: ClassRecord) -> str | None:
+    """Why a class can't be grouped for now."""
+    if record.has_losses and torch.is_anomaly_enabled():
+        # What is held back of losses that are left out is no number now and then, and nothing is wrong.
+        return "return losses while anomalies are looked for"
     if torch._C._are_functorch_transforms_active():
         return "are under a transform of torch.func"
     if forward_ad._current_level >= 0:
@@ -177,17 +181,18 @@ def _attempt(
     """
     record = unit.record
     writes, has_losses = writes or record.writes, has_losses or record.has_losses
+    if (why_not := _passing(record)) is not None:
+        return None, why_not, None
     # An attempt that fails must leave the rows and the random stream as they were.
     is_known = bool(record.programs) and not writes
-    tally = Tally(batch.counts) if has_losses else None
-    given = _given(batch, private=not is_known)
+    tally = Tally(len(batch.counts)) if has_losses else None
+    given = _given(batch, private=not is_known, tally=tally)
     state = _random_state(batch.hidden.device)
     segments = Segments(batch.counts, batch.hidden.device)
     try:
         template = record.templates.pop()
     except IndexError:
         template = Template(unit.members[0].module, unit.members[0].signature)
-    why_not: str | None
     error: Exception | None = None
     try:
         tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
@@ -221,11 +226,13 @@ def _attempt(
 
 def _leave(outcome: Outcome, tally: Tally) -> None:
     """Have the tally told of what comes back to rows and losses."""
-    outcome.hidden = leaving(outcome.hidden, tally, None)
-    outcome.losses = {
-        name: [leaving(value, tally, member, name) for member, value in enumerate(values)]
-        for name, values in outcome.losses.items()
-    }
+    # Whatever the caller's grad mode: an expert may have enabled gradients itself.
+    with torch.enable_grad():
+        outcome.hidden = leaving(outcome.hidden, tally, None)
+        outcome.losses = {
+            name: [leaving(value, tally, member, name) for member, value in enumerate(values)]
+            for name, values in outcome.losses.items()
+        }
 
 
 def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str | None:
@@ -241,8 +248,10 @@ def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str 
     return why_not
 
 
-def _given(batch: UnitBatch, *, private: bool) -> Given:
+def _given(batch: UnitBatch, *, private: bool, tally: Tally | None = None) -> Given:
     def own(tensor: torch.Tensor) -> torch.Tensor:
+        if tally is not None:
+            tensor = rows_entering(tensor, tally)
         return tensor.clone() if private else tensor
 
     rows = batch.context_rows

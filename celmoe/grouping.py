@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,7 +119,7 @@ class LevelClasses:
 
         ``None`` where one is new, and now and then: they are to be looked at again.
         """
-        if self._calls_since >= _MOST_FROM_MEMORY or list(map(self._modules.get, names)) != experts:
+        if self._calls_since >= _MOST_FROM_MEMORY or not self._knows(names, experts):
             return None
         self._calls_since += 1
         return self._parted(names, scales)
@@ -136,10 +137,14 @@ class LevelClasses:
             for (_, scale), positions in found.items()
         ]
 
+    def _knows(self, names: Sequence[str], experts: Sequence[nn.Module]) -> bool:
+        # The same modules, not equal ones: a class may say which of its modules are.
+        return all(map(is_, map(self._modules.get, names), experts))
+
     def _refresh(self, names: Sequence[str], experts: Sequence[nn.Module]) -> None:
         """Make true what is known of these experts."""
         inspected = Inspected()
-        if list(map(self._modules.get, names)) == experts:
+        if self._knows(names, experts):
             # What is kept of all is asked faster than what must be gathered first.
             asks_all = 3 * len(names) >= 2 * len(self._watched)
             if asks_all:

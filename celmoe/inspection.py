@@ -15,6 +15,7 @@ import functools
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class Inspection:
         # What the finding rests on: names by the namespace they were found in, and what they stood for.
         self._names: list[tuple[Mapping[str, Any], str, Any]] = []
         self._cells: list[tuple[types.CellType, Any]] = []
+        self._bodies: list[tuple[types.FunctionType, list[Any]]] = []
         self._classes: list[tuple[type, dict[str, Any]]] = []
         self._seen: set[int] = set()
         self.fault: str | None = None
@@ -133,6 +135,7 @@ class Inspection:
             return (
                 all(space.get(name, _MISSING) is value for space, name, value in self._names)
                 and all(cell.cell_contents is value for cell, value in self._cells)
+                and all(_is_body(function, seen) for function, seen in self._bodies)
                 and all(kind.__dict__ == seen for kind, seen in self._classes)
             )
         except Exception:  # noqa: BLE001  # attributes may compare in any way, or a cell be empty: look again
@@ -157,6 +160,7 @@ class Inspection:
         if id(function) in self._seen or function.__globals__.get("__name__") in _PRINTERS:
             return set()
         self._seen.add(id(function))
+        self._bodies.append((function, _body(function)))
         code = function.__code__
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
             if name == "__class__":
@@ -249,6 +253,16 @@ class Inspection:
 
 
 _MISSING = object()
+
+
+def _body(function: types.FunctionType) -> list[Any]:
+    by_name = function.__kwdefaults__ or {}
+    return [function.__code__, function.__defaults__, *by_name, *by_name.values()]
+
+
+def _is_body(function: types.FunctionType, seen: list[Any]) -> bool:
+    body = _body(function)
+    return len(body) == len(seen) and all(map(is_, body, seen))
 
 
 def _root(module: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -175,7 +176,7 @@ class Level:
         """The experts by units; ``None`` where they run one after another, in the plan's order."""
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
-        if engine == AUTO and list(map(self.classes.looped_anyway.get, plan.experts)) == experts:
+        if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, plan.experts), experts)):
             return None
         if engine == AUTO:
             # Where a loop costs less it is right whatever the experts have become, and they need not be asked.

@@ -47,8 +47,10 @@ _READERS: tuple[tuple[type, tuple[Callable[[Any], Collection[Any]], ...]], ...] 
     (list, (list.copy,)),
     (set, (set.copy,)),
 )
-_facts = attrgetter("requires_grad", "dtype")
+# What `.data =` may change, beside values.
+_facts = attrgetter("requires_grad", "dtype", "shape")
 _attributes = attrgetter("__dict__")
+_PARTS = attrgetter("func", "args", "keywords")
 
 
 # Comparing a key costs a walk through it; its number does not.
@@ -354,7 +356,7 @@ class _Reader:
     def _plain(self, value: Any, path: str) -> Any:
         """An attribute as something that can be compared; what can't be is the same only where it is one object."""
         if isinstance(value, _PLAIN):
-            if not isinstance(value, enum.Enum) and getattr(value, "__dict__", None):
+            if _has_attributes(value):
                 raise CannotGroupError(f"hold {path!r}, a {type(value).__name__} with attributes")
             # Two zeros are equal and differ; what is not a number differs from itself.
             return type(value), repr(value) if isinstance(value, float | complex) else value
@@ -383,7 +385,9 @@ class _Reader:
 
     def _object(self, value: Any, path: str) -> Any:
         if type(value) is functools.partial:
-            parts = (value.func, value.args, value.keywords)
+            self.holders.append(value)
+            self.readers.append(_PARTS)
+            parts = _PARTS(value)
             return type(value), tuple(self._plain(each, path) for each in parts)
         slots = slots_of(type(value))
         if slots is not None and (slots or hasattr(value, "__dict__")):
@@ -413,6 +417,15 @@ class _Reader:
         if isinstance(value, set | frozenset):
             return frozenset(self._plain(item, path) for item in value)
         return tuple(self._plain(item, f"{path}[{index}]") for index, item in enumerate(value))
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether plain data hold something beside what they are."""
+    kind = type(value)
+    if kind in _PLAIN or isinstance(value, enum.Enum):
+        return False
+    own = (each for base in kind.__mro__ if base not in _PLAIN for each in vars(base).values())
+    return bool(getattr(value, "__dict__", None)) or any(isinstance(each, types.MemberDescriptorType) for each in own)
 
 
 def _incomparable(value: object, path: str) -> CannotGroupError:

@@ -39,9 +39,14 @@ class _Unset:
 
 
 def held_by(value: Any) -> list[Any]:
-    """The names in an object's ``__dict__``, what they stand for, and what its slots hold."""
+    """An object's class, the names in its ``__dict__``, what they stand for, and what its slots hold."""
     attributes = getattr(value, "__dict__", {})
-    return [*attributes, *attributes.values(), *(_read(slot, value) for slot in slots_of(type(value)) or ())]
+    return [
+        type(value),
+        *attributes,
+        *attributes.values(),
+        *(_read(slot, value) for slot in slots_of(type(value)) or ()),
+    ]
 
 
 def _read(slot: types.MemberDescriptorType, value: Any) -> Any:

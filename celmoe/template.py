@@ -378,19 +378,22 @@ def run_template(
         )
         with _Interception(run, given.shared):
             result = template.run(batch)
-        hidden, losses = _checked(result, given.hidden, segments)
+        hidden, losses = _checked(result, given.hidden)
+        # Whatever the caller's grad mode: the expert may have enabled gradients itself.
+        with torch.enable_grad():
+            if trace is not None:
+                losses = {name: trace.returned(loss) for name, loss in losses.items()}
+            split = {name: _of_members(loss, segments) for name, loss in losses.items()}
     finally:
         # No copy of a weight outlives the call.
         template.fill([None] * len(tensors))
     reach: dict[str | None, frozenset[int]] = {}
     if trace is not None:
-        reach = {None: result.hidden.sources} | {name: loss.sources for name, loss in result.losses.items()}
-    return Outcome(hidden, losses, run, reach)
+        reach = {None: trace.sources(hidden)} | {name: trace.sources(loss) for name, loss in losses.items()}
+    return Outcome(hidden.plain, split, run, reach)
 
 
-def _checked(
-    result: Any, given: torch.Tensor, segments: Segments
-) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+def _checked(result: Any, given: torch.Tensor) -> tuple[Rows, dict[str, Ragged]]:
     if type(result) is not ExpertResult:
         raise CannotGroupError(f"returned a {type(result).__name__}")
     if not isinstance(result.aux, dict) or result.aux:
@@ -402,13 +405,15 @@ def _checked(
         raise CannotGroupError(f"returned rows of {hidden.dtype}")
     if not isinstance(result.losses, dict):
         raise CannotGroupError("returned losses that are no dict")
-    losses = {}
+    losses: dict[str, Ragged] = {}
     for name, loss in result.losses.items():
-        if isinstance(loss, Stack):
-            losses[name] = list(loss.plain.unbind(0))
-        elif isinstance(loss, Rows):
-            counts = [count * loss.factor for count in segments.counts]
-            losses[name] = list(loss.plain.split(counts, loss.axis))
-        else:
+        if not isinstance(loss, Rows | Stack):
             raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
-    return hidden.plain, losses
+        losses[name] = loss
+    return hidden, losses
+
+
+def _of_members(loss: Ragged, segments: Segments) -> list[torch.Tensor]:
+    if isinstance(loss, Rows):
+        return list(loss.plain.split([count * loss.factor for count in segments.counts], loss.axis))
+    return list(loss.plain.unbind(0))

@@ -12,38 +12,20 @@ from typing import Any
 
 import torch
 
-from .ragged import CannotGroupError, Common, Ragged, Repeated, Rows, Stack, like, registered, repeated
+from .ragged import CannotGroupError, Common, Memory, Ragged, Repeated, Rows, Stack, like, registered, repeated
 from .segments import Segments
 from .tally import Tally, blocks_entering, members_entering
 
-# May give memory that they were given.
-_VIEWS = {
-    *(
-        "view",
-        "reshape",
-        "view_as",
-        "reshape_as",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "t",
-        "T",
-    ),
-    *("mT", "adjoint", "matrix_transpose", "permute", "movedim", "moveaxis", "unsqueeze", "squeeze", "expand"),
-    *("expand_as", "broadcast_to", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select"),
-    *("__getitem__", "diagonal", "unfold", "contiguous", "float", "double", "half", "bfloat16", "to", "type_as"),
-    *("detach", "data", "positive", "__pos__", "dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d"),
-    *("dropout2d", "dropout3d"),
-}
-# A gradient of zero is one behind them, too, whatever they were given.
-_KEEP_ZEROS = _VIEWS | {
-    *("add", "sub", "subtract", "rsub", "neg", "negative", "__add__", "__radd__", "__sub__", "__rsub__", "__neg__"),
-    *("sum", "mean", "clone", "cat", "concat", "concatenate", "stack", "repeat", "tile", "pad", "flip", "roll"),
-    *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty", "numel"),
-    *("is_floating_point", "is_complex"),
-}
+# A gradient of zero is one behind these, too, whatever they were given.
+_KEEP_ZEROS = """
+    view reshape view_as reshape_as flatten unflatten transpose swapaxes swapdims t T mT adjoint matrix_transpose
+    permute movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to chunk split split_with_sizes tensor_split
+    unbind narrow select __getitem__ diagonal unfold contiguous float double half bfloat16 to type_as detach data
+    positive __pos__ dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d add sub subtract rsub neg negative
+    __add__ __radd__ __sub__ __rsub__ __neg__ sum mean clone cat concat concatenate stack repeat tile pad flip roll
+    zeros_like ones_like full_like new_zeros new_ones new_full new_empty numel is_floating_point is_complex
+"""
+_KEEPS_ZEROS = frozenset(_KEEP_ZEROS.split())
 
 
 class Trace:
@@ -69,7 +51,7 @@ class Trace:
         self._taken = set()
         if not torch.is_grad_enabled():
             return list(values)
-        keeps_zeros = name in _KEEP_ZEROS
+        keeps_zeros = name in _KEEPS_ZEROS
         return [self._entered(value, name, keeps_zeros) for value in values]
 
     def _entered(self, value: Any, name: str, keeps_zeros: bool) -> Any:
@@ -84,13 +66,14 @@ class Trace:
         self._taken.add(edge)
         entered = self._by_edge(value, edge)
         entered.origin = value
+        entered.memory = _memory_of(value)
         return entered
 
     def _by_edge(self, value: Ragged, edge: int) -> Ragged:
         if isinstance(value, Repeated) and value.source is not None:
             source = self._by_edge(value.source, edge)
             assert isinstance(source, Stack)
-            return repeated(source, value._write_out, value.plain_shape[0], value.factor)
+            return repeated(source, value._write_out, value.plain_shape[0] // value.factor, value.factor)
         if isinstance(value, Stack) and value.members is not None:
             return registered(members_entering(value.members, self._tally, edge), value._is_param)
         if isinstance(value, Rows):
@@ -104,21 +87,53 @@ class Trace:
 
     def give(self, name: str, result: Any, args: Iterable[Any]) -> None:
         """Know what gradients of a result come by, and what shares its memory."""
+        given, made = list(_flat(args)), list(_flat([result]))
         if name in ("detach", "data") or not torch.is_grad_enabled():
             # No gradient goes that way, in either direction.
             return
-        given, made = list(_flat(args)), list(_flat([result]))
-        sources = frozenset(self._taken).union(*(each.sources for each in given))
+        sources = frozenset(self._taken).union(*(_memory_of(each).sources for each in given))
+        lent = {_place(each): each.memory for each in given}
+        kept = {id(each.memory) for each in given if any(each is other for other in made)}
         for each in made:
-            each.sources = sources
-            each.is_used |= name in _VIEWS or len(made) > 1
+            # What was written into, and its views, hold what the others gave from now on.
+            shared = lent.get(_place(each)) if id(each) not in map(id, given) else each.memory
+            each.memory = lent[_place(each)] = shared or Memory()
+            each.memory.sources |= sources
+            kept.add(id(each.memory))
         for each in given:
-            each.is_used |= not any(each is other for other in made)
+            each.memory.is_used |= each.requires_grad and id(each.memory) not in kept
+
+    def returned(self, loss: Ragged) -> Ragged:
+        """A loss that an expert returns: one of its tensors as it is was taken by no operation yet."""
+        (taken,) = self.take("sum", [loss])
+        assert isinstance(taken, Ragged)
+        if taken is not loss:
+            taken.memory = Memory(frozenset(self._taken))
+        return taken
+
+    @staticmethod
+    def sources(value: Ragged) -> frozenset[int]:
+        """The edges that its gradients come by."""
+        return _memory_of(value).sources
 
     def require_own(self, value: Ragged, name: str) -> None:
         """Refuse to write into what has been taken already: which gradients came by what is not known from then on."""
-        if value.is_used:
+        if _memory_of(value).is_used:
             raise CannotGroupError(f"return losses, and write into what has been used before ({name})")
+
+
+def _memory_of(value: Ragged) -> Memory:
+    try:
+        return value.memory
+    except AttributeError:
+        value.memory = Memory()
+        return value.memory
+
+
+def _place(value: Ragged) -> Any:
+    """Which memory a value has; one of its own where it is not written out."""
+    is_whole = not isinstance(value, Repeated) and not (isinstance(value, Stack) and value.members is not None)
+    return value.plain.untyped_storage()._cdata if is_whole else id(value)
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Ragged]:

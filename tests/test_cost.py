@@ -143,7 +143,7 @@ def test_what_is_remembered_of_experts_is_not_remembered_for_good():
         expert.requires_grad_(True)
     for _ in range(_MOST_FROM_MEMORY + 1):
         model(hidden, routing)
-    (unit,) = model._levels[0].classes.remembered(names, list(experts), [1.0] * 60)
+    (unit,) = model._levels[0].classes.remembered(names, experts, [1.0] * 60)
     assert unit.record.programs
 
 

@@ -16,9 +16,9 @@ PACKAGE = Path(celmoe.__file__).parent
 
 FLOORS = [
     {"directml"},
-    {"version", "errors", "ragged", "segments", "slots", "tally", "watchers"},
+    {"version", "errors", "ragged", "segments", "slots", "watchers"},
     {"config", "experts", "product", "inspection"},
-    {"members", "affine"},
+    {"members", "affine", "tally"},
     {"routing", "names", "context", "fusion", "signature", "trace"},
     {"operations"},
     {

@@ -187,6 +187,103 @@ def test_gradients_of_what_all_share():
         batch(model)
 
 
+class Given(Trapped):
+    """A loss that is one of its tensors as it is."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.price = nn.Parameter(torch.rand(sizes))
+
+    def forward(self, batch):
+        return ExpertResult(torch.tanh(self.linear(batch.hidden)), {"loss": self.price})
+
+
+@pytest.mark.parametrize("sizes", [(), (3,)])
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+def test_a_parameter_for_a_loss(engine: str, sizes: tuple[int, ...]):
+    model = build(lambda: Given(*sizes), engine)
+    with auto_groups_all():
+        Batch()(model)
+        found = gradients(model, model, Batch(), the_one_left_out)
+        assert_ran_grouped(model, Batch())
+    assert_same(found, gradients(model, oracle_of(model), Batch(), the_one_left_out))
+
+
+class Aliased(Trapped):
+    """Writes into a view of what had no gradient until then."""
+
+    def forward(self, batch):
+        whole = batch.hidden.detach() * 1
+        part = torch.einsum("bi->bi", whole)
+        part.add_(self.linear(batch.hidden))
+        return ExpertResult(torch.tanh(batch.hidden), {"loss": whole.square().mean()})
+
+
+class Layers(Trapped):
+    """Layers that write into what the ones before gave."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), *layers)
+
+    def forward(self, batch):
+        rows = self.layers(batch.hidden)
+        return ExpertResult(rows.view(batch.hidden.shape), {"loss": rows.square().mean()})
+
+
+WRITTEN: dict[str, Callable[[], nn.Module]] = {
+    "a view by einsum": Aliased,
+    "behind dropout": lambda: Layers(nn.Dropout(0.0), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)),
+    "behind a view": lambda: Layers(nn.Unflatten(1, (2, WIDTH // 2)), nn.ReLU(inplace=True)),
+    "behind a norm": lambda: Layers(nn.LayerNorm(WIDTH), nn.ReLU(inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_written_into_and_still_known(name: str):
+    model = build(WRITTEN[name], dtype=torch.float64)
+    Batch(dtype=torch.float64)(model)
+    for objective in (the_one_left_out, everything_and_chosen):
+        found, expected = (
+            gradients(model, forward, Batch(dtype=torch.float64), objective) for forward in (model, oracle_of(model))
+        )
+        assert_same(found, expected)
+    assert_ran_grouped(model, Batch())
+
+
+class Insisting(Trapped):
+    """Has gradients whatever the caller says."""
+
+    def forward(self, batch):
+        with torch.enable_grad():
+            loss = self.linear(batch.hidden).square().mean()
+        return ExpertResult(batch.hidden * 2, {"loss": loss})
+
+
+def test_a_loss_with_gradients_of_its_own_accord():
+    model = build(Insisting)
+    found = []
+    for forward in (model, oracle_of(model)):
+        model.zero_grad()
+        with torch.no_grad():
+            output = Batch()(forward)
+        the_one_left_out(output).backward()
+        found.append({f"gradient of {key}": each.grad for key, each in model.named_parameters()})
+    assert_ran_grouped(model, Batch())
+    assert_same(*found)
+
+
+def test_while_anomalies_are_looked_for():
+    """A zero that is none is held back, but it would be taken for one."""
+    model = build(lambda: Losing(SINGULAR["root of a sum"]), "auto", dtype=torch.float64)
+    oracle = oracle_of(model)
+    with auto_groups_all():
+        with torch.autograd.set_detect_anomaly(True):
+            found = gradients(model, model, with_an_empty_mask(), everything_and_chosen)
+        assert_same(found, gradients(model, oracle, with_an_empty_mask(), everything_and_chosen))
+        assert_ran_grouped(model, with_an_empty_mask())
+
+
 class TwoHeads(Trapped):
     """A loss of the layer and one of a head, whose names the context may swap."""
 
