@@ -23,7 +23,7 @@ from .looped import run_looped
 from .proof import prove
 from .ragged import CannotGroupError, NeedsOwnRowsError
 from .segments import Segments
-from .tally import Tally, leaving, rows_entering
+from .tally import Tally, entering
 from .template import Given, Outcome, Template, run_template
 from .watchers import StopRecomputationError, is_symbolic, is_watched, unwatched
 
@@ -197,9 +197,7 @@ def _attempt(
     try:
         tensors: list[Sequence[torch.Tensor]] = list(zip(*(member.tensors for member in unit.members), strict=True))
         outcome = run_template(template, tensors, given, segments, may_write=not is_known, tally=tally)
-        if tally is not None:
-            _leave(outcome, tally)
-        elif outcome.losses:
+        if tally is None and outcome.losses:
             # Found out only now: once more, with a tally.
             record.has_losses |= learns
             _set_random_state(batch.hidden.device, state)
@@ -207,8 +205,6 @@ def _attempt(
         record.templates.append(template)
         why_not = None if outcome.operations in record.programs else _prove(unit, batch, outcome, learns)
         if why_not is None:
-            if tally is not None:
-                tally.reach = outcome.reach
             return outcome, None, None
     except NeedsOwnRowsError:
         record.writes |= learns
@@ -224,24 +220,14 @@ def _attempt(
     return None, why_not, error
 
 
-def _leave(outcome: Outcome, tally: Tally) -> None:
-    """Have the tally told of what comes back to rows and losses."""
-    # Whatever the caller's grad mode: an expert may have enabled gradients itself.
-    with torch.enable_grad():
-        outcome.hidden = leaving(outcome.hidden, tally, None)
-        outcome.losses = {
-            name: [leaving(value, tally, member, name) for member, value in enumerate(values)]
-            for name, values in outcome.losses.items()
-        }
-
-
 def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str | None:
     """Prove a new program: why it can't be, or ``None``."""
     record = unit.record
     if record.attempts >= _MOST_PROOFS:
         return "compute something else at every call"
     record.attempts += 1
-    why_not = prove(unit.members, _given(batch, private=False), outcome.operations)
+    given = _given(batch, private=False)
+    why_not = prove(unit.members, given, outcome.operations, has_losses=bool(outcome.losses))
     if why_not is None:
         record.programs[outcome.operations] = outcome.looped
         record.writes |= outcome.writes and learns
@@ -251,7 +237,7 @@ def _prove(unit: Unit, batch: UnitBatch, outcome: Outcome, learns: bool) -> str 
 def _given(batch: UnitBatch, *, private: bool, tally: Tally | None = None) -> Given:
     def own(tensor: torch.Tensor) -> torch.Tensor:
         if tally is not None:
-            tensor = rows_entering(tensor, tally)
+            tensor = entering(tensor, tally)
         return tensor.clone() if private else tensor
 
     rows = batch.context_rows

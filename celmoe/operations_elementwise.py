@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -74,14 +74,25 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return result
 
 
+# Nothing is left of what was there.
+_OVERWRITE = {"zero_", "fill_", "copy_"}
+
+
+def _not_in_place(func: Any, name: str, args: list[Any], options: dict[str, Any]) -> torch.Tensor:
+    """What an operation would write."""
+    if _place_of_inplace(func) is not None:
+        by_name = dict(zip(inspect.signature(func).parameters, args, strict=False))
+        return cast(torch.Tensor, func(**by_name | options | {"inplace": False}))
+    plain_name = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
+    return cast(torch.Tensor, getattr(torch.Tensor, plain_name)(*args, **options))
+
+
 @operation(*IN_PLACE.split())
 def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
-    # Not what stands for it where gradients are traced.
-    target = args[0] if args[0].origin is None else args[0].origin
-    args = (target, *args[1:])
-    if run.trace is not None:
-        run.trace.require_own(target, name)
+    # Where gradients are traced, what stands for it is read, and it is written.
+    taken = args[0]
+    target = taken if taken.origin is None else taken.origin
     others = operands([*args[1:], *kwargs.values()])
     if isinstance(target, Rows) and run.is_ambiguous(target.plain):
         raise CannotGroupError(f"wrote into what their number of rows makes a copy or a view ({name})")
@@ -100,7 +111,15 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
             raise NeedsOwnRowsError
     named = list(kwargs)
     plain, _ = align(run, name, [*args, *kwargs.values()])
-    func(*plain[: len(args)], **dict(zip(named, plain[len(args) :], strict=True)))
+    positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))
+    if taken is target or name in _OVERWRITE:
+        func(target.plain, *positional[1:], **options)
+    else:
+        # What is read must not be what is written, which it shares memory with.
+        written = _not_in_place(func, name, [positional[0].clone(), *positional[1:]], options)
+        if not torch.can_cast(written.dtype, target.dtype):
+            raise RuntimeError(f"result type {written.dtype} can't be cast to {target.dtype}")
+        target.plain.copy_(written)
     if isinstance(target, Stack):
         target.is_reduced |= any(isinstance(other, Stack) and other.is_reduced for other in others)
     return target

@@ -20,6 +20,7 @@ from .experts import ExpertBatch, ExpertResult
 from .ragged import CannotGroupError
 from .segments import Segments
 from .signature import Watched
+from .tally import Tally, entering
 from .template import Given, Outcome, Template, run_template
 from .watchers import unwatched
 
@@ -58,13 +59,14 @@ _DROPOUT_PLACES = {"multi_head_attention_forward": 10, "gru": 5, "lstm": 5, "rnn
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 
 
-def prove(members: Sequence[Watched], given: Given, program: tuple[str, ...]) -> str | None:
+def prove(members: Sequence[Watched], given: Given, program: tuple[str, ...], *, has_losses: bool) -> str | None:
     """Whether grouped equals looped for a class and a program.
 
     Args:
         members: Two members or more; two are taken.
         given: What the class is given.
         program: The operations of the run that is to be proven.
+        has_losses: Whether it gives losses.
 
     Returns:
         What differs, in words that follow "its experts", or ``None``.
@@ -85,7 +87,7 @@ def prove(members: Sequence[Watched], given: Given, program: tuple[str, ...]) ->
         tensors = [[_copy(tensor, tensor.requires_grad) for tensor in member.tensors] for member in pair]
         segments = Segments(COUNTS, given.hidden.device)
         try:
-            grouped = _grouped(pair, tensors, few, segments)
+            grouped = _grouped(pair, tensors, few, segments, Tally(len(pair)) if has_losses else None)
             if grouped.operations != program:
                 return "computed something else on a few rows"
             looped = _looped(pair, tensors, few)
@@ -106,20 +108,27 @@ def _copy(tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
     return copy.requires_grad_(requires_grad and (copy.is_floating_point() or copy.is_complex()))
 
 
-def _private(given: Given) -> Given:
+def _private(given: Given, tally: Tally | None = None) -> Given:
     """Rows that an expert may write into, and that are no leaves."""
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor if tally is None else entering(tensor, tally)).clone()
+
     return Given(
-        given.hidden.clone(),
-        None if given.mask is None else given.mask.clone(),
-        [each.clone() for each in given.aligned],
+        own(given.hidden),
+        None if given.mask is None else own(given.mask),
+        [own(each) for each in given.aligned],
         given.build_context,
         given.shared,
     )
 
 
-def _grouped(pair: Sequence[Watched], tensors: list[list[torch.Tensor]], few: Given, segments: Segments) -> Outcome:
+def _grouped(
+    pair: Sequence[Watched], tensors: list[list[torch.Tensor]], few: Given, segments: Segments, tally: Tally | None
+) -> Outcome:
     template = Template(pair[0].module, pair[0].signature)
-    return run_template(template, list(zip(*tensors, strict=True)), _private(few), segments, is_rehearsal=True)
+    members, given = list(zip(*tensors, strict=True)), _private(few, tally)
+    return run_template(template, members, given, segments, is_rehearsal=True, tally=tally)
 
 
 def _looped(pair: Sequence[Watched], tensors: list[list[torch.Tensor]], few: Given) -> list[ExpertResult]:

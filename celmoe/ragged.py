@@ -114,21 +114,6 @@ def _of_inner(name: str) -> property:
     return property(read)
 
 
-class Memory:
-    """What is known of a value's memory, which its views share.
-
-    Attributes:
-        sources: The edges between operations that gradients of what is in it come by.
-        is_used: Whether something was made of it that gradients come by.
-    """
-
-    __slots__ = ("is_used", "sources")
-
-    def __init__(self, sources: frozenset[int] = frozenset()) -> None:
-        self.sources = sources
-        self.is_used = False
-
-
 class Ragged(torch.Tensor):
     """Base of the three: a tensor to Python, whose values only the operations of the grouped engine can reach.
 
@@ -136,13 +121,11 @@ class Ragged(torch.Tensor):
         plain: The plain tensor behind it.
         plain_shape: Its shape.
         origin: The value that an operation took, where this is what it was given in its place.
-        memory: What is known of its memory, where gradients are traced.
     """
 
     plain: torch.Tensor
     plain_shape: torch.Size
     origin: Ragged | None = None
-    memory: Memory
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

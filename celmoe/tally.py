@@ -25,23 +25,21 @@ from .product import is_batched
 
 # By the name of a loss, the edges between operations that it came by; the rows do for `None`.
 Reach: TypeAlias = Mapping[str | None, frozenset[int]]
-# Passes that are remembered: of older ones all members count as reached.
-_MOST_PASSES = 64
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pass:
     """One backward pass.
 
     Attributes:
         names: By member, the losses that it has come by.
         has_rows: Whether it has come by the rows of all.
-        earlier: Passes whose graphs it goes through, and by whose gradients: a member's, or `None` for the rows.
+        earlier: Passes whose graphs it goes through, and by whose gradients: a member's, or `None` for all.
     """
 
     names: list[set[str]]
     has_rows: bool = False
-    earlier: set[tuple[int, int | None]] = field(default_factory=set)
+    earlier: set[tuple[_Pass, int | None]] = field(default_factory=set)
 
 
 class Tally:
@@ -57,50 +55,54 @@ class Tally:
     def __init__(self, num_members: int) -> None:
         self.reach: Reach = {}
         self._num_members = num_members
-        self._passes: dict[int, _Pass] = {}
+        self._running: dict[int, _Pass] = {}
+        # Passes may run in several threads.
         self._lock = Lock()
 
-    def _current(self) -> _Pass:
+    def current(self) -> _Pass:
+        """The pass that runs."""
         task = torch._C._current_graph_task_id()
-        # Passes may run in several threads.
         with self._lock:
-            if task not in self._passes:
-                self._passes[task] = _Pass([set() for _ in range(self._num_members)])
-                if len(self._passes) > _MOST_PASSES:
-                    del self._passes[min(self._passes)]
-            return self._passes[task]
+            found = self._running.get(task)
+            if found is None:
+                found = self._running[task] = _Pass([set() for _ in range(self._num_members)])
+                engine = cast(Any, torch.autograd.Variable)._execution_engine
+                engine.queue_callback(lambda: self._running.pop(task, None))
+        return found
 
     def add(self, member: int | None, name: str | None) -> None:
         """A gradient has arrived at a member's loss, or at the rows of all."""
         if member is None or name is None:
-            self._current().has_rows = True
+            self.current().has_rows = True
         else:
-            self._current().names[member].add(name)
-
-    def give_up(self) -> None:
-        """From now on all members count as reached."""
-        self.reach = {}
-
-    def go_through(self, task: int, member: int | None) -> None:
-        """This pass goes through an earlier one's graph, by the gradients of a member's tensor, or of the rows."""
-        self._current().earlier.add((task, member))
+            self.current().names[member].add(name)
 
     def members_reached(self, edge: int) -> list[bool]:
         """Whether this pass has reached each member, by what came by the edge."""
-        reached = [False] * self._num_members
         came_by = {name for name, edges in self.reach.items() if edge in edges}
-        open_passes: list[tuple[int, int | None]] = [(torch._C._current_graph_task_id(), None)]
-        seen = set(open_passes)
-        while open_passes:
-            task, only = open_passes.pop()
-            found = self._passes.get(task)
-            if found is None or not self.reach or (found.has_rows and None in came_by):
-                return [True] * self._num_members
-            for member, names in enumerate(found.names):
+        current = self.current()
+        if not came_by or not (current.has_rows or current.earlier or any(current.names)):
+            # Not known of, so nothing is held back.
+            return [True] * self._num_members
+        reached = [False] * self._num_members
+        # Members have nothing to do with one another: what came by one of them stays with it from pass to pass.
+        to_look_at: list[tuple[_Pass, int | None]] = [(current, None)]
+        seen = set(to_look_at)
+        while to_look_at:
+            each, only = to_look_at.pop()
+            if None in came_by and each.has_rows:
+                if only is None:
+                    return [True] * self._num_members
+                reached[only] = True
+            for member, names in enumerate(each.names):
                 if only in (None, member) and not names.isdisjoint(came_by):
                     reached[member] = True
-            open_passes += found.earlier - seen
-            seen |= found.earlier
+            for one, by in each.earlier:
+                if None in (only, by) or by == only:
+                    following = one, by if only is None else only
+                    if following not in seen:
+                        seen.add(following)
+                        to_look_at.append(following)
         return reached
 
 
@@ -113,25 +115,29 @@ class _Exit(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if grads[0] is not None:
+        (grad,) = grads
+        if grad is not None:
             ctx.tally.add(ctx.member, ctx.name)
-        return grads[0], None, None, None
+            grad = entering(grad, ctx.tally)
+        return grad, None, None, None
 
 
 class _Gradient(Function):
     """A gradient that has a graph: a pass that comes by it goes through that graph."""
 
     @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, tally: Tally, task: int, member: int | None) -> torch.Tensor:
-        ctx.tally, ctx.task, ctx.member = tally, task, member
+    def forward(ctx: Any, grad: torch.Tensor, tally: Tally, earlier: _Pass, member: int | None) -> torch.Tensor:
+        ctx.tally, ctx.earlier, ctx.member = tally, earlier, member
         ctx.set_materialize_grads(False)
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if grads[0] is not None:
-            ctx.tally.go_through(ctx.task, ctx.member)
-        return grads[0], None, None, None
+        (grad,) = grads
+        if grad is not None:
+            ctx.tally.current().earlier.add((ctx.earlier, ctx.member))
+            grad = entering(grad, ctx.tally)
+        return grad, None, None, None
 
 
 def _given_out(grad: torch.Tensor, tally: Tally, member: int | None) -> torch.Tensor:
@@ -139,9 +145,9 @@ def _given_out(grad: torch.Tensor, tally: Tally, member: int | None) -> torch.Te
         return grad
     if is_batched(grad):
         # There is no knowing who goes through its graph.
-        tally.give_up()
+        tally.reach = {}
         return grad
-    return cast(torch.Tensor, _Gradient.apply(grad, tally, torch._C._current_graph_task_id(), member))
+    return cast(torch.Tensor, _Gradient.apply(grad, tally, tally.current(), member))
 
 
 class _Members(Function):
@@ -181,12 +187,12 @@ class _Blocks(Function):
         return grad, None, None, None, None
 
 
-class _Rows(Function):
+class _Entry(Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, tally: Tally) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, tally: Tally) -> torch.Tensor:
         ctx.tally = tally
         ctx.set_materialize_grads(False)
-        return rows.view_as(rows)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -201,11 +207,14 @@ def leaving(value: torch.Tensor, tally: Tally, member: int | None, name: str | N
     return cast(torch.Tensor, _Exit.apply(value, tally, member, name))
 
 
-def rows_entering(rows: torch.Tensor, tally: Tally) -> torch.Tensor:
-    """What the batch gives to all members, before anything is made of it."""
-    if not rows.requires_grad or not torch.is_grad_enabled():
-        return rows
-    return cast(torch.Tensor, _Rows.apply(rows, tally))
+def entering(value: torch.Tensor, tally: Tally) -> torch.Tensor:
+    """What is given to all members, before anything is made of it; or to a pass that has a graph."""
+    if not (value.requires_grad and torch.is_grad_enabled()):
+        return value
+    if is_batched(value):
+        tally.reach = {}
+        return value
+    return cast(torch.Tensor, _Entry.apply(value, tally))
 
 
 def members_entering(members: Sequence[torch.Tensor], tally: Tally, edge: int) -> Sequence[torch.Tensor]:
@@ -224,3 +233,25 @@ def blocks_entering(value: torch.Tensor, tally: Tally, edge: int, axis: int, siz
         sizes: Of each member's block.
     """
     return cast(torch.Tensor, _Blocks.apply(value, tally, edge, axis, sizes))
+
+
+def edges_behind(value: torch.Tensor, tally: Tally) -> frozenset[int]:
+    """The edges of a tally that gradients of a tensor come by, of all that PyTorch's graph has."""
+    found = set()
+    nodes = [value.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or isinstance(node, _ENTRY) or getattr(node, "tally", tally) is not tally:
+            continue
+        if isinstance(node, _EDGES):
+            found.add(node.edge)
+        if not isinstance(node, _MEMBERS):
+            following = {each for each, _ in node.next_functions} - seen
+            seen |= following
+            nodes += following
+    return frozenset(found)
+
+
+_MEMBERS, _ENTRY = cast(Any, _Members)._backward_cls, cast(Any, _Entry)._backward_cls
+_EDGES = (_MEMBERS, cast(Any, _Blocks)._backward_cls)

@@ -33,7 +33,7 @@ from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, r
 from .segments import Segments
 from .signature import BOOKKEEPING, CONTAINERS, DERIVED, Signature, copied
 from .slots import held_in_slots
-from .tally import Reach, Tally
+from .tally import Tally, leaving
 from .trace import Trace
 
 
@@ -74,15 +74,12 @@ class Outcome:
         operations: The program: the operations in order.
         looped: Those that were looped over the members, and how often.
         writes: Whether anything was written in place.
-        reach: By the name of a loss, the edges that its gradients come by; those of the rows for ``None``. Empty where
-            that is not traced.
     """
 
-    __slots__ = ("hidden", "looped", "losses", "operations", "reach", "writes")
+    __slots__ = ("hidden", "looped", "losses", "operations", "writes")
 
-    def __init__(self, hidden: torch.Tensor, losses: dict[str, list[torch.Tensor]], run: Run, reach: Reach) -> None:
+    def __init__(self, hidden: torch.Tensor, losses: dict[str, list[torch.Tensor]], run: Run) -> None:
         self.hidden = hidden
-        self.reach = reach
         self.losses = losses
         self.operations = tuple(run.operations)
         self.looped = dict(run.looped)
@@ -250,9 +247,7 @@ class _Interception(TorchFunctionMode):
             return handler(self._run, func, name, args, kwargs)
         taken = trace.take(name, [*args, *kwargs.values()])
         entered = dict(zip(kwargs, taken[len(args) :], strict=True))
-        result = handler(self._run, func, name, tuple(taken[: len(args)]), entered)
-        trace.give(name, result, [*args, *kwargs.values()])
-        return result
+        return handler(self._run, func, name, tuple(taken[: len(args)]), entered)
 
     def _registered(self, value: Any) -> Any:
         """Tensors that are not the run's own must be the context's."""
@@ -383,14 +378,24 @@ def run_template(
         with torch.enable_grad():
             if trace is not None:
                 losses = {name: trace.returned(loss) for name, loss in losses.items()}
-            split = {name: _of_members(loss, segments) for name, loss in losses.items()}
+            outcome = Outcome(hidden.plain, {name: _of_members(loss, segments) for name, loss in losses.items()}, run)
+            if trace is not None and tally is not None:
+                results: list[tuple[str | None, Ragged]] = [(None, hidden), *losses.items()]
+                tally.reach = {name: trace.edges_behind(each) for name, each in results}
+                _leave(outcome, tally)
     finally:
         # No copy of a weight outlives the call.
         template.fill([None] * len(tensors))
-    reach: dict[str | None, frozenset[int]] = {}
-    if trace is not None:
-        reach = {None: trace.sources(hidden)} | {name: trace.sources(loss) for name, loss in losses.items()}
-    return Outcome(hidden.plain, split, run, reach)
+    return outcome
+
+
+def _leave(outcome: Outcome, tally: Tally) -> None:
+    """Have the tally told of what comes back to rows and losses."""
+    outcome.hidden = leaving(outcome.hidden, tally, None)
+    outcome.losses = {
+        name: [leaving(value, tally, member, name) for member, value in enumerate(values)]
+        for name, values in outcome.losses.items()
+    }
 
 
 def _checked(result: Any, given: torch.Tensor) -> tuple[Rows, dict[str, Ragged]]:

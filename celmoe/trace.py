@@ -2,29 +2,34 @@
 
 An objective may leave losses out. Then what is computed for those alone must have no part in the backward pass, as it
 has none when experts run one by one: not even that of a zero, which is no zero behind a derivative that is not finite.
+Which results came by which edges is read from PyTorch's own graph: it knows of views and of what is written into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import count
 from typing import Any
 
 import torch
 
-from .ragged import CannotGroupError, Common, Memory, Ragged, Repeated, Rows, Stack, like, registered, repeated
+from .ragged import CannotGroupError, Common, Ragged, Repeated, Rows, Stack, like, registered, repeated
 from .segments import Segments
-from .tally import Tally, blocks_entering, members_entering
+from .tally import Tally, blocks_entering, edges_behind, members_entering
 
+# What is made without gradients, whatever has some.
+_WITHOUT_GRADIENTS = """
+    detach data numel is_floating_point is_complex zeros_like ones_like full_like new_zeros new_ones new_full new_empty
+"""
 # A gradient of zero is one behind these, too, whatever they were given.
 _KEEP_ZEROS = """
     view reshape view_as reshape_as flatten unflatten transpose swapaxes swapdims t T mT adjoint matrix_transpose
     permute movedim moveaxis unsqueeze squeeze expand expand_as broadcast_to chunk split split_with_sizes tensor_split
-    unbind narrow select __getitem__ diagonal unfold contiguous float double half bfloat16 to type_as detach data
-    positive __pos__ dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d add sub subtract rsub neg negative
-    __add__ __radd__ __sub__ __rsub__ __neg__ sum mean clone cat concat concatenate stack repeat tile pad flip roll
-    zeros_like ones_like full_like new_zeros new_ones new_full new_empty numel is_floating_point is_complex
+    unbind narrow select __getitem__ diagonal unfold contiguous float double half bfloat16 to type_as positive __pos__
+    dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d add sub subtract rsub neg negative __add__
+    __radd__ __sub__ __rsub__ __neg__ sum mean clone cat concat concatenate stack repeat tile pad flip roll
 """
+_HAS_NO_GRADIENT = frozenset(_WITHOUT_GRADIENTS.split())
 _KEEPS_ZEROS = frozenset(_KEEP_ZEROS.split())
 
 
@@ -40,7 +45,6 @@ class Trace:
         self._tally = tally
         self._counts = segments.counts
         self._edges = count()
-        self._taken: set[int] = set()
 
     def take(self, name: str, values: Iterable[Any]) -> list[Any]:
         """What an operation is to be given in place of its arguments.
@@ -48,25 +52,22 @@ class Trace:
         Raises:
             CannotGroupError: Gradients come back to what is no member's.
         """
-        self._taken = set()
-        if not torch.is_grad_enabled():
+        if name in _HAS_NO_GRADIENT or not torch.is_grad_enabled():
             return list(values)
-        keeps_zeros = name in _KEEPS_ZEROS
-        return [self._entered(value, name, keeps_zeros) for value in values]
+        return [self._entered(value, name) for value in values]
 
-    def _entered(self, value: Any, name: str, keeps_zeros: bool) -> Any:
+    def _entered(self, value: Any, name: str) -> Any:
         if type(value) in (list, tuple):
-            return type(value)(self._entered(each, name, keeps_zeros) for each in value)
-        is_own = isinstance(value, Stack) and value.members is not None
-        if not isinstance(value, Ragged) or not value.requires_grad or (keeps_zeros and not is_own):
+            return type(value)(self._entered(each, name) for each in value)
+        if not isinstance(value, Ragged) or not value.requires_grad:
             return value
         if isinstance(value, Common):
             raise CannotGroupError(f"return losses, and give gradients to a tensor that is shared ({name})")
-        edge = next(self._edges)
-        self._taken.add(edge)
-        entered = self._by_edge(value, edge)
+        is_own = isinstance(value, Stack) and value.members is not None
+        if name in _KEEPS_ZEROS and not is_own:
+            return value
+        entered = self._by_edge(value, next(self._edges))
         entered.origin = value
-        entered.memory = _memory_of(value)
         return entered
 
     def _by_edge(self, value: Ragged, edge: int) -> Ragged:
@@ -85,60 +86,12 @@ class Trace:
             entered.is_own = value.is_own
         return entered
 
-    def give(self, name: str, result: Any, args: Iterable[Any]) -> None:
-        """Know what gradients of a result come by, and what shares its memory."""
-        given, made = list(_flat(args)), list(_flat([result]))
-        if name in ("detach", "data") or not torch.is_grad_enabled():
-            # No gradient goes that way, in either direction.
-            return
-        sources = frozenset(self._taken).union(*(_memory_of(each).sources for each in given))
-        lent = {_place(each): each.memory for each in given}
-        kept = {id(each.memory) for each in given if any(each is other for other in made)}
-        for each in made:
-            # What was written into, and its views, hold what the others gave from now on.
-            shared = lent.get(_place(each)) if id(each) not in map(id, given) else each.memory
-            each.memory = lent[_place(each)] = shared or Memory()
-            each.memory.sources |= sources
-            kept.add(id(each.memory))
-        for each in given:
-            each.memory.is_used |= each.requires_grad and id(each.memory) not in kept
-
     def returned(self, loss: Ragged) -> Ragged:
         """A loss that an expert returns: one of its tensors as it is was taken by no operation yet."""
-        (taken,) = self.take("sum", [loss])
+        (taken,) = self.take("clone", [loss])
         assert isinstance(taken, Ragged)
-        if taken is not loss:
-            taken.memory = Memory(frozenset(self._taken))
         return taken
 
-    @staticmethod
-    def sources(value: Ragged) -> frozenset[int]:
-        """The edges that its gradients come by."""
-        return _memory_of(value).sources
-
-    def require_own(self, value: Ragged, name: str) -> None:
-        """Refuse to write into what has been taken already: which gradients came by what is not known from then on."""
-        if _memory_of(value).is_used:
-            raise CannotGroupError(f"return losses, and write into what has been used before ({name})")
-
-
-def _memory_of(value: Ragged) -> Memory:
-    try:
-        return value.memory
-    except AttributeError:
-        value.memory = Memory()
-        return value.memory
-
-
-def _place(value: Ragged) -> Any:
-    """Which memory a value has; one of its own where it is not written out."""
-    is_whole = not isinstance(value, Repeated) and not (isinstance(value, Stack) and value.members is not None)
-    return value.plain.untyped_storage()._cdata if is_whole else id(value)
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Ragged]:
-    for value in values:
-        if isinstance(value, Ragged):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _flat(value)
+    def edges_behind(self, value: Ragged) -> frozenset[int]:
+        """The edges that gradients of a result come by."""
+        return edges_behind(value.plain, self._tally)

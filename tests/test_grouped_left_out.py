@@ -27,7 +27,6 @@ from tests.traps import (
     assert_same,
     auto_groups_all,
     build,
-    check_refusal,
     experts_of,
     oracle_of,
 )
@@ -115,6 +114,12 @@ def with_an_empty_mask() -> Batch:
     return batch
 
 
+def unmasked() -> Batch:
+    batch = Batch(dtype=torch.float64)
+    batch.mask = torch.ones_like(batch.mask)
+    return batch
+
+
 def are_finite(found: dict[str, Any]) -> bool:
     return all(bool(each.isfinite().all()) for each in found.values() if each is not None)
 
@@ -162,19 +167,8 @@ def test_a_loss_left_out_of_a_second_derivative():
     assert_same(*found)
 
 
-def written_after_use(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    found = rows * 2
-    total = found.sum()
-    return total + found.add_(batch.hidden).square().mean()
-
-
 def by_what_all_share(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
     return (rows * batch.context["table"][0]).square().mean()
-
-
-def test_writing_into_what_has_been_used():
-    """What gradients come by would not be known."""
-    check_refusal(lambda: Losing(written_after_use), "write into what has been used before")
 
 
 def test_gradients_of_what_all_share():
@@ -231,7 +225,60 @@ class Layers(Trapped):
         return ExpertResult(rows.view(batch.hidden.shape), {"loss": rows.square().mean()})
 
 
+def written_after_use(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = rows * 2
+    total = found.sum()
+    return total + found.add_(batch.hidden).square().mean()
+
+
+def a_repeated_weight(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = self.linear.bias.repeat(rows.shape[0], 1)
+    part = found[:, :4]
+    part += rows[:, :4]
+    return found.square().mean()
+
+
+def the_same_without_gradients(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = batch.hidden.detach() * 1
+    with torch.no_grad():
+        same = found.contiguous()
+    same += rows
+    return found.square().mean()
+
+
+def beside_a_likeness(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = batch.hidden.detach() * 1
+    likeness = found.detach()
+    found.view_as(likeness).add_(rows)
+    return found.square().mean()
+
+
+def divided_in_place(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    loss = masked(rows, batch).sum()
+    loss /= batch.mask.sum()
+    return loss
+
+
+def rooted_in_place(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    found = masked(rows, batch).abs() - 0
+    found.sqrt_()
+    return found.mean()
+
+
+def gated(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    """What has no gradient came of what has none that is finite."""
+    lengths = masked(self.norm(rows), batch).square().sum(1).sqrt()
+    return (rows.square().mean(1) * (lengths > 0).to(rows.dtype) * torch.ones_like(lengths)).mean()
+
+
 WRITTEN: dict[str, Callable[[], nn.Module]] = {
+    "after it was used": lambda: Losing(written_after_use),
+    "a weight repeated": lambda: Losing(a_repeated_weight),
+    "the same without gradients": lambda: Losing(the_same_without_gradients),
+    "beside a likeness": lambda: Losing(beside_a_likeness),
+    "a number divided": lambda: Losing(divided_in_place),
+    "a root": lambda: Losing(rooted_in_place),
+    "a gate": lambda: Losing(gated),
     "a view by einsum": Aliased,
     "behind dropout": lambda: Layers(nn.Dropout(0.0), nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)),
     "behind a view": lambda: Layers(nn.Unflatten(1, (2, WIDTH // 2)), nn.ReLU(inplace=True)),
@@ -243,10 +290,9 @@ WRITTEN: dict[str, Callable[[], nn.Module]] = {
 def test_written_into_and_still_known(name: str):
     model = build(WRITTEN[name], dtype=torch.float64)
     Batch(dtype=torch.float64)(model)
-    for objective in (the_one_left_out, everything_and_chosen):
-        found, expected = (
-            gradients(model, forward, Batch(dtype=torch.float64), objective) for forward in (model, oracle_of(model))
-        )
+    for objective, make_batch in ((the_one_left_out, unmasked), (everything_and_chosen, with_an_empty_mask)):
+        batches = (Batch(dtype=torch.float64) if make_batch is Batch else make_batch() for _ in range(2))
+        found, expected = (gradients(model, forward, next(batches), objective) for forward in (model, oracle_of(model)))
         assert_same(found, expected)
     assert_ran_grouped(model, Batch())
 

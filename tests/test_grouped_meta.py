@@ -305,7 +305,7 @@ PROVEN_WRONG = {name: mutant for name, mutant in MUTANTS.items() if mutant.proof
 @pytest.fixture
 def without_proof(monkeypatch: Patch) -> None:
     """The engine believes in itself."""
-    monkeypatch.setattr(celmoe.grouped, "prove", lambda *_: None)
+    monkeypatch.setattr(celmoe.grouped, "prove", lambda *_, **__: None)
 
 
 @pytest.mark.usefixtures("without_proof")

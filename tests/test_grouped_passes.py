@@ -6,6 +6,7 @@ What one of them reaches is no other's business: members that it does not reach 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from threading import Thread
 from typing import Any
@@ -66,6 +67,35 @@ def through_the_graph_of_one_through_another(output: Any, hidden: torch.Tensor) 
     (bend.square().sum() + loss_of(output, "c")).backward()
 
 
+def through_two_where_each_goes_its_way(output: Any, hidden: torch.Tensor) -> None:
+    slopes = torch.autograd.grad(loss_of(output, "a") + loss_of(output, "c"), hidden, create_graph=True)[0]
+    (slopes * torch.arange(1.0, len(slopes) + 1, dtype=slopes.dtype).unsqueeze(1)).square().sum().backward()
+
+
+def weighed_by_what_is_learned(output: Any, hidden: torch.Tensor) -> None:
+    """The gradient of a gradient leaves by the weight of a loss, and comes back by that."""
+    weight = torch.ones((), dtype=hidden.dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(weight * loss_of(output, "a"), hidden, create_graph=True)
+    (change,) = torch.autograd.grad(slope.sum(), weight, create_graph=True)
+    (change.square() + loss_of(output, "c")).backward()
+
+
+def many_within_one(output: Any, hidden: torch.Tensor) -> None:
+    def look(grad: torch.Tensor) -> None:
+        for _ in range(80):
+            torch.autograd.grad(loss_of(output, "e"), [hidden], retain_graph=True)
+
+    loss_of(output, "c").register_hook(look)
+    (loss_of(output, "c") + loss_of(output, "a")).backward()
+
+
+def with_many_after_a_graph(output: Any, hidden: torch.Tensor) -> None:
+    (slope,) = torch.autograd.grad(loss_of(output, "a"), hidden, create_graph=True)
+    for _ in range(80):
+        torch.autograd.grad(loss_of(output, "e"), hidden, retain_graph=True)
+    (slope.square().sum() + loss_of(output, "c")).backward()
+
+
 def stopped_at_a_loss(output: Any, hidden: torch.Tensor) -> None:
     (_Stop.apply(loss_of(output, "a")) + loss_of(output, "c")).backward()
 
@@ -79,6 +109,10 @@ PASSES = [
     with_a_graph_that_is_dropped,
     through_the_graph_of_another,
     through_the_graph_of_one_through_another,
+    through_two_where_each_goes_its_way,
+    weighed_by_what_is_learned,
+    many_within_one,
+    with_many_after_a_graph,
     stopped_at_a_loss,
     stopped_at_the_rows,
 ]
@@ -134,3 +168,17 @@ def test_passes_side_by_side():
     finally:
         sys.setswitchinterval(interval)
     assert not faults
+
+
+def test_nothing_of_a_forward_pass_is_kept():
+    model = build(lambda: Losing(squares), dtype=torch.float64)
+    output = Batch(dtype=torch.float64)(model)
+    for _ in range(3):
+        torch.autograd.grad(loss_of(output, "a"), list(model.parameters()), retain_graph=True, allow_unused=True)
+    tally = loss_of(output, "a").grad_fn
+    while not hasattr(tally, "tally"):
+        tally = tally.next_functions[0][0]
+    assert not tally.tally._running
+    kept = weakref.ref(tally.tally)
+    del tally, output
+    assert kept() is None
