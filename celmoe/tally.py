@@ -246,10 +246,12 @@ def edges_behind(value: torch.Tensor, tally: Tally) -> frozenset[int]:
             continue
         if isinstance(node, _EDGES):
             found.add(node.edge)
-        if not isinstance(node, _MEMBERS):
-            following = {each for each, _ in node.next_functions} - seen
-            seen |= following
-            nodes += following
+        following = {each for each, _ in node.next_functions}
+        if isinstance(node, _MEMBERS):
+            # Behind those there may be another such edge; else, whatever tensors they have come of.
+            following = {each for each in following if isinstance(each, _MEMBERS)}
+        nodes += following - seen
+        seen |= following
     return frozenset(found)
 
 

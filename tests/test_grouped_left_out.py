@@ -213,6 +213,15 @@ class Aliased(Trapped):
         return ExpertResult(torch.tanh(batch.hidden), {"loss": whole.square().mean()})
 
 
+class Expanding(Trapped):
+    """A weight for each row: as it is in the rows, and squared in a loss."""
+
+    def forward(self, batch):
+        expanded = self.linear.bias.expand(batch.hidden.shape[0], WIDTH)
+        loss = expanded.square().sum(1)
+        return ExpertResult(torch.tanh(batch.hidden) + expanded, {"loss": loss})
+
+
 class Layers(Trapped):
     """Layers that write into what the ones before gave."""
 
@@ -274,6 +283,7 @@ def gated(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
 WRITTEN: dict[str, Callable[[], nn.Module]] = {
     "after it was used": lambda: Losing(written_after_use),
     "a weight repeated": lambda: Losing(a_repeated_weight),
+    "a weight expanded": Expanding,
     "the same without gradients": lambda: Losing(the_same_without_gradients),
     "beside a likeness": lambda: Losing(beside_a_likeness),
     "a number divided": lambda: Losing(divided_in_place),
