@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch.autograd import Function
@@ -34,12 +34,43 @@ class _Pass:
     Attributes:
         names: By member, the losses that it has come by.
         has_rows: Whether it has come by the rows of all.
-        earlier: Passes whose graphs it goes through, and by whose gradients: a member's, or `None` for all.
+        entered: Gradients of earlier passes whose graphs it goes through.
+        behind: By the node that made a gradient of its own, the edges that further gradients come by.
     """
 
     names: list[set[str]]
     has_rows: bool = False
-    earlier: set[tuple[_Pass, int | None]] = field(default_factory=set)
+    entered: list[_Graph] = field(default_factory=list)
+    behind: dict[Any, frozenset[int]] = field(default_factory=dict)
+
+    def reached(self, came_by: set[str | None]) -> set[int]:
+        """The members that it has reached by any of these, or through the graph of a gradient that came by them."""
+        return self.by_results(came_by).union(*(graph.reached(came_by) for graph in self.entered))
+
+    def by_results(self, came_by: set[str | None]) -> set[int]:
+        """The members that it has reached by any of these."""
+        if self.has_rows and None in came_by:
+            return set(range(len(self.names)))
+        return {member for member, names in enumerate(self.names) if not names.isdisjoint(came_by)}
+
+
+class _Graph(NamedTuple):
+    """What is behind a gradient that has a graph.
+
+    Attributes:
+        edges: The edges that gradients come by, going through it.
+        made_by: The pass that gave the gradient out.
+        member: Whose tensor it is of; `None` where it is of the rows.
+    """
+
+    edges: frozenset[int]
+    made_by: _Pass
+    member: int | None
+
+    def reached(self, came_by: set[str | None]) -> set[int]:
+        """The members that have a part in it by any of these: no member has one in another's tensors."""
+        members = self.made_by.reached(came_by)
+        return members if self.member is None else members & {self.member}
 
 
 class Tally:
@@ -67,8 +98,14 @@ class Tally:
             if found is None:
                 found = self._running[task] = _Pass([set() for _ in range(self._num_members)])
                 engine = cast(Any, torch.autograd.Variable)._execution_engine
-                engine.queue_callback(lambda: self._running.pop(task, None))
+                engine.queue_callback(lambda: self._end(task))
         return found
+
+    def _end(self, task: int) -> None:
+        with self._lock:
+            ended = self._running.pop(task, None)
+        if ended is not None:
+            ended.behind.clear()
 
     def add(self, member: int | None, name: str | None) -> None:
         """A gradient has arrived at a member's loss, or at the rows of all."""
@@ -81,29 +118,12 @@ class Tally:
         """Whether this pass has reached each member, by what came by the edge."""
         came_by = {name for name, edges in self.reach.items() if edge in edges}
         current = self.current()
-        if not came_by or not (current.has_rows or current.earlier or any(current.names)):
+        graphs = [graph for graph in current.entered if edge in graph.edges]
+        if not came_by and not graphs:
             # Not known of, so nothing is held back.
             return [True] * self._num_members
-        reached = [False] * self._num_members
-        # Members have nothing to do with one another: what came by one of them stays with it from pass to pass.
-        to_look_at: list[tuple[_Pass, int | None]] = [(current, None)]
-        seen = set(to_look_at)
-        while to_look_at:
-            each, only = to_look_at.pop()
-            if None in came_by and each.has_rows:
-                if only is None:
-                    return [True] * self._num_members
-                reached[only] = True
-            for member, names in enumerate(each.names):
-                if only in (None, member) and not names.isdisjoint(came_by):
-                    reached[member] = True
-            for one, by in each.earlier:
-                if None in (only, by) or by == only:
-                    following = one, by if only is None else only
-                    if following not in seen:
-                        seen.add(following)
-                        to_look_at.append(following)
-        return reached
+        found = current.by_results(came_by).union(*(graph.reached(came_by) for graph in graphs))
+        return [member in found for member in range(self._num_members)]
 
 
 class _Exit(Function):
@@ -126,8 +146,8 @@ class _Gradient(Function):
     """A gradient that has a graph: a pass that comes by it goes through that graph."""
 
     @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, tally: Tally, earlier: _Pass, member: int | None) -> torch.Tensor:
-        ctx.tally, ctx.earlier, ctx.member = tally, earlier, member
+    def forward(ctx: Any, grad: torch.Tensor, tally: Tally, graph: _Graph) -> torch.Tensor:
+        ctx.tally, ctx.graph = tally, graph
         ctx.set_materialize_grads(False)
         return grad.view_as(grad)
 
@@ -135,9 +155,9 @@ class _Gradient(Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         if grad is not None:
-            ctx.tally.current().earlier.add((ctx.earlier, ctx.member))
+            ctx.tally.current().entered.append(ctx.graph)
             grad = entering(grad, ctx.tally)
-        return grad, None, None, None
+        return grad, None, None
 
 
 def _given_out(grad: torch.Tensor, tally: Tally, member: int | None) -> torch.Tensor:
@@ -147,7 +167,10 @@ def _given_out(grad: torch.Tensor, tally: Tally, member: int | None) -> torch.Te
         # There is no knowing who goes through its graph.
         tally.reach = {}
         return grad
-    return cast(torch.Tensor, _Gradient.apply(grad, tally, tally.current(), member))
+    current = tally.current()
+    if grad.grad_fn not in current.behind:
+        current.behind[grad.grad_fn] = edges_behind(grad, tally)
+    return cast(torch.Tensor, _Gradient.apply(grad, tally, _Graph(current.behind[grad.grad_fn], current, member)))
 
 
 class _Members(Function):
