@@ -119,8 +119,9 @@ class Tally:
         came_by = {name for name, edges in self.reach.items() if edge in edges}
         current = self.current()
         graphs = [graph for graph in current.entered if edge in graph.edges]
-        if not came_by and not graphs:
-            # Not known of, so nothing is held back.
+        is_known = bool(current.has_rows or current.entered or any(current.names))
+        if not is_known or not (came_by or graphs):
+            # How the pass came here, or what came by the edge: so nothing is held back.
             return [True] * self._num_members
         found = current.by_results(came_by).union(*(graph.reached(came_by) for graph in graphs))
         return [member in found for member in range(self._num_members)]

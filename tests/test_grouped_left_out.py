@@ -29,6 +29,7 @@ from tests.traps import (
     build,
     experts_of,
     oracle_of,
+    with_an_empty_mask,
 )
 
 
@@ -106,12 +107,6 @@ def gradients(model: Any, forward: Any, batch: Batch, objective: Callable[[Any],
     model.zero_grad()
     objective(batch(forward)).backward()
     return {f"gradient of {key}": each.grad for key, each in [*model.named_parameters(), *batch.leaves.items()]}
-
-
-def with_an_empty_mask() -> Batch:
-    batch = Batch(dtype=torch.float64)
-    batch.mask = torch.tensor([route != "b" for route in batch.routing[LEVEL]])
-    return batch
 
 
 def unmasked() -> Batch:

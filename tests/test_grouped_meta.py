@@ -27,6 +27,7 @@ from celmoe.plan import LevelPlan
 from celmoe.segments import Run, Segments
 from celmoe.signature import Gathered
 from celmoe.tally import Tally
+from celmoe.trace import Trace
 from tests import parity, traps
 from tests.parity import ParityError, assert_parity
 from tests.strategies import Case, Expert, Level, Routes, of_siblings, pool
@@ -374,6 +375,16 @@ def test_zeros_for_losses_that_were_not_used(monkeypatch: Patch):
     assert evidence.missing_gradients > evidence.gradients
     zeros_for_losses_not_used(monkeypatch)
     with pytest.raises(ParityError, match=f"^{ZEROS}"):
+        assert_parity(case.model("grouped"), case.inputs)
+
+
+def test_gradients_held_back_that_flow_in_a_loop(monkeypatch: Patch):
+    """A tally that takes all edges for those of the rows, where losses are all that is differentiated."""
+    case = of_kind("losses")
+    monkeypatch.setattr(parity, "objective_of", lambda output, *_: sum(each.sum() for each in output.losses.values()))
+    assert_parity(case.model("grouped"), case.inputs)
+    monkeypatch.setattr(Trace, "edges_behind", lambda self, value: frozenset() if value.dim() < 2 else range(99))
+    with pytest.raises(ParityError, match="gradient"):
         assert_parity(case.model("grouped"), case.inputs)
 
 

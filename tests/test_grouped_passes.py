@@ -15,7 +15,17 @@ import pytest
 import torch
 from torch.autograd import Function
 
-from tests.traps import GROUPED, LEVEL, Batch, Losing, assert_ran_grouped, assert_same, build, oracle_of
+from tests.traps import (
+    GROUPED,
+    LEVEL,
+    Batch,
+    Losing,
+    assert_ran_grouped,
+    assert_same,
+    build,
+    oracle_of,
+    with_an_empty_mask,
+)
 
 
 def squares(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -126,10 +136,8 @@ def test_what_a_pass_does_not_reach(go_back: Callable[[Any, torch.Tensor], None]
     found = []
     for forward in (model, oracle_of(model)):
         model.zero_grad()
-        batch = Batch(dtype=torch.float64)
-        if go_back is not within_another:
-            # That one asks for the gradient of this very loss.
-            batch.mask = torch.tensor([route != "b" for route in batch.routing[LEVEL]])
+        # The one within another asks for the gradient of this very loss.
+        batch = Batch(dtype=torch.float64) if go_back is within_another else with_an_empty_mask()
         go_back(batch(forward), batch.leaves["hidden"])
         leaves = {**dict(model.named_parameters()), **batch.leaves}
         # What passes of no use leave in the batch is nobody's to compare.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from celmoe import ExpertResult
-from tests.traps import LEVEL, NAMES, WIDTH, Batch, Trapped, auto_groups_all, build, engines_of, oracle_of
+from tests.traps import NAMES, WIDTH, Trapped, auto_groups_all, build, engines_of, oracle_of, with_an_empty_mask
 
 Step = tuple[str, int, int]
 
@@ -160,12 +160,6 @@ def gradients(model: Any, forward: Any, objective: Objective) -> dict[str, Any]:
         return {"error": type(error)}
     leaves = {**dict(model.named_parameters()), **batch.leaves}
     return {name: each.grad for name, each in leaves.items()}
-
-
-def with_an_empty_mask() -> Batch:
-    batch = Batch(dtype=torch.float64)
-    batch.mask = torch.tensor([route != "b" for route in batch.routing[LEVEL]])
-    return batch
 
 
 @given(programs(), objectives())

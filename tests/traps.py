@@ -101,6 +101,13 @@ BATCHES = (
 )
 
 
+def with_an_empty_mask() -> Batch:
+    """A batch in which the mask leaves out all rows of one expert, "b"."""
+    batch = Batch(dtype=torch.float64)
+    batch.mask = torch.tensor([route != "b" for route in batch.routing[LEVEL]])
+    return batch
+
+
 class Trapped(ExpertModule):
     """A layer, until it is armed.
 
