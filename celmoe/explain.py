@@ -145,7 +145,7 @@ def explain_level(
         level=level,
         engine=engine,
         num_experts=len(modules),
-        num_present=None if plan is None else len(plan.experts),
+        num_present=None if plan is None else len(plan.present),
         rows_per_expert=rows,
         num_parameters=sum(parameter.numel() for parameter in _initialized([modules])),
         parameter_bytes=parameter_bytes(present),

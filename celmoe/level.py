@@ -82,7 +82,7 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
         ) from None
     for modules, planned in zip(registries, plan.levels.values(), strict=True):
         try:
-            found.append(modules_named(modules, planned.experts))  # type: ignore[arg-type]  # a level's are a mapping
+            found.append(modules_named(modules, planned.present))  # type: ignore[arg-type]  # a level's are a mapping
         except KeyError as error:
             name = str(error.args[0])
             raise UnknownExpertError(
@@ -130,7 +130,7 @@ class Level:
         if not experts:
             empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
             return LevelOutput.with_deferred_routes(name, empty, host_plan.routes), None
-        scales = [self.config.experts[expert].input_gradient_scale for expert in plan.experts]
+        scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
         arranged = self._arranged(experts, engine, scales, plan)
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
@@ -143,7 +143,7 @@ class Level:
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
         output = LevelOutput.with_deferred_routes(name, combine(promoted, order), host_plan.routes)
         for place in sorted(extras):
-            expert, (losses, aux) = plan.experts[place], extras[place]
+            expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
                 _add_losses(output, expert, losses, self.config.experts[expert].loss_weight)
             if aux:
@@ -161,7 +161,7 @@ class Level:
             experts: The modules of the experts in the plan; of all experts without one.
             plan: The level's plan.
         """
-        names = tuple(modules) if plan is None else plan.experts
+        names = tuple(modules) if plan is None else plan.present
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
             scales = [self.config.experts[name].input_gradient_scale for name in names]
@@ -176,14 +176,14 @@ class Level:
         """The experts by units; ``None`` where they run one after another, in the plan's order."""
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
-        if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, plan.experts), experts)):
+        if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts)):
             return None
         if engine == AUTO:
             # Where a loop costs less it is right whatever the experts have become, and they need not be asked.
-            remembered = self.classes.remembered(plan.experts, experts, scales)
+            remembered = self.classes.remembered(plan.present, experts, scales)
             if remembered is not None and all(unit.is_alone for unit in self._judged(remembered, plan)):
                 return None
-        units = self.classes.units(plan.experts, experts, scales)
+        units = self.classes.units(plan.present, experts, scales)
         if engine == AUTO:
             units = self._judged(units, plan)
         if all(len(unit.members) == 1 for unit in units):
@@ -200,7 +200,7 @@ class Level:
         for unit in units:
             if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
                 pairs = zip(unit.positions, unit.members, strict=True)
-                self.classes.looped_anyway.update((plan.experts[place], each.module) for place, each in pairs)
+                self.classes.looped_anyway.update((plan.present[place], each.module) for place, each in pairs)
         return [judged(unit, _rows_of(unit, plan)) for unit in units]
 
 
@@ -300,7 +300,7 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
             None if mask_blocks is None else mask_blocks[index],
             {"level": plan.name, "expert": name},
         )
-        for index, (name, scale) in enumerate(zip(plan.experts, scales, strict=True))
+        for index, (name, scale) in enumerate(zip(plan.present, scales, strict=True))
     ]
 
 

@@ -25,8 +25,8 @@ class LevelPlan(NamedTuple):
 
     Attributes:
         name: The level's name.
-        experts: The P experts present, in sorted order.
-        counts: Samples of each, aligned with `experts`; never zero.
+        present: The names of the P experts present, in sorted order. No `expert_ids` index this list.
+        counts: Samples of each expert present, aligned with `present`; never zero.
         is_sorted: Whether the batch already stands in expert order, so that `order` is the identity.
         follows_previous: Whether `order` is the order of the level above.
         order: ``[R]`` int64: ``order[r]`` is the batch position of sorted row r; within an expert, positions ascend.
@@ -36,7 +36,7 @@ class LevelPlan(NamedTuple):
     """
 
     name: str
-    experts: tuple[str, ...]
+    present: tuple[str, ...]
     counts: tuple[int, ...]
     is_sorted: bool
     follows_previous: bool
@@ -60,11 +60,11 @@ class LevelPlan(NamedTuple):
         return id(self)
 
     def __repr__(self) -> str:
-        groups = ", ".join(f"{name}: {count}" for name, count in zip(self.experts, self.counts, strict=True))
+        groups = ", ".join(f"{name}: {count}" for name, count in zip(self.present, self.counts, strict=True))
         return f"LevelPlan({self.name!r}, {{{groups}}})"
 
 
-# What the host knows of one level, in the order of LevelPlan's first fields: name, experts, counts, is_sorted,
+# What the host knows of one level, in the order of LevelPlan's first fields: name, present, counts, is_sorted,
 # follows_previous; and where its four index tensors lie among the parts of the packed buffer.
 HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
 
@@ -102,7 +102,7 @@ class RoutingPlan:
         return type(self), (self.layout, self.batch_size, self._host_levels, self._packed, self._sizes)
 
     def __repr__(self) -> str:
-        levels = ", ".join(f"{level.name}: {len(level.experts)}" for level in self.levels.values())
+        levels = ", ".join(f"{level.name}: {len(level.present)}" for level in self.levels.values())
         return f"RoutingPlan(batch_size={self.batch_size}, experts present: {{{levels}}}, device='{self.device}')"
 
     @property
@@ -141,8 +141,8 @@ class RoutingPlan:
             )
         experts = dict(self.layout)[level]
         plan = self.levels[level]
-        if len(plan.experts) == 1:
-            return list(plan.experts) * self.batch_size
+        if len(plan.present) == 1:
+            return list(plan.present) * self.batch_size
         return [experts[each] for each in plan.expert_ids.tolist()]
 
     def require_layout(self, layout: Layout) -> None:

@@ -55,7 +55,7 @@ def test_blocks_hold_each_experts_rows_and_come_back(routes, trailing, few_rows,
     plan = plan_of(routes)
     rows = torch.randn(len(routes), *trailing, requires_grad=True)
     blocks = dispatch(rows, plan)
-    for name, block in zip(plan.experts, blocks, strict=True):
+    for name, block in zip(plan.present, blocks, strict=True):
         assert torch.equal(block, rows[[position for position, each in enumerate(routes) if each == name]])
     assert torch.equal(combine(blocks, plan), rows)
 

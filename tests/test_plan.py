@@ -46,7 +46,7 @@ def check_plan(plan: RoutingPlan, routes_by_level: dict[str, list[str]], config:
         order = sorted(range(len(routes)), key=lambda sample: (routes[sample], sample))
         counts = Counter(routes)
         assert told.name == level.name
-        assert told.experts == tuple(sorted(counts))
+        assert told.present == tuple(sorted(counts))
         assert told.counts == tuple(counts[name] for name in sorted(counts))
         assert all(type(count) is int for count in told.counts)
         assert told.order.tolist() == order
@@ -118,7 +118,7 @@ def test_any_number_of_experts(num_experts: int):
         order = sorted(range(len(names)), key=lambda sample: (names[sample], sample))
         told = plan.levels["level"]
         assert told.order.tolist() == order
-        assert told.experts == tuple(sorted(set(names)))
+        assert told.present == tuple(sorted(set(names)))
         assert told.expert_ids.tolist() == ids
         assert plan.routes("level") == names
 
@@ -136,7 +136,7 @@ def test_every_form_of_routes_makes_the_same_plan(form: str):
 def test_experts_run_in_sorted_order_and_ids_are_positions_in_the_config():
     plan = RoutingCompiler(config_of(level=["c", "a", "b"]))({"level": ["b", "c", "b", "a"]})
     told = plan.levels["level"]
-    assert told.experts == ("a", "b", "c")
+    assert told.present == ("a", "b", "c")
     assert told.counts == (1, 2, 1)
     assert told.order.tolist() == [3, 0, 2, 1]
     assert told.inverse.tolist() == [1, 3, 2, 0]
@@ -164,7 +164,7 @@ def three_levels() -> RoutingPlan:
 def same(one: RoutingPlan, other: RoutingPlan) -> None:
     assert (one.batch_size, one.layout, list(one.levels)) == (other.batch_size, other.layout, list(other.levels))
     for mine, theirs in zip(one.levels.values(), other.levels.values(), strict=True):
-        for field in ("name", "experts", "counts", "is_sorted", "follows_previous"):
+        for field in ("name", "present", "counts", "is_sorted", "follows_previous"):
             assert getattr(mine, field) == getattr(theirs, field)
         for field in ("order", "inverse", "expert_ids", "offsets"):
             assert torch.equal(getattr(mine, field), getattr(theirs, field))

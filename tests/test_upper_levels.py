@@ -68,7 +68,7 @@ def test_the_fallback_is_only_for_samples_without_a_parent():
     plan = compiler(family, level("language", LANGUAGE))({"language": ["de", "ru", "de", "fr"]})
     assert plan.routes("family") == ["germanic", "slavic", "germanic", "romance"]
     assert plan.levels["family"].counts == (2, 1, 1)
-    assert plan.levels["family"].experts == ("germanic", "romance", "slavic")
+    assert plan.levels["family"].present == ("germanic", "romance", "slavic")
 
 
 def test_the_only_expert_comes_before_the_fallback():

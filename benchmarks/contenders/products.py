@@ -29,7 +29,7 @@ class _Rows:
         model = cast(celmoe.HierarchicalCELMoE, terms.workload.build(celmoe))
         self.plan = model.compile_routing(terms.workload.routing())
         level = self.plan.levels[_LEVEL]
-        by_count = sorted(zip(level.counts, level.experts, strict=True))
+        by_count = sorted(zip(level.counts, level.present, strict=True))
         self.counts = [count for count, _ in by_count]
         modules = model.level_modules[_LEVEL]
         self.layers = nn.ModuleList(modules[name].body for _, name in by_count).to(terms.device)  # type: ignore[index]  # a mapping

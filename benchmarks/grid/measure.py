@@ -125,7 +125,7 @@ def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         level_hiddens = []
         for level in plans[turn()].levels.values():
-            experts = [model.level_modules[level.name][name] for name in level.experts]  # type: ignore[index]  # nested mappings
+            experts = [model.level_modules[level.name][name] for name in level.present]  # type: ignore[index]  # nested mappings
             blocks = hidden.split(list(level.counts))
             results = [expert(celmoe.ExpertBatch(block)) for expert, block in zip(experts, blocks, strict=True)]
             hidden = torch.cat([result.hidden for result in results])

@@ -45,7 +45,7 @@ class Batch:
         return {
             f"{level.name}/{expert}": words
             for level in levels
-            for expert, words in zip(level.experts, level.counts, strict=True)
+            for expert, words in zip(level.present, level.counts, strict=True)
         }
 
     @property

@@ -99,7 +99,7 @@ class RuleHead(nn.Module):
         weights = self.rules(self.candidates).split(self.counts)
         biases = self.bias.split(self.counts)
         groups = hidden.index_select(0, plan.order).split(plan.counts)
-        places = [self.languages[language] for language in plan.experts]
+        places = [self.languages[language] for language in plan.present]
         return [
             torch.addmm(biases[place], group, weights[place].t()) for place, group in zip(places, groups, strict=True)
         ]

@@ -118,7 +118,7 @@ class Table:
     def _counts(self, level: str, plan: RoutingPlan) -> npt.NDArray[np.int64]:
         positions, planned = self._levels[level], plan.levels[level]
         counts = np.zeros(len(positions), dtype=np.int64)
-        counts[[positions[name] for name in planned.experts]] = planned.counts
+        counts[[positions[name] for name in planned.present]] = planned.counts
         return counts
 
     def _learn(self, kind: int, rows: Rows, kinds: npt.NDArray[np.int64]) -> None:

@@ -168,7 +168,7 @@ class ShardedLevel(Level):
         hidden, *rest = received
         mask = rest.pop(0) if given.mask is not None else None
         local = LevelInput(hidden, None, given.context.with_aligned(rest) if rest else given.context, mask)
-        modules = modules_named(self._modules, local_plan.experts)
+        modules = modules_named(self._modules, local_plan.present)
         output, _ = super().run(modules, engine, local, local_plan, host_plan)
 
         result = self._in_agreed_dtype(output.hidden, bool(here.any()))
@@ -223,11 +223,11 @@ class ShardedLevel(Level):
 
     def _by_owner(self, plan: LevelPlan) -> LevelPlan:
         """This rank's plan as one group of rows: by the rank that they go to, then by expert, then as in the batch."""
-        owners = [self._owner_by_name[name] for name in plan.experts]
+        owners = [self._owner_by_name[name] for name in plan.present]
         size = plan.order.numel()
         positions = sorted(range(len(owners)), key=owners.__getitem__)
         if positions == list(range(len(owners))):
-            return plan._replace(experts=("",), counts=(size,), follows_previous=False)
+            return plan._replace(present=("",), counts=(size,), follows_previous=False)
         counts = np.asarray(plan.counts, dtype=np.int64)
         starts = np.cumsum(counts) - counts
         order = _ranges(starts[positions], counts[positions])
@@ -235,7 +235,7 @@ class ShardedLevel(Level):
             plan.order.device, non_blocking=True
         )
         return plan._replace(
-            experts=("",),
+            present=("",),
             counts=(size,),
             is_sorted=False,
             follows_previous=False,

@@ -99,7 +99,7 @@ class OneHot(torch.nn.Module):
         groups = hidden.index_select(0, plan.order).split(plan.counts)
         return [
             torch.eye(max(3, self._counts[language]))[group[:, 0]][:, : self._counts[language]]
-            for language, group in zip(plan.experts, groups, strict=True)
+            for language, group in zip(plan.present, groups, strict=True)
         ]
 
 
