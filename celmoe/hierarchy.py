@@ -150,6 +150,8 @@ class HierarchicalCELMoE(nn.Module):
             # Into the host's memory nothing would wait for the copy.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
         experts = present_experts(self.level_modules, plan)
+        if not batch_size:
+            experts = [[*cast(NamedModules, self.level_modules[level]).values()] for level in plan.levels]
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)

@@ -115,7 +115,7 @@ class Level:
         """Run the level.
 
         Args:
-            experts: The modules of the experts present.
+            experts: The modules of the experts present; without samples, of all that might have been present.
             engine: The name of what runs them.
             given: What the level is given.
             plan: The level's plan.
@@ -127,11 +127,11 @@ class Level:
             came in another one.
         """
         name = self.config.name
-        if not experts:
-            empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-            return LevelOutput.with_deferred_routes(name, empty, host_plan.routes), None
+        if not plan.present:
+            return LevelOutput.with_deferred_routes(name, self._of_no_samples(experts, given), host_plan.routes), None
         scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
-        arranged = self._arranged(experts, engine, scales, plan)
+        # Without elements a batch has nothing to compute together, and products of such matrices are refused.
+        arranged = self._arranged(experts, engine, scales, plan) if given.hidden.numel() else None
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
@@ -169,6 +169,35 @@ class Level:
             units = self.classes.units(names, experts, scales)
             classes = [_explained(unit, engine, names, plan) for unit in units]
         return explain_level(self.config.name, modules, engine, experts, plan, classes)
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether no expert lets gradients into the level's input."""
+        return not any(expert.input_gradient_scale for expert in self.config.experts.values())
+
+    def _of_no_samples(self, experts: Sequence[nn.Module], given: LevelInput) -> torch.Tensor:
+        """The level's output for a batch without samples, ``[0, ...]``.
+
+        Its gradient reaches, as zeros, all that the rows of some expert might have reached: a module before the model
+        gets the gradient that other ranks may wait for. Parameters of experts get none, for no expert has run.
+        """
+        rows = given.hidden.detach() if self.is_detached else given.hidden
+        rows = rows.clone(memory_format=torch.contiguous_format)
+        parameters = [parameter for expert in experts for parameter in expert.parameters()]
+        if not _takes_gradients(rows):
+            # Experts that look integers up give their parameters' dtype.
+            rows = rows.to(next((each.dtype for each in parameters if each.is_floating_point()), rows.dtype))
+        if not torch.is_grad_enabled() or not _takes_gradients(rows):
+            return rows
+        for tensor in (given.mask, *given.context.aligned, *given.context.shared.values()):
+            if tensor is not None and tensor.requires_grad:
+                rows = rows + tensor.sum().real.to(rows)
+        # A backward pass may start from here as from an expert's rows, though it reaches nothing. (The compiler takes
+        # no leaf that a graph makes.)
+        is_trained = any(parameter.requires_grad for parameter in parameters)
+        if is_trained and not rows.requires_grad and not torch.compiler.is_compiling():
+            rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+        return rows
 
     def _arranged(
         self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan
@@ -302,6 +331,10 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
         )
         for index, (name, scale) in enumerate(zip(plan.present, scales, strict=True))
     ]
+
+
+def _takes_gradients(rows: torch.Tensor) -> bool:
+    return rows.is_floating_point() or rows.is_complex()
 
 
 def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:

@@ -52,6 +52,8 @@ class LossBundle:
 
     def __init__(self, terms: list[LossTerm] | None = None) -> None:
         self.terms = list(terms) if terms is not None else []
+        # The total where no term is due, for there are no samples.
+        self._of_no_samples: torch.Tensor | None = None
 
     def add(self, name: str, value: torch.Tensor, weight: float | torch.Tensor = 1.0, scope: str = "global") -> None:
         """Append a term.
@@ -70,12 +72,16 @@ class LossBundle:
 
     @property
     def total(self) -> torch.Tensor:
-        """The weighted sum of all terms; differentiable.
+        """The weighted sum of all terms, a differentiable scalar.
+
+        No expert returns a loss for a batch of no samples: computed losses then add up to zero, and can run backward.
 
         Raises:
             InputError: There is no term.
         """
         if not self.terms:
+            if self._of_no_samples is not None:
+                return self._of_no_samples
             raise InputError("'terms' must hold at least one loss term (got none)")
         total = self.terms[0].value.new_zeros(())
         for term in self.terms:
@@ -142,6 +148,10 @@ class CELMoELossAPI:
         """
         self._check_levels(output)
         bundle = LossBundle()
+        hiddens = [level.hidden for level in output.levels.values()]
+        if hiddens and hiddens[0].shape[:1] == (0,):
+            # A rank without samples can so make a backward pass, like the ranks that have losses.
+            bundle._of_no_samples = sum((hidden.sum() for hidden in hiddens[1:]), hiddens[0].sum())
         for name, value in output.losses.items():
             bundle.add(name, value, output.loss_weights.get(name, 1.0), "expert")
         for name, weight, global_fn in self.global_losses:

@@ -87,8 +87,47 @@ def _run_level(
     if batch_size:
         output.hidden = _stack([row for row in rows if row is not None])
     else:
-        output.hidden = torch.zeros_like(hidden)
+        output.hidden = _no_rows(model, level, hidden, context, mask)
     return output
+
+
+def _no_rows(
+    model: HierarchicalCELMoE,
+    level: HierarchyLevelConfig,
+    hidden: torch.Tensor,
+    context: ExpertContext,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a level gives of no samples: nothing, with a graph to all that any of its experts might have read."""
+    parameters = list(model.level_modules[level.name].parameters())
+    rows = sum((_input_of(expert, hidden) for expert in level.experts.values()), torch.zeros_like(hidden))
+    if not hidden.dtype.is_floating_point and not hidden.dtype.is_complex:
+        looked_up = [parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point]
+        rows = rows.to(looked_up[0]) if looked_up else rows
+    for tensor in [*_tensors_in(mask), *_tensors_in(context)]:
+        if tensor.requires_grad:
+            rows = rows + tensor.sum().real.to(rows)
+    if any(parameter.requires_grad for parameter in parameters):
+        rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+    return rows
+
+
+def _tensors_in(value: Any, inside: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    """All tensors of a context, whole ones too, at any depth."""
+    if isinstance(value, Shared):
+        return _tensors_in(value.value, inside)
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if id(value) in inside:
+        return []
+    found: list[torch.Tensor] = []
+
+    def look(item: Any) -> Any:
+        found.extend(_tensors_in(item, (*inside, id(value))))
+        return item
+
+    _container_of(value, look, outermost=False)
+    return found
 
 
 def _collect(output: LevelOutput, level: HierarchyLevelConfig, name: str, result: ExpertResult) -> None:

@@ -165,6 +165,9 @@ class RouteTable:
 
 
 def _host_array(routes: torch.Tensor, level: str) -> npt.NDArray[Any]:
+    if not routes.numel():
+        # An empty list makes a floating-point tensor, as it makes such an array.
+        return np.empty(tuple(routes.shape))
     if routes.dtype == torch.bool or routes.is_floating_point() or routes.is_complex() or routes.is_quantized:
         raise RouteTypeError(f'"routing[{level!r}]" must hold integer ids (got dtype {routes.dtype})')
     if routes.is_meta:

@@ -180,9 +180,7 @@ class FullyShardedLevel(Level):
         """As `Level.run`, with the level's parameters gathered for as long as it takes."""
         records = torch.is_grad_enabled()
         token = self._thread.take(self._position, given.hidden.device)
-        hidden = given.hidden
-        if not any(expert.input_gradient_scale for expert in self.config.experts.values()):
-            hidden = hidden.detach()
+        hidden = given.hidden.detach() if self.is_detached else given.hidden
         self._usage.enter(self._position)
         found: list[Any] = []
 

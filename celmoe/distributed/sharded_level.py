@@ -145,7 +145,7 @@ class ShardedLevel(Level):
         present = counts.sum(0) > 0
         if not present.any():
             # Of no samples anywhere in the group; ranks of other groups may have some, and all make a backward pass.
-            output, _ = super().run((), engine, given, plan, host_plan)
+            output, _ = super().run([*self._modules.values()], engine, given, plan, host_plan)
             output.hidden = tied(output.hidden, token)
             return output, None
         dtype, is_differentiated = self._agreed_input(meeting, given)
@@ -209,17 +209,18 @@ class ShardedLevel(Level):
         self, given: LevelInput, outward: LevelPlan, meeting: Meeting, dtype: torch.dtype, is_differentiated: bool
     ) -> list[torch.Tensor]:
         """Hidden states, mask and the context's batch-aligned tensors, in the order of the ranks that they go to."""
+        hidden = given.hidden if is_differentiated else given.hidden.detach()
+        tensors = [hidden, *([] if given.mask is None else [given.mask]), *given.context.aligned]
+        if given.hidden.shape[0]:
+            tensors[0] = hidden.to(dtype)
+            return [dispatch(tensor, outward)[0] for tensor in tensors]
+        # Rows look as on other ranks, whatever this rank's look like; the tie gives what they come from its gradient.
         looks = meeting.rows
-        if not given.hidden.shape[0]:
-            # Of no samples, whatever this rank's look like.
-            device = given.hidden.device
-            wanted = [(looks.hidden, dtype), *(each[:2] for each in (looks.mask, *looks.context) if each is not None)]
-            return [torch.empty((0, *shape), dtype=each, device=device) for shape, each in wanted]
-        hidden = given.hidden.to(dtype)
-        tensors = [hidden if is_differentiated else hidden.detach()]
-        tensors += [] if given.mask is None else [given.mask]
-        tensors += given.context.aligned
-        return [dispatch(tensor, outward)[0] for tensor in tensors]
+        wanted = [(looks.hidden, dtype), *(each[:2] for each in (looks.mask, *looks.context) if each is not None)]
+        return [
+            tied(torch.empty((0, *shape), dtype=each, device=hidden.device), tensor)
+            for (shape, each), tensor in zip(wanted, tensors, strict=True)
+        ]
 
     def _by_owner(self, plan: LevelPlan) -> LevelPlan:
         """This rank's plan as one group of rows: by the rank that they go to, then by expert, then as in the batch."""
