@@ -240,3 +240,45 @@ def test_a_group_without_samples_beside_one_with_some(four):
 
 def train_in_groups(job):
     return train("experts", job, (2, 2), ("data", "expert"))
+
+
+class Looking(celmoe.ExpertModule):
+    """Looks integers up, and returns a loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(5, 1), nn.Linear(jobs.WIDTH, jobs.WIDTH)
+
+    def forward(self, batch):
+        rows = batch.hidden
+        made = self.linear(rows if rows.is_floating_point() else self.table(rows).squeeze(-1))
+        return celmoe.ExpertResult(made, {"size": made.square().sum()})
+
+
+def minimize_experts_losses(shard, sizes, dtype):
+    """A backward pass from experts' losses alone: the dtype of the first level's rows, and the encoder's gradient."""
+    size = sizes[dist.get_rank()]
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model = celmoe.HierarchicalCELMoE(jobs.make_model(Job([])).config, lambda *_: Looking())
+        encoder = nn.Linear(jobs.WIDTH, jobs.WIDTH)
+    shard(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
+    hidden = torch.ones(size, jobs.WIDTH, dtype=dtype)
+    output = model(encoder(hidden) if dtype.is_floating_point else hidden, {"language": ["ru", "it", "de"][:size]})
+    total = celmoe.CELMoELossAPI().compute(output).total
+    total.backward()
+    return output.levels["universal"].hidden.dtype, total.item(), encoder.weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 0), (0, 3), (0, 0)], ids=str)
+@pytest.mark.parametrize("shard", [shard_levels, shard_experts])
+def test_experts_losses_alone(two, shard, sizes, dtype):
+    for size, (found, total, gradient) in zip(
+        sizes, two.run(minimize_experts_losses, shard, sizes, dtype), strict=True
+    ):
+        assert found == torch.float32
+        assert (total > 0) >= (size > 0)
+        assert (gradient is not None) == dtype.is_floating_point
+        if gradient is not None:
+            assert gradient.any() == (size > 0)
