@@ -43,7 +43,7 @@ def _forgotten(parameters, groups, divisor):
 
 
 def _zeros_for_none(parameters, groups):
-    return [parameter for parameter in parameters if parameter.requires_grad]
+    return [gradients._DENSE] * len(parameters)
 
 
 def _own_mean(loss_sum, count, *, group=None):
@@ -75,7 +75,7 @@ MUTANTS = {
     "not reduced": (gradients, "reduce_over", _forgotten, REDUCED, PLAIN, "rank 1, step 0"),
     "zeros for None": (
         gradients,
-        "_with_gradient_somewhere",
+        "_joined_kinds",
         _zeros_for_none,
         REDUCED,
         PLAIN,
