@@ -27,6 +27,8 @@ Place: TypeAlias = tuple[str, str, str]
 
 # How a gradient is there.
 _NONE, _DENSE, _SPARSE = 0, 1, 2
+# Stands for a norm. A real one is not negative.
+_OVERFLOW = -1.0
 
 
 class _StandIns(nn.Module):
@@ -189,7 +191,7 @@ class GradientNorms:
 def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """``[N, 2]``, float64: how each gradient is there, and its norm as `clip_grad_norm_` takes it.
 
-    A norm that overflows while all elements are finite is told as the largest float64.
+    A norm that overflows while all elements are finite is told as `_OVERFLOW`.
     """
     found = torch.zeros(len(grads), 2, dtype=torch.float64)
     by_dtype: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
@@ -204,14 +206,12 @@ def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
         norms = torch.stack(torch._foreach_norm(values)).double().cpu()
         for place in norms.isinf().nonzero().flatten().tolist():
             if values[place].isfinite().all():
-                norms[place] = torch.finfo(torch.float64).max
+                norms[place] = _OVERFLOW
         found[positions, 1] = norms
     return found
 
 
 def _pairs(norms: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Two numbers for each norm that have the norm, and overflow where that did: both are the dtype's largest then."""
-    largest = torch.finfo(dtype).max
-    overflows = norms.isfinite() & (norms >= largest)
-    first = norms.masked_fill(overflows, largest)
-    return torch.stack([first, torch.zeros_like(first).masked_fill(overflows, largest)], -1).to(dtype)
+    """``[..., 2]``: two numbers of each norm. For `_OVERFLOW` both are the dtype's largest: their norm overflows."""
+    pairs = torch.stack([norms, torch.zeros_like(norms)], -1)
+    return torch.where((norms == _OVERFLOW).unsqueeze(-1), torch.finfo(dtype).max, pairs).to(dtype)
