@@ -1,5 +1,7 @@
 """Means over many samples in any dtype, and the reduction of sparse gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ from torch import nn
 
 import celmoe
 from benchmarks.multilingual.losses import mean
-from celmoe.distributed import joined_mean, reduce_gradients, shard_experts
+from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
 from tests.distributed import jobs
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -179,15 +181,42 @@ class Table(celmoe.ExpertModule):
         return celmoe.ExpertResult(batch.hidden * self.scale + self.table(batch.context["word"]))
 
 
-def train_with_tables(rank, size):
-    """Experts with sparse gradients, an optimizer of their own, and an overflow in one of them at the second step."""
+def make_model_with_tables():
     torch.manual_seed(0)
     levels = [
         celmoe.HierarchyLevelConfig("all", {"all": celmoe.ExpertConfig("all")}),
         celmoe.HierarchyLevelConfig("some", {name: celmoe.ExpertConfig(name) for name in "abc"}),
     ]
     config = celmoe.CELMoEConfig(jobs.WIDTH, levels, fusion_dropout=0.0)
-    model = celmoe.HierarchicalCELMoE(config, lambda *_: Table()).double()
+    return celmoe.HierarchicalCELMoE(config, lambda *_: Table()).double()
+
+
+def refuse_tables():
+    """What DDP and `fully_shard` can't reduce where a rank has none; what is frozen has no gradient to reduce."""
+    model, found = make_model_with_tables(), []
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for call in (partial(prepare_ddp, model, lambda model: None), partial(shard_levels, model, mesh)):
+        try:
+            call()
+        except celmoe.ConfigError as error:
+            found.append(str(error))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("table" not in name)
+    prepare_ddp(model, lambda model: None)
+    return found
+
+
+def test_sparse_gradients_of_experts_are_refused_where_ranks_would_hang(two):
+    text = (
+        "'model' must have no embedding with sparse=True in its experts for '{}' (got one at "
+        "'level_modules.all.all.table': set sparse=False, or call reduce_gradients instead)"
+    )
+    assert two.run(refuse_tables) == [[text.format("prepare_ddp"), text.format("shard_levels")]] * 2
+
+
+def train_with_tables(rank, size):
+    """Experts with sparse gradients, an optimizer of their own, and an overflow in one of them at the second step."""
+    model = make_model_with_tables()
     sharding = None
     if size > 1:
         sharding = shard_experts(model, dist.init_device_mesh("cpu", (size,), mesh_dim_names=("expert",)))
