@@ -154,14 +154,17 @@ def shard_experts(
     passage = Passage(group, Table(group, {level.name: tuple(level.experts) for level in chosen}), chosen[0].name)
     rank = mesh.get_local_rank(position)
     places: list[list[Place]] = [[] for _ in range(num_ranks)]
+    placed: set[nn.Parameter] = set()  # experts may share some
     for index, config in enumerate(model.levels):
         if config.name not in owners:
             continue
         modules = cast(NamedModules, model.level_modules[config.name])
         for name, owner in owners[config.name].items():
-            places[owner] += [(config.name, name, each) for each, _ in modules[name].named_parameters()]
+            parameters = {each: it for each, it in modules[name].named_parameters() if it not in placed}
+            placed.update(parameters.values())
+            places[owner] += [(config.name, name, each) for each in parameters]
             if owner != rank:
-                modules[name] = RemoteExpert(config.name, name, owner, modules[name])
+                modules[name] = RemoteExpert(config.name, name, owner, parameters)
         model._levels[index] = ShardedLevel(config, modules, tuple(owners[config.name].values()), passage)
     model.register_forward_hook(passage.leave)
     return ExpertSharding(model, mesh, dimension, owners, GradientNorms(group, places))

@@ -9,7 +9,7 @@ ranks clip alike to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -34,13 +34,13 @@ _OVERFLOW = -1.0
 class _StandIns(nn.Module):
     """Stand-ins under the names that the parameters have in their expert; none in a ``state_dict``."""
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        below: dict[str, list[tuple[str, nn.Parameter]]] = {}
-        for name, parameter in parameters:
+        below: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in parameters.items():
             head, _, rest = name.partition(".")
             if rest:
-                below.setdefault(head, []).append((rest, parameter))
+                below.setdefault(head, {})[rest] = parameter
             else:
                 self._parameters[head] = _stand_in(parameter)
         for head, inner in below.items():
@@ -76,6 +76,12 @@ class RemoteExpert(ExpertModule):
     values mean nothing and are in no ``state_dict``. `ExpertSharding.reduce_gradients` sets their gradients to the
     norms of the expert's: give them to the optimizer, and to ``clip_grad_norm_``, with all other parameters.
 
+    Args:
+        level: The level's name.
+        expert: The expert's.
+        rank: Which rank of the mesh's dimension holds it.
+        parameters: The expert's, by name; of those that experts share, only the first one's.
+
     Attributes:
         level: The level's name.
         expert: The expert's.
@@ -83,10 +89,10 @@ class RemoteExpert(ExpertModule):
         elsewhere: The stand-ins.
     """
 
-    def __init__(self, level: str, expert: str, rank: int, module: nn.Module) -> None:
+    def __init__(self, level: str, expert: str, rank: int, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.level, self.expert, self.rank = level, expert, rank
-        self.elsewhere = _StandIns(module.named_parameters())
+        self.elsewhere = _StandIns(parameters)
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         """Never runs.
@@ -151,8 +157,8 @@ class GradientNorms:
             if isinstance(module, RemoteExpert)
             for name, parameter in module.elsewhere.named_parameters()
         }
-        known = set(own)
-        new = [place for place, each in here.items() if each.grad is not None and place not in known]
+        known = {here[place] for place in own if place in here}
+        new = [place for place, each in here.items() if each.grad is not None and each not in known]
         grads = [here[place].grad if place in here else None for place in own]
         device = next((each.device for each in (*here.values(), *there.values())), torch.device("cpu"))
         said = torch.zeros(1 + max(map(len, self._places)), 2, dtype=torch.float64, device=device)
@@ -162,7 +168,7 @@ class GradientNorms:
         kinds = heard[..., 0].tolist()
         if any(num_new for num_new, *_ in kinds):
             self._refuse(new)
-        by_dtype: dict[torch.dtype, tuple[torch.Tensor, ...]] = {}
+        pairs: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, ...]] = {}
         for rank, places in enumerate(self._places):
             for position, place in enumerate(places if rank != self._rank else ()):
                 stand_in, kind = there[place], kinds[rank][1 + position]
@@ -171,9 +177,10 @@ class GradientNorms:
                 if kind == _NONE:
                     stand_in.grad = None
                     continue
-                if stand_in.dtype not in by_dtype:
-                    by_dtype[stand_in.dtype] = _pairs(heard[..., 1], stand_in.dtype).flatten(0, 1).unbind()
-                grad = by_dtype[stand_in.dtype][rank * len(said) + 1 + position]
+                wanted = stand_in.dtype, stand_in.device
+                if wanted not in pairs:
+                    pairs[wanted] = _pairs(heard[..., 1], stand_in.dtype).to(stand_in.device).flatten(0, 1).unbind()
+                grad = pairs[wanted][rank * len(said) + 1 + position]
                 grad = grad.view(stand_in.shape) if stand_in.dim() else grad[0]
                 stand_in.grad = grad.to_sparse() if kind == _SPARSE else grad
 
@@ -194,14 +201,14 @@ def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
     A norm that overflows while all elements are finite is told as `_OVERFLOW`.
     """
     found = torch.zeros(len(grads), 2, dtype=torch.float64)
-    by_dtype: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
+    alike: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[torch.Tensor]]] = {}
     for position, grad in enumerate(grads):
         if grad is not None:
             found[position, 0] = _SPARSE if grad.is_sparse else _DENSE
-            positions, values = by_dtype.setdefault(grad.dtype, ([], []))
+            positions, values = alike.setdefault((grad.dtype, grad.device), ([], []))
             positions.append(position)
             values.append(grad.coalesce().values() if grad.is_sparse else grad)
-    for positions, values in by_dtype.values():
+    for positions, values in alike.values():
         # Not `torch.linalg.vector_norm`: on CUDA `clip_grad_norm_` runs this kernel, and the bits are to be the same.
         norms = torch.stack(torch._foreach_norm(values)).double().cpu()
         for place in norms.isinf().nonzero().flatten().tolist():

@@ -265,6 +265,36 @@ def test_norms_and_checks_are_those_of_one_process(two, dtype):
         assert (wanted["all"][0] < float("inf")) == (scale == 1.0 and fault is None)
 
 
+def norms_of_sharing_experts(shares):
+    """Norms, and how many parameters there are, where experts on one rank share a tensor, a module, or all they are."""
+    model = some_model(torch.float64)
+    experts = model.level_modules["language"]
+    if shares == "a tensor":
+        experts["pl"].up.weight = experts["ru"].up.weight
+    elif shares == "a module":
+        experts["pl"].norm = experts["ru"].norm
+    else:
+        experts["pl"] = experts["ru"]
+    sharding = None
+    if dist.is_initialized():
+        mesh, loads = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)), {"fr": 2.0, "ru": 1.0, "pl": 1.0}
+        sharding = shard_experts(model, mesh, levels="language", loads={"language": loads})
+        assert [sharding.owners["language"][name] for name in loads] == [0, 1, 1]
+    some_gradients(model, 1.0)
+    if sharding is not None:
+        sharding.reduce_gradients()
+    else:
+        for parameter in model.level_modules["language"].parameters():
+            if parameter.grad is not None:
+                parameter.grad /= 2
+    return len(list(model.parameters())), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+
+
+@pytest.mark.parametrize("shares", ["a tensor", "a module", "all"])
+def test_shared_tensors_count_once(two, shares):
+    assert two.run(norms_of_sharing_experts, shares) == [norms_of_sharing_experts(shares)] * 2
+
+
 def take_optimizer_steps(name):
     """What this rank holds after two steps of an optimizer."""
     model = some_model(torch.float32)
