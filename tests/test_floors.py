@@ -47,7 +47,7 @@ DISTRIBUTED_FLOORS = [
     {"versions"},
     {"groups", "placement", "transport", "meeting", "samplers"},
     {"gradients"},
-    {"data_parallel", "sharded_level"},
+    {"data_parallel", "sharded_level", "remote"},
     {"expert_parallel", "fully_sharded", "checkpoints"},
     {"__init__"},
 ]

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from celmoe.errors import CheckpointError, listed
 
-from .sharded_level import RemoteExpert
+from .remote import RemoteExpert, stand_ins
 
 _Directory = str | os.PathLike[str]
 
@@ -52,7 +52,8 @@ def save_checkpoint(
     state: dict[str, Any] = {"model": dict(model.state_dict()), "extra": json.dumps(dict(extra or {}))}
     if optimizer is not None:
         names = _names(model)
-        strangers = [each for group in optimizer.param_groups for each in group["params"] if each not in names]
+        known = {*names, *stand_ins(model)}
+        strangers = [each for group in optimizer.param_groups for each in group["params"] if each not in known]
         if strangers:
             raise CheckpointError(
                 f"'optimizer' must be of the model's parameters (got {len(strangers)} that the model does not have)"
@@ -158,14 +159,17 @@ def _alone_or_not() -> Iterator[bool]:
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+    """The names of the parameters that are here."""
+    elsewhere = set(stand_ins(model))
+    return {parameter: name for name, parameter in model.named_parameters() if parameter not in elsewhere}
 
 
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, str]]:
     names = _names(model)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            yield parameter, names[parameter]
+            if parameter in names:
+                yield parameter, names[parameter]
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

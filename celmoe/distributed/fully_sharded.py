@@ -27,7 +27,7 @@ from celmoe.names import NamedModules
 from celmoe.outputs import LevelOutput
 from celmoe.plan import LevelPlan, RoutingPlan
 
-from .data_parallel import refuse_collectives, require_hierarchy
+from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
 # Given the token: the tensors that a level gives.
@@ -226,13 +226,14 @@ def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) ->
         ProcessGroupError: No process group is initialised.
         MeshError: The mesh leaves processes out.
         ConfigError, ConfigTypeError: The model is none, is sharded already, or has an expert with a collective of its
-            own.
+            own, or with sparse gradients.
     """
     require_process_group("shard_levels")
     require_mesh(mesh)
     require_hierarchy(model)
     require_whole_world(mesh)
     refuse_collectives(model)
+    refuse_sparse(model, "shard_levels")
     if any(type(level) is not Level for level in model._levels) or isinstance(model, FSDPModule):
         raise ConfigError("'model' must not be sharded yet (got one that is)")
     registries = []

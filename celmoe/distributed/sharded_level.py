@@ -16,8 +16,6 @@ from torch import nn
 
 from celmoe.config import HierarchyLevelConfig
 from celmoe.dispatch import Blocks, combine, dispatch
-from celmoe.errors import ProcessGroupError
-from celmoe.experts import ExpertBatch, ExpertModule, ExpertResult
 from celmoe.explain import LevelExplanation
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules, modules_named
@@ -27,35 +25,6 @@ from celmoe.plan import LevelPlan, RoutingPlan
 from .gradients import tied
 from .meeting import Meeting, Table, coded, decoded
 from .transport import Way, from_experts, to_experts
-
-
-class RemoteExpert(ExpertModule):
-    """Stands, without parameters, for an expert that another rank holds.
-
-    Attributes:
-        level: The level's name.
-        expert: The expert's.
-        rank: Which rank of the mesh's dimension holds it.
-    """
-
-    def __init__(self, level: str, expert: str, rank: int) -> None:
-        super().__init__()
-        self.level, self.expert, self.rank = level, expert, rank
-
-    def forward(self, batch: ExpertBatch) -> ExpertResult:
-        """Never runs.
-
-        Raises:
-            ProcessGroupError: Always.
-        """
-        raise ProcessGroupError(
-            f"expert {self.expert!r} of level {self.level!r} must be called on rank {self.rank} of its mesh's "
-            f"dimension, which holds it (got a call with {len(batch.hidden)} samples elsewhere)"
-        )
-
-    def extra_repr(self) -> str:
-        """Where the expert is."""
-        return f"rank={self.rank}"
 
 
 class Passage:

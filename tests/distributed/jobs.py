@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import celmoe
+from celmoe.distributed.remote import stand_ins
 
 WIDTH = 6
 FAMILIES = ("slavic", "romance", "germanic")
@@ -189,9 +190,12 @@ def extra_losses(output: celmoe.CELMoEOutput) -> torch.Tensor | float:
 
 
 def seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Parameters, gradients and optimizer state after a step, by name."""
+    """Parameters, gradients and optimizer state after a step, by name, but for those that stand for others."""
     found = {}
+    elsewhere = set(stand_ins(model))
     for name, parameter in model.named_parameters():
+        if parameter in elsewhere:
+            continue
         state = {key: torch.as_tensor(value).clone() for key, value in optimizer.state.get(parameter, {}).items()}
         gradient = None if parameter.grad is None else parameter.grad.clone()
         found[name] = {"gradient": gradient, "value": parameter.detach().clone(), "state": state}

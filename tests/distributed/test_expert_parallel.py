@@ -158,7 +158,7 @@ def look_without_gradients():
         remote(celmoe.ExpertBatch(batch.hidden))
     hiddens = {name: level.hidden for name, level in output.levels.items()} | {"fused": output.fused_hidden}
     routes = {name: level.routes for name, level in output.levels.items()}
-    names = [name for name, _ in model.named_parameters()]
+    names = list(model.state_dict())
     text = str(model.explain())
     return hiddens, routes, dict(output.losses), output.loss_weights, names, sharding.owners, str(error.value), text
 
