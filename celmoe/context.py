@@ -17,7 +17,7 @@ import enum
 import functools
 import types
 from collections import ChainMap, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import numpy as np
@@ -234,11 +234,13 @@ class ContextRows:
 
     def _object(self, value: Any, path: _Path) -> _Child | None:
         """A value that is neither leaf, tensor, list, tuple nor dict."""
-        if (shape := _shape_of(value)) is not None:
-            if shape[:1] == (self._batch_size,):
-                self._refuse(path, _SEQUENCES, f"{type(value).__name__} of shape {shape}")
+        if is_record(value):
+            return self._node(value, path)
+        if _is_foreign_array(value):
+            if tuple(value.shape[:1]) == (self._batch_size,):
+                self._refuse(path, _SEQUENCES, f"{type(value).__name__} of shape {tuple(value.shape)}")
             return None
-        if is_record(value) or (has_attributes(value) and any(map(self._is_aligned, self._tensors_in(value)))):
+        if has_attributes(value) and any(map(self._is_aligned, self._tensors_in(value))):
             return self._node(value, path)
         kind = type(value)
         if isinstance(value, deque | set | frozenset) and any(map(self._is_aligned, self._tensors_in(value))):
@@ -351,17 +353,21 @@ class ContextRows:
         seen, rest = {id(value)}, [value]
         while rest:
             each: Any = rest.pop()
-            if isinstance(each, torch.Tensor | np.ndarray):
-                if each.ndim:
+            kind = type(each)
+            if kind is list or kind is tuple:
+                items: Collection[object] = each
+            elif isinstance(each, torch.Tensor | np.ndarray | Shared | Rows):
+                if isinstance(each, Shared | Rows) or each.ndim:
                     yield each
-            elif isinstance(each, Shared | Rows):
-                yield each
-            elif not isinstance(each, _OPAQUE) and _shape_of(each) is None:
+                continue
+            elif isinstance(each, _OPAQUE) or _is_foreign_array(each):
+                continue
+            else:
                 items = values(each)
-                if not _LEAVES.issuperset(map(type, items)):
-                    news = [item for item in items if type(item) not in _LEAVES and id(item) not in seen]
-                    seen.update(map(id, news))
-                    rest += news
+            if not _LEAVES.issuperset(map(type, items)):
+                news = [item for item in items if type(item) not in _LEAVES and id(item) not in seen]
+                seen.update(map(id, news))
+                rest += news
 
     def _share(self, value: object) -> None:
         """Know the tensors in plain containers; others are nobody's to know."""
@@ -425,10 +431,10 @@ def _built(child: _Child, blocks: Sequence[Any], made: dict[_Node, Any]) -> Any:
     return new
 
 
-def _shape_of(value: object) -> tuple[Any, ...] | None:
-    """The shape of an array of another library."""
-    shape = getattr(value, "shape", None) if hasattr(type(value), "shape") else None
-    return tuple(shape) if isinstance(shape, tuple | list) else None
+def _is_foreign_array(value: object) -> bool:
+    """Whether it is another library's array, whose inside is nobody's to cut."""
+    kind = type(value)
+    return hasattr(kind, "shape") and hasattr(kind, "dtype") and not is_record(value)
 
 
 def _told(path: _Path) -> str:

@@ -227,6 +227,16 @@ class Frozen:
         MADE[Frozen] += 1
 
 
+@dataclasses.dataclass
+class Shaped:
+    """Has what arrays have, and is none."""
+
+    x: Any
+    texts: Any
+    shape: tuple[int, ...] = (7,)
+    dtype: Any = torch.float32
+
+
 class Fields(NamedTuple):
     x: Any
     texts: Any
@@ -280,6 +290,7 @@ KINDS = {
     "pydantic's": (lambda x, t: Model(x=x, texts=t), [attribute, lambda v: (v.__private__["cache"], v.texts)]),
     "attrs'": (Attrs, [attribute]),
     "frozen dataclass": (lambda x, t: Frozen(x=x, texts=t), [attribute]),
+    "dataclass with a shape": (Shaped, [attribute]),
     "named tuple": (Fields, [attribute, tuple]),
     "tuple with an attribute": (
         lambda x, t: (tagged(Point, x), t),

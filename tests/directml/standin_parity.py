@@ -21,8 +21,8 @@ from tests.experts import KINDS
 from tests.parity import Evidence, assert_parity
 from tests.strategies import (
     CONTEXTS,
-    IRREGULAR,
     FUSIONS,
+    IRREGULAR,
     LAYOUTS,
     MASKS,
     OBJECTIVES,
