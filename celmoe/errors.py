@@ -13,7 +13,7 @@ CELMoEError
 |- RouteTypeError     TypeError     routes of the wrong kind
 |- PlanError          ValueError    a plan of another model or batch
 |- InputError         ValueError    a tensor of the wrong shape or device
-|- InputTypeError     TypeError     an argument that is no tensor
+|- InputTypeError     TypeError     an argument that is no tensor, or marked as rows and has none
 |- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
 |- ResultTypeError    TypeError     what an expert returned is no ExpertResult
 |- UnknownDeviceError ValueError    a device that does not exist
@@ -86,11 +86,11 @@ class PlanError(CELMoEError, ValueError):
 
 
 class InputError(CELMoEError, ValueError):
-    """Hidden, mask, context or fusion input has the wrong shape or lies on the wrong device."""
+    """Hidden, mask, context or fusion input has the wrong shape or device, or a context's rows can't be told."""
 
 
 class InputTypeError(CELMoEError, TypeError):
-    """Hidden or mask is no tensor."""
+    """Hidden or mask is no tensor, or `Rows` marks something that has no rows."""
 
 
 class ResultError(CELMoEError, ValueError):

@@ -136,20 +136,21 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
         return UnitResult(outcome.hidden, blocks=[outcome.hidden], by_expert=extras)
     assert why_not is not None
     if is_strict and error is None:
-        raise _refusal(unit, batch, why_not)
+        raise refusal(batch.level, batch.names, unit, why_not)
     result = _run_members(unit, batch)
     # The experts themselves did not raise: their being run as one did.
     if unit.fault is None and _passing(record) is None:
         (record.repeated_faults if is_repeated else record.faults)[kind] = why_not
     if is_strict:
-        raise _refusal(unit, batch, why_not)
+        raise refusal(batch.level, batch.names, unit, why_not)
     return result
 
 
-def _refusal(unit: Unit, batch: UnitBatch, why_not: str) -> EngineRefusedError:
+def refusal(level: str, names: Sequence[str], unit: Unit, why_not: str) -> EngineRefusedError:
+    """The error that says why a unit's experts can't run as one."""
     return EngineRefusedError(
-        f"'engine' must be 'auto' or 'looped' for level {batch.level!r} (got 'grouped'; its experts "
-        f"{listed(batch.names)}, {type(unit.members[0].module).__name__}, {why_not})"
+        f"'engine' must be 'auto' or 'looped' for level {level!r} (got 'grouped'; its experts "
+        f"{listed(names)}, {type(unit.members[0].module).__name__}, {why_not})"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from itertools import accumulate
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -12,14 +13,14 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .config import HierarchyLevelConfig
-from .context import ContextRows
+from .context import ContextRows, select
 from .cost import estimate, judged, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import AUTO, ENGINES, LOOPED
 from .errors import UnknownExpertError, UnknownLevelError, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped import Extras, UnitBatch, UnitResult
+from .grouped import Extras, UnitBatch, UnitResult, refusal
 from .grouping import Arrangement, LevelClasses, Unit, arrange
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
@@ -131,9 +132,10 @@ class Level:
             return LevelOutput.with_deferred_routes(name, self._of_no_samples(experts, given), host_plan.routes), None
         scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
         # Without elements a batch has nothing to compute together, and products of such matrices are refused.
-        arranged = self._arranged(experts, engine, scales, plan) if given.hidden.numel() else None
+        has_elements = bool(given.hidden.numel())
+        arranged = self._arranged(experts, engine, scales, plan, given.context.irregular) if has_elements else None
         if arranged is None:
-            results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
+            results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
             extras: dict[int, Extras] = {place: (result.losses, result.aux) for place, result in enumerate(results)}
         else:
@@ -200,12 +202,31 @@ class Level:
         return rows
 
     def _arranged(
-        self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan
+        self,
+        experts: Sequence[nn.Module],
+        engine: str,
+        scales: Sequence[float],
+        plan: LevelPlan,
+        irregular: str | None,
     ) -> Arrangement | None:
-        """The experts by units; ``None`` where they run one after another, in the plan's order."""
+        """The experts by units; ``None`` where they run one after another, in the plan's order.
+
+        Args:
+            experts: The modules of the experts present.
+            engine: The name of what runs them.
+            scales: What the gradient into each one's input is multiplied by.
+            plan: The level's plan.
+            irregular: Where the context holds a batch-aligned value that is no dense tensor: a list has no rows that
+                could stand for those of several experts.
+
+        Raises:
+            EngineRefusedError: Experts of one class are to run as one on such a context.
+        """
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
-        if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts)):
+        if engine == AUTO and (
+            irregular is not None or all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts))
+        ):
             return None
         if engine == AUTO:
             # Where a loop costs less it is right whatever the experts have become, and they need not be asked.
@@ -215,8 +236,12 @@ class Level:
         units = self.classes.units(plan.present, experts, scales)
         if engine == AUTO:
             units = self._judged(units, plan)
-        if all(len(unit.members) == 1 for unit in units):
+        several = next((unit for unit in units if len(unit.members) > 1), None)
+        if several is None:
             return None
+        if irregular is not None:
+            names = [plan.present[position] for position in several.positions]
+            raise refusal(plan.name, names, several, f"are given {irregular}, batch-aligned and no dense tensor")
         if engine == AUTO or len(set(experts)) < len(experts):
             # Experts that share a module must run in one loop, which knows of it.
             can_group = len(set(experts)) == len(experts) and not all(unit.is_alone for unit in units)
@@ -303,8 +328,17 @@ def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[
     return blocks, found
 
 
-def _blocks(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> tuple[Blocks, Blocks | None, list[Blocks]]:
-    """Hidden states, mask and the context's batch-aligned tensors, cut as the plan says."""
+def _blocks(
+    given: LevelInput, plan: LevelPlan, scales: Sequence[float], positions: Sequence[Sequence[int]] = ()
+) -> tuple[Blocks, Blocks | None, list[Any]]:
+    """Hidden states, mask and the context's batch-aligned values, cut as the plan says.
+
+    Args:
+        given: What the level is given.
+        plan: Says how.
+        scales: What the gradient into each block is multiplied by.
+        positions: Of each block's samples in the batch, for a context that is irregular.
+    """
     hidden, blocks, context, mask = given
     # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
     is_detached = not any(scales)
@@ -315,13 +349,28 @@ def _blocks(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> tupl
     else:
         hidden_blocks = dispatch(hidden, plan)
     mask_blocks = None if mask is None else dispatch(mask, plan)
+    if context.irregular is not None:
+        return hidden_blocks, mask_blocks, [_selected(value, plan, positions) for value in context.aligned]
     return hidden_blocks, mask_blocks, [dispatch(tensor, plan) for tensor in context.aligned] if context.aligned else []
 
 
-def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> list[ExpertBatch]:
+def _selected(value: Any, plan: LevelPlan, positions: Sequence[Sequence[int]]) -> Any:
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
+        return dispatch(value, plan)
+    return [select(value, each) for each in positions]
+
+
+def _expert_batches(
+    given: LevelInput, plan: LevelPlan, scales: Sequence[float], host_plan: RoutingPlan
+) -> list[ExpertBatch]:
     """The batch of each expert present, in order."""
     context = given.context
-    blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales)
+    positions: list[list[int]] = []
+    if context.irregular is not None:
+        # From the host's plan: no device is asked.
+        order, ends = host_plan.levels[plan.name].order.tolist(), list(accumulate(plan.counts))
+        positions = [order[end - count : end] for end, count in zip(ends, plan.counts, strict=True)]
+    blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales, positions)
     return [
         ExpertBatch(
             blocks[index] if scale == 1.0 else _scaled(blocks[index], scale),

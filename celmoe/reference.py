@@ -7,19 +7,17 @@ was arrived at in two ways.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from .config import ExpertConfig, HierarchyLevelConfig
-from .experts import ExpertBatch, ExpertContext, ExpertResult, Shared
+from .experts import ExpertBatch, ExpertContext, ExpertResult
 from .hierarchy import HierarchicalCELMoE
 from .names import name_key
 from .outputs import CELMoEOutput, LevelOutput
 from .plan import RoutingPlan
+from .reference_context import context_of, pick
 from .routing import Routing
 
 
@@ -44,7 +42,7 @@ def reference_forward(
             empty, for an expert's loss over one sample is not its loss over its group.
 
     Raises:
-        KeyError, ValueError: The routing does not fit the model.
+        KeyError, ValueError: The routing does not fit the model, or `Rows` in the context do not fit the batch.
     """
     names = _routes(model, routing, hidden.shape[0])
     output = CELMoEOutput({}, hidden)
@@ -74,9 +72,9 @@ def _run_level(
         samples = [sample for sample in range(batch_size) if names[sample] == name]
         for group in [[sample] for sample in samples] if per_sample else [samples]:
             batch = ExpertBatch(
-                hidden=_pick(_input_of(level.experts[name], hidden), group),
-                context=_context_of(context, group, batch_size, outermost=True),
-                mask=None if mask is None else _pick(mask, group),
+                hidden=pick(_input_of(level.experts[name], hidden), group),
+                context=context_of(context, group, batch_size),
+                mask=None if mask is None else pick(mask, group),
                 state={"level": level.name, "expert": name},
             )
             result: ExpertResult = model.level_modules[level.name][name](batch)  # type: ignore[index]  # nested mappings
@@ -139,10 +137,6 @@ def _collect(output: LevelOutput, level: HierarchyLevelConfig, name: str, result
         output.aux[name] = result.aux
 
 
-def _pick(tensor: torch.Tensor, samples: list[int]) -> torch.Tensor:
-    return torch.stack([tensor[sample] for sample in samples])
-
-
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
     dtype = rows[0].dtype
     for row in rows:
@@ -164,58 +158,6 @@ def _input_of(expert: ExpertConfig, hidden: torch.Tensor) -> torch.Tensor:
     if scaled.requires_grad:
         scaled.register_hook(lambda grad: grad * factor)
     return scaled
-
-
-def _context_of(
-    value: Any, samples: list[int], batch_size: int, *, outermost: bool = False, inside: tuple[int, ...] = ()
-) -> Any:
-    """The context with every batch-aligned tensor cut to these samples; what has none is passed as it is."""
-    if isinstance(value, Shared):
-        return value.value
-    if isinstance(value, torch.Tensor):
-        return _pick(value, samples) if value.dim() > 0 and value.shape[0] == batch_size else value
-    if id(value) in inside:
-        return value
-    return _container_of(
-        value, lambda item: _context_of(item, samples, batch_size, inside=(*inside, id(value))), outermost
-    )
-
-
-def _container_of(value: Any, cut: Callable[[Any], Any], outermost: bool) -> Any:
-    """A mapping, sequence or dataclass around what ``cut`` makes of its items; itself, where that changes none."""
-    if isinstance(value, Mapping):
-        items: Any = {key: cut(item) for key, item in value.items()}
-        if not outermost and all(items[key] is value[key] for key in value):
-            return value
-        # A copy keeps what its kind has beside the items: a defaultdict's default, say.
-        return _refilled(value, items.items()) if isinstance(value, dict) else items
-    if isinstance(value, list | tuple):
-        items = [cut(item) for item in value]
-        if all(item is original for item, original in zip(items, value, strict=True)):
-            return value
-        if isinstance(value, list):
-            return _refilled(value, enumerate(items))
-        # A named tuple takes its items one by one, torch's own tuples take them as one sequence.
-        if hasattr(value, "_fields"):
-            return type(value)(*items)
-        return type(value)(items) if hasattr(value, "n_fields") else tuple.__new__(type(value), items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-        items = {name: cut(getattr(value, name)) for name in names}
-        if all(items[name] is getattr(value, name) for name in names):
-            return value
-        changed = copy.copy(value)
-        for name in names:
-            object.__setattr__(changed, name, items[name])
-        return changed
-    return value
-
-
-def _refilled(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    changed = copy.copy(container)
-    for key, item in items:
-        changed[key] = item
-    return changed
 
 
 def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int) -> dict[str, list[str]]:

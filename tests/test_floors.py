@@ -17,9 +17,9 @@ PACKAGE = Path(celmoe.__file__).parent
 FLOORS = [
     {"directml"},
     {"version", "errors", "ragged", "segments", "slots", "watchers"},
-    {"config", "experts", "product", "inspection"},
+    {"config", "experts", "product", "inspection", "containers"},
     {"members", "affine", "tally"},
-    {"routing", "names", "context", "fusion", "signature", "trace"},
+    {"routing", "names", "context", "reference_context", "fusion", "signature", "trace"},
     {"operations"},
     {
         "plan",

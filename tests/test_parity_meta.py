@@ -191,12 +191,12 @@ def change_blocks(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) ->
 
 def cut_what_is_shared(patch: Patch) -> None:
     """`Shared` is unwrapped too early, so that its tensors are cut like any other."""
-    right = ContextRows._builder
+    right = ContextRows._child
 
-    def wrong(self: ContextRows, value: object, where: str, **options: Any) -> Any:
-        return right(self, value.value if isinstance(value, celmoe.Shared) else value, where, **options)
+    def wrong(self: ContextRows, value: object, path: Any) -> Any:
+        return right(self, value.value if isinstance(value, celmoe.Shared) else value, path)
 
-    patch.setattr(ContextRows, "_builder", wrong)
+    patch.setattr(ContextRows, "_child", wrong)
 
 
 def change_output(change: Callable[[HierarchicalCELMoE, CELMoEOutput], None]) -> Callable[[Patch], None]:

@@ -142,7 +142,7 @@ class Batch:
     def inputs(self, job: Job) -> dict[str, Any]:
         given: dict[str, Any] = {"hidden": self.hidden, "routing": {"language": self.languages}}
         if job.has_context:
-            given |= {"context": {"shift": self.shift, "names": ["shared"]}, "mask": self.mask}
+            given |= {"context": {"shift": self.shift, "names": celmoe.Shared(["shared"])}, "mask": self.mask}
         return given
 
     def leaves(self, job: Job) -> list[torch.Tensor]:
