@@ -17,7 +17,7 @@ from .hierarchy import HierarchicalCELMoE
 from .names import name_key
 from .outputs import CELMoEOutput, LevelOutput
 from .plan import RoutingPlan
-from .reference_context import context_of, pick
+from .reference_context import context_of, pick, tensors_in
 from .routing import Routing
 
 
@@ -102,30 +102,12 @@ def _no_rows(
     if not hidden.dtype.is_floating_point and not hidden.dtype.is_complex:
         looked_up = [parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point]
         rows = rows.to(looked_up[0]) if looked_up else rows
-    for tensor in [*_tensors_in(mask), *_tensors_in(context)]:
+    for tensor in tensors_in([mask, context]):
         if tensor.requires_grad:
             rows = rows + tensor.sum().real.to(rows)
     if any(parameter.requires_grad for parameter in parameters):
         rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
     return rows
-
-
-def _tensors_in(value: Any, inside: tuple[int, ...] = ()) -> list[torch.Tensor]:
-    """All tensors of a context, whole ones too, at any depth."""
-    if isinstance(value, Shared):
-        return _tensors_in(value.value, inside)
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if id(value) in inside:
-        return []
-    found: list[torch.Tensor] = []
-
-    def look(item: Any) -> Any:
-        found.extend(_tensors_in(item, (*inside, id(value))))
-        return item
-
-    _container_of(value, look, outermost=False)
-    return found
 
 
 def _collect(output: LevelOutput, level: HierarchyLevelConfig, name: str, result: ExpertResult) -> None:

@@ -38,6 +38,22 @@ def pick(tensor: torch.Tensor, samples: list[int]) -> torch.Tensor:
     return torch.stack([tensor[sample] for sample in samples])
 
 
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of a context, whole ones too, at any depth, each once."""
+    found: list[torch.Tensor] = []
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        else:
+            waiting += _items_of(each)
+    return found
+
+
 def _part_of(value: Any, samples: list[int], batch_size: int, made: dict[int, Any], must_copy: bool = False) -> Any:
     """A value in the context; containers that are made already are found in ``made`` by their id."""
     if isinstance(value, Shared):
