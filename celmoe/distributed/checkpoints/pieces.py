@@ -82,8 +82,8 @@ def require_written(folder: Path, tensors: Iterable[SavedTensor]) -> None:
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != size:
             raise CheckpointError(
-                f"'directory' must be one that all ranks reach and no one else writes to (got {found} bytes of {name!r} "
-                f"on rank 0, not {size}). Give a directory of a file system that all machines share"
+                f"'directory' must be one that all ranks reach and no one else writes to (got {found} bytes of "
+                f"{name!r} on rank 0, not {size}). Give a directory of a file system that all machines share"
             )
 
 
