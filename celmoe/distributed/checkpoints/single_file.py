@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from celmoe.files import replaced
+from celmoe.files import replaced, verify_archive
 
 from .agreement import told
 from .manifest import CURE, Content, Piece, Place, SavedTensor, read_manifest
@@ -64,7 +64,9 @@ def read_file(file: Path) -> tuple[Content, dict[Place, torch.Tensor]]:
         f"'file' must hold what write_file wrote, or a state_dict ({str(file)!r})",
         "Give such a file; nothing else in it is read than tensors, numbers, strings, lists and mappings",
     ):
-        _require_undamaged(file)
+        # Ranks share the reading.
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        verify_archive(file, rank, size)
         held = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
         if not isinstance(held, Mapping):
             raise TypeError(f"a {type(held).__name__}")
@@ -86,15 +88,3 @@ def read_file(file: Path) -> tuple[Content, dict[Place, torch.Tensor]]:
             for place, value in tensors.items()
         }
         return Content(whole, values, groups, json.loads(held["extra"])), tensors
-
-
-def _require_undamaged(file: Path) -> None:
-    """Verify the checksums that ``torch.save`` wrote, which ``torch.load`` ignores. Ranks share the reading."""
-    if not zipfile.is_zipfile(file):
-        return  # as torch.save wrote before 1.6
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist()[rank::size]:
-            with archive.open(entry) as stream:
-                while stream.read(2**20):
-                    pass
