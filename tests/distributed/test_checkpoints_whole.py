@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -112,15 +113,17 @@ def saves_twice(layout, folder, victim, share, file_limit=None):
     (folder.parent / f"rank-{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
-def fork_pairs(folder, cases):
-    """Two ranks for each case, forked from a process that has imported all: a start takes no time."""
+def fork_ranks(folder, cases, size, timeout):
+    """Some ranks for each case, forked from a process that has imported all: a start takes no time."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # What torch imports late is imported once.
     save_alone(folder / "first", 1.0)
     values_in(folder / "first")
     for place, case in enumerate(cases):
         (folder / str(place)).mkdir()
-        pids = [pid for rank in range(2) if (pid := os.fork()) or be_rank(rank, folder / str(place), case)]
+        pids = [
+            pid for rank in range(size) if (pid := os.fork()) or be_rank(rank, folder / str(place), case, size, timeout)
+        ]
         deadline = time.monotonic() + 2 * SOON
         while pids:
             done, _ = os.waitpid(pids[0], os.WNOHANG)
@@ -132,26 +135,45 @@ def fork_pairs(folder, cases):
                 time.sleep(0.005)
 
 
-def be_rank(rank, folder, case):
+def be_rank(rank, folder, case, size, timeout):
     """Never returns."""
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        store, limit = f"file://{folder}/store", timedelta(seconds=timeout)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
         saves_twice("experts", folder / "checkpoint", *case)
+        # Nobody may lean on the end of others that have heard of it.
+        wait_for([folder / f"rank-{other}.json" for other in range(size) if other != case[0]])
     except BaseException:  # noqa: BLE001
         traceback.print_exc()
     os._exit(0)
 
 
-def assert_whole_after(folder, victim):
-    """One of two ranks died while saving: the other said so in time, and a checkpoint is there, whole."""
-    told = json.loads((folder / f"rank-{1 - victim}.json").read_text())
-    assert told["seconds"] < SOON
+def wait_for(paths):
+    deadline = time.monotonic() + SOON
+    while not all(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def run_ranks(folder, cases, size=2, timeout=2 * SOON):
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=fork_ranks, args=(folder, cases, size, timeout))
+    process.start()
+    process.join()
+
+
+def assert_whole_after(folder, victim, size=2):
+    """One of some ranks died while saving: the others said so in time, and a checkpoint is there, whole."""
     values = values_in(folder / "checkpoint")
     assert values in ({1.0}, {2.0})
-    if told["said"] is None:
-        assert values == {2.0}
-    else:
-        assert told["said"].startswith(f"rank {1 - victim}: all 2 ranks must come to a checkpoint (got ")
+    for rank in range(size):
+        if rank == victim:
+            continue
+        told = json.loads((folder / f"rank-{rank}.json").read_text())
+        assert told["seconds"] < SOON
+        if told["said"] is None:
+            assert values == {2.0}
+        else:
+            assert told["said"].startswith(f"rank {rank}: all {size} ranks must come to a checkpoint (got ")
     # A save that comes to its end clears away what the dead one has left.
     save_alone(folder / "checkpoint", 3.0)
     assert values_in(folder / "checkpoint") == {3.0}
@@ -163,9 +185,7 @@ def test_a_rank_is_killed_at_any_moment(tmp_path):
     moments = torch.arange(20).add(torch.rand(20, generator=torch.Generator().manual_seed(0))).div(20).tolist()
     cases = [(place % 2, moment) for place, moment in enumerate(moments)]
     cases += [(victim, 0.0, limit) for victim in (0, 1) for limit in (0, 1000, 5000)]
-    process = multiprocessing.get_context("forkserver").Process(target=fork_pairs, args=(tmp_path, cases))
-    process.start()
-    process.join()
+    run_ranks(tmp_path, cases)
     dead, new = 0, 0
     for place, (victim, *_) in enumerate(cases):
         dead += not (tmp_path / str(place) / f"rank-{victim}.json").exists()
@@ -173,6 +193,14 @@ def test_a_rank_is_killed_at_any_moment(tmp_path):
     # The last lines come after the last thing that ranks tell each other.
     assert dead == len(cases)
     assert 0 < new < len(cases) / 2
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_all_of_several_ranks_hear_of_a_killed_one(tmp_path, victim):
+    """Those that wait for a rank which is alive, but has given up, hear of it at the group's timeout."""
+    run_ranks(tmp_path, [(victim, 0.5)], size=4, timeout=SOON / 2)
+    assert not (tmp_path / "0" / f"rank-{victim}.json").exists()
+    assert_whole_after(tmp_path / "0", victim, size=4)
 
 
 FAULTS = {
