@@ -223,7 +223,7 @@ def ran(*args, **options):
 
 
 class Evil:
-    """Whatever it is told to do."""
+    """It does as it is told."""
 
     def __init__(self, call, *args):
         self.call = call, args

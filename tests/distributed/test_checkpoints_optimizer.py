@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of an optimizer: state by name, on the right device, and hyperparameters."""
+"""A checkpoint keeps of an optimizer: state by name, on the right device, and hyperparameters."""
 
 import json
 

@@ -47,7 +47,7 @@ def values_of(model, optimizer):
 
 
 def values_in(folder):
-    """What a checkpoint holds, read by one process: it must be one save's alone."""
+    """All values of a checkpoint, read by one process: they must be one save's alone."""
     model, optimizer, _ = build("alone", JOB)
     extra = load_checkpoint(folder, model, optimizer)
     assert len(optimizer.state) == len(list(model.parameters()))

@@ -16,7 +16,7 @@ _Answer = TypeVar("_Answer")
 
 @contextmanager
 def told(rule: str, cure: str) -> Iterator[None]:
-    """Whatever fails in the block is a `CheckpointError` that names the rule that was broken and the cure.
+    """Any failure in the block becomes a `CheckpointError` that names the broken rule and the cure.
 
     Raises:
         CheckpointError: Something failed.
@@ -76,7 +76,7 @@ def agree(
 
 
 def is_first() -> bool:
-    """Whether this rank settles for all."""
+    """This rank settles for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

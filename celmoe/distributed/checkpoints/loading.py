@@ -1,6 +1,6 @@
 """Loading: everything is read and verified first, by all ranks; then nothing can fail any more.
 
-[Note: What a load costs] Each rank reads its part of the model into the host's memory once more, and copies it when all
+[Note: Memory of a load] Each rank reads its part of the model into the host's memory once more, and copies it when all
 ranks have theirs. An optimizer's state becomes the optimizer's on the CPU; on another device it is there twice only
 where the optimizer has stepped before.
 """
@@ -42,7 +42,7 @@ def load_checkpoint(
         optimizer: Of the model's parameters, with as many groups as when it was saved.
 
     Returns:
-        What was kept beside.
+        The ``extra`` that was kept beside.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, foreign, or of another model or optimizer; every rank
@@ -71,7 +71,7 @@ def load_file(
         optimizer: Of the model's parameters; only from a file of `write_file`.
 
     Returns:
-        What was kept beside.
+        The ``extra`` that was kept beside.
 
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or of another model or optimizer; every rank raises, and

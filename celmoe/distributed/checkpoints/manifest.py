@@ -1,4 +1,4 @@
-"""What a checkpoint's directory holds, as JSON: nothing else in it is believed."""
+"""The content of a checkpoint's directory, as JSON: nothing else in the directory is believed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def write_manifest(directory: Path, content: Content) -> None:
 
 
 def read_manifest(directory: Path) -> Content:
-    """What the directory holds.
+    """Read the directory's content.
 
     Raises:
         CheckpointError: There is none; it is damaged, foreign, or of a later version.

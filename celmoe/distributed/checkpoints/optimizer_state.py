@@ -59,7 +59,7 @@ def state_by_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of each group, as JSON has them.
+    """Hyperparameters of each group, as JSON has them.
 
     Raises:
         CheckpointError: JSON has no such value.
@@ -109,7 +109,7 @@ def prepared(
 ) -> dict[nn.Parameter, dict[str, Any]]:
     """The state of each of this rank's parameters, on its device; empty for one that had none.
 
-    [Note: Where a step lands] State lands on its parameter's device. Only ``step`` stays on the host, as it does in
+    [Note: Device of a step] State lands on its parameter's device. Only ``step`` stays on the host, as it does in
     ``torch.optim``, unless its group is ``capturable`` or ``fused``: then it is read there, in float32.
 
     Raises:
@@ -171,7 +171,7 @@ def _places(
 
 
 def _is_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
-    """Whether state of this shape is spread as its parameter is."""
+    """State of this shape is spread as its parameter is."""
     return bool(shape) and shape == tuple(parameter.shape)
 
 

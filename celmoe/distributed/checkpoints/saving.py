@@ -100,7 +100,7 @@ def save_checkpoint(
 
 
 class _Beside(NamedTuple):
-    """What one rank has beside tensors; see `Content`."""
+    """One rank's part of a checkpoint beside tensors; see `Content`."""
 
     values: dict[Place, Any]
     groups: list[dict[str, Any]] | None
@@ -108,7 +108,7 @@ class _Beside(NamedTuple):
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Any], dict[Place, Any]]:
-    """What this rank holds: tensors by place, written as JSON, and values that are no tensors."""
+    """This rank's part: tensors, by their place as one string, and values that are no tensors."""
     tensors: dict[Place, Any] = {("model", name): value for name, value in model.state_dict().items()}
     others = [name for (_, name), value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
@@ -124,7 +124,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[d
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what the manifest does not name. What can't be deleted now is left to the next save."""
+    """Delete the folders that the manifest does not name. The next save tries again to delete those that stay."""
     with suppress(OSError):
         for each in old_generations(folder):
             shutil.rmtree(each, ignore_errors=True)

@@ -55,7 +55,7 @@ def write_file(directory: str | os.PathLike[str], file: str | os.PathLike[str]) 
 
 
 def read_file(file: Path) -> tuple[Content, dict[Place, torch.Tensor]]:
-    """What a file holds: a ``state_dict``, or what `write_file` wrote; the tensors lie in the file until they are read.
+    """Open a file of `write_file`, or a ``state_dict``; its tensors lie in the file until they are read.
 
     Raises:
         CheckpointError: It is missing, damaged or foreign.
