@@ -20,7 +20,7 @@ CELMoEError
 |- DeviceMissingError RuntimeError  a device that is not there, or does not work
 |- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
 |- MeshError          ValueError    a device mesh that does not fit
-'- CheckpointError    ValueError    a checkpoint of another model or optimizer
+'- CheckpointError    ValueError    a checkpoint that is missing, damaged, another's, or could not be written
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class MeshError(CELMoEError, ValueError):
 
 
 class CheckpointError(CELMoEError, ValueError):
-    """A checkpoint does not hold what the model or optimizer has, or holds what they don't have."""
+    """A checkpoint is missing, damaged or of another model or optimizer, or could not be written whole."""
 
 
 def listed(names: Iterable[object]) -> str:
