@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 _SHOWN = 8
 
@@ -129,11 +130,22 @@ def listed(names: Iterable[object]) -> str:
     return f"{', '.join(all_names[:_SHOWN])}, … ({len(all_names)} in all)"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names that look like ``name``, as a half-sentence; all of them where none does."""
-    names = list(known)
-    folded = {candidate.casefold(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)
-    if close:
-        return f"nearest: {listed(folded[match] for match in close)}"
-    return f"known: {listed(names)}"
+def nearest(names: object, known: Iterable[str]) -> str:
+    """For each of some unknown names the known ones that look like it, as half-sentences; all known where none does.
+
+    Args:
+        names: The unknown name, or a list, tuple or set of several; as many as `listed` shows are answered.
+        known: The names that would be right.
+    """
+    all_known = list(known)
+    folded = {candidate.casefold(): candidate for candidate in all_known}
+    unknown = list(names)[:_SHOWN] if isinstance(names, list | tuple | AbstractSet) else [names]
+    found = {}
+    for name in unknown:
+        if close := difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6):
+            found[name] = listed(folded[match] for match in close)
+    if len(unknown) == 1:
+        words = [f"nearest: {close}" for close in found.values()]
+    else:
+        words = [f"nearest to {name!r}: {close}" for name, close in found.items()]
+    return "; ".join(words if len(found) == len(unknown) else [*words, f"known: {listed(all_known)}"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from operator import is_
 from typing import Any, NamedTuple, cast
@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from .config import HierarchyLevelConfig
+from .config import ExpertConfig, HierarchyLevelConfig
 from .context import ContextRows
 from .cost import estimate, judged, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import AUTO, ENGINES, LOOPED
-from .errors import UnknownExpertError, UnknownLevelError, nearest
+from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
 from .grouped import Extras, UnitBatch, UnitResult
@@ -75,19 +75,20 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
     found = []
     try:
         registries = modules_named(level_modules, plan.levels)
-    except KeyError as error:
-        level = str(error.args[0])
+    except KeyError:
+        gone = [name for name in plan.levels if name not in level_modules]
         raise UnknownLevelError(
-            f"'level_modules' must hold the model's levels (got no {level!r}; {nearest(level, level_modules)})"
+            f"'level_modules' must hold the model's levels (got no {listed(gone)}; {nearest(gone, level_modules)})"
         ) from None
     for modules, planned in zip(registries, plan.levels.values(), strict=True):
+        named = cast(nn.ModuleDict, modules)
         try:
-            found.append(modules_named(modules, planned.present))  # type: ignore[arg-type]  # a level's are a mapping
-        except KeyError as error:
-            name = str(error.args[0])
+            found.append(modules_named(named, planned.present))
+        except KeyError:
+            gone = [name for name in planned.present if name not in named]
             raise UnknownExpertError(
-                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {name!r}; '
-                f"{nearest(name, modules)})"  # type: ignore[arg-type]  # as above
+                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {listed(gone)}; '
+                f"{nearest(gone, named)})"
             ) from None
     return found
 
@@ -95,14 +96,43 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
 class Level:
     """One level of a model: its config, and what is known of its experts' classes.
 
+    Name and experts are those of the config at construction; the experts' flags are read from it at every call.
+
     Attributes:
         config: The level's config.
+        name: The level's name.
         classes: Its experts by structure.
     """
 
     def __init__(self, config: HierarchyLevelConfig) -> None:
         self.config = config
+        self.name = config.name
         self.classes = LevelClasses()
+        self._built = dict(config.experts)
+
+    def flags(self, expert: str) -> ExpertConfig:
+        """The config that holds an expert's flags: the one under its name, else the one that it was built with.
+
+        Raises:
+            ConfigTypeError: Something else stands under its name.
+        """
+        found = self.config.experts.get(expert, self._built[expert])
+        if not isinstance(found, ExpertConfig):
+            where = f"levels[{self.name!r}].experts[{expert!r}]"
+            raise ConfigTypeError(f'"{where}" must be an ExpertConfig (got {found!r})')
+        return found
+
+    def scales(self, experts: Collection[str]) -> list[float]:
+        """The `input_gradient_scale` of each expert.
+
+        Raises:
+            ConfigTypeError: As for `flags`.
+        """
+        configs = self.config.experts
+        try:
+            return [configs[expert].input_gradient_scale for expert in experts]
+        except (KeyError, AttributeError):
+            return [self.flags(expert).input_gradient_scale for expert in experts]
 
     def run(
         self,
@@ -126,11 +156,10 @@ class Level:
             Its output, and the same rows as its experts gave them, in the plan's order; without the rows where they
             came in another one.
         """
-        name = self.config.name
         if not experts:
             empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-            return LevelOutput.with_deferred_routes(name, empty, host_plan.routes), None
-        scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
+            return LevelOutput.with_deferred_routes(self.name, empty, host_plan.routes), None
+        scales = self.scales(plan.present)
         arranged = self._arranged(experts, engine, scales, plan)
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
@@ -141,11 +170,11 @@ class Level:
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
-        output = LevelOutput.with_deferred_routes(name, combine(promoted, order), host_plan.routes)
+        output = LevelOutput.with_deferred_routes(self.name, combine(promoted, order), host_plan.routes)
         for place in sorted(extras):
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
-                _add_losses(output, expert, losses, self.config.experts[expert].loss_weight)
+                _add_losses(output, expert, losses, self.flags(expert).loss_weight)
             if aux:
                 output.aux[expert] = dict(aux)
         return output, promoted if order.order is plan.order else None
@@ -164,11 +193,11 @@ class Level:
         names = tuple(modules) if plan is None else plan.present
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
-            scales = [self.config.experts[name].input_gradient_scale for name in names]
+            scales = self.scales(names)
             self.classes.looped_anyway.clear()
             units = self.classes.units(names, experts, scales)
             classes = [_explained(unit, engine, names, plan) for unit in units]
-        return explain_level(self.config.name, modules, engine, experts, plan, classes)
+        return explain_level(self.name, modules, engine, experts, plan, classes)
 
     def _arranged(
         self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan
@@ -198,7 +227,7 @@ class Level:
     def _judged(self, units: Sequence[Unit], plan: LevelPlan) -> list[Unit]:
         """The units with a fault where a loop costs less; those that never pay are remembered."""
         for unit in units:
-            if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
+            if unit.record.signature.fault is None and never_pays(unit, len(self._built)):
                 pairs = zip(unit.positions, unit.members, strict=True)
                 self.classes.looped_anyway.update((plan.present[place], each.module) for place, each in pairs)
         return [judged(unit, _rows_of(unit, plan)) for unit in units]

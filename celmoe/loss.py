@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from .config import require_finite
-from .errors import ConfigTypeError, InputError, InputTypeError, UnknownLevelError, nearest
+from .errors import ConfigTypeError, InputError, InputTypeError, UnknownLevelError, listed, nearest
 from .experts import ExpertContext
 from .outputs import CELMoEOutput, LevelOutput
 
@@ -160,12 +160,13 @@ class CELMoELossAPI:
         asked = [(level, "level", name) for level, specs in self.level_losses.items() for name, _, _ in specs]
         for parent, child, name, _, _ in self.bridge_losses:
             asked += [(parent, "bridge", name), (child, "bridge", name)]
-        for level, kind, name in asked:
-            if level not in output.levels:
-                raise UnknownLevelError(
-                    f"{kind} loss {name!r} must be registered for levels of the output (got {level!r}; "
-                    f"{nearest(level, output.levels)})"
-                )
+        if unknown := [each for each in asked if each[0] not in output.levels]:
+            losses = dict.fromkeys(f"{kind} loss {name!r}" for _, kind, name in unknown)
+            levels = [*dict.fromkeys(level for level, _, _ in unknown)]
+            raise UnknownLevelError(
+                f"{', '.join(losses)} must be registered for levels of the output (got {listed(levels)}; "
+                f"{nearest(levels, output.levels)})"
+            )
 
 
 def _scalar(term: LossTerm) -> torch.Tensor:

@@ -221,6 +221,16 @@ def test_an_expert_that_was_removed():
     assert model(rows(), {"family": "slavic", "language": "ru"}).fused_hidden.shape == (3, WIDTH)
 
 
+def test_experts_and_levels_that_were_removed_are_all_named():
+    model = build()
+    del model.level_modules["language"]["fr"], model.level_modules["language"]["ru"]
+    with pytest.raises(UnknownExpertError, match=r"\(got no 'fr', 'ru'; known: 'pl', 'de'\)$"):
+        model(rows(), GOOD)
+    model.level_modules.clear()
+    with pytest.raises(UnknownLevelError, match=r"\(got no 'family', 'language'; known: none\)$"):
+        model(rows(), GOOD)
+
+
 def test_a_level_that_was_removed():
     model = build()
     del model.level_modules["language"]

@@ -17,10 +17,10 @@ PACKAGE = Path(celmoe.__file__).parent
 FLOORS = [
     {"directml"},
     {"version", "errors", "ragged", "segments", "slots", "watchers"},
-    {"config", "experts", "product", "inspection"},
+    {"config", "experts", "layout", "product", "inspection"},
     {"members", "affine", "tally"},
     {"routing", "names", "context", "fusion", "signature", "trace"},
-    {"operations"},
+    {"operations", "planner"},
     {
         "plan",
         "operations_shape",
@@ -29,7 +29,7 @@ FLOORS = [
         "operations_norm",
         "operations_parameters",
     },
-    {"planner", "operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
+    {"operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
     {"compiler", "dispatch", "outputs", "explain", "template"},
     {"looped", "loss", "proof", "grouping"},
     {"cost", "grouped"},

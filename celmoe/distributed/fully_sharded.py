@@ -181,7 +181,7 @@ class FullyShardedLevel(Level):
         records = torch.is_grad_enabled()
         token = self._thread.take(self._position, given.hidden.device)
         hidden = given.hidden
-        if not any(expert.input_gradient_scale for expert in self.config.experts.values()):
+        if not any(self.scales(self._built)):
             hidden = hidden.detach()
         self._usage.enter(self._position)
         found: list[Any] = []
