@@ -62,7 +62,7 @@ RESULTS = {
     "the class": (
         lambda batch: ExpertResult,
         (ResultTypeError, TypeError),
-        f"'result' {WHO} must be an ExpertResult (got type)",
+        f"'result' {WHO} must be an ExpertResult (got the class ExpertResult)",
     ),
     "hidden None": (
         lambda batch: ExpertResult(None),

@@ -114,8 +114,8 @@ def test_what_can_not_be_joined():
         (
             [plan, plan, RoutingCompiler(other)(GOOD)],
             (
-                "'plans[2]' must be a plan of a config with fallback_expert None in level 'language' (got one with 'fr'); "
-                "compile the routing again"
+                "'plans[2]' must be a plan of a config with fallback_expert None in level 'language' (got one with "
+                "'fr'); compile the routing again"
             ),
         ),
         ([plan, plan.to("meta")], "'plans[1]' must be on cpu, where the first plan is (got meta)"),
