@@ -205,6 +205,9 @@ class Level:
         """The experts by units; ``None`` where they run one after another, in the plan's order."""
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
+        if plan.order.is_meta:
+            # There are only shapes, which the loop gives; a run as one could not be compared with it.
+            return None
         if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts)):
             return None
         if engine == AUTO:

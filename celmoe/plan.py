@@ -117,7 +117,13 @@ class RoutingPlan:
         return self._packed.nbytes
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RoutingPlan:
-        """The same plan with its index tensors on ``device``, moved in one transfer."""
+        """The same plan with its index tensors on ``device``, moved in one transfer.
+
+        Raises:
+            PlanError: The plan is on meta, where there are only shapes, and ``device`` is not.
+        """
+        if self._packed.is_meta and torch.device(device).type != "meta":
+            _require_readable(self, "plan")
         packed = self._packed.to(device, non_blocking=non_blocking)
         return self if packed is self._packed else self._with(packed)
 
@@ -135,6 +141,7 @@ class RoutingPlan:
 
         Raises:
             UnknownLevelError: The plan has no such level.
+            PlanError: The plan is on meta.
         """
         if level not in self.levels:
             raise UnknownLevelError(
@@ -169,7 +176,7 @@ class RoutingPlan:
                 f"'start' and 'stop' must be in order, from 0 to the plan's {self.batch_size} samples (got {start} and "
                 f"{stop})"
             )
-        return _planned_again(self, [ids[start:stop] for ids in _host_ids(self, "plan")])
+        return _planned_again(self, [ids[start:stop] for ids in _host_ids(self)])
 
     @staticmethod
     def join(plans: Iterable[RoutingPlan]) -> RoutingPlan:
@@ -193,9 +200,10 @@ class RoutingPlan:
             if not isinstance(plan, RoutingPlan):
                 raise RouteTypeError(f"{name!r} must be a RoutingPlan (got {type(plan).__name__})")
             plan.require_layout(given[0].layout, name)
+            _require_readable(plan, name)
             if plan.device != given[0].device:
                 raise PlanError(f"{name!r} must be on {given[0].device}, where the first plan is (got {plan.device})")
-        ids = [_host_ids(plan, f"plans[{position}]") for position, plan in enumerate(given)]
+        ids = map(_host_ids, given)
         return _planned_again(given[0], [np.concatenate(each) for each in zip(*ids, strict=True)])
 
     def require_layout(self, layout: Layout, name: str = "routing") -> None:
@@ -269,9 +277,8 @@ def _tables(layout: Layout) -> list[RouteTable]:
     return [RouteTable(level.name, level.experts) for level in layout.levels]
 
 
-def _host_ids(plan: RoutingPlan, name: str) -> list[CodeArray]:
+def _host_ids(plan: RoutingPlan) -> list[CodeArray]:
     """The ids ``[B]`` of each level, read from the device in one transfer."""
-    _require_readable(plan, name)
     return [level.expert_ids.numpy() for level in plan.to("cpu").levels.values()]
 
 
