@@ -41,4 +41,4 @@ def resolve_engine(name: str) -> str:
 def _require_known(where: str, name: str) -> None:
     names = list(ENGINES)
     if name not in names:
-        raise EngineError(f"{where} must be one of {listed(names)} (got {name!r}; {nearest(name, names)})")
+        raise EngineError(f"{where} must be one of {listed(names)} (got {name!r}; {nearest(str(name), names)})")

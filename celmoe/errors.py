@@ -11,7 +11,7 @@ CELMoEError
 |- RouteLengthError   ValueError    routes that are not one a sample
 |- RouteIdError       ValueError    an id that is no position in the level's experts
 |- RouteTypeError     TypeError     routes of the wrong kind
-|- PlanError          ValueError    a plan of another model or batch
+|- PlanError          ValueError    a plan of another config or batch, or parts that a plan does not have
 |- InputError         ValueError    a tensor of the wrong shape or device
 |- InputTypeError     TypeError     an argument that is no tensor
 |- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
 
 _SHOWN = 8
 
@@ -83,7 +82,7 @@ class RouteTypeError(CELMoEError, TypeError):
 
 
 class PlanError(CELMoEError, ValueError):
-    """A plan was made for other levels, other experts, or another batch size."""
+    """A plan was made for another config or batch size, or can't be cut, joined or read as asked."""
 
 
 class InputError(CELMoEError, ValueError):
@@ -134,12 +133,12 @@ def nearest(names: object, known: Iterable[str]) -> str:
     """For each of some unknown names the known ones that look like it, as half-sentences; all known where none does.
 
     Args:
-        names: The unknown name, or a list, tuple or set of several; as many as `listed` shows are answered.
+        names: The unknown name, or a list of several; as many as `listed` shows are answered.
         known: The names that would be right.
     """
     all_known = list(known)
     folded = {candidate.casefold(): candidate for candidate in all_known}
-    unknown = list(names)[:_SHOWN] if isinstance(names, list | tuple | AbstractSet) else [names]
+    unknown = list(names)[:_SHOWN] if isinstance(names, list) else [names]
     found = {}
     for name in unknown:
         if close := difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6):

@@ -114,9 +114,9 @@ class Level:
         """The config that holds an expert's flags: the one under its name, else the one that it was built with.
 
         Raises:
-            ConfigTypeError: Something else stands under its name.
+            ConfigTypeError: Something else stands under its name, or it was never built.
         """
-        found = self.config.experts.get(expert, self._built[expert])
+        found = self.config.experts.get(expert, self._built.get(expert))
         if not isinstance(found, ExpertConfig):
             where = f"levels[{self.name!r}].experts[{expert!r}]"
             raise ConfigTypeError(f'"{where}" must be an ExpertConfig (got {found!r})')

@@ -234,6 +234,16 @@ def test_what_is_no_config_of_an_expert_is_told(wrong, engine):
     assert model(rows(1), {"language": ["fr"]}).levels["language"].routes == ["fr"]
 
 
+@pytest.mark.parametrize("engine", ["auto", "grouped"])
+def test_modules_that_were_never_in_the_config_are_told(engine):
+    model = build(three_levels(), engine=engine)
+    model.level_modules["language"]["it"] = Sized()
+    with pytest.raises(ConfigTypeError, match=r"experts\['it'\].* must be an ExpertConfig \(got None\)"):
+        model.explain()
+    with pytest.raises(UnknownExpertError, match="got 'it'"):
+        model(rows(1), {"language": ["it"]})
+
+
 def test_a_list_of_levels_changed_by_its_reader_changes_nothing():
     model = build(CELMoEConfig(WIDTH, [HierarchyLevelConfig("a", {"x": ExpertConfig("x")})]))
     twin = pickle.loads(pickle.dumps(model))
