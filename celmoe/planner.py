@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,18 +26,9 @@ FEW_SAMPLES = 64
 HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
 
 
-class Indices(NamedTuple):
-    """What a plan is made of.
-
-    Attributes:
-        levels: What the host knows, one a level.
-        packed: int64, on the CPU: all levels' index tensors, end to end.
-        sizes: The length of each part of `packed`.
-    """
-
-    levels: Sequence[HostLevel]
-    packed: torch.Tensor
-    sizes: Sequence[int]
+# What a plan is made of: its levels as the host knows them; all their index tensors end to end, int64, on the CPU; and
+# the length of each.
+Indices: TypeAlias = tuple[Sequence[HostLevel], torch.Tensor, Sequence[int]]
 
 
 def sort_samples(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
@@ -82,7 +73,7 @@ def _sort_few(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_
         flat += map(table.ids.__getitem__, code)
         flat += accumulate(counts)
         sizes += (batch_size, len(counts))
-    return Indices(levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes)
+    return levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes
 
 
 def _code_list(codes: CodeArray | int, batch_size: int) -> list[int]:
@@ -115,7 +106,7 @@ def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch
         known = (table.level, experts, tuple(counts.tolist()), order is None, follows and bool(levels))
         levels.append((known, (*places, len(parts), len(parts) + 1)))
         parts += (ids, np.add.accumulate(counts, dtype=np.int64))
-    return Indices(levels, torch.from_numpy(np.concatenate(parts)), [*map(len, parts)])
+    return levels, torch.from_numpy(np.concatenate(parts)), [*map(len, parts)]
 
 
 def _sorted(
