@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
@@ -72,6 +72,11 @@ class ExpertResult:
     hidden: torch.Tensor
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     aux: ExpertAux = field(default_factory=dict)
+
+
+def is_aux(aux: object) -> bool:
+    """Whether an expert may return this as `ExpertResult.aux`: a mapping, or, as in celmoe-vp, nothing of any kind."""
+    return aux is None or isinstance(aux, Mapping) or (isinstance(aux, Sequence) and len(aux) == 0)
 
 
 class ExpertModule(nn.Module):

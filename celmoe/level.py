@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
 from operator import is_
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from .config import HierarchyLevelConfig
+from .config import ExpertConfig, HierarchyLevelConfig
 from .context import ContextRows, select
 from .cost import estimate, judged, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import AUTO, ENGINES, LOOPED
-from .errors import UnknownExpertError, UnknownLevelError, nearest
+from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
 from .grouped import Extras, UnitBatch, UnitResult, refusal
@@ -76,19 +76,20 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
     found = []
     try:
         registries = modules_named(level_modules, plan.levels)
-    except KeyError as error:
-        level = str(error.args[0])
+    except KeyError:
+        gone = [name for name in plan.levels if name not in level_modules]
         raise UnknownLevelError(
-            f"'level_modules' must hold the model's levels (got no {level!r}; {nearest(level, level_modules)})"
+            f"'level_modules' must hold the model's levels (got no {listed(gone)}; {nearest(gone, level_modules)})"
         ) from None
     for modules, planned in zip(registries, plan.levels.values(), strict=True):
+        named = cast(nn.ModuleDict, modules)
         try:
-            found.append(modules_named(modules, planned.present))  # type: ignore[arg-type]  # a level's are a mapping
-        except KeyError as error:
-            name = str(error.args[0])
+            found.append(modules_named(named, planned.present))
+        except KeyError:
+            gone = [name for name in planned.present if name not in named]
             raise UnknownExpertError(
-                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {name!r}; '
-                f"{nearest(name, modules)})"  # type: ignore[arg-type]  # as above
+                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {listed(gone)}; '
+                f"{nearest(gone, named)})"
             ) from None
     return found
 
@@ -96,14 +97,43 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
 class Level:
     """One level of a model: its config, and what is known of its experts' classes.
 
+    Name and experts are those of the config at construction; the experts' flags are read from it at every call.
+
     Attributes:
         config: The level's config.
+        name: The level's name.
         classes: Its experts by structure.
     """
 
     def __init__(self, config: HierarchyLevelConfig) -> None:
         self.config = config
+        self.name = config.name
         self.classes = LevelClasses()
+        self._built = dict(config.experts)
+
+    def flags(self, expert: str) -> ExpertConfig:
+        """The config that holds an expert's flags: the one under its name, else the one that it was built with.
+
+        Raises:
+            ConfigTypeError: Something else stands under its name, or it was never built.
+        """
+        found = self.config.experts.get(expert, self._built.get(expert))
+        if not isinstance(found, ExpertConfig):
+            where = f"levels[{self.name!r}].experts[{expert!r}]"
+            raise ConfigTypeError(f'"{where}" must be an ExpertConfig (got {found!r})')
+        return found
+
+    def scales(self, experts: Collection[str]) -> list[float]:
+        """The `input_gradient_scale` of each expert.
+
+        Raises:
+            ConfigTypeError: As for `flags`.
+        """
+        configs = self.config.experts
+        try:
+            return [configs[expert].input_gradient_scale for expert in experts]
+        except (KeyError, AttributeError):
+            return [self.flags(expert).input_gradient_scale for expert in experts]
 
     def run(
         self,
@@ -127,10 +157,10 @@ class Level:
             Its output, and the same rows as its experts gave them, in the plan's order; without the rows where they
             came in another one.
         """
-        name = self.config.name
         if not plan.present:
-            return LevelOutput.with_deferred_routes(name, self._of_no_samples(experts, given), host_plan.routes), None
-        scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
+            empty = self._of_no_samples(experts, given)
+            return LevelOutput.with_deferred_routes(self.name, empty, host_plan.routes), None
+        scales = self.scales(plan.present)
         # Without elements a batch has nothing to compute together, and products of such matrices are refused.
         has_elements = bool(given.hidden.numel())
         arranged = self._arranged(experts, engine, scales, plan, given.context.irregular) if has_elements else None
@@ -143,11 +173,11 @@ class Level:
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
-        output = LevelOutput.with_deferred_routes(name, combine(promoted, order), host_plan.routes)
+        output = LevelOutput.with_deferred_routes(self.name, combine(promoted, order), host_plan.routes)
         for place in sorted(extras):
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
-                _add_losses(output, expert, losses, self.config.experts[expert].loss_weight)
+                _add_losses(output, expert, losses, self.flags(expert).loss_weight)
             if aux:
                 output.aux[expert] = dict(aux)
         return output, promoted if order.order is plan.order else None
@@ -166,16 +196,16 @@ class Level:
         names = tuple(modules) if plan is None else plan.present
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
-            scales = [self.config.experts[name].input_gradient_scale for name in names]
+            scales = self.scales(names)
             self.classes.looped_anyway.clear()
             units = self.classes.units(names, experts, scales)
             classes = [_explained(unit, engine, names, plan) for unit in units]
-        return explain_level(self.config.name, modules, engine, experts, plan, classes)
+        return explain_level(self.name, modules, engine, experts, plan, classes)
 
     @property
     def is_detached(self) -> bool:
         """Whether no expert lets gradients into the level's input."""
-        return not any(expert.input_gradient_scale for expert in self.config.experts.values())
+        return not any(self.scales(self._built))
 
     def _of_no_samples(self, experts: Sequence[nn.Module], given: LevelInput) -> torch.Tensor:
         """The level's output for a batch without samples, ``[0, ...]``.
@@ -224,6 +254,9 @@ class Level:
         """
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
+        if plan.order.is_meta:
+            # There are only shapes, which the loop gives; a run as one could not be compared with it.
+            return None
         if engine == AUTO and (
             irregular is not None or all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts))
         ):
@@ -252,7 +285,7 @@ class Level:
     def _judged(self, units: Sequence[Unit], plan: LevelPlan) -> list[Unit]:
         """The units with a fault where a loop costs less; those that never pay are remembered."""
         for unit in units:
-            if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
+            if unit.record.signature.fault is None and never_pays(unit, len(self._built)):
                 pairs = zip(unit.positions, unit.members, strict=True)
                 self.classes.looped_anyway.update((plan.present[place], each.module) for place, each in pairs)
         return [judged(unit, _rows_of(unit, plan)) for unit in units]

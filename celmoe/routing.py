@@ -153,10 +153,10 @@ class RouteTable:
         return list(routes)
 
     def _unknown(self, unknown: Counter[str], num_samples: int) -> UnknownExpertError:
-        name, _ = unknown.most_common(1)[0]
+        names = sorted(unknown)
         return UnknownExpertError(
-            f"{self._where} must name experts of level {self.level!r} (got {listed(sorted(unknown))} for "
-            f"{unknown.total()} of {num_samples} samples; {nearest(name, self.experts)})"
+            f"{self._where} must name experts of level {self.level!r} (got {listed(names)} for {unknown.total()} of "
+            f"{num_samples} samples; {nearest(names, self.experts)})"
         )
 
     @property

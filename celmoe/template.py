@@ -8,6 +8,7 @@ call into PyTorch taken by a mode that knows `OPERATIONS`. What can't be right f
 from __future__ import annotations
 
 import functools
+import numbers
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -27,7 +28,8 @@ from . import (  # noqa: F401  # register
     operations_reduce,
     operations_shape,
 )
-from .experts import ExpertBatch, ExpertResult
+from .errors import ResultError, ResultTypeError
+from .experts import ExpertBatch, ExpertResult, is_aux
 from .operations import OPERATIONS, Run
 from .ragged import CannotGroupError, Ragged, Rows, Stack, common, registered, rows
 from .segments import Segments
@@ -399,12 +401,15 @@ def _leave(outcome: Outcome, tally: Tally) -> None:
 
 
 def _checked(result: Any, given: torch.Tensor) -> tuple[Rows, dict[str, Ragged]]:
+    _require_kinds(result)
     if type(result) is not ExpertResult:
         raise CannotGroupError(f"returned a {type(result).__name__}")
     if not isinstance(result.aux, dict) or result.aux:
         raise CannotGroupError("returned aux")
     hidden = result.hidden
-    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1 or hidden.plain.shape != given.shape:
+    if isinstance(hidden, Rows) and hidden.axis == 0 and hidden.factor == 1 and hidden.plain.shape != given.shape:
+        raise ResultError("returned rows of another shape")
+    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1:
         raise CannotGroupError("returned something else than a row for each sample")
     if not (hidden.is_floating_point() or hidden.is_complex() or hidden.dtype == given.dtype):
         raise CannotGroupError(f"returned rows of {hidden.dtype}")
@@ -416,6 +421,24 @@ def _checked(result: Any, given: torch.Tensor) -> tuple[Rows, dict[str, Ragged]]
             raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
         losses[name] = loss
     return hidden, losses
+
+
+def _require_kinds(result: Any) -> None:
+    """Refuse what no engine takes; the loop, which is asked next, says which expert returned it.
+
+    Raises:
+        ResultTypeError: It is no result that holds tensors.
+    """
+    if not isinstance(result, ExpertResult):
+        raise ResultTypeError(f"returned a {type(result).__name__}")
+    losses = result.losses
+    if (
+        not isinstance(result.hidden, torch.Tensor)
+        or not isinstance(losses, Mapping)
+        or not all(isinstance(loss, torch.Tensor | numbers.Real) for loss in losses.values())
+        or not is_aux(result.aux)
+    ):
+        raise ResultTypeError("returned something else than tensors")
 
 
 def _of_members(loss: Ragged, segments: Segments) -> list[torch.Tensor]:

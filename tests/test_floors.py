@@ -17,10 +17,10 @@ PACKAGE = Path(celmoe.__file__).parent
 FLOORS = [
     {"directml"},
     {"version", "errors", "files", "ragged", "segments", "slots", "watchers"},
-    {"config", "experts", "product", "inspection", "containers"},
+    {"config", "experts", "layout", "product", "inspection", "containers"},
     {"members", "affine", "tally"},
     {"routing", "names", "context", "reference_context", "fusion", "signature", "trace"},
-    {"operations"},
+    {"operations", "planner"},
     {
         "plan",
         "operations_shape",
@@ -29,7 +29,7 @@ FLOORS = [
         "operations_norm",
         "operations_parameters",
     },
-    {"planner", "operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
+    {"operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
     {"compiler", "dispatch", "outputs", "explain", "template"},
     {"looped", "loss", "proof", "grouping"},
     {"cost", "grouped"},

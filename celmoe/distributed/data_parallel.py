@@ -105,13 +105,15 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
 
 
 def require_hierarchy(model: object) -> None:
-    """Refuse what is no `HierarchicalCELMoE`.
+    """Refuse what is no `HierarchicalCELMoE`, and one whose config has changed in structure since it was built.
 
     Raises:
         ConfigTypeError: It is something else.
+        ConfigError: As for `HierarchicalCELMoE.check_config`.
     """
     if not isinstance(model, HierarchicalCELMoE):
         raise ConfigTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
+    model.check_config()
 
 
 def refuse_collectives(model: nn.Module) -> None:

@@ -178,11 +178,10 @@ def _chosen(model: HierarchicalCELMoE, levels: Iterable[str] | None) -> list[Hie
         names = {level.name for level in model.levels if len(level.experts) > 1}
     else:
         names = {levels} if isinstance(levels, str) else set(levels)
-    for name in sorted(names):
-        if name not in by_name:
-            raise UnknownLevelError(
-                f"'levels' must be levels of the model (got {name!r}; {nearest(str(name), by_name)})"
-            )
+    if unknown := sorted(names - by_name.keys()):
+        raise UnknownLevelError(
+            f"'levels' must be levels of the model (got {listed(unknown)}; {nearest(unknown, by_name)})"
+        )
     chosen = [level for level in model.levels if level.name in names]
     if not chosen:
         raise ConfigError("'levels' must hold at least one level (got none; no level has several experts)")
@@ -194,19 +193,20 @@ def _costs(
 ) -> list[float]:
     modules = cast(NamedModules, model.level_modules[level.name])
     if loads is None or level.name not in loads:
-        for name in loads or ():
-            if name not in model.level_modules:
-                known = nearest(name, model.level_modules)
-                raise UnknownLevelError(f"'loads' must have levels of the model for keys (got {name!r}; {known})")
+        if unknown := [name for name in loads or () if name not in model.level_modules]:
+            raise UnknownLevelError(
+                f"'loads' must have levels of the model for keys (got {listed(unknown)}; "
+                f"{nearest(unknown, model.level_modules)})"
+            )
         return [float(parameter_bytes([modules[name]])) for name in level.experts]
     given = loads[level.name]
+    if unknown := [name for name in given if name not in level.experts]:
+        raise UnknownExpertError(
+            f'"loads[{level.name!r}]" must have experts of the level for keys (got {listed(unknown)}; '
+            f"{nearest(unknown, level.experts)})"
+        )
     for name, load in given.items():
         where = f"loads[{level.name!r}][{name!r}]"
-        if name not in level.experts:
-            raise UnknownExpertError(
-                f'"loads[{level.name!r}]" must have experts of the level for keys (got {name!r}; '
-                f"{nearest(name, level.experts)})"
-            )
         require_finite(where, load)
         if load < 0:
             raise ConfigError(f"{where!r} must be at least 0 (got {load!r})")

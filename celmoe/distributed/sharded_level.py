@@ -118,7 +118,7 @@ class ShardedLevel(Level):
             output.hidden = tied(output.hidden, token)
             return output, None
         dtype, is_differentiated = self._agreed_input(meeting, given)
-        scales = [self.config.experts[name].input_gradient_scale for name in self._names]
+        scales = self.scales(self._names)
         if not any(scale for scale, is_there in zip(scales, present, strict=True) if is_there):
             is_differentiated = False
 
@@ -159,7 +159,7 @@ class ShardedLevel(Level):
 
     def _agreed_input(self, meeting: Meeting, given: LevelInput) -> tuple[torch.dtype, bool]:
         """The dtype in which rows travel, and whether gradients come back."""
-        if meeting.counts.keys() and next(iter(meeting.counts)) == self.config.name:
+        if meeting.counts.keys() and next(iter(meeting.counts)) == self.name:
             return meeting.dtype, meeting.is_differentiated
         # What the levels in between gave is known to each rank only of itself.
         heard = self._heard([int(given.hidden.shape[0] > 0), *coded(given.hidden)], given.hidden.device)
@@ -230,7 +230,7 @@ class ShardedLevel(Level):
         tensor = torch.from_numpy(packed).to(device, non_blocking=True)
         parts = tensor.split([size, size, size, num_present])
         return LevelPlan(
-            self.config.name,
+            self.name,
             tuple(self._names[self._here[place]] for place in is_there.tolist()),
             tuple(counts[is_there].tolist()),
             bool((order == np.arange(size)).all()),
