@@ -11,6 +11,8 @@ from pathlib import Path
 _PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 _NAME = re.compile(r"[\w.-]+")
 _ITSELF = re.compile(r"celmoe\[(\w+)\]")
+# Commands of their own: nothing here imports them.
+_TOOLS = {"mypy", "ruff"}
 
 
 def missing_extra(extra: str, pyproject: Path = _PYPROJECT) -> str:
@@ -25,7 +27,7 @@ def missing_extra(extra: str, pyproject: Path = _PYPROJECT) -> str:
     """
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     names = dict.fromkeys([*_names(project, project["dependencies"]), *_names(project, [f"celmoe[{extra}]"])])
-    missing = [name for name in names if not _is_installed(name)]
+    missing = [name for name in names if name not in _TOOLS and not _is_installed(name)]
     return f'{", ".join(missing)} must be installed: pip install -e ".[{extra}]"' if missing else ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import celmoe
+from benchmarks import extras
 from benchmarks.extras import missing_extra
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +77,18 @@ def test_packages_that_are_missing(tmp_path, test, bench, missing):
     path = tmp_path / "pyproject.toml"
     path.write_text(table, encoding="utf-8")
     assert missing_extra("test", path) == (missing and f'{missing} must be installed: pip install -e ".[test]"')
+
+
+def nothing_is_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_tools_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(extras, "distribution", nothing_is_installed)
+    path = tmp_path / "pyproject.toml"
+    table = "[project]\ndependencies = []\n[project.optional-dependencies]\nx = ['mypy', 'ruff']\n"
+    path.write_text(table, encoding="utf-8")
+    assert missing_extra("x", path) == ""
 
 
 def test_a_missing_dependency_is_told_too(tmp_path):
