@@ -110,6 +110,20 @@ def test_a_command_without_its_packages_says_how_to_get_them(command):
     assert done.stdout == ""
 
 
+# Runs a command under a torch without the function that celmoe.distributed looks for.
+OLDER_TORCH = """
+import runpy, torch.distributed
+vars(torch.distributed).pop("all_gather_single", None)
+runpy.run_module("benchmarks.scaling", run_name="__main__")
+"""
+
+
+def test_a_command_that_wants_a_newer_torch_says_so():
+    done = python("-c", OLDER_TORCH, cwd=ROOT)
+    assert done.returncode == 1
+    assert re.fullmatch(r"'celmoe\.distributed' must have PyTorch 2\.13 or later \(got 2\..*\)\n", done.stderr)
+
+
 def test_every_command_is_tried():
     modules = [path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py")]
     runnable = [path for path in modules if '__name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")]
