@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from celmoe.config import HierarchyLevelConfig
 from celmoe.dispatch import Blocks
-from celmoe.errors import ConfigError
+from celmoe.errors import ConfigError, ConfigTypeError
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules
@@ -265,7 +265,7 @@ def shard_levels(
         ProcessGroupError: No process group is initialised.
         MeshError: The mesh leaves processes out.
         ConfigError, ConfigTypeError: The model is none, is sharded already, or has an expert with a collective of its
-            own.
+            own; or the policy is none.
     """
     require_process_group("shard_levels")
     require_mesh(mesh)
@@ -274,6 +274,8 @@ def shard_levels(
     refuse_collectives(model)
     if any(type(level) is not Level for level in model._levels) or isinstance(model, FSDPModule):
         raise ConfigError("'model' must not be sharded yet (got one that is)")
+    if not isinstance(mp_policy, MixedPrecisionPolicy):
+        raise ConfigTypeError(f"'mp_policy' must be a MixedPrecisionPolicy (got {mp_policy!r})")
     registries = []
     for level in model.levels:
         experts = GatheredExperts(dict(cast(NamedModules, model.level_modules[level.name]).items()))

@@ -344,3 +344,20 @@ def run_with_a_fusion_of_its_own_policy():
 
 def test_a_fusion_keeps_the_policy_that_its_user_gave_it(two):
     assert two.run(run_with_a_fusion_of_its_own_policy) == [(F32, [F64, F64])] * 2
+
+
+def refuse_policies():
+    """What is said of things that are no policy, and whether the model is still whole."""
+    model = make_model(Case(HALF))
+    texts = []
+    for policy in (None, BF16, MixedPrecisionPolicy):
+        with pytest.raises(celmoe.ConfigTypeError) as caught:
+            shard_levels(model, dist.init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+        texts.append(str(caught.value))
+    return texts, any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def test_a_policy_that_is_none_is_refused(two):
+    start = "'mp_policy' must be a MixedPrecisionPolicy (got"
+    texts = [f"{start} None)", f"{start} torch.bfloat16)", f"{start} {MixedPrecisionPolicy!r})"]
+    assert two.run(refuse_policies) == [(texts, False)] * 2
