@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import celmoe
 from benchmarks import extras
 from benchmarks.extras import missing_extra
 
@@ -33,13 +32,13 @@ WHERE = "import celmoe; print(celmoe.__file__)"
 
 @pytest.mark.parametrize("inside", ["celmoe", "celmoe/celmoe", "elsewhere/celmoe"])
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path, inside):
-    """As from the folder above a clone. `python -c` looks into the working directory before all else."""
+    """As from the folder above a clone: `python -c` looks into the working directory first."""
     try:
         importlib.metadata.version("celmoe")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("celmoe is not installed")
     (tmp_path / inside).mkdir(parents=True)
-    assert python("-c", WHERE, cwd=tmp_path).stdout.strip() == celmoe.__file__
+    assert Path(python("-c", WHERE, cwd=tmp_path).stdout.strip()).parts[-2:] == ("celmoe", "__init__.py")
 
 
 def test_the_folder_would_be_found_where_nothing_is_installed(tmp_path):
