@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import nn
 
 import celmoe
-from celmoe.distributed import RemoteExpert, load_checkpoint, load_file, save_checkpoint, write_file
+from celmoe.distributed import load_checkpoint, load_file, save_checkpoint, write_file
 from celmoe.distributed.checkpoints import optimizer_state
 from celmoe.distributed.checkpoints.manifest import read_manifest
 from celmoe.distributed.checkpoints.pieces import opened
 from celmoe.distributed.checkpoints.staging import stage
+from celmoe.distributed.remote import stand_ins
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_checkpoints import build
@@ -202,36 +203,29 @@ def test_module_state_that_is_no_tensor_is_refused(tmp_path):
 
 
 def with_remote_parameters(folder):
-    """Parameters of experts that are elsewhere stand for nothing: neither saved nor missed."""
+    """Parameters of experts that are elsewhere stand for gradients there: neither saved nor missed, nor loaded."""
     model, _, _ = build("experts", JOB)
-    tie = nn.Parameter(torch.zeros(()))
-    remote = [each for each in model.modules() if isinstance(each, RemoteExpert)]
-    for each in remote:
-        each.tie = tie
-        each._save_to_state_dict = lambda *args: None
+    elsewhere = list(stand_ins(model))
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     save_checkpoint(folder, model, optimizer)
     before = jobs.seen(model, optimizer)
-    kept = optimizer.state[tie]
+    kept = [optimizer.state[each] for each in elsewhere]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     load_checkpoint(folder, model, optimizer)
-    after = jobs.seen(model, optimizer)
-    name = next(name for name, each in model.named_parameters() if each is tie)
-    before.pop(name), after.pop(name)
-    assert_close("", after, before, 0.0)
-    assert optimizer.state[tie] is kept
-    return len(remote), dist.get_rank()
+    assert_close("", jobs.seen(model, optimizer), before, 0.0)
+    assert all(optimizer.state[each] is state for each, state in zip(elsewhere, kept, strict=True))
+    return len(elsewhere), dist.get_rank()
 
 
 def test_parameters_of_experts_elsewhere_are_left_out(two, tmp_path):
     found = two.run(with_remote_parameters, tmp_path)
     assert all(count > 3 for count, _ in found)
     manifest = (tmp_path / "checkpoint.json").read_bytes().splitlines()[1]
-    assert not [entry for entry in json.loads(manifest)["tensors"] if "tie" in entry[0][1]]
+    assert not [entry for entry in json.loads(manifest)["tensors"] if "elsewhere" in entry[0][1]]
     model, optimizer, _ = build("alone", JOB)
     load_checkpoint(tmp_path, model, optimizer)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from celmoe.distributed.remote import RemoteExpert
+from celmoe.distributed.remote import stand_ins
 from celmoe.errors import CheckpointError, listed
 
 from .manifest import Content, Place
@@ -29,9 +29,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Param
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in saved:
             names.setdefault(parameter, []).append(name)
-    elsewhere = {
-        parameter for each in model.modules() if isinstance(each, RemoteExpert) for parameter in each.parameters()
-    }
+    elsewhere = set(stand_ins(model))
     own = [each for group in optimizer.param_groups for each in group["params"] if each not in elsewhere]
     if strangers := [each for each in own if each not in names]:
         raise CheckpointError(
