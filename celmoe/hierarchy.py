@@ -24,6 +24,10 @@ from .plan import RoutingPlan
 from .routing import Routing
 
 
+# Methods of celmoe-vp's model that its subclasses override, and that nothing here would call.
+_PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")
+
+
 class HierarchicalCELMoE(nn.Module):
     """Route every sample by name through one expert a level, and fuse the levels.
 
@@ -47,7 +51,8 @@ class HierarchicalCELMoE(nn.Module):
         fusion: The fusion module.
 
     Raises:
-        ConfigError, ConfigTypeError: The config is not sound, or the factory returned no module.
+        ConfigError, ConfigTypeError: The config is not sound, or the factory returned no module. A subclass that
+            overrides a private method of celmoe-vp's model is refused when it is defined.
         EngineError: No engine has this name.
 
     Example::
@@ -86,6 +91,15 @@ class HierarchicalCELMoE(nn.Module):
         )
         self._levels = [Level(level) for level in self.levels]
         self.fusion = build_fusion(config, len(self.levels), fusion_module)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for method in _PEERS_METHODS:
+            if method in vars(cls):
+                raise ConfigTypeError(
+                    f"{cls.__name__!r} must not override {method!r} (got a subclass written for celmoe-vp, whose model "
+                    f"calls it; this one never does: change the experts, their context, or 'forward' in its place)"
+                )
 
     @property
     def engine(self) -> str:

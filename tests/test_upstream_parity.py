@@ -771,3 +771,24 @@ def test_the_comparison_sees(mutate):
     mutate(wrong)
     with pytest.raises(AssertionError):
         peer.assert_same(right, wrong)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("method", ["_run_level", "_select_context", "_normalize_routing", "_level_registry"])
+def test_a_subclass_that_would_be_ignored_is_refused(version, method):
+    """celmoe-vp's model calls these; an override that is never called would be silently without effect."""
+    assert hasattr(peer.peer(version).HierarchicalCELMoE, method)
+    with pytest.raises(celmoe.ConfigTypeError) as caught:
+        type("Mine", (celmoe.HierarchicalCELMoE,), {method: lambda self, *args: None})
+    assert str(caught.value).startswith(f"'Mine' must not override {method!r} (got a subclass written for celmoe-vp")
+
+
+def test_other_subclasses_are_welcome():
+    class Mine(celmoe.HierarchicalCELMoE):
+        def forward(self, hidden, *args, **kwargs):
+            return super().forward(hidden * 2, *args, **kwargs)
+
+    class Later(Mine):
+        pass
+
+    assert issubclass(Later, celmoe.HierarchicalCELMoE)
