@@ -23,7 +23,6 @@ from .outputs import CELMoEOutput
 from .plan import RoutingPlan
 from .routing import Routing
 
-
 # Methods of celmoe-vp's model that its subclasses override, and that nothing here would call.
 _PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")
 
