@@ -33,14 +33,15 @@ def _ours(workload: Workload, device: torch.device) -> Task:
     compiler = celmoe.RoutingCompiler(_config(celmoe, workload))
     routings, turn = routings_of(workload), turns(ROUTINGS)
 
-    def step() -> None:
-        compiler(routings[turn()]).to(device)
+    def plan(routing: Mapping[str, Any]) -> celmoe.RoutingPlan:
+        made = compiler(routing).to(device)
         finish(device)
+        return made
 
     def evidence() -> Evidence:
-        return {name: level.expert_ids for name, level in compiler(routings[0]).levels.items()}
+        return {name: level.expert_ids.cpu() for name, level in plan(routings[0]).levels.items()}
 
-    return Task(step, nothing, evidence)
+    return Task(lambda: plan(routings[turn()]), nothing, evidence)
 
 
 def look_ups(workload: Workload) -> Task:

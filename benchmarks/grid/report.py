@@ -154,14 +154,16 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def summary(steps: Sequence[StepTiming]) -> str:
-    """The geometric means of the ratios and their bounds, and the worst ratio."""
+    """The geometric means of the ratios and their bounds, on which side of 1 the rounds are, and the worst ratio."""
     mean = geometric_mean([each.ratio for each in steps])
     bound = geometric_mean([each.bound for each in steps])
     worst = min(steps, key=lambda each: each.ratio)
-    slower = sum(each.ratio < 1 for each in steps)
+    faster, slower = sum(each.low > 1 for each in steps), sum(each.high < 1 for each in steps)
     return (
         f"{len(steps)} workloads: {mean:.2f} times as fast as celmoe-vp 1.1.4 in the geometric mean (a loop that "
-        f"routes and moves for nothing: {bound:.2f}); slower in {slower}; least {worst.ratio:.3f} ({worst.workload})"
+        f"routes and moves for nothing: {bound:.2f}); faster in {faster}, slower in {slower}, a tie in "
+        f"{len(steps) - faster - slower} (the middle half of their rounds holds 1); least {worst.ratio:.3f} "
+        f"({worst.workload})"
     )
 
 
