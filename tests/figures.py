@@ -6,8 +6,8 @@ A sentence or a table is followed by a comment that says where its figures are f
     <!-- steps.csv: 1.31 = gmean ratio; 0.755 = celmoe_vp_ms where experts=linear, H=64, B=16, E=4 -->
 
 The file is one of ``notes/figures``. A figure is a column, of the one row that ``where`` leaves, or something over all
-rows that it leaves: ``mean``, ``gmean`` (geometric), ``min``, ``max`` and ``sum`` of a column, ``points`` before it for
-a share in percent, or a number of rows:
+rows that it leaves: ``mean``, ``gmean`` (geometric), ``min``, ``max`` and ``sum`` of a column, before it
+``points`` for a share in percent and ``giga`` for bytes in GB, or a number of rows:
 ``rows``, and by the quartiles of a ratio ``faster`` (both above 1), ``slower`` (both below), ``tied`` (neither), by the
 ratio alone ``below``. In place of a column may stand two with ``-`` or ``/`` between.
 """
@@ -31,6 +31,7 @@ _OVER_ROWS = {
     "max": max,
     "sum": sum,
 }
+_FACTORS = {"points": 100.0, "giga": 1e-9}
 _COUNTS = {
     "rows": lambda row: True,
     "faster": lambda row: float(row["first_quartile"]) > 1,
@@ -66,7 +67,7 @@ class Quote:
         if self.what in _COUNTS:
             return float(sum(map(_COUNTS[self.what], chosen)))
         *over, column = self.what.split()
-        factor = 100.0 if over[:1] == ["points"] and over.pop(0) else 1.0
+        factor = _FACTORS[over.pop(0)] if over and over[0] in _FACTORS else 1.0
         values = [_cell(row, column) for row in chosen]
         if over:
             return factor * float(_OVER_ROWS[over[0]](values))
