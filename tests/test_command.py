@@ -253,8 +253,9 @@ def a_gradient_for_an_absent_expert(forward, model, hidden, routing):
 
 
 def fused_hidden(forward, model, hidden, routing):
+    """Every gradient is right."""
     output = forward(model, hidden, routing)
-    output.fused_hidden = output.fused_hidden * (1 + 0.01 * (torch.arange(output.fused_hidden.shape[1]) == 5))
+    output.fused_hidden = output.fused_hidden + 0.1 * (torch.arange(output.fused_hidden.shape[1]) == 5)
     return output
 
 
