@@ -1,8 +1,14 @@
-"""Whether two contenders compute the same; a ratio of times says nothing of contenders that do not."""
+"""The check that contenders compute the same; a ratio of times says nothing of contenders that do not.
+
+Every contender claims something: by default all that ours computes. A floor computes something else on purpose, so it
+brings what its claim is held against.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -20,20 +26,48 @@ class UnequalError(RuntimeError):
     """Two contenders differ by more than rounding, with the quantity that does."""
 
 
-def training_evidence(
-    forward: Forward, parameters: Mapping[str, nn.Parameter], workload: Workload, device: torch.device = HOST
-) -> Evidence:
-    """What a training step gives: fused hidden states, and every gradient.
+@dataclass(frozen=True)
+class Part:
+    """One expert's part of a parameter that holds those of all experts of a level.
+
+    Attributes:
+        whole: The parameter, ``[E, ...]``.
+        place: The expert's place on its first axis.
+        is_transposed: Whether the part's last two axes stand the other way round than in the expert's own parameter.
+    """
+
+    whole: nn.Parameter
+    place: int
+    is_transposed: bool = False
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The gradient as the expert's own parameter would have it; ``None`` where the step did not reach the expert.
+
+        A whole parameter gets zeros for absent experts, and so a part of nothing but zeros counts as not reached.
+        """
+        if self.whole.grad is None or not self.whole.grad[self.place].any():
+            return None
+        part = self.whole.grad[self.place]
+        return part.T if self.is_transposed else part
+
+
+# By our names, the parameters of a contender, or the parts of them that stand for one of ours.
+Weights: TypeAlias = Mapping[str, nn.Parameter | Part]
+
+
+def training_evidence(forward: Forward, weights: Weights, workload: Workload, device: torch.device = HOST) -> Evidence:
+    """What a training step gives: fused hidden states, the gradient of the input, and every parameter's.
 
     The loss weighs each number differently. A mean of squares would not do: after the fusion's norm it hardly depends
     on what came before, and gradients would be rounding.
     """
     hidden = workload.hidden().to(device).requires_grad_()
-    for parameter in parameters.values():
-        parameter.grad = None
+    for weight in weights.values():
+        (weight.whole if isinstance(weight, Part) else weight).grad = None
     fused = forward(hidden)
     fused.backward(torch.randn(fused.shape, generator=torch.Generator().manual_seed(1)).to(device))
-    gradients = {f"gradient of {name}": parameter.grad for name, parameter in parameters.items()}
+    gradients = {f"gradient of {name}": weight.grad for name, weight in weights.items()}
     return {"output": fused.detach(), "gradient of the input": hidden.grad, **gradients}
 
 
@@ -43,18 +77,65 @@ def inference_evidence(forward: Forward, workload: Workload, device: torch.devic
         return {"output in inference": forward(workload.hidden().to(device))}
 
 
-def require_equal(ours: Evidence, theirs: Evidence) -> None:
-    """Compare what both have.
+class Claim(Protocol):
+    """What a contender says that it computes."""
+
+    @property
+    def evidence(self) -> Callable[[], Evidence]:
+        """Gives what it computes."""
+
+    @property
+    def expected(self) -> Callable[[], Evidence] | None:
+        """Gives what it must compute; ``None`` where that is what ours computes."""
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A claim by itself, of a contender that is no task."""
+
+    evidence: Callable[[], Evidence]
+    expected: Callable[[], Evidence] | None = None
+
+
+def require_all_equal(claims: Mapping[str, Claim], ours: str) -> None:
+    """Hold every contender against what it must compute.
+
+    Args:
+        claims: By contender.
+        ours: The contender that the others must equal.
 
     Raises:
-        UnequalError: A quantity differs by more than `TOLERANCE`, or is missing from one of the two only.
+        UnequalError: One computes something else.
     """
-    for name in ours.keys() & theirs.keys():
+    wanted = claims[ours].evidence()
+    for name, claim in claims.items():
+        if name == ours:
+            continue
+        found = claim.evidence()
+        # After the evidence: what must come out may depend on the routing that it was gathered with.
+        other, whose = (wanted, ours) if claim.expected is None else (claim.expected(), "what it must compute")
+        try:
+            require_equal(other, found)
+        except UnequalError as error:
+            raise UnequalError(f"{name} is not equal to {whose}: {error}") from None
+
+
+def require_equal(ours: Evidence, theirs: Evidence) -> None:
+    """Compare two, quantity by quantity.
+
+    Raises:
+        UnequalError: A quantity differs by more than `TOLERANCE`, or one of the two lacks it.
+    """
+    if ours.keys() != theirs.keys():
+        raise UnequalError(f"only one of the two has {', '.join(sorted(ours.keys() ^ theirs.keys()))}")
+    for name in ours:
         one, other = ours[name], theirs[name]
         if one is None or other is None:
             if one is not other:
                 raise UnequalError(f"the {name} is None for one of the two only")
             continue
+        if one.shape != other.shape:
+            raise UnequalError(f"the {name} is {list(one.shape)} for one and {list(other.shape)} for the other")
         scale = other.abs().max().item()
         difference = (one - other).abs().max().item()
         # Not the other way round, which a NaN would pass.

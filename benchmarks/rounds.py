@@ -16,14 +16,12 @@ from typing import NamedTuple
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contenders.contender import AUTO, FLOORS, ORACLE, OURS, PEERS, AbsentError, Task, TaskMaker
-from benchmarks.equality import UnequalError, require_equal
+from benchmarks.contenders.contender import AUTO, OURS, AbsentError, Task, TaskMaker
+from benchmarks.equality import require_all_equal
 from benchmarks.interleaved import FEWEST_ROUNDS, MOST_ROUNDS, Timings
 
 # A step of another contender may take so many times as long as ours, or so many seconds: it would leave few rounds.
 MOST_TIMES, SLOW_STEP = 30, 0.2
-# They have all parameters that ours has, by the same names; the weights of the rest are stacked.
-_SAME_QUANTITIES = (*OURS, *PEERS, ORACLE)
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
         # What a first call kept, the second must not use.
         task.between()
         tasks[name] = task
-    require_all_equal(tasks)
+    require_all_equal(tasks, AUTO)
     warm = {name: _taken(task.step) for name, task in tasks.items()}
     ours = warm[AUTO].own
     for name, (_, took) in warm.items():
@@ -76,26 +74,6 @@ def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
             del tasks[name]
     absent = {name: absent[name] for name in makers if name in absent}
     return Gathered(tasks, absent, sum(warm[name].passed for name in tasks))
-
-
-def require_all_equal(tasks: Mapping[str, Task]) -> None:
-    """Compare what the contenders compute with what ours does, floors aside.
-
-    Raises:
-        UnequalError: One computes something else.
-    """
-    ours = tasks[AUTO].evidence()
-    for name, task in tasks.items():
-        if name == AUTO or name in FLOORS:
-            continue
-        theirs = task.evidence()
-        if name in _SAME_QUANTITIES and theirs.keys() != ours.keys():
-            only = ", ".join(sorted(theirs.keys() ^ ours.keys()))
-            raise UnequalError(f"{name} is not equal to {AUTO}: only one of the two has {only}")
-        try:
-            require_equal(ours, theirs)
-        except UnequalError as error:
-            raise UnequalError(f"{name} is not equal to {AUTO}: {error}") from None
 
 
 def hold(benchmark: BenchmarkFixture, gathered: Gathered, seconds: float) -> Timings:

@@ -8,14 +8,14 @@ from functools import partial
 import torch
 
 from benchmarks.bodies import PRODUCT
-from benchmarks.contenders.contender import OURS, PEFT, AbsentError, Contender, Maker, Task, TaskMaker, Terms, nothing
+from benchmarks.contenders.contender import OURS, PEFT, AbsentError, Maker, Task, TaskMaker, Terms, claim_of, nothing
 from benchmarks.contenders.models import MODELS
 from benchmarks.contenders.moving import MOVERS
 from benchmarks.contenders.planning import planners
 from benchmarks.contenders.products import PRODUCTS
 from benchmarks.devices import CPU, finish
-from benchmarks.equality import Evidence, inference_evidence, training_evidence
-from benchmarks.steps import TrainingStep, inference_step, nudge
+from benchmarks.equality import Evidence, Weights, inference_evidence, training_evidence
+from benchmarks.steps import Forward, TrainingStep, inference_step, nudge
 from benchmarks.workloads import Workload
 
 PLAN, DISPATCH, EXPERTS = "plan", "dispatch", "experts"
@@ -27,7 +27,7 @@ def tasks_of(stage: str, workload: Workload, device: torch.device) -> Mapping[st
     """The contenders of a stage by name."""
     if stage == PLAN:
         return planners(workload, device)
-    terms = Terms(workload, device, is_planned=stage in (DISPATCH, EXPERTS), is_training=stage != INFERENCE)
+    terms = Terms(workload, device, is_training=stage != INFERENCE)
     makers: Mapping[str, Maker] = {name: make for name, make in MODELS.items() if stage == INFERENCE or name != PEFT}
     if stage == DISPATCH:
         makers = MOVERS
@@ -66,10 +66,11 @@ def _made(make: Maker, terms: Terms) -> Task:
         finish(device)
 
     weights = sum(each.nbytes for each in contender.module.parameters())
-    return Task(step_to_its_end, nudge([contender.module]), partial(_evidence, contender, terms), weights, clear)
+    claim = claim_of(contender, partial(_evidence, terms))
+    return Task(step_to_its_end, nudge([contender.module]), claim.evidence, claim.expected, weights, clear)
 
 
-def _evidence(contender: Contender, terms: Terms) -> Evidence:
+def _evidence(terms: Terms, forward: Forward, weights: Weights) -> Evidence:
     if not terms.is_training:
-        return inference_evidence(contender.forward, terms.workload, terms.device)
-    return training_evidence(contender.forward, contender.parameters, terms.workload, terms.device)
+        return inference_evidence(forward, terms.workload, terms.device)
+    return training_evidence(forward, weights, terms.workload, terms.device)

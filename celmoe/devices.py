@@ -24,11 +24,13 @@ from .experts import ExpertBatch, ExpertModule, ExpertResult
 from .hierarchy import HierarchicalCELMoE
 from .reference import reference_forward
 
-DEVICES = ("cpu", "cuda", "directml")
+DEVICES = CPU, CUDA, DIRECTML = ("cpu", "cuda", "directml")
 ENGINES_CHECKED = (LOOPED, GROUPED)
 TIME_LIMIT_SECONDS = 120
-# Above the batches that take short cuts on a CPU, short enough to be nothing on any device.
-_BATCH_SIZE, _WIDTH, _EXPERTS = 192, 16, 5
+# The larger batch has more rows, also for each expert, than those that take short cuts on a CPU; the smaller one takes
+# them all. Both are nothing to any device.
+_BATCH_SIZES = _LARGE, _SMALL = (512, 24)
+_WIDTH, _EXPERTS = 16, 5
 # Relative to each tensor's largest value. Devices sum in other orders, and some multiply with fewer bits.
 _TOLERANCE = 1e-3
 
@@ -44,8 +46,8 @@ class EngineCheck:
 
     Attributes:
         engine: Its name.
-        largest_difference: Over the fused hidden states and all gradients, each relative to its largest value; ``None``
-            where it did not come so far.
+        largest_difference: Over the fused hidden states and all gradients of a large and a small batch, each relative
+            to its largest value; ``None`` where it did not come so far.
         fault: Why it does not agree; empty where it does.
     """
 
@@ -184,7 +186,7 @@ def _in_words(error: Exception) -> str:
 def _difference_of_a_layer(device: torch.device) -> float:
     torch.manual_seed(0)
     layer = nn.Linear(_WIDTH, _WIDTH)
-    given, weights = torch.randn(_BATCH_SIZE, _WIDTH), torch.randn(_BATCH_SIZE, _WIDTH)
+    given, weights = torch.randn(_LARGE, _WIDTH), torch.randn(_LARGE, _WIDTH)
     found = []
     for where in (torch.device("cpu"), device):
         moved = copy.deepcopy(layer).to(where)
@@ -195,6 +197,10 @@ def _difference_of_a_layer(device: torch.device) -> float:
 
 
 def _largest_difference(engine: str, device: torch.device) -> float:
+    return max(_difference_of_a_step(engine, device, size) for size in _BATCH_SIZES)
+
+
+def _difference_of_a_step(engine: str, device: torch.device, batch_size: int) -> float:
     torch.manual_seed(0)
     names = [f"expert{index}" for index in range(_EXPERTS)]
     config = CELMoEConfig(
@@ -208,9 +214,9 @@ def _largest_difference(engine: str, device: torch.device) -> float:
     on_cpu = HierarchicalCELMoE(config, lambda *_: _Block(), engine=engine)
     on_device = copy.deepcopy(on_cpu).to(device)
     # A norm stands last, so that a sum of squares would have no gradient.
-    hidden, weights = torch.randn(_BATCH_SIZE, _WIDTH).requires_grad_(), torch.randn(_BATCH_SIZE, _WIDTH)
+    hidden, weights = torch.randn(batch_size, _WIDTH).requires_grad_(), torch.randn(batch_size, _WIDTH)
     # Squares modulo 7 are 0, 1, 2 and 4, the first of them less often: one expert is left out.
-    routing = {"second": [names[index * index % 7] for index in range(_BATCH_SIZE)]}
+    routing = {"second": [names[index * index % 7] for index in range(batch_size)]}
 
     expected = reference_forward(on_cpu, hidden, routing).fused_hidden
     (expected * weights).sum().backward()
@@ -244,6 +250,15 @@ class _Block(ExpertModule):
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         return ExpertResult(batch.hidden + self.down(torch.relu(self.up(self.norm(batch.hidden)))))
+
+
+def require_known(name: str) -> None:
+    """Refuse what is no device's name.
+
+    Raises:
+        UnknownDeviceError: No device has this name.
+    """
+    _parsed(name)
 
 
 def _parsed(name: str) -> tuple[str, int | None]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
-from benchmarks.equality import Evidence
+from benchmarks.equality import Claimed, Evidence, Weights
 from benchmarks.steps import Forward
 from benchmarks.workloads import Workload
 
@@ -18,7 +18,7 @@ OURS = (AUTO, GROUPED, LOOPED)
 PEERS = {f"celmoe-vp {version}": version for version in ("1.1.4", "3.0.0")}
 ORACLE, DENSE, STACK, VMAP = "oracle", "dense", "stack", "vmap"
 TRANSFORMERS, PEFT, LOOK_UPS = "transformers", "peft", "look-ups"
-# They compute something else: bounds to measure by.
+# Bounds to measure by: they do less than ours.
 FLOORS = (DENSE, LOOK_UPS)
 
 
@@ -33,13 +33,11 @@ class Terms:
     Attributes:
         workload: What to run.
         device: Where.
-        is_planned: Whether routes are compiled beforehand, by those who can.
         is_training: Whether gradients are wanted.
     """
 
     workload: Workload
     device: torch.device
-    is_planned: bool = False
     is_training: bool = True
 
 
@@ -50,12 +48,26 @@ class Contender:
     Attributes:
         module: Its weights, on the terms' device.
         forward: Its forward pass.
-        parameters: Those of its parameters that have the names of ours.
+        weights: By our names, its parameters, or the parts of them that stand for one of ours: all that ours has.
+        expected: Makes the contender that this one must equal; ``None`` where that is ours.
     """
 
     module: nn.Module
     forward: Forward
-    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
+    expected: Callable[[], Contender] | None = None
+
+
+def claim_of(contender: Contender, gather: Callable[[Forward, Weights], Evidence]) -> Claimed:
+    """What a contender computes, and what it must compute where that is not what ours does; both gathered alike."""
+    make = contender.expected
+
+    def expected() -> Evidence:
+        assert make is not None
+        other = make()
+        return gather(other.forward, other.weights)
+
+    return Claimed(lambda: gather(contender.forward, contender.weights), None if make is None else expected)
 
 
 def nothing() -> None:
@@ -64,12 +76,13 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A contender's step, and the proof that it does what the others do.
+    """A contender's step, and the claim that it computes what the others do.
 
     Attributes:
         step: What is timed; when it returns, the device is done.
         between: Run before every timed step, unseen by the clock.
         evidence: What it computes.
+        expected: What it must compute; ``None`` where that is what ours computes.
         weight_bytes: Bytes of its weights.
         clear: Lets go of all that a step leaves, so that the next one's memory is its own.
     """
@@ -77,6 +90,7 @@ class Task:
     step: Callable[[], object]
     between: Callable[[], object]
     evidence: Callable[[], Evidence]
+    expected: Callable[[], Evidence] | None = None
     weight_bytes: int = 0
     clear: Callable[[], object] = nothing
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 import celmoe
+from benchmarks.contenders.contender import Contender
 from benchmarks.hierarchies import ONE_LEVEL, TREE
-from benchmarks.steps import HOST, Forward
+from benchmarks.steps import HOST, Forward, routed
 from benchmarks.workloads import Workload
 
 
@@ -22,11 +24,11 @@ class Dense(nn.Module):
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
-        hierarchy = ONE_LEVEL if workload.hierarchy == ONE_LEVEL else TREE
-        model = replace(workload, num_experts=1, hierarchy=hierarchy).build(celmoe)
-        assert isinstance(model, celmoe.HierarchicalCELMoE)
+        model = _of_one_expert_a_level(workload)
         self.experts = nn.ModuleList([next(iter(level.values())) for level in model.level_modules.values()])  # type: ignore[operator]  # mappings
         self.fusion = model.fusion
+        own = {parameter: name for name, parameter in self.named_parameters()}
+        self._own_names = {name: own[parameter] for name, parameter in model.named_parameters()}
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """``[B, H]`` or ``[B, S, H]`` to the fused hidden states of the same shape."""
@@ -47,3 +49,29 @@ class Dense(nn.Module):
             return fused
 
         return forward
+
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """Its parameters by the names that they have in a model of one expert a level."""
+        return {name: self.get_parameter(own) for name, own in self._own_names.items()}
+
+
+def make_dense(workload: Workload, device: torch.device = HOST, *, is_training: bool = True) -> Contender:
+    """The floor, which must equal our looped model of one expert a level."""
+    dense = Dense(workload).to(device).train(is_training)
+
+    def expected() -> Contender:
+        model = _of_one_expert_a_level(workload).to(device).train(is_training)
+        # As they are by now: weights move between two steps.
+        model.load_state_dict(dense.weights)
+        routing = {level.name: next(iter(level.experts)) for level in model.levels}
+        return Contender(model, routed(model, workload, [routing], device), dict(model.named_parameters()))
+
+    return Contender(dense, dense.unrouted(workload, device), dense.weights, expected)
+
+
+def _of_one_expert_a_level(workload: Workload) -> celmoe.HierarchicalCELMoE:
+    hierarchy = ONE_LEVEL if workload.hierarchy == ONE_LEVEL else TREE
+    model = replace(workload, num_experts=1, hierarchy=hierarchy).build(celmoe, engine="looped")
+    assert isinstance(model, celmoe.HierarchicalCELMoE)
+    return model

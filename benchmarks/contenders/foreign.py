@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import celmoe
 from benchmarks.bodies import MLP, RANK, LowRank
-from benchmarks.contenders.planned import Planned, bodies_of
+from benchmarks.contenders.planned import Planned, Stacked, bodies_of
 from benchmarks.steps import Forward, cycled
 
 
@@ -53,6 +53,17 @@ class TransformersMLP(Planned):
         weights = hidden.new_ones(len(ids), 1)
         change: torch.Tensor = self.levels[index](chosen, ids.unsqueeze(1), weights)
         return hidden + change
+
+    def stacks(self, index: int) -> Mapping[str, Stacked]:
+        """All as the bodies have them."""
+        level = self.levels[index]
+        norms = {"norm.weight": Stacked(self.scales[index]), "norm.bias": Stacked(self.shifts[index])}
+        products = {
+            f"{part}.{name}": Stacked(level.get_parameter(f"{part}_proj{ending}"))
+            for part in ("up", "down")
+            for name, ending in (("weight", ""), ("bias", "_bias"))
+        }
+        return norms | products
 
 
 class _Projections(nn.Module):

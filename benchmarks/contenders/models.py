@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import cast
 
@@ -27,7 +26,7 @@ from benchmarks.contenders.contender import (
     Maker,
     Terms,
 )
-from benchmarks.contenders.dense import Dense
+from benchmarks.contenders.dense import make_dense
 from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import MOST_PADDING, STACKED, fastest_stack, takes_grouped_mm
@@ -50,7 +49,7 @@ _FLOAT_BYTES = 4
 
 def _ours(engine: str, terms: Terms) -> Contender:
     model = _model(terms, engine)
-    routings = _routings(terms, model)
+    routings = routings_of(terms.workload)
     forward = routed(model, terms.workload, routings, terms.device)
     if engine == "grouped":
         try:
@@ -82,12 +81,11 @@ def _oracle(terms: Terms) -> Contender:
     def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
         return reference_forward(model, hidden, routes, mask=mask).fused_hidden
 
-    return Contender(model, cycled(call, _routings(terms, model)), dict(model.named_parameters()))
+    return Contender(model, cycled(call, routings_of(terms.workload)), dict(model.named_parameters()))
 
 
 def _dense(terms: Terms) -> Contender:
-    dense = Dense(terms.workload).to(terms.device).train(terms.is_training)
-    return Contender(dense, dense.unrouted(terms.workload, terms.device))
+    return make_dense(terms.workload, terms.device, is_training=terms.is_training)
 
 
 def _stack(terms: Terms) -> Contender:
@@ -96,7 +94,7 @@ def _stack(terms: Terms) -> Contender:
     if not takes_grouped_mm(terms.device):
         _require_little_padding(terms, model)
     stack = fastest_stack(model, terms.workload, terms.device)
-    return Contender(stack, stack.routed(_routings(terms, model)))
+    return Contender(stack, stack.routed(routings_of(terms.workload)), stack.weights_of(model))
 
 
 def _vmap(terms: Terms) -> Contender:
@@ -105,7 +103,7 @@ def _vmap(terms: Terms) -> Contender:
     model = _model(terms, "looped")
     _require_little_padding(terms, model)
     mapped = Vmapped(model).to(terms.device).train(terms.is_training)
-    return Contender(mapped, mapped.routed(_routings(terms, model)))
+    return Contender(mapped, mapped.routed(routings_of(terms.workload)), mapped.weights_of(model))
 
 
 def _transformers(terms: Terms) -> Contender:
@@ -113,7 +111,7 @@ def _transformers(terms: Terms) -> Contender:
     _require_package("transformers")
     model = _model(terms, "looped")
     experts = TransformersMLP(model).to(terms.device).train(terms.is_training)
-    return Contender(experts, experts.routed(_routings(terms, model)))
+    return Contender(experts, experts.routed(routings_of(terms.workload)), experts.weights_of(model))
 
 
 def _peft(terms: Terms) -> Contender:
@@ -145,12 +143,7 @@ def _model(terms: Terms, engine: str) -> celmoe.HierarchicalCELMoE:
     return cast(celmoe.HierarchicalCELMoE, model)
 
 
-def _routings(terms: Terms, model: celmoe.HierarchicalCELMoE) -> Sequence[Routes]:
-    names = routings_of(terms.workload)
-    return [model.compile_routing(routing).to(terms.device) for routing in names] if terms.is_planned else names
-
-
-def _require_kind(terms: Terms, kinds: Sequence[str], what_it_does: str) -> None:
+def _require_kind(terms: Terms, kinds: tuple[str, ...], what_it_does: str) -> None:
     if terms.workload.expert not in kinds:
         raise AbsentError(f"it {what_it_does} {' and '.join(kinds)} experts only")
 

@@ -1,17 +1,18 @@
-"""The contenders that move the rows of one level into expert order and back, and do nothing to them there."""
+"""The contenders that send the rows of one level to experts that return them: planned, moved there, and moved back.
+
+All begin with names, so that everyone's time holds the planning, the moving, and the calls of its experts.
+"""
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 from torch import nn
 
 import celmoe
 from benchmarks.contenders.contender import (
-    AUTO,
     DENSE,
     ORACLE,
+    OURS,
     PEERS,
     STACK,
     VMAP,
@@ -24,49 +25,37 @@ from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.models import MODELS
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import MOST_PADDING
-from benchmarks.steps import ROUTINGS, routings_of, turns
-from celmoe.dispatch import combine, dispatch
-
-
-def _plans(terms: Terms) -> list[celmoe.RoutingPlan]:
-    model = cast(celmoe.HierarchicalCELMoE, terms.workload.build(celmoe))
-    return [model.compile_routing(routing).to(terms.device) for routing in routings_of(terms.workload)]
-
-
-def _ours(terms: Terms) -> Contender:
-    plans, turn = _plans(terms), turns(ROUTINGS)
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        (plan,) = plans[turn()].levels.values()
-        return combine(dispatch(hidden, plan), plan)
-
-    return Contender(nn.Identity(), forward)
+from benchmarks.steps import Routes, cycled, routings_of
 
 
 def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
     experts = terms.workload.num_experts
-    plans, turn = _plans(terms), turns(ROUTINGS)
-    most = max(padding(terms.workload, plan) for plan in plans)
+    model = terms.workload.build(celmoe)
+    assert isinstance(model, celmoe.HierarchicalCELMoE)
+    compiler, routings = celmoe.RoutingCompiler(model.config), routings_of(terms.workload)
+    most = max(padding(terms.workload, compiler(routing)) for routing in routings)
     if kind is Padded and most > MOST_PADDING:
         raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
-    layouts = [kind(plan, experts) for each in plans for plan in each.levels.values()]
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        layout = layouts[turn()]
+    def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
+        (level,) = compiler(routes).to(terms.device).levels.values()
+        layout = kind(level, experts)
         return layout.restore(layout.arrange(hidden))
 
-    return Contender(nn.Identity(), forward)
+    return Contender(nn.Identity(), cycled(call, routings))
 
 
 def _copied(_terms: Terms) -> Contender:
-    """A copy each way, as if the batch already stood in expert order."""
-    return Contender(nn.Identity(), lambda hidden: hidden.clone().clone())
+    """A copy each way, as if the batch already stood in expert order; it must give what it is given."""
+    return Contender(
+        nn.Identity(),
+        lambda hidden: hidden.clone().clone(),
+        expected=lambda: Contender(nn.Identity(), lambda hidden: hidden),
+    )
 
 
-# Peers and the oracle have no moving apart from the rest: they run experts that return their rows, routing included.
 MOVERS: dict[str, Maker] = {
-    AUTO: _ours,
-    **{name: MODELS[name] for name in (*PEERS, ORACLE)},
+    **{name: MODELS[name] for name in (*OURS, *PEERS, ORACLE)},
     DENSE: _copied,
     STACK: lambda terms: _laid_out(Ragged, terms),
     VMAP: lambda terms: _laid_out(Padded, terms),

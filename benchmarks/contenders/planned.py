@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import celmoe
+from benchmarks.equality import Part, Weights
 from benchmarks.steps import Forward, Routes, cycled
 from benchmarks.workloads import Workload
+
+
+class Stacked(NamedTuple):
+    """A parameter of all experts of a level.
+
+    Attributes:
+        whole: ``[E, ...]``.
+        is_transposed: Whether each expert's two axes stand the other way round than in its own parameter.
+    """
+
+    whole: nn.Parameter
+    is_transposed: bool = False
 
 
 class Planned(nn.Module):
@@ -44,6 +58,20 @@ class Planned(nn.Module):
             level_hiddens.append(hidden)
         fused: torch.Tensor = self.fusion(level_hiddens)
         return fused
+
+    def stacks(self, index: int) -> Mapping[str, Stacked]:
+        """By the name that a parameter has in an expert's body, where a level keeps those of all its experts."""
+        raise NotImplementedError
+
+    def weights_of(self, model: celmoe.HierarchicalCELMoE) -> Weights:
+        """By the names of the model that this one was made from: the fusion's parameters, and each expert's parts."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found: dict[str, nn.Parameter | Part] = dict(self.fusion.named_parameters("fusion"))
+        for index, bodies in enumerate(bodies_of(model)):
+            for name, (whole, is_transposed) in self.stacks(index).items():
+                for place, body in enumerate(bodies):
+                    found[names[body.get_parameter(name)]] = Part(whole, place, is_transposed)
+        return found
 
     def routed(self, routings: Sequence[Routes]) -> Forward:
         """The forward pass over the routings in turn."""

@@ -1,55 +1,47 @@
 """The contenders that find out, for a batch of names, which sample goes where.
 
-Peers and the oracle route within their forward passes. So they are given experts that return their input, one column of
-hidden states and no fusion: their figures hold the moving of that column.
+Peers and the oracle can't plan apart from their forward passes, so they are no contenders of ours in planning alone. A
+whole pass over one column of hidden states, with experts that return it and no fusion, is the least that holds their
+routing. Both libraries run that pass, and so its times hold the same: planning, moving the column, calling experts.
 
 Axes: B samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 import celmoe
-from benchmarks.contenders.contender import AUTO, LOOK_UPS, ORACLE, PEERS, AbsentError, Task, TaskMaker, nothing
+from benchmarks.contenders.contender import AUTO, LOOK_UPS, Task, TaskMaker, nothing
 from benchmarks.devices import finish
 from benchmarks.equality import Evidence
-from benchmarks.peers import PeerUnavailableError, load_peer
 from benchmarks.steps import HOST, ROUTINGS, routings_of, turns
 from benchmarks.workloads import Last, Workload
-from celmoe.reference import reference_forward
-
-# The output of a pass, given one column and a routing.
-_Pass = Callable[[torch.Tensor, Any], Any]
 
 
 def planners(workload: Workload, device: torch.device = HOST) -> dict[str, TaskMaker]:
     """The contenders by name; the look-ups are a bound: every name looked up in a dict, once a level."""
-    return {
-        AUTO: lambda: _ours(workload, device),
-        LOOK_UPS: lambda: look_ups(workload),
-        **{name: _peer_maker(version, workload, device) for name, version in PEERS.items()},
-        ORACLE: lambda: _oracle(workload, device),
-    }
+    return {AUTO: lambda: _ours(workload, device), LOOK_UPS: lambda: look_ups(workload)}
 
 
 def _ours(workload: Workload, device: torch.device) -> Task:
     compiler = celmoe.RoutingCompiler(_config(celmoe, workload))
     routings, turn = routings_of(workload), turns(ROUTINGS)
 
-    def step() -> None:
-        compiler(routings[turn()]).to(device)
+    def plan(routing: Mapping[str, Any]) -> celmoe.RoutingPlan:
+        made = compiler(routing).to(device)
         finish(device)
+        return made
 
     def evidence() -> Evidence:
-        return {name: level.expert_ids for name, level in compiler(routings[0]).levels.items()}
+        return {name: level.expert_ids.cpu() for name, level in plan(routings[0]).levels.items()}
 
-    return Task(step, nothing, evidence)
+    return Task(lambda: plan(routings[turn()]), nothing, evidence)
 
 
 def look_ups(workload: Workload) -> Task:
@@ -66,31 +58,9 @@ def look_ups(workload: Workload) -> Task:
     return Task(lambda: look_up(routings[turn()]), nothing, evidence)
 
 
-def peer_routing(package: ModuleType, workload: Workload, device: torch.device = HOST) -> Task:
-    """The forward pass of a package with our classes."""
-    return _task(workload, device, lambda stamps: cast(_Pass, _model(package, workload, stamps)))
-
-
-def _peer_maker(version: str, workload: Workload, device: torch.device) -> TaskMaker:
-    def make() -> Task:
-        try:
-            return peer_routing(load_peer(version), workload, device)
-        except PeerUnavailableError as error:
-            raise AbsentError(f"{error} (to get it: a package index that pip can reach)") from None
-
-    return make
-
-
-def _oracle(workload: Workload, device: torch.device) -> Task:
-    def make(stamps: bool) -> _Pass:
-        model = cast(celmoe.HierarchicalCELMoE, _model(celmoe, workload, stamps))
-        return lambda column, routing: reference_forward(model, column, routing)
-
-    return _task(workload, device, make)
-
-
-def _task(workload: Workload, device: torch.device, make: Callable[[bool], _Pass]) -> Task:
-    run, stamp = make(False), make(True)
+def routing_pass(package: ModuleType, workload: Workload, device: torch.device = HOST) -> Task:
+    """The forward pass of a package, ours or a peer's, over one column."""
+    run, stamp = (_model(package, workload, stamps) for stamps in (False, True))
     column = torch.zeros(workload.batch_size, 1, device=device)
     routings, turn = routings_of(workload), turns(ROUTINGS)
 

@@ -16,6 +16,7 @@ from benchmarks.contenders.contender import AUTO, DENSE, LOOPED, STACK, VMAP, Ab
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import MOST_PADDING, StackedLinear, takes_grouped_mm
+from benchmarks.equality import Part
 from celmoe.members import linear_of_members
 from celmoe.segments import Segments
 
@@ -66,8 +67,17 @@ def _looped(terms: Terms) -> Contender:
 
 
 def _dense(terms: Terms) -> Contender:
-    layer = nn.Linear(terms.workload.hidden_size, terms.workload.hidden_size).to(terms.device)
-    return Contender(layer, lambda hidden: functional.linear(hidden, layer.weight, layer.bias))
+    width = terms.workload.hidden_size
+    layer, same = (nn.Linear(width, width).to(terms.device) for _ in range(2))
+
+    def expected() -> Contender:
+        same.load_state_dict(layer.state_dict())
+        return Contender(same, same, dict(same.named_parameters()))
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden, layer.weight, layer.bias)
+
+    return Contender(layer, forward, dict(layer.named_parameters()), expected)
 
 
 def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
@@ -84,7 +94,12 @@ def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
             return cast(torch.Tensor, stacked(hidden, layout))
         return layout.restore(stacked(layout.arrange(hidden), layout))
 
-    return Contender(stacked, forward)
+    parts = {
+        f"{place}.{name}": Part(whole, place, is_transposed)
+        for place in range(len(rows.layers))
+        for name, (whole, is_transposed) in stacked.stacks().items()
+    }
+    return Contender(stacked, forward, parts)
 
 
 # *stack* is PyTorch's grouped product over stacked weights, *vmap* a batched one over padded rows.

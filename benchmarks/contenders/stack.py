@@ -9,8 +9,8 @@ Axes: B samples, E experts of a level, H hidden size, F inner width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch.nn import functional
 import celmoe
 from benchmarks.bodies import MLP
 from benchmarks.contenders.layouts import Alone, Layout, Padded, Ragged
-from benchmarks.contenders.planned import Planned, bodies_of
+from benchmarks.contenders.planned import Planned, Stacked, bodies_of
 from benchmarks.devices import finish
 from benchmarks.interleaved import interleave
 from benchmarks.steps import HOST, TrainingStep, routings_of
@@ -45,6 +45,10 @@ class StackedLinear(nn.Module):
         """Rows of the layout with H columns to such with F."""
         return layout.affine(rows, self.weight, self.bias)
 
+    def stacks(self) -> Mapping[str, Stacked]:
+        """By the names of a linear layer."""
+        return {"weight": Stacked(self.weight, is_transposed=True), "bias": Stacked(self.bias)}
+
 
 class StackedMLP(nn.Module):
     """The `MLP` bodies of a level's experts."""
@@ -62,6 +66,15 @@ class StackedMLP(nn.Module):
         scaled = torch.addcmul(layout.spread(self.shift), normed, layout.spread(self.scale))
         result: torch.Tensor = rows + self.down(functional.gelu(self.up(scaled, layout)), layout)
         return result
+
+    def stacks(self) -> Mapping[str, Stacked]:
+        """By the names of an `MLP`."""
+        products = {
+            f"{part}.{name}": stack
+            for part, layers in (("up", self.up), ("down", self.down))
+            for name, stack in layers.stacks().items()
+        }
+        return {"norm.weight": Stacked(self.scale), "norm.bias": Stacked(self.shift), **products}
 
 
 class Stack(Planned):
@@ -88,6 +101,10 @@ class Stack(Planned):
         size = self.sizes[index]
         layout: Layout = Alone() if size == 1 else self.kinds[place](plan, size)
         return layout.restore(self.levels[index](layout.arrange(hidden), layout))
+
+    def stacks(self, index: int) -> Mapping[str, Stacked]:
+        """Weights of products stand the other way round."""
+        return cast(StackedLinear | StackedMLP, self.levels[index]).stacks()
 
 
 def takes_grouped_mm(device: torch.device) -> bool:

@@ -6,7 +6,7 @@ Axes: B samples, E experts of a level, M rows of the largest expert.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 import celmoe
 from benchmarks.contenders.layouts import Padded
-from benchmarks.contenders.planned import Planned, bodies_of
+from benchmarks.contenders.planned import Planned, Stacked, bodies_of
 
 
 class Vmapped(Planned):
@@ -33,15 +33,20 @@ class Vmapped(Planned):
         layout = Padded(plan, self.sizes[index])
         return layout.restore(self.levels[index](layout.arrange(hidden)))
 
+    def stacks(self, index: int) -> Mapping[str, Stacked]:
+        """All as the bodies have them."""
+        level = cast(_MappedExperts, self.levels[index])
+        return {name: Stacked(stack) for name, stack in zip(level.names, level.stacks, strict=True)}
+
 
 class _MappedExperts(nn.Module):
     def __init__(self, bodies: Sequence[nn.Module]) -> None:
         super().__init__()
         # In a tuple, where it is no child with parameters of its own.
         self._likeness = (copy.deepcopy(bodies[0]).to("meta"),)
-        self._names = [name for name, _ in bodies[0].named_parameters()]
+        self.names = [name for name, _ in bodies[0].named_parameters()]
         self.stacks = nn.ParameterList(
-            nn.Parameter(torch.stack([body.get_parameter(name).detach() for body in bodies])) for name in self._names
+            nn.Parameter(torch.stack([body.get_parameter(name).detach() for body in bodies])) for name in self.names
         )
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -51,5 +56,5 @@ class _MappedExperts(nn.Module):
         def run(parameters: dict[str, torch.Tensor], own: torch.Tensor) -> torch.Tensor:
             return cast(torch.Tensor, torch.func.functional_call(likeness, parameters, (own,)))
 
-        parameters = dict(zip(self._names, self.stacks, strict=True))
+        parameters = dict(zip(self.names, self.stacks, strict=True))
         return torch.func.vmap(run)(parameters, rows)

@@ -5,22 +5,25 @@ Axes: B samples, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from types import ModuleType
 from typing import cast
 
 import torch
+from torch import nn
 
 import celmoe
-from benchmarks.contenders.contender import AUTO, LOOK_UPS
-from benchmarks.contenders.planning import look_ups, peer_routing, planners
+from benchmarks.contenders.contender import AUTO, LOOK_UPS, Contender, claim_of
+from benchmarks.contenders.planning import look_ups, planners, routing_pass
+from benchmarks.equality import require_all_equal, training_evidence
 from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import ROUTINGS, TrainingStep, nudge, string_routed, turns
+from benchmarks.steps import Routes, TrainingStep, cycled, nudge, routed, routings_of, string_routed
 from benchmarks.workloads import Workload
 
 OURS, PEER, BARE = "celmoe", "celmoe-vp", "bare loop"
-PLAN, PEER_ROUTING = "plan", "routing of celmoe-vp"
+PLAN, OUR_ROUTING, PEER_ROUTING = "plan", "routing of celmoe", "routing of celmoe-vp"
 
 
 @dataclass(frozen=True)
@@ -59,29 +62,41 @@ class PlanTiming:
         experts: Experts of each level.
         plan_ms: Median milliseconds of our compiler.
         look_ups_ms: Of ``list(map(table.__getitem__, routes))`` for each level.
-        peer_ms: Of the peer's forward pass with experts that do nothing to one column.
+        ours_ms: Of our looped forward pass with experts that do nothing to one column: planning, moving and calls.
+        peer_ms: Of the same pass of the peer's.
         by_look_ups: Median ratio of our planning to the look-ups.
-        by_peer: Median ratio of the peer's routing to our planning.
+        by_plan: Median ratio of the peer's pass, which is the least that holds its routing, to our planning.
+        by_pass: Median ratio of the peer's pass to ours.
     """
 
     experts: tuple[int, ...]
     plan_ms: float
     look_ups_ms: float
+    ours_ms: float
     peer_ms: float
     by_look_ups: float
-    by_peer: float
+    by_plan: float
+    by_pass: float
 
 
 def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float) -> StepTiming:
-    """Forward with string routing, a loss, backward and the clearing of gradients, in both libraries."""
+    """Forward with string routing, a loss, backward and the clearing of gradients, in both libraries.
+
+    Raises:
+        UnequalError: A contender computes something else than it must; checked before anything is timed.
+    """
     ours = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
-    models = {OURS: ours, PEER: workload.build(peer)}
-    steps: dict[str, Callable[[], None]] = {
-        name: TrainingStep(string_routed(model, workload), model.parameters(), workload)
-        for name, model in models.items()
-    }
-    steps[BARE] = _bare_step(ours, workload)
-    timings = interleave(steps, seconds, nudge(models.values()))
+    theirs = workload.build(peer)
+    contenders = {OURS: _named(ours, workload), PEER: _named(theirs, workload), BARE: _bare(ours, workload)}
+    steps = {name: TrainingStep(each.forward, each.module.parameters(), workload) for name, each in contenders.items()}
+    move_weights = nudge([ours, theirs])
+    for step in steps.values():
+        step()
+    # What a first call kept, the second must not use.
+    move_weights()
+    gather = partial(training_evidence, workload=workload)
+    require_all_equal({name: claim_of(each, gather) for name, each in contenders.items()}, OURS)
+    timings = interleave(steps, seconds, move_weights)
     low, high = timings.quartiles(PEER, OURS)
     return StepTiming(
         workload,
@@ -97,34 +112,50 @@ def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float)
 
 
 def time_planning(workload: Workload, peer: ModuleType, seconds: float) -> PlanTiming:
-    """Planning of a batch of names, against bare look-ups and against the peer's routing.
+    """Planning of a batch of names, against bare look-ups; and both libraries' passes: see `contenders.planning`.
 
-    The peer routes within its forward pass: see `contenders.planning`.
+    Raises:
+        UnequalError: A contender routes a sample elsewhere; checked before anything is timed.
     """
-    steps = {
-        PLAN: planners(workload)[AUTO]().step,
-        LOOK_UPS: look_ups(workload).step,
-        PEER_ROUTING: peer_routing(peer, workload).step,
+    tasks = {
+        PLAN: planners(workload)[AUTO](),
+        LOOK_UPS: look_ups(workload),
+        OUR_ROUTING: routing_pass(celmoe, workload),
+        PEER_ROUTING: routing_pass(peer, workload),
     }
-    timings = interleave(steps, seconds)
+    require_all_equal(tasks, PLAN)
+    timings = interleave({name: task.step for name, task in tasks.items()}, seconds)
     return PlanTiming(
         tuple(len(names) for names in workload.levels().values()),
         _ms(timings, PLAN),
         _ms(timings, LOOK_UPS),
+        _ms(timings, OUR_ROUTING),
         _ms(timings, PEER_ROUTING),
         timings.ratio(PLAN, LOOK_UPS),
         timings.ratio(PEER_ROUTING, PLAN),
+        timings.ratio(PEER_ROUTING, OUR_ROUTING),
     )
 
 
-def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable[[], None]:
-    """As many rows for each expert, but cut where they stand: nothing is routed, gathered, copied or checked."""
-    plans = [model.compile_routing(workload.routing(seed)) for seed in range(ROUTINGS)]
-    turn = turns(len(plans))
+def _named(model: nn.Module, workload: Workload) -> Contender:
+    return Contender(model, string_routed(model, workload), dict(model.named_parameters()))
 
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
+
+def _bare(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Contender:
+    """As many rows for each expert, but cut where they stand: nothing is routed, gathered, copied or checked.
+
+    It must equal the model given a batch whose samples stand in the order of each level's experts.
+    """
+    plans = [model.compile_routing(routing) for routing in routings_of(workload)]
+    named = dict(model.named_parameters())
+    last = plans[0]
+
+    def call(hidden: torch.Tensor, plan: Routes) -> torch.Tensor:
+        nonlocal last
+        assert isinstance(plan, celmoe.RoutingPlan)
+        last = plan
         level_hiddens = []
-        for level in plans[turn()].levels.values():
+        for level in plan.levels.values():
             experts = [model.level_modules[level.name][name] for name in level.present]  # type: ignore[index]  # nested mappings
             blocks = hidden.split(list(level.counts))
             results = [expert(celmoe.ExpertBatch(block)) for expert, block in zip(experts, blocks, strict=True)]
@@ -133,7 +164,16 @@ def _bare_step(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Callable
         fused: torch.Tensor = model.fusion(level_hiddens)
         return fused
 
-    return TrainingStep(forward, model.parameters(), workload)
+    def expected() -> Contender:
+        levels = last.levels.values()
+        names = {level.name: [*chain(*map(_repeated, level.present, level.counts))] for level in levels}
+        return Contender(model, routed(model, workload, [names]), named)
+
+    return Contender(model, cycled(call, plans), named, expected)
+
+
+def _repeated(name: str, count: int) -> list[str]:
+    return [name] * count
 
 
 def _ms(timings: Timings, name: str) -> float:

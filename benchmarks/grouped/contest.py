@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import cast
 
-from torch import nn
-
 import celmoe
-from benchmarks.contenders.dense import Dense
+from benchmarks.contenders.contender import Contender, claim_of
+from benchmarks.contenders.dense import make_dense
 from benchmarks.contenders.stack import STACKED, fastest_stack
-from benchmarks.equality import Evidence, inference_evidence, require_equal, training_evidence
+from benchmarks.equality import Claimed, inference_evidence, require_all_equal, training_evidence
 from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import Forward, TrainingStep, inference_step, nudge, routings_of, string_routed
+from benchmarks.steps import TrainingStep, inference_step, nudge, routings_of, string_routed
 from benchmarks.workloads import Workload
 
 OURS, PEER, DENSE, STACK = "celmoe", "celmoe-vp", "dense", "stack"
@@ -56,12 +56,6 @@ class Compared:
     rounds: int
 
 
-@dataclass(frozen=True)
-class _Contender:
-    model: nn.Module
-    forward: Forward
-
-
 def rivals_of(workload: Workload) -> list[str]:
     """All that the workload's training step can be timed against."""
     return [PEER, DENSE, *([STACK] if workload.expert in STACKED else [])]
@@ -86,12 +80,12 @@ def compare(
         measures: What to time.
 
     Raises:
-        UnequalError: The peer or the stack computes something else; checked before anything is timed.
+        UnequalError: A contender computes something else than it must; checked before anything is timed.
         TooLongError: A step of a contender takes more than `LONGEST_STEP`.
     """
     contenders = _make_contenders(workload, peer, engine, rivals)
-    move_weights = nudge(each.model for each in contenders.values())
-    steps = {name: TrainingStep(each.forward, each.model.parameters(), workload) for name, each in contenders.items()}
+    move_weights = nudge(each.module for each in contenders.values())
+    steps = {name: TrainingStep(each.forward, each.module.parameters(), workload) for name, each in contenders.items()}
     for name, step in steps.items():
         started = time.perf_counter()
         step()
@@ -99,15 +93,17 @@ def compare(
             raise TooLongError(f"a step of {name} takes {took:.0f} s")
     # What a first call kept, the second must not use.
     move_weights()
-    _check(contenders, lambda name, each: training_evidence(each.forward, _named_parameters(name, each), workload))
+    gather = partial(training_evidence, workload=workload)
+    require_all_equal({name: claim_of(each, gather) for name, each in contenders.items()}, OURS)
     found: list[Compared] = []
     if TRAINING in measures:
         found += _compared(workload, TRAINING, interleave(steps, seconds, move_weights), rivals)
     if INFERENCE in measures:
         both = {name: contenders[name] for name in (OURS, PEER)}
         for each in both.values():
-            each.model.eval()
-        _check(both, lambda _, each: inference_evidence(each.forward, workload))
+            each.module.eval()
+        claims = {name: Claimed(partial(inference_evidence, each.forward, workload)) for name, each in both.items()}
+        require_all_equal(claims, OURS)
         passes = {name: inference_step(each.forward, workload) for name, each in both.items()}
         found += _compared(workload, INFERENCE, interleave(passes, seconds, move_weights), (PEER,))
     return found
@@ -115,34 +111,20 @@ def compare(
 
 def _make_contenders(
     workload: Workload, peer: ModuleType, engine: str, rivals: Collection[str]
-) -> dict[str, _Contender]:
+) -> dict[str, Contender]:
     # Models hold themselves in cycles, and the last workload's may be large.
     gc.collect()
     ours = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
-    contenders = {OURS: _Contender(ours, string_routed(ours, workload))}
+    contenders = {OURS: Contender(ours, string_routed(ours, workload), dict(ours.named_parameters()))}
     if PEER in rivals:
         theirs = workload.build(peer)
-        contenders[PEER] = _Contender(theirs, string_routed(theirs, workload))
+        contenders[PEER] = Contender(theirs, string_routed(theirs, workload), dict(theirs.named_parameters()))
     if DENSE in rivals:
-        dense = Dense(workload)
-        contenders[DENSE] = _Contender(dense, dense.unrouted(workload))
+        contenders[DENSE] = make_dense(workload)
     if STACK in rivals:
         stack = fastest_stack(ours, workload)
-        contenders[STACK] = _Contender(stack, stack.routed(routings_of(workload)))
+        contenders[STACK] = Contender(stack, stack.routed(routings_of(workload)), stack.weights_of(ours))
     return contenders
-
-
-def _named_parameters(name: str, contender: _Contender) -> Mapping[str, nn.Parameter]:
-    # The stack's have other names and shapes; its tests compare them, and here its output and input gradient do.
-    return {} if name == STACK else dict(contender.model.named_parameters())
-
-
-def _check(contenders: Mapping[str, _Contender], gather: Callable[[str, _Contender], Evidence]) -> None:
-    evidence = {name: gather(name, each) for name, each in contenders.items() if name != DENSE}
-    for name, theirs in evidence.items():
-        if name == PEER:
-            assert theirs.keys() == evidence[OURS].keys()
-        require_equal(evidence[OURS], theirs)
 
 
 def _compared(workload: Workload, measure: str, timings: Timings, rivals: Collection[str]) -> Sequence[Compared]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, known_langua
 from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import (
     IDENTITY_BASELINE,
+    LanguageScore,
     macro_mean,
     pick_examples,
     predict,
@@ -48,6 +49,8 @@ VALIDATION_WORDS = 8_192
 EVALUATION_BATCH = 8_192
 EXAMPLES = 54
 INTERRUPTED = 130
+# A run that has less than this share of its time to train says so.
+LITTLE = 0.25
 
 
 @dataclass(kw_only=True)
@@ -223,8 +226,14 @@ def _deadline(job: Run, begun: float) -> Deadline | None:
         return None
     seconds = job.options.minutes * 60
     ends_at = begun + seconds - report_seconds(len(job.identity.languages))
-    # However long the dictionaries took, a quarter of the time is for training.
-    return Deadline(max(ends_at, time.monotonic() + seconds / 4), ranks=job.ranks)
+    now = time.monotonic()
+    left = max(0.0, ends_at - now)
+    if left < LITTLE * seconds:
+        job.reporter.say(
+            f"{now - begun:.0f} s of {seconds:,.0f} are over before the training, which has {left:.0f} s, "
+            "and one step at least; dictionaries that were read are kept, so that the next run has more"
+        )
+    return Deadline(ends_at, ranks=job.ranks)
 
 
 def _train(job: Run, begun: float) -> bool:
@@ -286,6 +295,12 @@ def _validation_batches(data: Data, device: torch.device) -> list[Batch]:
     return [collator(rows).to(device) for rows in chosen.split(DEFAULT_BATCH_SIZE)]
 
 
+def verdict_on(scores: Sequence[LanguageScore], systems: Sequence[str]) -> str:
+    """Whether the experts are ahead of every other system in the mean over the languages."""
+    beaten = all(macro_mean(scores, EXPERTS) > macro_mean(scores, other) for other in systems if other != EXPERTS)
+    return "the experts beat both baselines" if beaten else "the experts do NOT beat both baselines"
+
+
 def _evaluate(job: Run) -> None:
     options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
     contenders = [each.whole() for each in job.contenders]
@@ -324,8 +339,6 @@ def _evaluate(job: Run) -> None:
     report.write_run(folder, scores, systems, run_facts)
     reporter.say(report.accuracy_table(scores, systems))
     means = ", ".join(f"{system} {macro_mean(scores, system):.1%}" for system in systems)
-    beaten = all(macro_mean(scores, EXPERTS) > macro_mean(scores, other) for other in systems if other != EXPERTS)
-    verdict = "the experts beat both baselines" if beaten else "the experts do NOT beat both baselines"
     ran = ", ".join(f"{level} {engine}" for level, engine in engines.items())
     reporter.say(f"levels by engine {options.engine}: {ran}; the experts' steps took {experts.seconds:.0f} s")
-    reporter.say(f"mean over {len(scores)} languages: {means}: {verdict}")
+    reporter.say(f"mean over {len(scores)} languages: {means}: {verdict_on(scores, systems)}")

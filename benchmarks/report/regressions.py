@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.contenders.contender import DENSE, ORACLE, STACK
+from benchmarks.contenders.contender import DENSE, LOOK_UPS, ORACLE, STACK
 from benchmarks.report.ratios import ratio_of
 from benchmarks.report.reading import LATER_PEER, OURS, PEER, Record, Suite
 from benchmarks.stages import MEMORY
 
 # In the order of preference: code that does not change, and does about the same work.
-YARDSTICKS = (PEER, LATER_PEER, DENSE, STACK, ORACLE)
+YARDSTICKS = (PEER, LATER_PEER, DENSE, STACK, ORACLE, LOOK_UPS)
 # Less than this is no change, however far apart the quartiles are.
 THRESHOLD = 0.10
 SLOWER, FASTER, SAME = "slower", "faster", "same"

@@ -72,7 +72,14 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
             "middle half of the rounds says so too; vermilion: slower; grey: no difference to speak of.",
             figure,
             [
-                {**record_columns(each.record), "contender": each.slower, **ratio_columns(each), "rounds": each.rounds}
+                {
+                    **record_columns(each.record),
+                    "contender": each.slower,
+                    "ms": f"{1e3 * each.record.timings.median(each.slower):.4f}",
+                    "celmoe_ms": f"{1e3 * each.record.timings.median(each.faster):.4f}",
+                    **ratio_columns(each),
+                    "rounds": each.rounds,
+                }
                 for each in found
             ],
         )

@@ -29,8 +29,8 @@ STAGE_NAMES = {
 }
 STAGE_MEANINGS = {
     PLAN: "names to index tensors",
-    DISPATCH: "rows into expert order and back",
-    EXPERTS: "the experts alone, rows at hand",
+    DISPATCH: "one level from names to rows in expert order and back, with experts that return them",
+    EXPERTS: "one level from names: planned, moved, run; its products alone, with sorted rows at hand",
     TRAINING_STEP: "forward with names for routes, a loss, backward, and the clearing of gradients",
     INFERENCE: "a forward pass under inference_mode",
     MEMORY: "the most that a training step holds",

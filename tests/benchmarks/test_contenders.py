@@ -81,10 +81,7 @@ def test_stack_is_the_model(expert, routes, kinds):
 
 
 @needs_grouped_mm
-def test_the_fastest_stack_is_one_of_those_tried():
-    workload = Workload("linear", 8, 40, 9)
-    model = workload.build(celmoe)
-    assert set(fastest_stack(model, workload).kinds) <= {Ragged, Padded}
+def test_a_stack_that_would_mostly_pad_is_not_tried():
     # A fifth of the samples are the first expert's, of 64: nobody would pad that.
     skewed = Workload("linear", 8, 400, 64, "zipf")
     assert fastest_stack(skewed.build(celmoe), skewed).kinds[1] is Ragged

@@ -22,9 +22,9 @@ def test_what_a_file_holds(tmp_path):
     suite = suite_of(tmp_path, *whole_run(["cpu", "cuda"]))
     assert suite.devices == ["cpu", "cuda"]
     assert suite.processor == "Slide Rule 9000"
-    assert {each.workload for each in suite.of(TRAINING_STEP, "cpu")} == {
-        each.workload for each in suite.of(TRAINING_STEP)
-    }
+    assert [each.device for each in suite.of(TRAINING_STEP)] == ["cpu", "cuda"] * 4
+    assert [each.device for each in suite.of(TRAINING_STEP, "cuda")] == ["cuda"] * 4
+    assert {each.stage for each in suite.of(TRAINING_STEP)} == {TRAINING_STEP}
     first = suite.of(TRAINING_STEP)[0]
     assert (first.workload, first.positions, first.threads) == (SMALL, None, 1)
     assert first.contenders[0] == PEER

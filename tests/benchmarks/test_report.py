@@ -2,15 +2,18 @@
 
 import csv
 import re
+import statistics
 
 import pytest
 
 from benchmarks.contenders.contender import AUTO
 from benchmarks.report.canvas import _apart
 from benchmarks.report.page import Findings, write_page
+from benchmarks.report.ratios import ratios
 from benchmarks.report.reading import read_suite
 from benchmarks.report.regressions import RULE, compare
 from benchmarks.report.wording import mebibytes_words, ms_words, times_words, workload_words
+from benchmarks.stages import TRAINING_STEP
 from benchmarks.workloads import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
@@ -83,7 +86,17 @@ def test_every_figure_has_its_numbers(report):
     with (report / "speedup_training_step_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 6
-    assert float(rows[0]["first_quartile"]) <= float(rows[0]["ratio"]) <= float(rows[0]["third_quartile"])
+    suite = read_suite(report / "benchmarks.json")
+    for row, found in zip(rows, ratios(suite.of(TRAINING_STEP, "cpu")), strict=True):
+        workload = found.workload
+        columns = (workload.expert, workload.hidden_size, workload.batch_size, workload.num_experts, found.slower)
+        assert [row[name] for name in ("experts", "H", "B", "E", "contender")] == [str(each) for each in columns]
+        # Theirs by ours, in each round.
+        ours, theirs = (found.record.timings.seconds[name] for name in (AUTO, found.slower))
+        low, ratio, high = statistics.quantiles([b / a for a, b in zip(ours, theirs, strict=True)], n=4)
+        wanted = (low, ratio, high, 1e3 * statistics.median(theirs), 1e3 * statistics.median(ours))
+        names = ("first_quartile", "ratio", "third_quartile", "ms", "celmoe_ms")
+        assert [float(row[name]) for name in names] == pytest.approx(wanted, abs=1e-3)
 
 
 def test_a_page_of_little(tmp_path):

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
+import celmoe
 from benchmarks.contenders.contender import AUTO
 from benchmarks.report import command, options, presence
 from benchmarks.report.command import main
@@ -202,5 +203,5 @@ def test_ctrl_c_leaves_a_report(made_up_run, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "run_suite", interrupted)
     assert main(["--report", str(tmp_path), "--device", "cpu"]) == 130
     machine = json.loads((tmp_path / "machine.json").read_text())
-    assert machine["versions"]["celmoe"]
+    assert machine["versions"]["celmoe"] == celmoe.__version__
     assert machine["command"] == f"python -m benchmarks --report {tmp_path} --device cpu"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,10 @@ import torch
 
 from benchmarks import rounds, stages
 from benchmarks.bodies import LOW_RANK, PRODUCT, UNTOUCHED
-from benchmarks.contenders import models, planning
+from benchmarks.contenders import models
 from benchmarks.contenders.contender import (
     AUTO,
     DENSE,
-    FLOORS,
     GROUPED,
     LOOK_UPS,
     LOOPED,
@@ -30,11 +30,10 @@ from benchmarks.contenders.contender import (
     Task,
 )
 from benchmarks.contest import Contest
-from benchmarks.equality import UnequalError
 from benchmarks.hierarchies import ONE_LEVEL
 from benchmarks.peers import PeerUnavailableError
 from benchmarks.record import Record
-from benchmarks.rounds import gather, require_all_equal
+from benchmarks.rounds import gather
 from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP, tasks_of
 from benchmarks.workloads import Workload
 from tests.features import needs_grouped_mm
@@ -64,6 +63,14 @@ CASES = [
 ]
 
 
+# Why a contender takes no part, as the contenders say it.
+REASONS = (
+    r" (is written by hand for|has products for) .+ experts only$|^it mixes .+ only$|^it would pad the rows to \d"
+    r"|^vmap has no rule for|^weights of two widths can not|^the engine refuses these experts: ."
+    r"|not installed \(to get it: .+\)$|could not be installed"
+)
+
+
 @pytest.mark.parametrize(
     ("stage", "expert", "others"),
     [pytest.param(*case, marks=needs_grouped_mm if STACK in case[2] else ()) for case in CASES],
@@ -71,16 +78,17 @@ CASES = [
 def test_all_contenders_are_equal(stage, expert, others):
     gathered = gather(tasks_of(stage, tiny(expert, stage), CPU), 60.0)
     assert gathered.tasks.keys() - FOREIGN == OURS | others
-    assert all(gathered.absent.values())
+    for name, why in gathered.absent.items():
+        assert re.search(REASONS, why), (name, why)
     assert gathered.tasks.keys() | gathered.absent.keys() >= set(PEERS) | {TRANSFORMERS}
 
 
 @pytest.mark.parametrize(
     ("stage", "expert", "others"),
     [
-        (DISPATCH, UNTOUCHED, {AUTO, ORACLE, DENSE, STACK, VMAP}),
+        (DISPATCH, UNTOUCHED, OURS | {ORACLE, DENSE, STACK, VMAP}),
         pytest.param(EXPERTS, PRODUCT, {AUTO, LOOPED, DENSE, STACK, VMAP}, marks=needs_grouped_mm),
-        (PLAN, UNTOUCHED, {AUTO, LOOK_UPS, ORACLE}),
+        (PLAN, UNTOUCHED, {AUTO, LOOK_UPS}),
     ],
 )
 def test_contenders_of_a_part_are_equal(stage, expert, others):
@@ -97,40 +105,6 @@ def test_too_much_padding_is_absent():
 def evidence_of(**changes):
     found = {"output": torch.tensor([1.0, 2.0]), "gradient": torch.tensor([3.0])} | changes
     return lambda: {name: value for name, value in found.items() if value is not None}
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "words"),
-    [
-        (STACK, {"output": torch.tensor([1.0, 2.1])}, "stack is not equal to celmoe auto: the output differs"),
-        (LOOPED, {"gradient": None}, "celmoe looped is not equal to celmoe auto: only one of the two has gradient"),
-        (ORACLE, {"more": torch.zeros(1)}, "oracle is not equal to celmoe auto: only one of the two has more"),
-    ],
-)
-def test_an_unequal_contender_is_refused(name, changes, words):
-    def task(evidence):
-        return Task(lambda: None, lambda: None, evidence)
-
-    same = {AUTO: task(evidence_of()), STACK: task(evidence_of(gradient=None)), GROUPED: task(evidence_of())}
-    require_all_equal(same)
-    with pytest.raises(UnequalError, match=words):
-        require_all_equal(same | {name: task(evidence_of(**changes))})
-    for floor in FLOORS:
-        require_all_equal(same | {floor: task(evidence_of(**changes))})
-
-
-def test_a_contender_with_other_weights_is_refused(monkeypatch):
-    right = models.MODELS[STACK]
-
-    def wrong(terms):
-        contender = right(terms)
-        with torch.no_grad():
-            contender.module.levels[2].weight[3].mul_(1.01)
-        return contender
-
-    monkeypatch.setitem(models.MODELS, STACK, wrong)
-    with pytest.raises(UnequalError, match="stack is not equal"):
-        gather(tasks_of(TRAINING_STEP, tiny("linear"), CPU), 60.0)
 
 
 def test_slow_contenders_are_left_out(monkeypatch):
@@ -208,20 +182,34 @@ def test_memory_is_in_its_record(monkeypatch):
     held = contest(tiny("linear"), lines := [])
     record = held.run(MEMORY)
     assert record["bytes"].keys() == record["seconds"].keys() == OURS
-    weights = sum(each.nbytes for each in tiny("linear").build(models.celmoe).parameters())
-    assert all(peak > 2 * weights for peak in record["bytes"].values())
     assert "grouped by looped" in lines[1]
+
+
+def test_the_weights_are_in_the_memory_of_a_step(monkeypatch):
+    monkeypatch.setattr(stages, "MODELS", {name: models.MODELS[name] for name in (AUTO, GROUPED, LOOPED)})
+    # One sample: most experts are absent, and their weights are most of what there is.
+    workload = Workload("linear", 64, 1, 64)
+    weights = sum(each.nbytes for each in workload.build(models.celmoe).parameters())
+    for name, found in contest(workload, []).run(MEMORY)["bytes"].items():
+        assert weights < found < 1.5 * weights, name
+
+
+def test_a_step_is_measured_from_cleared_gradients():
+    ran = []
+    task = Task(lambda: ran.append("step"), lambda: None, dict, weight_bytes=7, clear=lambda: ran.append("clear"))
+    peaks = contest(tiny("linear"), [])._peaks(rounds.Gathered({AUTO: task, LOOPED: task}, {}, 1.0))
+    assert ran == ["clear", "step"] * 2
+    assert all(7 <= each < 10_000 for each in peaks.values())
 
 
 def test_an_absent_peer_is_a_line(monkeypatch):
     def unavailable(version):
         raise PeerUnavailableError(f"celmoe-vp=={version} could not be installed: no index")
 
-    for module in (models, planning):
-        monkeypatch.setattr(module, "load_peer", unavailable)
+    monkeypatch.setattr(models, "load_peer", unavailable)
     monkeypatch.setattr(models, "find_spec", lambda _name: None)
-    for stage, expert in ((PLAN, UNTOUCHED), (INFERENCE, LOW_RANK), (INFERENCE, "mlp")):
-        held = contest(tiny(expert), lines := [])
+    for stage, expert in ((DISPATCH, UNTOUCHED), (INFERENCE, LOW_RANK), (INFERENCE, "mlp")):
+        held = contest(tiny(expert, stage), lines := [])
         absent = held.run(stage)["absent"]
         assert absent["celmoe-vp 3.0.0"].startswith("celmoe-vp==3.0.0 could not be installed: no index (to get it: ")
         if stage == INFERENCE:

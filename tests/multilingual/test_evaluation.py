@@ -182,6 +182,13 @@ def test_a_language_without_test_words_has_no_row(table: WordTable, vocabulary: 
     assert [(score.language, score.accuracy) for score in scores] == [("en", {"identity": 1 / 4})]
 
 
+def test_another_case_is_another_lemma(vocabulary: Vocabulary) -> None:
+    words = sample_of("en", [("Cat", EditRule(1, "c", 0, ""), TEST), ("cat", IDENTITY, TEST), ("dog", IDENTITY, TEST)])
+    assert words.lemmas == ["cat", "cat", "dog"]
+    [score] = score_languages([words], build_table([words], vocabulary, TEST), vocabulary, {}, [0])
+    assert score.accuracy == {"identity": 2 / 3}
+
+
 def test_the_mean_counts_every_language_once() -> None:
     def score(words: int, right: float) -> LanguageScore:
         return LanguageScore(

@@ -1,0 +1,263 @@
+"""The figures that the job reports are of the words, the steps and the seconds that they are said to be of."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import celmoe
+from benchmarks.multilingual import ablation, job, training
+from benchmarks.multilingual.ablation import VARIANTS, validation_accuracy
+from benchmarks.multilingual.batches import Batch
+from benchmarks.multilingual.cli import main
+from benchmarks.multilingual.console import Bar, Reporter
+from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION
+from benchmarks.multilingual.data import Data, make_compiler, prepare_data
+from benchmarks.multilingual.evaluation import LanguageScore, decode, rule_accuracy
+from benchmarks.multilingual.job import EXPERTS, verdict_on
+from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
+from benchmarks.multilingual.words import NO_RULE, encode_forms
+
+LANGUAGES = ["id", "ms"]
+SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0", "--seed", "5"]
+STEPS = 6
+LEVELS_OF = {EXPERTS: LEVELS, UNIVERSAL: (UNIVERSAL,)}
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return prepare_data(LANGUAGES, Reporter())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    assert main([*SMALL, "--steps", str(STEPS), "--report", str(folder)]) == 0
+    return folder
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return state
+
+
+def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, list[tuple[str, int | None, int]]]:
+    """By language, each word of a split with the rule that the saved network finds and the right one.
+
+    Word by word from the samples, by nothing of the job's own batches, tables and evaluation; ``None`` is a rule that
+    the network does not know.
+    """
+    network = Lemmatizer(data.vocabulary, NetworkSettings(), levels=LEVELS_OF[system], engine="looped").eval()
+    network.load_state_dict(saved(folder)["contenders"][system]["network"])
+    compiler = make_compiler(data)
+    found = {}
+    for place, sample in enumerate(data.samples):
+        rows = np.flatnonzero(sample.split == split).tolist()
+        forms = [sample.forms[row] for row in rows]
+        names = [sample.language] * len(forms)
+        batch = Batch(
+            characters=torch.from_numpy(encode_forms(forms, data.vocabulary)).int(),
+            targets=torch.zeros(len(forms), dtype=torch.int64),
+            languages=names,
+            plan=compiler({"language": names}),
+        )
+        with torch.inference_mode():
+            (scores,) = network.head(network(batch).fused_hidden, batch.plan.levels["language"])
+        candidates = data.vocabulary.candidates[place]
+        best = [candidates[each] for each in scores.argmax(-1).tolist()]
+        known = {rule: each for each, rule in enumerate(data.vocabulary.rules)}
+        right = [known.get(sample.rules[rule]) for rule in sample.rule_ids[rows].tolist()]
+        right = [each if each in candidates else None for each in right]
+        found[sample.language] = list(zip(rows, right, best, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("system", [EXPERTS, UNIVERSAL])
+def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data) -> None:
+    told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
+    for sample in data.samples:
+        words = found_rules(data, report, system, TEST)[sample.language]
+        right = [
+            rule is not None and decode(sample.forms[row], data.vocabulary.rules[best]) == sample.lemmas[row]
+            for row, rule, best in words
+        ]
+        score = told[sample.language]
+        assert score["accuracy"][system] == pytest.approx(sum(right) / len(right), abs=1e-9)
+        assert score["test_words"] == len(words) == (sample.split == TEST).sum()
+        assert score["train_words"] == (sample.split == TRAIN).sum()
+        assert score["coverage"] == pytest.approx(sum(rule is not None for _, rule, _ in words) / len(words))
+        same = [sample.forms[row] == sample.lemmas[row] for row, _, _ in words]
+        assert score["accuracy"]["identity"] == pytest.approx(sum(same) / len(same))
+
+
+def test_every_file_of_the_report_tells_the_same_accuracy(report: Path) -> None:
+    told = json.loads((report / "accuracy.json").read_text())
+    accuracy = {each["language"]: each["accuracy"] for each in told["languages"]}
+    for name, digits in (("accuracy.csv", 4), ("accuracy_by_language.csv", 12)):
+        with (report / name).open() as file:
+            rows = {row["language"]: row for row in csv.DictReader(file)}
+        for language, by_system in accuracy.items():
+            assert {system: float(rows[language][system]) for system in by_system} == pytest.approx(
+                by_system, abs=10**-digits
+            )
+    for system, mean in told["macro_mean"].items():
+        assert mean == pytest.approx(sum(each[system] for each in accuracy.values()) / 2)
+
+
+def test_examples_are_test_words(report: Path, data: Data) -> None:
+    with (report / "examples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    samples = {sample.language: sample for sample in data.samples}
+    for row in rows:
+        sample = samples[row["language"]]
+        place = sample.forms.index(row["form"])
+        assert (sample.split[place], sample.lemmas[place]) == (TEST, row["true_lemma"])
+
+
+@pytest.mark.parametrize("system", [EXPERTS, UNIVERSAL])
+def test_the_validation_is_of_validation_words(system: str, report: Path, data: Data) -> None:
+    last = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system][-1]
+    assert last["step"] == STEPS
+    words = [word for found in found_rules(data, report, system, VALIDATION).values() for word in found]
+    # So few that all of them take part.
+    assert 1_000 < len(words) <= job.VALIDATION_WORDS
+    assert last["validation_accuracy"] == pytest.approx(sum(rule == best for _, rule, best in words) / len(words))
+
+
+def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
+    class Answers(torch.nn.Module):
+        """Finds the right rule of every word of the first batch and of no other."""
+
+        def forward(self, batch: Batch) -> Any:
+            return SimpleNamespace(fused_hidden=batch.targets)
+
+        def head(self, targets: torch.Tensor, plan: celmoe.LevelPlan) -> list[torch.Tensor]:
+            wanted = targets.index_select(0, plan.order).split(plan.counts)
+            return [torch.eye(3)[(each if len(targets) == 5 else each + 1) % 3] for each in wanted]
+
+    def batch_of(size: int) -> Batch:
+        names = ["id"] * size
+        return Batch(
+            characters=torch.zeros(size, 20, dtype=torch.int32),
+            targets=torch.arange(size) % 3,
+            languages=names,
+            plan=make_compiler(data)({"language": names}),
+        )
+
+    network: Any = Answers()
+    assert rule_accuracy(network, iter([batch_of(5), batch_of(2), batch_of(1)])) == 5 / 8
+
+
+def test_both_networks_take_every_step(report: Path) -> None:
+    for system, each in saved(report)["contenders"].items():
+        state = each["optimizer"]["state"]
+        assert int(state[0]["step"]) == STEPS, system
+        points = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system]
+        assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
+    told = json.loads((report / "accuracy.json").read_text())["run"]
+    assert (told["steps"], told["words_trained"]) == (STEPS, STEPS * 256)
+
+
+@pytest.fixture
+def one_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the experts; the universal expert alone takes half of that. Its clock is asked twice for each step."""
+    now = [0.0, 0]
+
+    def read() -> float:
+        now[1] += 1
+        if now[1] % 2 == 0:
+            now[0] += 1.0 if now[1] % 4 == 2 else 0.5
+        return now[0]
+
+    clock = SimpleNamespace(perf_counter=read, monotonic=training.time.monotonic)
+    monkeypatch.setattr(training, "time", clock)
+
+
+@pytest.mark.usefixtures("one_second_a_step")
+@pytest.mark.parametrize("stopped_after", [None, 2, 4])
+def test_the_seconds_are_of_all_steps_and_of_the_network_s_own(
+    stopped_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a resume: the seconds from before it count, and so do the words."""
+    begin = [*SMALL, "--steps", str(STEPS), "--report", str(tmp_path)]
+    if stopped_after is None:
+        assert main(begin) == 0
+    else:
+        move_to = Bar.move_to
+
+        def interrupt(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
+            move_to(bar, done, total, figures)
+            if done == stopped_after:
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bar, "move_to", interrupt)
+            assert main(begin) == 130
+        assert main(["--resume", "--workers", "0", "--report", str(tmp_path)]) == 0
+    told = json.loads((tmp_path / "accuracy.json").read_text())["run"]
+    assert told["training_seconds"] == {EXPERTS: STEPS, UNIVERSAL: STEPS / 2}
+    assert told["words_trained"] == STEPS * 256
+    assert told["words_per_second"] == {EXPERTS: 256, UNIVERSAL: 512}
+    curve = saved(tmp_path)["progress"]["curve"]
+    assert {point["contender"]: point["words_per_second"] for point in curve} == {EXPERTS: 256, UNIVERSAL: 512}
+
+
+def score(**accuracy: float) -> LanguageScore:
+    return LanguageScore(
+        language="id", name="", family="", test_words=1, train_words=1, coverage=1.0, accuracy=accuracy
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "universal", "identity", "beats"),
+    [
+        (0.5, 0.4, 0.3, True),
+        (0.5, 0.6, 0.3, False),
+        (0.5, 0.4, 0.6, False),
+        (0.5, 0.5, 0.3, False),
+        (0.5, 0.6, 0.6, False),
+    ],
+)
+def test_the_experts_beat_both_or_they_do_not(experts: float, universal: float, identity: float, beats: bool) -> None:
+    scores = [score(experts=experts + each, universal=universal, identity=identity) for each in (-0.25, 0.25)]
+    said = verdict_on(scores, [EXPERTS, UNIVERSAL, "identity"])
+    assert said == ("the experts beat both baselines" if beats else "the experts do NOT beat both baselines")
+
+
+def test_what_is_said_at_the_end_is_of_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up = [score(experts=0.5, universal=0.625, identity=0.25), score(experts=0.25, universal=0.125, identity=0.25)]
+    monkeypatch.setattr(job, "score_languages", lambda *_: made_up)
+    assert main([*SMALL, "--steps", "1", "--report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "mean over 2 languages: experts 37.5%, universal 37.5%, identity 25.0%: the experts do NOT beat" in said
+
+
+@pytest.mark.parametrize("variant", ["as the job does", "universal expert alone"])
+def test_the_ablation_reads_validation_words(variant: str, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Batch] = []
+    right = rule_accuracy
+
+    def spied(network: Lemmatizer, batches: Any) -> float:
+        seen.extend(batches)
+        return right(network, iter(seen))
+
+    monkeypatch.setattr(ablation, "rule_accuracy", spied)
+    validation_accuracy(data, VARIANTS[variant], 1, 64, 0)
+    table = data.tables[VALIDATION]
+    assert torch.equal(torch.cat([batch.characters for batch in seen]), table.characters.int())
+    assert torch.equal(torch.cat([batch.targets for batch in seen]), table.targets.long())
+
+
+def test_a_word_without_a_known_rule_is_never_right(report: Path, data: Data) -> None:
+    missing = int((data.tables[TEST].targets == NO_RULE).sum())
+    told = json.loads((report / "accuracy.json").read_text())["languages"]
+    assert missing == sum(round(each["test_words"] * (1 - each["coverage"])) for each in told)
+    assert missing > 0
