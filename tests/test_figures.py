@@ -48,7 +48,7 @@ def test_quoted_figures_are_their_files(name):
 
 
 # Files that quote figures in sentences.
-QUOTING = ("multilingual.md", "performance.md", "scaling.md")
+QUOTING = ("README.md", "multilingual.md", "performance.md", "scaling.md")
 
 
 def test_notes_that_tell_of_measurements_say_where_their_figures_are_from():
@@ -65,7 +65,7 @@ def test_every_file_of_figures_is_quoted_or_shown():
 MEASURED = re.compile(r"[Mm]easured on \d{4}-\d\d-\d\d at commit `[0-9a-f]{7}`")
 
 
-@pytest.mark.parametrize("name", ["performance.md", "multilingual.md", "scaling.md"])
+@pytest.mark.parametrize("name", QUOTING)
 def test_every_table_of_figures_carries_date_and_commit(name):
     text = NOTES[name].read_text(encoding="utf-8")
     for heading, section in re.findall(r"^(#+ .+)\n((?:(?!#+ ).*\n?)*)", text, re.MULTILINE):

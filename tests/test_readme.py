@@ -1,4 +1,4 @@
-"""The README's examples run, one after another, as a reader would paste them into one session."""
+"""Each of the README's examples runs alone, as a reader would paste it into a session of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.features import needs_distributed
 
@@ -29,22 +30,40 @@ def examples(text):
     ]
 
 
-def run(blocks, name="README.md"):
-    """Execute the blocks in one namespace; a traceback shows the README's own lines."""
+def run(line, block, name="README.md"):
+    """Execute one block in a namespace of its own; a traceback shows the README's own lines."""
     namespace = {"__name__": "__readme__"}
-    for line, block in blocks:
-        code = compile("\n" * (line - 1) + block, name, "exec")
-        exec(code, namespace)
+    exec(compile("\n" * (line - 1) + block, name, "exec"), namespace)
     return namespace
 
 
+BLOCKS = examples(README.read_text(encoding="utf-8"))
+
+
 @needs_distributed
-def test_the_examples_run(tmp_path, monkeypatch):
-    blocks = examples(README.read_text(encoding="utf-8"))
-    assert blocks, "README.md has no python example"
+@pytest.mark.parametrize(("line", "block"), BLOCKS, ids=[f"line {line}" for line, _ in BLOCKS])
+def test_an_example_runs_alone(line, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    run(blocks)
+    run(line, block)
+
+
+def test_the_training_loop_learns_and_runs_its_experts_as_one():
+    line, block = BLOCKS[0]
+    assert "optimizer.step()" in block
+    assert block.count("\n") < 40, "a first example is read in one look"
+    found = run(line, block)
+    (level,) = found["model"].explain({"language": found["routes"]}).levels
+    (experts,) = level.classes
+    assert (experts.engine, len(experts.experts)) == ("grouped", 64)
+    before = nn.functional.mse_loss(found["hidden"], found["hidden"].flip(1))
+    assert found["loss"] < 0.2 * before
+
+
+def test_the_examples_cover_a_users_way():
+    text = "\n".join(block for _, block in BLOCKS)
+    for step in ("torch.save(", "load_state_dict(", "use_learned_fusion=False", "torch.autocast(", "RoutingCompiler("):
+        assert step in text, step
 
 
 def test_the_examples_use_the_library():
@@ -77,7 +96,7 @@ x = 1
 text
 - in a list
   ```python
-  y = x + 1
+  y = 2
   ```
 ```
 z = nonsense(
@@ -88,14 +107,21 @@ pip install celmoe
 """
 
 
-def test_examples_are_found_and_run_in_order():
+def test_examples_are_found_and_run():
     blocks = examples(SAMPLE)
-    assert blocks == [(3, "x = 1\n"), (8, "y = x + 1\n")]
-    assert run(blocks)["y"] == 2
+    assert blocks == [(3, "x = 1\n"), (8, "y = 2\n")]
+    assert run(*blocks[1])["y"] == 2
     assert examples("no example at all") == []
+
+
+def test_an_example_does_not_see_another_ones_names():
+    blocks = examples(SAMPLE.replace("y = 2", "y = x"))
+    run(*blocks[0])
+    with pytest.raises(NameError):
+        run(*blocks[1])
 
 
 def test_an_example_that_fails_is_told_with_its_line():
     with pytest.raises(NameError) as caught:
-        run(examples("\n\n```python\na = 1\nb = missing\n```\n"))
+        run(*examples("\n\n```python\na = 1\nb = missing\n```\n")[0])
     assert caught.traceback[-1].lineno + 1 == 5
