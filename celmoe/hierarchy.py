@@ -194,9 +194,16 @@ class HierarchicalCELMoE(nn.Module):
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)
+        recast = ""
         for level, present in zip(self._levels, experts, strict=True):
             planned = plan.levels[level.name]
-            level_output, blocks = level.run(present, self._engine, given, planned, host_plan)
+            try:
+                level_output, blocks = level.run(present, self._engine, given, planned, host_plan)
+            except Exception as error:
+                if recast:
+                    error.add_note(recast)
+                raise
+            recast = level_output._recast or recast
             output.levels[planned.name] = level_output
             if level_output.losses:
                 output.losses.update(level_output.losses)

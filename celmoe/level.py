@@ -174,6 +174,9 @@ class Level:
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
         output = LevelOutput.with_deferred_routes(self.name, combine(promoted, order), host_plan.routes)
+        if promoted[0].dtype is not given.hidden.dtype:
+            names = [(name,) for name in plan.present] if arranged is None else arranged.names
+            output.__dict__["_recast"] = _recast(self.name, given.hidden.dtype, names, results)
         for place in sorted(extras):
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
@@ -442,6 +445,23 @@ def _promoted(blocks: Blocks) -> Blocks:
             dtype = reduce(torch.promote_types, {each.dtype for each in blocks})
             return [each.to(dtype) for each in blocks]
     return blocks
+
+
+def _recast(level: str, dtype: torch.dtype, names: Sequence[Sequence[str]], results: Sequence[ExpertResult]) -> str:
+    """Say which experts gave rows of another dtype than they were given.
+
+    Args:
+        level: The level's name.
+        dtype: Of the rows that they were given.
+        names: The experts behind each result.
+        results: What they gave.
+    """
+    found: dict[torch.dtype, list[str]] = {}
+    for group, result in zip(names, results, strict=True):
+        if result.hidden.dtype is not dtype:
+            found.setdefault(result.hidden.dtype, []).extend(group)
+    given = "; ".join(f"{each} by {listed(group)}" for each, group in found.items())
+    return f"celmoe: level {level!r} was given rows of {dtype}, and its experts gave {given}"
 
 
 def _add_losses(output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float) -> None:

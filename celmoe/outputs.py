@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,8 @@ class LevelOutput:
     aux: ExpertAux = field(default_factory=dict)
     _: KW_ONLY
     loss_weights: dict[str, float] = field(default_factory=dict)
+    # Experts that gave rows of another dtype than theirs, in words: errors of later levels carry them.
+    _recast: ClassVar[str] = ""
 
     @classmethod
     def with_deferred_routes(

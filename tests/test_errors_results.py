@@ -12,9 +12,11 @@ from torch import nn
 
 from celmoe import (
     CELMoEConfig,
+    ExpertConfig,
     ExpertModule,
     ExpertResult,
     HierarchicalCELMoE,
+    HierarchyLevelConfig,
     ResultError,
     ResultTypeError,
     UnknownExpertError,
@@ -200,6 +202,45 @@ def test_an_expert_that_raises_is_named_in_a_note(error):
     assert caught.value.__notes__ == ["celmoe: raised by expert 'fr' of level 'language' on 1 samples"]
     model.level_modules["language"]["fr"] = build().level_modules["language"]["fr"]
     assert_like_fresh(model)
+
+
+class Recasting(ExpertModule):
+    """A layer whose rows come out in another dtype."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.dtype = dtype
+
+    def forward(self, batch):
+        return ExpertResult(self.linear(batch.hidden).to(self.dtype))
+
+
+@pytest.mark.parametrize("engine", ["looped", "grouped", "auto"])
+@pytest.mark.parametrize(
+    ("dtypes", "by"),
+    [
+        ({"b": torch.float64}, "torch.float64 by 'b'"),
+        ({"a": torch.float16, "b": torch.float16, "c": torch.float16}, "torch.float16 by 'a', 'b', 'c'"),
+        ({"a": torch.bfloat16, "c": torch.float64}, "torch.bfloat16 by 'a'; torch.float64 by 'c'"),
+    ],
+)
+def test_experts_that_give_another_dtype_are_named_where_a_later_level_fails(engine, dtypes, by):
+    def level_of(name, experts):
+        return HierarchyLevelConfig(name, {each: ExpertConfig(each) for each in experts})
+
+    config = CELMoEConfig(WIDTH, [level_of("upper", "abc"), level_of("middle", "m"), level_of("lower", "xy")])
+
+    def make(level, name, _):
+        if level == "middle":
+            return Wrong(lambda batch: ExpertResult(batch.hidden))
+        return Recasting(dtypes.get(name, torch.float32))
+
+    model = HierarchicalCELMoE(config, make, engine=engine)
+    with pytest.raises(RuntimeError, match="dtype") as caught:
+        model(torch.randn(6, WIDTH), {"upper": list("abcabc"), "lower": list("xyxyxy")})
+    note = f"celmoe: level 'upper' was given rows of torch.float32, and its experts gave {by}"
+    assert caught.value.__notes__ == ["celmoe: raised by expert 'x' of level 'lower' on 3 samples", note]
 
 
 def test_keyboard_interrupt_passes_untouched():
