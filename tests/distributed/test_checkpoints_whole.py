@@ -32,17 +32,23 @@ resource = pytest.importorskip("resource")
 TRACED = {files.__file__, *map(str, Path(checkpoints.__file__).parent.glob("*.py"))}
 
 
+def kept(model):
+    """The parameters that a checkpoint has: not those that stand for others on other ranks."""
+    names = model.state_dict().keys()
+    return [parameter for name, parameter in model.named_parameters() if name in names]
+
+
 def fill(model, optimizer, value):
     """One value in every parameter and every state."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in kept(model):
             parameter.fill_(value)
             optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, value)
 
 
 def values_of(model, optimizer):
-    found = {float(each) for parameter in model.parameters() for each in whole(parameter.detach()).unique()}
-    states = [whole(each) for state in optimizer.state.values() for each in state.values()]
+    found = {float(each) for parameter in kept(model) for each in whole(parameter.detach()).unique()}
+    states = [whole(each) for parameter in kept(model) for each in optimizer.state[parameter].values()]
     return found | {float(each) for state in states for each in state.unique()}
 
 
