@@ -25,6 +25,7 @@ from celmoe import (
     LossBundle,
     RouteTypeError,
     RoutingCompiler,
+    Rows,
     Shared,
 )
 from celmoe.engines import ENGINES
@@ -216,6 +217,26 @@ def test_mask_and_context_get_zeros_whether_rows_do_or_not(forward, name, detach
     leaves = [mask, *leaves_in(context)]
     assert len(leaves) > 1
     assert all(map(zeros, leaves))
+
+
+# Values by sample that are no tensors have no gradient to get; those beside them have.
+WITHOUT_GRADIENTS = {
+    "array": np.zeros((0, 3)),
+    "list": [],
+    "marked list": Rows([]),
+    "marked array": Rows(np.zeros((0, 2))),
+    "nested list": {"words": [], "ids": [np.zeros(0)]},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_values_by_sample_that_are_no_tensors_pass_through(forward, name):
+    beside, hidden = leaf(0, WIDTH), torch.zeros(0, WIDTH, requires_grad=True)
+    given = {"other": WITHOUT_GRADIENTS[name], "beside": beside}
+    run(build(forward), forward, hidden, NONE, given).fused_hidden.sum().backward()
+    assert zeros(beside)
+    assert zeros(hidden)
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
