@@ -281,5 +281,11 @@ def test_what_has_no_rows_of_the_batch_is_shared() -> None:
     )
 
 
+@pytest.mark.parametrize("one", [collections.deque("a"), range(1), {"k": 0}.keys(), Series(1)], ids=repr)
+def test_of_a_batch_of_one_sample_nothing_of_one_item_is_taken_for_rows(one: Any) -> None:
+    """One item is no sign of a row for each sample: a setting of one entry is as likely."""
+    build()(rows(1), {level: routes[:1] for level, routes in GOOD.items()}, {"x": one})
+
+
 def test_a_mapping_that_can_t_be_copied_is_shared_where_it_holds_no_rows() -> None:
     run(Lazy(a=2))

@@ -591,6 +591,10 @@ def test_a_plan_and_another_batch_size():
     plan = model.compile_routing(GOOD)
     message = "'routing' must be a plan for the 4 samples of 'batch_size' (got one for 3)"
     assert_refused(model, lambda: model.compile_routing(plan, 4), PlanError, ValueError, message)
+    # No samples are another number of samples, too.
+    none = "'routing' must be a plan for the 0 samples of {} (got one for 3)"
+    assert_refused(model, lambda: model.compile_routing(plan, 0), PlanError, ValueError, none.format("'batch_size'"))
+    assert_refused(model, lambda: model(rows(0), plan), PlanError, ValueError, none.format("'hidden'"))
     assert model.compile_routing(plan, 3) is plan
     assert model.compile_routing(plan) is plan
 
