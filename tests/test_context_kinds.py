@@ -145,6 +145,14 @@ class Attributed(dict):
         raise TypeError("read-only")
 
 
+class Aside(dict):
+    """Holds rows in attributes alone: its items are settings."""
+
+    def __init__(self, x, texts):
+        super().__init__(limit=7, name="a")
+        self.x, self.texts = x, texts
+
+
 class Tagged(list):
     tag: Any
 
@@ -281,6 +289,7 @@ KINDS = {
     "model output, a dataclass": (DataOutput, [item, attribute]),
     "its own attributes": (lambda x, t: OwnAttributes(x=x, texts=t), [item, attribute]),
     "attribute beside items": (lambda x, t: Attributed(x=x, texts=t), [item, lambda v: (v.kept, v["texts"])]),
+    "attributes beside plain items": (Aside, [attribute]),
     "read-only": (lambda x, t: MappingProxyType({"x": x, "texts": t}), [item]),
     "chain": (lambda x, t: collections.ChainMap({"x": x}, {"x": 1, "texts": t}), [item]),
     "chain of as many as samples": (lambda x, t: collections.ChainMap({"x": x}, {"texts": t}, {}, {}), [item]),
