@@ -189,3 +189,44 @@ def test_what_does_not_fit_is_refused_by_every_rank(two, tmp_path):
     assert len(first) == len(starts)
     for text, start in zip(first, starts, strict=True):
         assert text.startswith(start), text
+
+
+def keeps_extras(folder):
+    """Each rank's own extra, and what a load gives it back."""
+    model, _, _ = build("experts", JOB)
+    save_checkpoint(folder, model, extra={"rank": dist.get_rank()})
+    return load_checkpoint(folder, model)
+
+
+def test_the_first_ranks_extra_is_kept(two, tmp_path):
+    assert two.run(keeps_extras, tmp_path) == [{"rank": 0}, {"rank": 0}]
+
+
+def errors_of_loading(folder):
+    model, _, _ = build("experts", JOB)
+    with pytest.raises(celmoe.CheckpointError) as caught:
+        load_checkpoint(folder, model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ru", "fr", "de"])
+def test_an_unknown_expert_is_refused_whatever_name_its_own_begins_with(two, tmp_path, name):
+    """Some rank has no expert of the shorter name: what it may leave out is that expert's alone."""
+    model, _, _ = build("alone", JOB)
+    model.level_modules["language"]._modules[f"{name}_at"] = torch.nn.Linear(2, 2)
+    save_checkpoint(tmp_path, model)
+    for said in two.run(errors_of_loading, tmp_path):
+        assert f"too many: 'level_modules.language.{name}_at.weight'" in said
+
+
+def test_one_file_has_an_optimizers_state_that_is_no_tensor(tmp_path):
+    model, optimizer, _ = build("alone", JOB)
+    first = next(model.parameters())
+    optimizer.state[first] = {"momentum_buffer": torch.ones_like(first), "count": 7, "rate": 0.5, "note": None}
+    save_checkpoint(tmp_path / "folder", model, optimizer)
+    write_file(tmp_path / "folder", tmp_path / "file.pt")
+    other, read, _ = build("alone", JOB)
+    load_file(tmp_path / "file.pt", other, read)
+    found = read.state[next(other.parameters())]
+    assert {key: found[key] for key in ("count", "rate", "note")} == {"count": 7, "rate": 0.5, "note": None}
+    assert torch.equal(found["momentum_buffer"], torch.ones_like(first))
