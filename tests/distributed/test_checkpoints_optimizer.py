@@ -229,3 +229,27 @@ def test_parameters_of_experts_elsewhere_are_left_out(two, tmp_path):
     assert not [entry for entry in json.loads(manifest)["tensors"] if "elsewhere" in entry[0][1]]
     model, optimizer, _ = build("alone", JOB)
     load_checkpoint(tmp_path, model, optimizer)
+
+
+@pytest.mark.parametrize("way", ["directory", "file"])
+def test_an_optimizer_that_has_stepped_keeps_nothing_of_its_own(tmp_path, way):
+    """Experts that had no state when a checkpoint was saved have none after loading it."""
+    model, optimizer, _ = build("alone", JOB)
+    parameters = list(model.parameters())
+    for parameter in parameters[::2]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    save_checkpoint(tmp_path / "folder", model, optimizer)
+    write_file(tmp_path / "folder", tmp_path / "file.pt")
+    other, stepped, _ = build("alone", JOB)
+    for parameter in other.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    stepped.step()
+    if way == "directory":
+        load_checkpoint(tmp_path / "folder", other, stepped)
+    else:
+        load_file(tmp_path / "file.pt", other, stepped)
+    found = [stepped.state.get(parameter) for parameter in other.parameters()]
+    assert not any(found[1::2])
+    for state, parameter in zip(found[::2], parameters[::2], strict=True):
+        assert_close("state", state, optimizer.state[parameter], 0.0)

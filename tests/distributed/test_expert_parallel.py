@@ -332,3 +332,27 @@ def test_without_a_process_group():
 )
 def test_placement(costs, num_ranks, owners):
     assert balanced(costs, num_ranks) == owners
+
+
+def shared_with_all(what):
+    """The error for an expert whose tensor is also what every rank holds; or none."""
+    model = jobs.make_model(Job(STEPS[:1]))
+    expert = model.level_modules["language"]["ru"]
+    if what == "the fusion's weight":
+        model.fusion.gates[0].weight = expert.down.weight
+    elif what == "a buffer of the fusion":
+        expert.register_buffer("table", torch.ones(2))
+        model.fusion.register_buffer("table", expert.table)
+    elif what == "a level of one expert":
+        model.level_modules["universal"]["core"].down.weight = expert.down.weight
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+    with pytest.raises(celmoe.ConfigError) as caught:
+        shard_experts(model, mesh, levels=["language"])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["the fusion's weight", "a buffer of the fusion", "a level of one expert"])
+def test_a_tensor_shared_with_what_every_rank_holds_is_refused(two, what):
+    for said in two.run(shared_with_all, what):
+        assert "or with what every rank holds (got " in said
+        assert "language.ru" in said
