@@ -213,3 +213,26 @@ def test_without_a_process_group(call, request):
         f"'{name}' must be called after torch.distributed.init_process_group (got no process group; torchrun sets "
         f"what it reads from the environment)"
     )
+
+
+def unfrozen_since(what):
+    """The error of a call after something was unfrozen that was frozen when DDP was prepared."""
+    job = Job(STEPS[:1])
+    model = jobs.make_model(job)
+    parts = {"expert": model.level_modules["language"]["ru"], "level": model.level_modules["family"]}
+    part = parts.get(what, model.fusion)
+    part.requires_grad_(False)
+    batch = jobs.make_batches(job, 0, 0)[dist.get_rank()]
+    parallel = prepare_ddp(model, lambda module, each: jobs.loss_sum(job, module(**each.inputs(job)), each))
+    parallel(batch)
+    part.requires_grad_(True)
+    with pytest.raises(celmoe.ProcessGroupError) as caught:
+        parallel(batch)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["expert", "level", "fusion"])
+def test_parameters_unfrozen_since_are_refused(two, what):
+    for said in two.run(unfrozen_since, what):
+        assert said.startswith("'model' must have had all trained parameters when 'prepare_ddp' was called (got '")
+        assert said.endswith("since: replaced, or frozen then; call it again)")

@@ -356,3 +356,15 @@ def test_a_tensor_shared_with_what_every_rank_holds_is_refused(two, what):
     for said in two.run(shared_with_all, what):
         assert "or with what every rank holds (got " in said
         assert "language.ru" in said
+
+
+def owners_by(loads):
+    model = jobs.make_model(Job(STEPS[:1]))
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("expert",))
+    owners = shard_experts(model, mesh, levels=["language"], loads={"language": loads}).owners["language"]
+    return [owners[name] for name in loads]
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.01, 1e6])
+def test_experts_left_out_of_loads_weigh_nothing_whatever_the_unit(two, unit):
+    assert two.run(owners_by, {"fr": 2 * unit, "ru": unit, "pl": unit}) == [[0, 1, 1]] * 2
