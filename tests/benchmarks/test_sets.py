@@ -3,10 +3,10 @@
 import pytest
 
 import celmoe
-from benchmarks.bodies import EXPERTS, PRODUCT, UNTOUCHED
+from benchmarks.bodies import EXPERTS, LOW_RANK, PRODUCT, UNTOUCHED
 from benchmarks.hierarchies import EVEN, HIERARCHIES, JOB, ONE_LEVEL, TREE, levels_of, routing_of
 from benchmarks.multilingual.languages import FAMILY_OF
-from benchmarks.points import NAMED, PLANNED, WORST, full_grid, looped_grid
+from benchmarks.points import BATCHES, NAMED, PLANNED, ROUTES, WORST, full_grid, looped_grid
 from benchmarks.sets import DEFAULT, DEFAULTS, FULL, workloads_of
 from benchmarks.steps import string_routed
 from benchmarks.workloads import Workload
@@ -33,6 +33,17 @@ def test_every_kind_of_expert_and_hierarchy_is_in_a_set():
     assert {each.expert for each in every} == set(EXPERTS)
     assert {each.hierarchy for each in every} == set(HIERARCHIES)
     assert {each.expert for each in workloads_of("training_step", FULL)} == set(EXPERTS) - {PRODUCT, UNTOUCHED}
+
+
+def test_the_full_set_meets_each_kind_at_each_batch_under_both_routes():
+    """The job's hierarchy, low ranks and the grids: none of them under uniform routes alone."""
+    steps = workloads_of("training_step", FULL)
+    for kept in (lambda each: each.hierarchy == JOB, lambda each: each.expert == LOW_RANK):
+        met = {(each.batch_size, each.routes) for each in steps if kept(each)}
+        assert met >= {(batch, routes) for batch in BATCHES for routes in ROUTES}
+    for name in ("dispatch", "grouped_product"):
+        met = {(each.batch_size, each.routes) for each in workloads_of(name, FULL)}
+        assert met >= {(batch, routes) for batch in BATCHES for routes in ROUTES}
 
 
 def test_the_jobs_hierarchy_is_the_jobs():
