@@ -49,3 +49,19 @@ def test_a_worker_that_is_stopped_while_it_sends_ends_quietly(
     batches.close()
     assert worker.exitcode == 0
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("steps", [[0, 7, 1, 4, 0], [9, 0], [5, 4, 3, 2, 1, 0]])
+def test_a_steps_words_follow_from_seed_and_step_alone(steps: list[int]) -> None:
+    """A resumed run asks for an earlier epoch's steps after a later one's."""
+    asked = TrainingSteps(12, 4, seed=3)
+    assert asked.steps_per_epoch == 3
+    for step in steps:
+        assert torch.equal(asked[step], TrainingSteps(12, 4, seed=3)[step])
+
+
+def test_an_epoch_has_every_word_once() -> None:
+    steps = TrainingSteps(12, 4, seed=3)
+    for epoch in (1, 0, 2):
+        words = torch.cat([steps[epoch * 3 + place] for place in range(3)])
+        assert words.sort().values.tolist() == list(range(12))

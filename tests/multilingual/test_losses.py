@@ -63,6 +63,19 @@ def test_size_and_distance_are_read_from_the_language_level() -> None:
     assert parts["family->language.distance"] == pytest.approx((language - family).square().mean().item())
 
 
+def test_the_distance_moves_the_language_experts_alone_and_not_towards_them_the_family() -> None:
+    network, batch = network_and_batch(LEVELS)
+    output = network(batch)
+    bundle = Losses(network, LossWeights(size=0))(output, batch)
+    (distance,) = [term.value for term in bundle.terms if term.name == "family->language.distance"]
+    family, language = (output.levels[level].hidden for level in ("family", "language"))
+    of_family, of_language = torch.autograd.grad(distance, [family, language], retain_graph=True)
+    # The family's hidden states are the language experts' input, too: all that reaches them comes that way.
+    by_input = torch.autograd.grad(language, family, of_language)[0]
+    torch.testing.assert_close(of_family, by_input)
+    assert bool(of_language.any())
+
+
 def test_what_stands_beside_the_rules_loss_fades() -> None:
     network, batch = network_and_batch(LEVELS)
     losses = Losses(network, LossWeights(size=0.2, distance=0.4))
