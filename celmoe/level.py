@@ -11,16 +11,17 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from .arrangement import Arrangement, arrange
+from .classes import Layout, LevelClasses, LevelInputLike, Unit
 from .config import HierarchyLevelConfig
 from .context import ContextRows
-from .cost import estimate, judged, never_pays
+from .cost import estimate, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import AUTO, ENGINES, LOOPED
 from .errors import UnknownExpertError, UnknownLevelError, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped import Extras, UnitBatch, UnitResult
-from .grouping import Arrangement, LevelClasses, Unit, arrange
+from .grouped import Extras, UnitBatch, UnitResult, passing_refusal
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .plan import LevelPlan, RoutingPlan
@@ -131,7 +132,7 @@ class Level:
             empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
             return LevelOutput.with_deferred_routes(name, empty, host_plan.routes), None
         scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
-        arranged = self._arranged(experts, engine, scales, plan)
+        arranged = self._arranged(experts, engine, scales, plan, given)
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
@@ -165,79 +166,130 @@ class Level:
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
             scales = [self.config.experts[name].input_gradient_scale for name in names]
-            self.classes.looped_anyway.clear()
-            units = self.classes.units(names, experts, scales)
-            classes = [_explained(unit, engine, names, plan) for unit in units]
+            classes = self._explained(engine, names, experts, scales, plan)
         return explain_level(self.config.name, modules, engine, experts, plan, classes)
 
     def _arranged(
-        self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan
+        self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan, given: LevelInput
     ) -> Arrangement | None:
         """The experts by units; ``None`` where they run one after another, in the plan's order."""
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
-        if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts)):
+        names = plan.present
+        if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, names), experts)):
             return None
-        if engine == AUTO:
-            # Where a loop costs less it is right whatever the experts have become, and they need not be asked.
-            remembered = self.classes.remembered(plan.present, experts, scales)
-            if remembered is not None and all(unit.is_alone for unit in self._judged(remembered, plan)):
+        if (passing := passing_refusal()) is not None:
+            if engine == AUTO:
                 return None
-        units = self.classes.units(plan.present, experts, scales)
-        if engine == AUTO:
-            units = self._judged(units, plan)
-        if all(len(unit.members) == 1 for unit in units):
-            return None
-        if engine == AUTO or len(set(experts)) < len(experts):
+            return arrange([Unit(tuple(range(len(experts))), tuple(experts), None, 1.0, passing)], plan)
+        if len(set(map(id, experts))) < len(experts):
             # Experts that share a module must run in one loop, which knows of it.
-            can_group = len(set(experts)) == len(experts) and not all(unit.is_alone for unit in units)
-            if not can_group and (engine == AUTO or not any(unit.fault for unit in units)):
+            if engine == AUTO:
                 return None
-        return arrange(units, plan)
+            return arrange([Unit(tuple(range(len(experts))), tuple(experts), None, 1.0, "share a module")], plan)
+        wanted = [*range(len(experts))]
+        if engine == AUTO:
+            wanted = self._worth_grouping(names, experts, scales, plan)
+            if not wanted:
+                return None
+        units = self.classes.units(
+            [names[place] for place in wanted],
+            [experts[place] for place in wanted],
+            [scales[place] for place in wanted],
+            LevelInputLike(given.hidden, given.mask, given.context),
+            retries=engine != AUTO,
+        )
+        units = [unit._replace(positions=tuple(wanted[place] for place in unit.positions)) for unit in units]
+        chosen = set(wanted)
+        units += [
+            Unit((place,), (expert,), None, scales[place], None)
+            for place, expert in enumerate(experts)
+            if place not in chosen
+        ]
+        if all(unit.is_alone for unit in units) and (engine == AUTO or not any(_is_refused(unit) for unit in units)):
+            return None
+        return arrange(sorted(units, key=lambda unit: unit.positions[0]), plan)
 
-    def _judged(self, units: Sequence[Unit], plan: LevelPlan) -> list[Unit]:
-        """The units with a fault where a loop costs less; those that never pay are remembered."""
-        for unit in units:
-            if unit.record.signature.fault is None and never_pays(unit, len(self.config.experts)):
-                pairs = zip(unit.positions, unit.members, strict=True)
-                self.classes.looped_anyway.update((plan.present[place], each.module) for place, each in pairs)
-        return [judged(unit, _rows_of(unit, plan)) for unit in units]
+    def _worth_grouping(
+        self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float], plan: LevelPlan
+    ) -> list[int]:
+        """The places of the experts for whose kind a loop is estimated to cost more."""
+        by_layout: dict[tuple[Layout, bool], list[int]] = {}
+        for place, layout in enumerate(self.classes.layouts(names, experts)):
+            by_layout.setdefault((layout, scales[place] == 0.0), []).append(place)
+        found = []
+        on_cpu = plan.order.is_cpu
+        for (layout, _), places in by_layout.items():
+            if never_pays(layout, len(self.config.experts), on_cpu=on_cpu):
+                self.classes.looped_anyway.update((names[place], experts[place]) for place in places)
+            rows = sum(plan.counts[place] for place in places)
+            # Not whether gradients are recorded: a checkpoint computes once with and once without.
+            has_backward = experts[places[0]].training
+            if len(places) > 1 and estimate(layout, len(places), rows, on_cpu=on_cpu, has_backward=has_backward).pays:
+                found += places
+        return sorted(found)
+
+    def _explained(
+        self,
+        engine: str,
+        names: Sequence[str],
+        experts: Sequence[nn.Module],
+        scales: Sequence[float],
+        plan: LevelPlan | None,
+    ) -> list[ClassExplanation]:
+        """The experts by what was last found of them, else by their layout."""
+        groups: dict[Any, list[int]] = {}
+        layouts = self.classes.layouts(names, experts)
+        for place, (name, expert) in enumerate(zip(names, experts, strict=True)):
+            record = self.classes.known(name, expert)
+            refusal = self.classes.refusal(name, expert) if record is None else record.fault_of(expert)[1]
+            key = id(record) if record is not None and refusal is None else (layouts[place], refusal)
+            groups.setdefault((key, scales[place]), []).append(place)
+        shares_module = len(set(map(id, experts))) < len(experts)
+        found = []
+        for places in groups.values():
+            expert, layout = experts[places[0]], layouts[places[0]]
+            record = self.classes.known(names[places[0]], expert)
+            refusal = self.classes.refusal(names[places[0]], expert) if record is None else record.fault
+            if record is not None and refusal is None:
+                refusal = record.fault_of(expert)[1]
+            counts = None if plan is None else [plan.counts[place] for place in places]
+            cost = estimate(
+                layout, len(places), sum(counts or ()), on_cpu=_is_on_cpu(expert), has_backward=expert.training
+            )
+            how, looped = LOOPED, {}
+            if shares_module:
+                refusal = "share a module"
+            if len(places) == 1:
+                reason = "the only one of its kind"
+            elif refusal is not None:
+                reason = f"for its experts {refusal}"
+            elif engine == AUTO and not cost.pays:
+                reason = f"for its experts are few or large ({cost})"
+            elif record is None:
+                how, reason = "grouped", f"once captured at the first call ({cost})"
+            else:
+                how, reason, looped = "grouped", f"run as one ({cost})", record.operations_looped
+            found.append(
+                ClassExplanation(
+                    architecture=type(expert).__name__,
+                    experts=tuple(names[place] for place in places),
+                    engine=how,
+                    reason=reason,
+                    operations_looped=looped,
+                    rows_per_expert=None if not counts else spread_of(counts),
+                    parameter_bytes=parameter_bytes(experts[place] for place in places),
+                )
+            )
+        return found
 
 
-def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | None) -> ClassExplanation:
-    counts = None if plan is None else [plan.counts[position] for position in unit.positions]
-    how, reason = LOOPED, "the only one of its kind"
-    looped: dict[str, int] = {}
-    if len(unit.members) > 1:
-        fault = unit.fault or next(iter(unit.record.faults.values()), None)
-        rows = 0 if plan is None else _rows_of(unit, plan)
-        cost = estimate(unit, rows, has_backward=torch.is_grad_enabled())
-        terms = f"{cost.looped:.0f} µs one by one, {cost.grouped:.0f} µs as one"
-        if fault is not None:
-            reason = f"for its experts {fault}"
-        elif engine == AUTO and (why_not := judged(unit, rows).fault) is not None:
-            reason = f"for its experts {why_not}"
-        elif unit.record.programs:
-            for program in unit.record.programs.values():
-                looped |= program
-            how, reason = "grouped", f"run as one ({terms})"
-            for why_not in dict.fromkeys(unit.record.repeated_faults.values()):
-                reason += f", but for calls in a checkpoint where they {why_not}"
-        else:
-            how, reason = "grouped", f"once proven at the first call ({terms})"
-    return ClassExplanation(
-        architecture=type(unit.members[0].module).__name__,
-        experts=tuple(names[position] for position in unit.positions),
-        engine=how,
-        reason=reason,
-        operations_looped=looped,
-        rows_per_expert=None if not counts else spread_of(counts),
-        parameter_bytes=parameter_bytes(member.module for member in unit.members),
-    )
+def _is_refused(unit: Unit) -> bool:
+    return unit.fault is not None and len(unit.modules) > 1
 
 
-def _rows_of(unit: Unit, plan: LevelPlan) -> int:
-    return sum(plan.counts[position] for position in unit.positions)
+def _is_on_cpu(expert: nn.Module) -> bool:
+    return all(tensor.is_cpu for tensor in expert.parameters())
 
 
 def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]:
@@ -251,7 +303,7 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
         hidden = _scaled(hidden_blocks[index], unit.scale)
         mask = None if mask_blocks is None else mask_blocks[index]
         aligned = [blocks[index] for blocks in aligned_blocks]
-        if len(unit.members) == 1:
+        if len(unit.modules) == 1:
             own = context.whole if context.is_whole else context.build(aligned)
             batches.append(ExpertBatch(hidden, own, mask, {"level": plan.name, "expert": names[index][0]}))
         else:

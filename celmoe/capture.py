@@ -1,0 +1,295 @@
+"""An expert as a graph: PyTorch's own tracer follows one call, and says for which calls else the graph holds.
+
+Nothing of the engine reaches the user's code but the batch itself, whose ``state`` ends a capture when it is read. A
+call that the tracer can't follow, that has a side effect, or that depends on values or on the number of rows is a
+`Refusal`, with the tracer's reason and the line of the user's code.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from .context import ContextRows
+from .experts import ExpertBatch, ExpertResult
+from .torch_internals import Guard, graph_break, mark_rows, quiet_tracer, sources, trace, tracer_missing, unwatched
+
+__all__ = ["Captured", "Refusal", "Sample", "capture", "sample_of", "tracer_missing"]
+
+# One capture at a time: the tracer's settings are the process's.
+_LOCK = RLock()
+
+
+class Refusal(NamedTuple):
+    """Why an expert can't be captured, in words that follow "its experts"."""
+
+    reason: str
+
+
+class UnreadState(dict[str, str]):
+    """In place of an expert's ``state``: reading it ends the capture, for the answer differs by expert."""
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        graph_break("read their state")
+
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse
+    __setitem__ = __delitem__ = __reversed__ = __ior__ = __bool__ = __str__ = _refuse
+    get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse
+    __hash__ = None  # type: ignore[assignment]  # as of every dict
+
+
+class Sample(NamedTuple):
+    """What an expert is shown while it is captured, and what guards are asked about.
+
+    Attributes:
+        hidden: ``[N, ...]``.
+        mask: ``[N, ...]`` or ``None``.
+        context: The context around its batch-aligned tensors' N rows.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+    context: Any
+
+    def arguments(self, expert: nn.Module | None = None) -> dict[str, Any]:
+        """The captured function's arguments, by name."""
+        return {
+            "expert": expert,
+            "hidden": self.hidden,
+            "mask": self.mask,
+            "context": self.context,
+        }
+
+
+def _call(expert: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, context: Any) -> Any:
+    return expert(ExpertBatch(hidden, context, mask, UnreadState()))
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One expert's forward pass as a graph.
+
+    Attributes:
+        kind: The expert's Python class.
+        graph: The graph, in PyTorch-level calls. Its outputs are tensors, the result's hidden first.
+        module: What runs it for one expert, with the graph's inputs in order.
+        guard: For which arguments it holds.
+        own: Reads an expert's own tensors, those of the graph's inputs that are such, in order.
+        inputs: For each of the graph's inputs its kind: ``"own"``, ``"rows"``, ``"count"`` (the number of rows),
+            ``"size"`` or ``"shared"``; and what reads it from the call's arguments.
+        outputs: Where the result's tensors are: an output's position, or an input's where an input is given back.
+        losses: Names of the losses, in the order of ``outputs`` behind the hidden states.
+        names: The paths of the own tensors.
+        is_parameter: For each of them, whether it is a parameter.
+    """
+
+    kind: type
+    graph: fx.Graph
+    module: fx.GraphModule
+    guard: Guard
+    own: Callable[[nn.Module], list[torch.Tensor]]
+    inputs: tuple[tuple[str, Callable[[Mapping[str, Any]], Any]], ...]
+    outputs: tuple[tuple[str, int], ...]
+    losses: tuple[str, ...]
+    names: tuple[str, ...]
+    is_parameter: tuple[bool, ...]
+
+
+# By the expert's class, the function whose code object its graphs are kept by: look-ups of one class don't pass
+# the graphs of others, and both go with the class.
+_FUNCTIONS: weakref.WeakKeyDictionary[type, types.FunctionType] = weakref.WeakKeyDictionary()
+
+
+def _function_for(kind: type) -> types.FunctionType:
+    if kind not in _FUNCTIONS:
+        code = _call.__code__
+        _FUNCTIONS[kind] = types.FunctionType(code.replace(co_name=code.co_name), _call.__globals__)
+    return _FUNCTIONS[kind]
+
+
+def sample_of(hidden: torch.Tensor, mask: torch.Tensor | None, context: ContextRows) -> Sample:
+    """A few rows of the kind that a level is given, of no values.
+
+    Args:
+        hidden: ``[B, ...]``.
+        mask: ``[B, ...]`` or ``None``.
+        context: The batch's context.
+    """
+    tensors = [hidden, *([] if mask is None else [mask]), *context.aligned]
+    taken = {size for tensor in tensors for size in tensor.shape[1:]}
+    # No other axis is as long: the tracer would take both for one.
+    rows = next(number for number in range(5, 1 << 20) if number not in taken)
+    few = [_few(tensor, rows) for tensor in tensors]
+    mask_rows = None if mask is None else few[1]
+    return Sample(few[0], mask_rows, context.build(few[1 + (mask is not None) :]))
+
+
+def _few(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        made = torch.zeros((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+        made.requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
+    mark_rows(made, tuple(range(1, made.dim() - 1)))
+    return made
+
+
+def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
+    """Follow one call of an expert; it leaves no trace."""
+    kept: list[tuple[fx.GraphModule, list[Any], list[torch.Tensor]]] = []
+
+    def keep(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> list[torch.Tensor]:
+            marks = [torch.empty(0) for _ in next(reversed(module.graph.nodes)).args[0]]  # type: ignore[arg-type, union-attr]
+            kept.append((module, list(inputs), marks))
+            return marks
+
+        return run
+
+    arguments = sample.arguments(expert)
+    with _LOCK, unwatched(), quiet_tracer(), torch.random.fork_rng(devices=[]):
+        try:
+            result, guard = trace(_function_for(type(expert)), tuple(arguments.values()), keep)
+        except Exception as error:  # noqa: BLE001  # the tracer's own reason, whatever its kind
+            return Refusal(_reason(error))
+    if len(kept) != 1:
+        return Refusal("compute nothing from their rows")
+    module, inputs, marks = kept[0]
+    return _described(expert, sample, guard, module, inputs, marks, result)
+
+
+def _described(
+    expert: nn.Module,
+    sample: Sample,
+    guard: Guard,
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    marks: Sequence[torch.Tensor],
+    result: Any,
+) -> Captured | Refusal:
+    if type(result) is not ExpertResult:
+        return Refusal(f"returned a {type(result).__name__}")
+    if not isinstance(result.aux, dict) or result.aux:
+        return Refusal("returned aux")
+    if not isinstance(result.losses, dict):
+        return Refusal("returned losses that are no dict")
+    own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
+    rows = {id(each) for each in _tensors((sample.hidden, sample.mask, sample.context)) if _is_rows(each, sample)}
+    shared = {id(each) for each in _tensors(sample.context)}
+    described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
+    own: list[str] = []
+    is_parameter: list[bool] = []
+    for (_, source), value in zip(sources(module.graph).items(), inputs, strict=True):
+        if not isinstance(value, torch.Tensor):
+            is_count = re.fullmatch(r".*\.size\(\)\[0\]", source) and value == len(sample.hidden)
+            described.append(("count" if is_count else "size", _reader(source)))
+        elif id(value) in own_ids:
+            own.append(source)
+            is_parameter.append(isinstance(value, nn.Parameter))
+            described.append(("own", _reader(source)))
+        elif id(value) in rows:
+            described.append(("rows", _reader(source)))
+        elif id(value) in shared:
+            described.append(("shared", _reader(source)))
+        else:
+            return Refusal(f"read a tensor that is not their own ({_path(source)})")
+    outputs = []
+    for name, value in [("hidden", result.hidden), *result.losses.items()]:
+        found = _place(value, marks, inputs)
+        if found is None:
+            return Refusal(f"returned {name!r}, which depends on neither rows nor parameters")
+        outputs.append(found)
+    return Captured(
+        type(expert),
+        module.graph,
+        module,
+        guard,
+        _gatherer(own),
+        tuple(described),
+        tuple(outputs),
+        tuple(result.losses),
+        tuple(map(_path, own)),
+        tuple(is_parameter),
+    )
+
+
+def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> tuple[str, int] | None:
+    for kind, values in (("output", marks), ("input", inputs)):
+        for place, each in enumerate(values):
+            if value is each:
+                return kind, place
+    return None
+
+
+def _is_rows(tensor: torch.Tensor, sample: Sample) -> bool:
+    return tensor.dim() > 0 and hasattr(tensor, "_dynamo_dynamic_indices") and len(tensor) == len(sample.hidden)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in what an expert is given, at any depth."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found.append(each)
+        elif isinstance(each, Mapping):
+            waiting += each.values()
+        elif isinstance(each, list | tuple):
+            waiting += each
+        elif hasattr(each, "__dict__") and not isinstance(each, type | nn.Module | types.ModuleType):
+            waiting += vars(each).values()
+    return found
+
+
+def _reader(source: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What reads a source from the arguments; sources are the tracer's own expressions."""
+    return eval(f"lambda L: {source}", {"__builtins__": {}})  # noqa: S307
+
+
+def _gatherer(own: Sequence[str]) -> Callable[[nn.Module], list[torch.Tensor]]:
+    items = ", ".join(source.replace("L['expert']", "expert", 1) for source in own)
+    return eval(f"lambda expert: [{items}]", {"__builtins__": {}})  # noqa: S307
+
+
+def _path(source: str) -> str:
+    """A source as the user writes it."""
+    plain = source.removeprefix("L['expert']").removeprefix("L")
+    plain = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", plain)
+    return plain.removeprefix(".")
+
+
+def _reason(error: BaseException) -> str:
+    """The tracer's reason in one sentence, with the user's line."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    detail = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation: ")
+    context = next((line for line in lines if line.startswith("Developer debug context:")), "")
+    context = context.removeprefix("Developer debug context:").strip()
+    if "Constraints violated" in text:
+        guard = re.search(r"satisfy the generated guard (.*)$", text, re.MULTILINE)
+        return f"depend on the number of their rows{f' ({guard[1]})' if guard else ''}{_where(error)}"
+    if "side effects" in text:
+        return f"have a side effect ({first.removeprefix('RuntimeError: ')}){_where(error)}"
+    said = f"{first}. {detail}" if detail else first
+    return f"can't be followed by PyTorch's tracer ({said}{f': {context}' if context else ''}){_where(error)}"
+
+
+def _where(error: BaseException) -> str:
+    stack = getattr(error, "real_stack", None) or []
+    frames = [frame for frame in stack if frame.filename != __file__]
+    if not frames:
+        return ""
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}"

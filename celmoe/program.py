@@ -1,0 +1,377 @@
+"""A captured graph lowered to a flat list of calls, which runs for all experts of a class at once.
+
+Every value is per-row, per-expert or constant (`ragged`). Each call of the graph is given, once, the handler that does it
+for all (`operations`); a call that is not known to act on each row alone is a `CannotGroupError`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from . import (  # noqa: F401  # register
+    operations_attention,
+    operations_elementwise,
+    operations_loss,
+    operations_norm,
+    operations_parameters,
+    operations_product,
+    operations_recurrent,
+    operations_reduce,
+    operations_shape,
+)
+from .capture import Captured, Sample
+from .operations import OPERATIONS, Run
+from .ragged import CannotGroupError, Ragged, RowCount, Rows, Stack, common, registered, rows
+from .segments import Segments
+from .tally import Tally, leaving
+from .trace import Trace
+
+
+class Step(NamedTuple):
+    """One call.
+
+    Attributes:
+        name: The operation's name; empty where it is plain Python on sizes or parts.
+        call: A handler ``(run, func, name, args, kwargs)``, or the plain function.
+        func: The PyTorch function that the expert called.
+        args: With `Place`s for values.
+        kwargs: Likewise.
+        last_uses: Places that no later step reads.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    last_uses: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """Where a step finds a value."""
+
+    number: int
+
+
+class Outcome(NamedTuple):
+    """What a run gave.
+
+    Attributes:
+        hidden: ``[R, ...]``.
+        losses: By name, one for each member.
+        operations_looped: Operations that ran member by member, and how often.
+        writes: Whether rows were written in place.
+    """
+
+    hidden: torch.Tensor
+    losses: dict[str, list[torch.Tensor]]
+    operations_looped: dict[str, int]
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """The lowered graph; ``str()`` prints it as code.
+
+    Attributes:
+        captured: The graph that it was lowered from.
+        steps: The calls, in order.
+        num_inputs: Values that it begins with.
+    """
+
+    captured: Captured
+    steps: tuple[Step, ...]
+    num_inputs: int
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The operations' names, in order."""
+        return tuple(step.name for step in self.steps if step.name)
+
+    def __str__(self) -> str:
+        lines = [f"v{place} = {kind}" for place, (kind, _) in enumerate(self.captured.inputs)]
+        for place, step in enumerate(self.steps, start=self.num_inputs):
+            given = [_printed(each) for each in step.args]
+            given += [f"{key}={_printed(each)}" for key, each in step.kwargs.items()]
+            lines.append(f"v{place} = {step.name or getattr(step.func, '__name__', step.func)}({', '.join(given)})")
+        return "\n".join(lines)
+
+
+def _printed(value: Any) -> str:
+    if isinstance(value, Place):
+        return f"v{value.number}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_printed, value))}]"
+    return repr(value)
+
+
+# Dynamo writes an operator for what the expert wrote; the table knows tensors' methods.
+_DUNDERS = {
+    **{getattr(operator, name): f"__{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
+    **{getattr(operator, name): f"__{name}__" for name in ("matmul", "neg", "pos", "abs", "eq", "ne", "lt", "le")},
+    **{getattr(operator, name): f"__{name}__" for name in ("gt", "ge", "invert", "getitem", "setitem")},
+    **{getattr(operator, name): f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv")},
+    **{getattr(operator, name): f"__{name}__" for name in ("iand", "ior", "ixor", "imod")},
+    operator.and_: "__and__",
+    operator.or_: "__or__",
+    operator.xor: "__xor__",
+}
+_REFLECTED = {
+    "__eq__": "__eq__",
+    "__ne__": "__ne__",
+    "__lt__": "__gt__",
+    "__gt__": "__lt__",
+    "__le__": "__ge__",
+    "__ge__": "__le__",
+}
+# Calls that change how those after them run, and are undone when the run ends.
+_MODES = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+}
+
+
+def lower(captured: Captured) -> Program:
+    """Give each call of a graph its handler.
+
+    Raises:
+        CannotGroupError: A call is not known to act on each row alone.
+    """
+    places: dict[fx.Node, int] = {}
+    steps: list[tuple[fx.Node, Step]] = []
+    for node in captured.graph.nodes:
+        if node.op == "output":
+            continue
+        places[node] = len(places)
+        if node.op == "placeholder":
+            continue
+        args, kwargs = _bound(node.args, places), _bound(dict(node.kwargs), places)
+        steps.append((node, _lowered(node, args, kwargs)))
+    last = _last_uses(captured, [node for node, _ in steps], places)
+    num_inputs = len(places) - len(steps)
+    return Program(captured, tuple(step._replace(last_uses=last.get(node, ())) for node, step in steps), num_inputs)
+
+
+def _bound(value: Any, places: Mapping[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return Place(places[value])
+    if isinstance(value, list | tuple):
+        return type(value)(_bound(each, places) for each in value)
+    if isinstance(value, slice):
+        return slice(*(_bound(each, places) for each in (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return {key: _bound(each, places) for key, each in value.items()}
+    return value
+
+
+def _lowered(node: fx.Node, args: Any, kwargs: Any) -> Step:
+    target: Any = node.target
+    if node.op == "call_method":
+        method = getattr(torch.Tensor, str(target))
+        if method in OPERATIONS:
+            name, handler = OPERATIONS[method]
+            return Step(name, handler, method, args, kwargs, ())
+        raise CannotGroupError(f"called {target}, which is not known to act on each row alone")
+    if node.op != "call_function":
+        raise CannotGroupError(f"hold a constant tensor, or call what holds a graph of its own ({target})")
+    if target in _MODES:
+        return Step("", _mode, target, args, kwargs, ())
+    if target is builtins.getattr:
+        return Step("", _attribute, target, args, kwargs, ())
+    if target in OPERATIONS:
+        name, handler = OPERATIONS[target]
+        return Step(name, handler, target, args, kwargs, ())
+    if getattr(target, "__module__", None) in ("_operator", "builtins", "math") or target in _DUNDERS:
+        return Step(_DUNDERS.get(target, ""), _python, target, args, kwargs, ())
+    name = getattr(target, "__name__", str(target))
+    raise CannotGroupError(f"called {name}, which is not known to act on each row alone")
+
+
+def _last_uses(
+    captured: Captured, nodes: Sequence[fx.Node], places: Mapping[fx.Node, int]
+) -> dict[fx.Node, tuple[int, ...]]:
+    """For each node the values that are read for the last time there."""
+    kept = next(reversed(captured.graph.nodes)).all_input_nodes
+    seen = set(kept)
+    found: dict[fx.Node, tuple[int, ...]] = {}
+    for node in reversed(nodes):
+        last = [each for each in [*node.all_input_nodes, node] if each not in seen]
+        seen.update(last)
+        found[node] = tuple(places[each] for each in last)
+    return found
+
+
+def _mode(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _attribute(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+    value, name = args
+    if not isinstance(value, Ragged):
+        return getattr(value, name)
+    member = getattr(torch.Tensor, name, None)
+    known = OPERATIONS.get(member)
+    if known is None:
+        raise CannotGroupError(f"read {name!r} of a tensor, which is not known to act on each row alone")
+    run.operations.append(known[0])
+    return known[1](run, member, known[0], (value,), {})
+
+
+def _python(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """An operator: on tensors their method's operation, on sizes and parts Python's own."""
+    if not any(isinstance(each, Ragged) for each in args):
+        return func(*args, **kwargs)
+    if not name:
+        raise CannotGroupError(f"called {getattr(func, '__name__', func)} on a tensor")
+    if not isinstance(args[0], Ragged):
+        args = args[::-1]
+        name = _REFLECTED.get(name) or f"__r{name[2:]}"
+    method = getattr(torch.Tensor, name)
+    if method not in OPERATIONS:
+        raise CannotGroupError(f"called {name}, which is not known to act on each row alone")
+    operation, handler = OPERATIONS[method]
+    return handler(run, method, operation, tuple(args), kwargs)
+
+
+class Bound(NamedTuple):
+    """What a program is run on.
+
+    Attributes:
+        sample: Hidden states, mask and context with the rows of all members.
+        tensors: For each of the members' own tensors, in the graph's order, those of all members.
+    """
+
+    sample: Sample
+    tensors: Sequence[Sequence[torch.Tensor]]
+
+
+def run_program(
+    program: Program,
+    bound: Bound,
+    segments: Segments,
+    *,
+    is_rehearsal: bool = False,
+    may_write: bool = True,
+    tally: Tally | None = None,
+) -> Outcome:
+    """Run a class over all rows of its members.
+
+    Args:
+        program: The class's.
+        bound: The rows, and the members' tensors.
+        segments: The rows of each member.
+        is_rehearsal: Whether random operations are to do something that can be compared.
+        may_write: Whether the rows are a copy that may be written into.
+        tally: Where it counts which members the losses are of that are differentiated.
+
+    Raises:
+        CannotGroupError: It can't be right for all. An operation's own error passes through.
+    """
+    captured = program.captured
+    trace = None if tally is None else Trace(tally, segments)
+    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write, trace=trace)
+    values = _inputs(captured, bound)
+    grad_mode = torch.is_grad_enabled()
+    try:
+        for step in program.steps:
+            values.append(_stepped(run, step, values))
+            for place in step.last_uses:
+                values[place] = None
+    finally:
+        torch.set_grad_enabled(grad_mode)
+    results = _results(program, values)
+    hidden = results[0]
+    given = bound.sample.hidden
+    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1 or hidden.plain.shape != given.shape:
+        raise CannotGroupError("returned something else than a row for each sample")
+    if not (hidden.is_floating_point() or hidden.is_complex() or hidden.dtype == given.dtype):
+        raise CannotGroupError(f"returned rows of {hidden.dtype}")
+    losses: dict[str, Ragged] = dict(zip(captured.losses, results[1:], strict=True))
+    for name, loss in losses.items():
+        if not isinstance(loss, Rows | Stack):
+            raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
+    # Whatever the caller's grad mode: the expert may have enabled gradients itself.
+    with torch.enable_grad():
+        if trace is not None:
+            losses = {name: trace.returned(loss) for name, loss in losses.items()}
+        by_member = {name: _of_members(loss, segments) for name, loss in losses.items()}
+        rows_out = hidden.plain
+        if trace is not None and tally is not None:
+            named: list[tuple[str | None, Ragged]] = [(None, hidden), *losses.items()]
+            tally.reach = {name: trace.edges_behind(each) for name, each in named}
+            rows_out = leaving(rows_out, tally, None)
+            by_member = {
+                name: [leaving(value, tally, member, name) for member, value in enumerate(each)]
+                for name, each in by_member.items()
+            }
+    return Outcome(rows_out, by_member, dict(run.looped), run.writes)
+
+
+def _inputs(captured: Captured, bound: Bound) -> list[Any]:
+    arguments = bound.sample.arguments()
+    own = iter(zip(bound.tensors, captured.is_parameter, strict=True))
+    values: list[Any] = []
+    for kind, read in captured.inputs:
+        if kind == "own":
+            tensors, is_parameter = next(own)
+            values.append(registered(tensors, is_parameter))
+        elif kind == "count":
+            values.append(RowCount())
+        elif kind == "rows":
+            values.append(rows(read(arguments)))
+        elif kind == "shared":
+            values.append(common(read(arguments), is_given=True))
+        else:
+            values.append(read(arguments))
+    return values
+
+
+def _stepped(run: Run, step: Step, values: list[Any]) -> Any:
+    args, kwargs = _filled(step.args, values), _filled(step.kwargs, values)
+    if step.name:
+        run.operations.append(step.name)
+        if kwargs.get("out") is not None:
+            raise CannotGroupError(f"called {step.name} with 'out'")
+        kwargs.pop("out", None)
+        if run.trace is not None:
+            taken = run.trace.take(step.name, [*args, *kwargs.values()])
+            args = tuple(taken[: len(args)])
+            kwargs = dict(zip(kwargs, taken[len(args) :], strict=True))
+    return step.call(run, step.func, step.name, args, kwargs)
+
+
+def _filled(value: Any, values: Sequence[Any]) -> Any:
+    if type(value) is Place:
+        return values[value.number]
+    if type(value) is tuple or type(value) is list:
+        return type(value)([_filled(each, values) for each in value])
+    if type(value) is dict:
+        return {key: _filled(each, values) for key, each in value.items()}
+    if type(value) is slice:
+        return slice(*(_filled(each, values) for each in (value.start, value.stop, value.step)))
+    if isinstance(value, tuple | list):
+        return type(value)(_filled(each, values) for each in value)
+    return value
+
+
+def _results(program: Program, values: Sequence[Any]) -> list[Any]:
+    (outputs,) = next(reversed(program.captured.graph.nodes)).args
+    places = {node: place for place, node in enumerate(program.captured.graph.nodes) if node.op != "output"}
+    return [
+        values[places[outputs[place]]] if kind == "output" else values[place]  # type: ignore[index]
+        for kind, place in program.captured.outputs
+    ]
+
+
+def _of_members(loss: Ragged, segments: Segments) -> list[torch.Tensor]:
+    if isinstance(loss, Rows):
+        return list(loss.plain.split([count * loss.factor for count in segments.counts], loss.axis))
+    return list(loss.plain.unbind(0))

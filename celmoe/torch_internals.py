@@ -1,0 +1,156 @@
+"""The only file that may name an underscored PyTorch API. One function for each need, with the reason beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+# Switches of the tracer for one capture. Experts that hold another number are another class: no number may become an
+# input. All classes share code objects, so the tracer's limits on graphs by code object are lifted.
+_STRICT = {
+    "allow_rnn": True,
+    "automatic_dynamic_shapes": False,
+    "accumulated_recompile_limit": 1 << 30,
+    "error_on_recompile": False,
+    "recompile_limit": 1 << 30,
+    "side_effect_replay_policy": "error",
+    "skip_nnmodule_hook_guards": False,
+    "specialize_float": True,
+    "specialize_int": True,
+    "suppress_errors": False,
+}
+_NOISY = ("torch._guards", "torch._dynamo", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+
+
+def tracer_missing() -> str | None:
+    """Why this PyTorch can't capture experts, or ``None``."""
+    if not hasattr(torch, "_dynamo") and not _imports_tracer():
+        return "PyTorch has no tracer here"
+    from torch._dynamo import config
+
+    missing = [name for name in _STRICT if not hasattr(config, name)]
+    if missing:
+        return f"the tracer of PyTorch {torch.__version__} has no setting {missing[0]!r}"
+    if config.disable:
+        return "PyTorch's tracer is switched off (TORCHDYNAMO_DISABLE)"
+    return None
+
+
+def _imports_tracer() -> bool:
+    try:
+        import torch._dynamo  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class Guard:
+    """Tells for which arguments of a captured function its graph holds.
+
+    Args:
+        function: The function.
+        manager: The tracer's own guard manager.
+    """
+
+    def __init__(self, function: types.FunctionType, manager: Any) -> None:
+        self._function = function
+        self._manager = manager
+        # For these arguments, by parameter name, whether the graph holds.
+        self.holds: Callable[[dict[str, Any]], bool] = manager.check
+
+    def is_alive(self) -> bool:
+        """Whether the tracer still keeps the graph: it lets go of one whose guards compare an object that is gone."""
+        return any(entry.guard_manager is self._manager for entry in _entries(self._function))
+
+
+def _entries(function: types.FunctionType) -> list[Any]:
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    return list(_debug_get_cache_entry_list(function.__code__))
+
+
+@contextlib.contextmanager
+def quiet_tracer() -> Iterator[None]:
+    """Strict settings, and no log lines for what the caller reports itself."""
+    from torch._dynamo import config
+
+    loggers = [logging.getLogger(name) for name in _NOISY]
+    before = [each.disabled for each in loggers]
+    for each in loggers:
+        each.disabled = True
+    try:
+        with config.patch(**_STRICT):
+            yield
+    finally:
+        for each, was in zip(loggers, before, strict=True):
+            each.disabled = was
+
+
+def trace(function: types.FunctionType, arguments: tuple[Any, ...], keep: Callable[..., Any]) -> tuple[Any, Guard]:
+    """Trace one call as one graph.
+
+    Args:
+        function: Its graphs are kept by its code object.
+        arguments: Of the call.
+        keep: The backend.
+
+    Returns:
+        The call's result, and the guard of its graph.
+    """
+    known = [entry.guard_manager for entry in _entries(function)]
+    result = torch.compile(function, backend=keep, fullgraph=True)(*arguments)
+    new = [each for each in _entries(function) if not any(each.guard_manager is some for some in known)]
+    if len(new) != 1:
+        raise RuntimeError(f"the tracer kept {len(new)} graphs of one call")
+    return result, Guard(function, new[0].guard_manager)
+
+
+def sources(graph: fx.Graph) -> Mapping[fx.Node, str]:
+    """For each input of a traced graph, the Python expression of the function's arguments that gives it."""
+    return {node: node._dynamo_source.name for node in graph.nodes if node.op == "placeholder"}  # type: ignore[attr-defined]
+
+
+def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
+    """Have the tracer take the first axis for any length from 2 on, and the other axes likewise where it can."""
+    from torch._dynamo import mark_dynamic, maybe_mark_dynamic
+
+    mark_dynamic(tensor, 0, min=2, max=1 << 31)
+    for axis in others:
+        maybe_mark_dynamic(tensor, axis)
+
+
+def graph_break(message: str) -> None:
+    """End a capture from within: nothing happens outside of one."""
+    torch._dynamo.graph_break(msg=message)
+
+
+# Since PyTorch 2.7; before that hooks on saved tensors can't be told.
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Keep what runs inside from the caller's dispatch modes and from hooks on saved tensors.
+
+    Checkpoints are made of both, and count what they are shown.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        hooks = _top_hooks(True) if _top_hooks is not None else None
+        if hooks is None:
+            yield
+            return
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        try:
+            with unwatched():
+                yield
+        finally:
+            torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
