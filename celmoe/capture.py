@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from .context import ContextRows
 from .experts import ExpertBatch, ExpertResult
-from .torch_internals import Guard, graph_break, mark_rows, quiet_tracer, sources, trace, tracer_missing, unwatched
+from .torch_internals import Guard, graph_break, mark_rows, name_source, quiet_tracer, sources, trace, tracer_missing, unwatched
 
 __all__ = ["Captured", "Refusal", "Sample", "capture", "sample_of", "tracer_missing"]
 
@@ -159,10 +159,17 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
             result, guard = trace(_function_for(type(expert)), tuple(arguments.values()), keep)
         except Exception as error:  # noqa: BLE001  # the tracer's own reason, whatever its kind
             return Refusal(_reason(error))
-    if len(kept) != 1:
-        return Refusal("compute nothing from their rows")
-    module, inputs, marks = kept[0]
+    # A call without any operation has no graph.
+    module, inputs, marks = kept[0] if kept else (_identity(), [sample.hidden], [])
     return _described(expert, sample, guard, module, inputs, marks, result)
+
+
+def _identity() -> fx.GraphModule:
+    """The graph of an expert that gives its rows back."""
+    graph = fx.Graph()
+    name_source(graph.placeholder("hidden"), "L['hidden']")
+    graph.output(())
+    return fx.GraphModule(nn.Module(), graph)
 
 
 def _described(

@@ -363,10 +363,10 @@ def _filled(value: Any, values: Sequence[Any]) -> Any:
 
 
 def _results(program: Program, values: Sequence[Any]) -> list[Any]:
-    (outputs,) = next(reversed(program.captured.graph.nodes)).args
+    outputs: Any = next(reversed(program.captured.graph.nodes)).args[0]
     places = {node: place for place, node in enumerate(program.captured.graph.nodes) if node.op != "output"}
     return [
-        values[places[outputs[place]]] if kind == "output" else values[place]  # type: ignore[index]
+        values[places[outputs[place]]] if kind == "output" else values[place]
         for kind, place in program.captured.outputs
     ]
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -115,6 +115,15 @@ def trace(function: types.FunctionType, arguments: tuple[Any, ...], keep: Callab
 def sources(graph: fx.Graph) -> Mapping[fx.Node, str]:
     """For each input of a traced graph, the Python expression of the function's arguments that gives it."""
     return {node: node._dynamo_source.name for node in graph.nodes if node.op == "placeholder"}  # type: ignore[attr-defined]
+
+
+class _Named(NamedTuple):
+    name: str
+
+
+def name_source(node: fx.Node, source: str) -> None:
+    """Have `sources` tell this of an input that no trace made."""
+    node._dynamo_source = _Named(source)  # type: ignore[attr-defined]
 
 
 def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
