@@ -182,6 +182,8 @@ def _lowered(node: fx.Node, args: Any, kwargs: Any) -> Step:
         raise CannotGroupError(f"called {target}, which is not known to act on each row alone")
     if node.op != "call_function":
         raise CannotGroupError(f"hold a constant tensor, or call what holds a graph of its own ({target})")
+    if target is torch.ops.aten.sym_size.int:
+        return Step("", _size, target, args, kwargs, ())
     if target in _MODES:
         return Step("", _mode, target, args, kwargs, ())
     if target is builtins.getattr:
@@ -211,6 +213,11 @@ def _last_uses(
 
 def _mode(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
+
+
+def _size(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+    value, axis = args
+    return value.shape[axis] if isinstance(value, Ragged) else func(value, axis)
 
 
 def _attribute(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -91,6 +91,9 @@ class _Rehearsal(TorchFunctionMode):
 # Where functions that drop out inside take their rate.
 _DROPOUT_PLACES = {"multi_head_attention_forward": 10, "gru": 5, "lstm": 5, "rnn_tanh": 5, "rnn_relu": 5}
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
+
+
+_Part: TypeAlias = Callable[[slice], Sample]
 
 
 class _Leaf(NamedTuple):
@@ -192,25 +195,25 @@ def _private(sample: Sample, context: ContextRows, tally: Tally | None) -> Sampl
     return Sample(own(sample.hidden), mask, context.build([own(each) for each in sample.context]))
 
 
-def _parts(sample: Sample, context: ContextRows, counts: Sequence[int]) -> list[Callable[[], Sample]]:
-    """For each member what makes its rows, anew every time: an expert may write into them."""
+def _parts(sample: Sample, context: ContextRows, counts: Sequence[int]) -> list[_Part]:
+    """For each member what makes some of its rows, anew every time: an expert may write into them."""
     hidden = sample.hidden.split(list(counts))
     masks = None if sample.mask is None else sample.mask.split(list(counts))
     aligned = [each.split(list(counts)) for each in sample.context]
 
-    def part(place: int) -> Callable[[], Sample]:
-        return lambda: Sample(
-            hidden[place].clone(),
-            None if masks is None else masks[place].clone(),
-            context.build([each[place].clone() for each in aligned]),
+    def part(place: int) -> _Part:
+        return lambda taken: Sample(
+            hidden[place][taken].clone(),
+            None if masks is None else masks[place][taken].clone(),
+            context.build([each[place][taken].clone() for each in aligned]),
         )
 
     return [part(place) for place in range(len(counts))]
 
 
-def _alone(captured: Captured, own: Sequence[torch.Tensor], part: Callable[[], Sample]) -> list[torch.Tensor]:
+def _alone(captured: Captured, own: Sequence[torch.Tensor], part: _Part) -> list[torch.Tensor]:
     """One member's hidden states and losses by the traced graph."""
-    arguments = part().arguments()
+    arguments = part(slice(None)).arguments()
     tensors = iter(own)
     inputs = [next(tensors) if kind == "own" else read(arguments) for kind, read in captured.inputs]
     with _Rehearsal():
@@ -219,17 +222,26 @@ def _alone(captured: Captured, own: Sequence[torch.Tensor], part: Callable[[], S
 
 
 def _differs_from_expert(
-    member: nn.Module, part: Callable[[], Sample], alone: Sequence[torch.Tensor], captured: Captured, agree: _Agreement
+    member: nn.Module, part: _Part, alone: Sequence[torch.Tensor], captured: Captured, agree: _Agreement
 ) -> str | None:
-    sample = part()
-    with _Rehearsal():
-        result = member(ExpertBatch(sample.hidden, sample.context, sample.mask, {"level": "", "expert": ""}))
-    if not isinstance(result, ExpertResult) or tuple(result.losses) != captured.losses:
-        return "return something else than PyTorch's tracer saw"
+    try:
+        result, first_row = _called(member, part(slice(None))), _called(member, part(slice(1)))
+    except Exception as error:  # noqa: BLE001  # whatever it is, the loop will tell the user
+        return f"raise {type(error).__name__} on a few rows ({error})"
+    for each in (result, first_row):
+        if not isinstance(each, ExpertResult) or tuple(each.losses) != captured.losses:
+            return "return something else than PyTorch's tracer saw"
     for mine, theirs in zip(alone, [result.hidden, *result.losses.values()], strict=True):
         if not isinstance(theirs, torch.Tensor) or not agree(mine, theirs):
             return "compute something else than PyTorch's tracer saw"
+    if not agree(alone[0][:1], first_row.hidden):
+        return "compute something else from one row than from several"
     return None
+
+
+def _called(member: nn.Module, sample: Sample) -> Any:
+    with _Rehearsal():
+        return member(ExpertBatch(sample.hidden, sample.context, sample.mask, {"level": "", "expert": ""}))
 
 
 def _difference(

@@ -34,6 +34,7 @@ from celmoe import (
     HierarchicalCELMoE,
     HierarchyLevelConfig,
 )
+from celmoe import cost
 from celmoe.reference import reference_forward
 from tests import parity
 from tests.parity import ParityError
@@ -258,7 +259,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def auto_groups_all() -> Iterator[None]:
     """``"auto"`` groups what can be grouped, however few experts there are."""
     with (
-        mock.patch("celmoe.level.judged", lambda unit, rows: unit),
+        mock.patch("celmoe.level.estimate", return_value=cost.Cost(1.0, 0.0)),
         mock.patch("celmoe.level.never_pays", return_value=False),
     ):
         yield
