@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+from benchmarks.extras import missing_extra
+
+if missing := missing_extra("bench"):
+    sys.exit(missing)
+
 from collections.abc import Callable
 
 import pytest

@@ -34,6 +34,7 @@ from .experts import (
     ExpertMetadata,
     ExpertModule,
     ExpertResult,
+    Rows,
     Shared,
 )
 from .explain import ClassExplanation, Explanation, LevelExplanation
@@ -106,6 +107,7 @@ __all__ = [
     "Routing",
     "RoutingCompiler",
     "RoutingPlan",
+    "Rows",
     "Shared",
     "UnknownDeviceError",
     "UnknownExpertError",

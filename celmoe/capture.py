@@ -54,11 +54,15 @@ class Sample(NamedTuple):
         hidden: ``[N, ...]``.
         mask: ``[N, ...]`` or ``None``.
         context: The context around its batch-aligned tensors' N rows.
+        aligned: Those, ``[N, ...]`` each.
+        shared: The context's other tensors, by id.
     """
 
     hidden: torch.Tensor
     mask: torch.Tensor | None
     context: Any
+    aligned: Sequence[torch.Tensor] = ()
+    shared: Mapping[int, torch.Tensor] = types.MappingProxyType({})
 
     def arguments(self, expert: nn.Module | None = None) -> dict[str, Any]:
         """The captured function's arguments, by name."""
@@ -130,7 +134,8 @@ def sample_of(hidden: torch.Tensor, mask: torch.Tensor | None, context: ContextR
     rows = next(number for number in range(5, 1 << 20) if number not in taken)
     few = [_few(tensor, rows) for tensor in tensors]
     mask_rows = None if mask is None else few[1]
-    return Sample(few[0], mask_rows, context.build(few[1 + (mask is not None) :]))
+    aligned = few[1 + (mask is not None) :]
+    return Sample(few[0], mask_rows, context.build(aligned), aligned, context.shared)
 
 
 def _few(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -145,7 +150,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
     """Follow one call of an expert; it leaves no trace."""
     kept: list[tuple[fx.GraphModule, list[Any], list[torch.Tensor]]] = []
 
-    def keep(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def keep(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         def run(*inputs: Any) -> list[torch.Tensor]:
             marks = [torch.empty(0) for _ in next(reversed(module.graph.nodes)).args[0]]  # type: ignore[arg-type, union-attr]
             kept.append((module, list(inputs), marks))
@@ -188,8 +193,7 @@ def _described(
     if not isinstance(result.losses, dict):
         return Refusal("returned losses that are no dict")
     own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
-    rows = {id(each) for each in _tensors((sample.hidden, sample.mask, sample.context)) if _is_rows(each, sample)}
-    shared = {id(each) for each in _tensors(sample.context)}
+    rows = {id(each) for each in (sample.hidden, sample.mask, *sample.aligned)}
     described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
     own: list[str] = []
     is_parameter: list[bool] = []
@@ -203,7 +207,7 @@ def _described(
             described.append(("own", _reader(source)))
         elif id(value) in rows:
             described.append(("rows", _reader(source)))
-        elif id(value) in shared:
+        elif id(value) in sample.shared:
             described.append(("shared", _reader(source)))
         else:
             return Refusal(f"read a tensor that is not their own ({_path(source)})")
@@ -235,39 +239,14 @@ def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> 
     return None
 
 
-def _is_rows(tensor: torch.Tensor, sample: Sample) -> bool:
-    return tensor.dim() > 0 and hasattr(tensor, "_dynamo_dynamic_indices") and len(tensor) == len(sample.hidden)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in what an expert is given, at any depth."""
-    found: list[torch.Tensor] = []
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, torch.Tensor):
-            found.append(each)
-        elif isinstance(each, Mapping):
-            waiting += each.values()
-        elif isinstance(each, list | tuple):
-            waiting += each
-        elif hasattr(each, "__dict__") and not isinstance(each, type | nn.Module | types.ModuleType):
-            waiting += vars(each).values()
-    return found
-
-
 def _reader(source: str) -> Callable[[Mapping[str, Any]], Any]:
     """What reads a source from the arguments; sources are the tracer's own expressions."""
-    return eval(f"lambda L: {source}", {"__builtins__": {}})  # noqa: S307
+    return eval(f"lambda L: {source}", {"__builtins__": {}})
 
 
 def _gatherer(own: Sequence[str]) -> Callable[[nn.Module], list[torch.Tensor]]:
     items = ", ".join(source.replace("L['expert']", "expert", 1) for source in own)
-    return eval(f"lambda expert: [{items}]", {"__builtins__": {}})  # noqa: S307
+    return eval(f"lambda expert: [{items}]", {"__builtins__": {}})
 
 
 def _path(source: str) -> str:

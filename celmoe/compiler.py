@@ -20,8 +20,8 @@ from .errors import (
     listed,
     nearest,
 )
-from .plan import Layout, RoutingPlan
-from .planner import make_plan
+from .layout import Layout, LevelLayout
+from .plan import RoutingPlan, make_plan
 from .routing import Codes, RouteTable, Routing, code_array
 
 _NO_PARENT = -1
@@ -31,13 +31,13 @@ class RoutingCompiler:
     """Turns routings into plans for one config. Picklable and free of modules: it runs in ``DataLoader`` workers.
 
     Args:
-        config: The hierarchy. Levels, experts and parents are read now; `fallback_expert` at every call.
+        config: The hierarchy. Levels, experts and parents are read now: changing them later has no effect.
+            `fallback_expert` is read at every call.
 
     Raises:
         ConfigError, ConfigTypeError: The config is not sound; see `config.enabled_levels`.
 
     Attributes:
-        layout: The levels and experts that plans are compiled for.
         configs: The enabled levels' configs; a copy of a compiler, pickled or not, has their names and fallbacks only.
 
     Example::
@@ -48,14 +48,31 @@ class RoutingCompiler:
 
     def __init__(self, config: CELMoEConfig) -> None:
         self.configs = enabled_levels(config)
-        self._tables = [RouteTable(level.name, tuple(level.experts)) for level in self.configs]
         # Disabled levels too, whose routes are ignored.
         self._names = frozenset(level.name for level in config.levels)
+        fallbacks = [level.fallback_expert for level in self.configs]
+        ancestors = [_ancestors(config.levels, place) for place, level in enumerate(config.levels) if level.enabled]
+        layout = Layout(
+            LevelLayout(level.name, tuple(level.experts), parents, fallback)
+            for level, parents, fallback in zip(self.configs, ancestors, fallbacks, strict=True)
+        )
+        self._tables = [RouteTable(level.name, level.experts) for level in layout.levels]
         self._parents = [
-            _parent_codes(config.levels, upper, lower, table)
-            for upper, lower, table in zip(self.configs, self.configs[1:], self._tables, strict=False)
+            _parent_codes(upper, lower, parents)
+            for upper, lower, parents in zip(self._tables, self._tables[1:], ancestors[1:], strict=False)
         ]
-        self.layout: Layout = tuple((table.level, table.experts) for table in self._tables)
+        self._fallbacks_and_layout = fallbacks, layout
+
+    @property
+    def layout(self) -> Layout:
+        """The config as plans depend on it: with the fallbacks of now, and all else as it was."""
+        fallbacks = [level.fallback_expert for level in self.configs]
+        known, layout = self._fallbacks_and_layout
+        if fallbacks != known:
+            pairs = zip(layout.levels, fallbacks, strict=True)
+            layout = Layout(level._replace(fallback=fallback) for level, fallback in pairs)
+            self._fallbacks_and_layout = fallbacks, layout
+        return layout
 
     def __getstate__(self) -> dict[str, Any]:
         # Of the configs only the fallbacks are read from now on; metadata may be anything, a lambda or a module too.
@@ -113,12 +130,12 @@ class RoutingCompiler:
             raise RouteTypeError(
                 f"'routing' must be a mapping of levels to routes, a RoutingPlan or None (got {type(routing).__name__})"
             )
-        for level in routing:
-            if level not in self._names:
-                enabled = [table.level for table in self._tables]
-                raise UnknownLevelError(
-                    f"'routing' must have levels of the config for keys (got {level!r}; {nearest(str(level), enabled)})"
-                )
+        if unknown := [level for level in routing if level not in self._names]:
+            enabled = [table.level for table in self._tables]
+            raise UnknownLevelError(
+                f"'routing' must have levels of the config for keys (got {listed(unknown)}; "
+                f"{nearest(unknown, enabled)})"
+            )
 
     def _inferred(self, position: int, below: Codes | int | None) -> Codes | int:
         """The codes of a level that the routing leaves out, from those of the level below."""
@@ -191,28 +208,20 @@ def _agreed_size(codes: Mapping[str, Codes | int], batch_size: int | None, told_
     return size
 
 
-def _parent_codes(
-    levels: Sequence[HierarchyLevelConfig],
-    upper: HierarchyLevelConfig,
-    lower: HierarchyLevelConfig,
-    upper_table: RouteTable,
-) -> npt.NDArray[np.int64]:
-    """For each code of the lower level, the code of its parent in the upper one, or -1.
+def _ancestors(levels: Sequence[HierarchyLevelConfig], position: int) -> tuple[str | None, ...]:
+    """For each expert of a level, in order, its ancestor in the enabled level above.
 
     Disabled levels in between are climbed by their own experts' parents.
     """
-    between = levels[_index(levels, upper) + 1 : _index(levels, lower)]
-
-    def climb(name: str, level: HierarchyLevelConfig) -> str | None:
-        parent = level.experts[name].parent
-        for disabled in reversed(between):
-            parent = None if parent is None else disabled.experts[parent].parent
-        return parent
-
-    parents = [climb(name, lower) for name in sorted(lower.experts)]
-    codes = [_NO_PARENT if parent is None else upper_table.code_by_name[parent] for parent in parents]
-    return np.array(codes, dtype=np.int64)
+    found = [expert.parent for expert in levels[position].experts.values()]
+    for above in reversed(levels[:position]):
+        if above.enabled:
+            return tuple(found)
+        found = [None if name is None else above.experts[name].parent for name in found]
+    return (None,) * len(found)
 
 
-def _index(levels: Sequence[HierarchyLevelConfig], wanted: HierarchyLevelConfig) -> int:
-    return next(position for position, level in enumerate(levels) if level is wanted)
+def _parent_codes(upper: RouteTable, lower: RouteTable, parents: Sequence[str | None]) -> npt.NDArray[np.int64]:
+    """For each code of the lower level, the code of its parent in the upper one, or -1."""
+    codes = [_NO_PARENT if name is None else upper.code_by_name[name] for name in parents]
+    return np.array(codes, dtype=np.int64)[lower.ids_by_code]

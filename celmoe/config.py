@@ -213,6 +213,7 @@ def _check_experts(level: HierarchyLevelConfig, above: HierarchyLevelConfig | No
     where = f"levels[{level.name!r}].experts"
     if level.enabled and not level.experts:
         raise ConfigError(f"{where!r} must hold at least one expert (got none)")
+    unknown: dict[str, str] = {}
     for name, expert in level.experts.items():
         _check_type(f"a name in {where}", name, str, "a string")
         if not name:
@@ -226,7 +227,11 @@ def _check_experts(level: HierarchyLevelConfig, above: HierarchyLevelConfig | No
                 f"(got {expert.parent!r})"
             )
         if expert.parent not in above.experts:
-            raise ConfigError(
-                f"'parent' of expert {name!r} in level {level.name!r} must be an expert of level {above.name!r} "
-                f"(got {expert.parent!r}; {nearest(expert.parent, above.experts)})"
-            )
+            unknown[name] = expert.parent
+    if unknown and above is not None:
+        experts = f"expert{'s' if len(unknown) > 1 else ''} {listed(unknown)}"
+        parents = [*dict.fromkeys(unknown.values())]
+        raise ConfigError(
+            f"'parent' of {experts} in level {level.name!r} must be an expert of level {above.name!r} "
+            f"(got {listed(parents)}; {nearest(parents, above.experts)})"
+        )

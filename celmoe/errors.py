@@ -11,16 +11,16 @@ CELMoEError
 |- RouteLengthError   ValueError    routes that are not one a sample
 |- RouteIdError       ValueError    an id that is no position in the level's experts
 |- RouteTypeError     TypeError     routes of the wrong kind
-|- PlanError          ValueError    a plan of another model or batch
+|- PlanError          ValueError    a plan of another config or batch, or parts that a plan does not have
 |- InputError         ValueError    a tensor of the wrong shape or device
-|- InputTypeError     TypeError     an argument that is no tensor
+|- InputTypeError     TypeError     an argument that is no tensor, or marked as rows and has none
 |- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
 |- ResultTypeError    TypeError     what an expert returned is no ExpertResult
 |- UnknownDeviceError ValueError    a device that does not exist
 |- DeviceMissingError RuntimeError  a device that is not there, or does not work
 |- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
 |- MeshError          ValueError    a device mesh that does not fit
-'- CheckpointError    ValueError    a checkpoint of another model or optimizer
+'- CheckpointError    ValueError    a checkpoint that is missing, damaged, another's, or could not be written
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ class RouteTypeError(CELMoEError, TypeError):
 
 
 class PlanError(CELMoEError, ValueError):
-    """A plan was made for other levels, other experts, or another batch size."""
+    """A plan was made for another config or batch size, or can't be cut, joined or read as asked."""
 
 
 class InputError(CELMoEError, ValueError):
-    """Hidden, mask, context or fusion input has the wrong shape or lies on the wrong device."""
+    """Hidden, mask, context or fusion input has the wrong shape or device, or a context's rows can't be told."""
 
 
 class InputTypeError(CELMoEError, TypeError):
-    """Hidden or mask is no tensor."""
+    """Hidden or mask is no tensor, or `Rows` marks something that has no rows."""
 
 
 class ResultError(CELMoEError, ValueError):
@@ -118,7 +118,7 @@ class MeshError(CELMoEError, ValueError):
 
 
 class CheckpointError(CELMoEError, ValueError):
-    """A checkpoint does not hold what the model or optimizer has, or holds what they don't have."""
+    """A checkpoint is missing, damaged or of another model or optimizer, or could not be written whole."""
 
 
 def listed(names: Iterable[object]) -> str:
@@ -129,11 +129,22 @@ def listed(names: Iterable[object]) -> str:
     return f"{', '.join(all_names[:_SHOWN])}, … ({len(all_names)} in all)"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names that look like ``name``, as a half-sentence; all of them where none does."""
-    names = list(known)
-    folded = {candidate.casefold(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)
-    if close:
-        return f"nearest: {listed(folded[match] for match in close)}"
-    return f"known: {listed(names)}"
+def nearest(names: object, known: Iterable[str]) -> str:
+    """For each of some unknown names the known ones that look like it, as half-sentences; all known where none does.
+
+    Args:
+        names: The unknown name, or a list of several; as many as `listed` shows are answered.
+        known: The names that would be right.
+    """
+    all_known = list(known)
+    folded = {candidate.casefold(): candidate for candidate in all_known}
+    unknown = list(names)[:_SHOWN] if isinstance(names, list) else [names]
+    found = {}
+    for name in unknown:
+        if close := difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6):
+            found[name] = listed(folded[match] for match in close)
+    if len(unknown) == 1:
+        words = [f"nearest: {close}" for close in found.values()]
+    else:
+        words = [f"nearest to {name!r}: {close}" for name, close in found.items()]
+    return "; ".join(words if len(found) == len(unknown) else [*words, f"known: {listed(all_known)}"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
@@ -22,10 +22,23 @@ class Shared(Generic[Value]):
     value: Value
 
 
+@dataclass(frozen=True)
+class Rows(Generic[Value]):
+    """A context value that holds one row or item for each sample, in batch order; another length is an error.
+
+    Experts see the bare value, cut to their samples. Example: ``context={"images": Rows(images)}``.
+
+    Attributes:
+        value: A tensor or NumPy array ``[B, ...]``, or a list or tuple of B items of any kind.
+    """
+
+    value: Value
+
+
 ExpertMetadata: TypeAlias = Mapping[str, object]
 ExpertContextMap: TypeAlias = Mapping[str, object]
 # Any value is legal at run time; the names are those that celmoe-vp's callers annotate with.
-ExpertContext: TypeAlias = torch.Tensor | ExpertContextMap | Shared[object] | None
+ExpertContext: TypeAlias = torch.Tensor | ExpertContextMap | Shared[object] | Rows[object] | None
 ExpertAux: TypeAlias = dict[str, object]
 
 
@@ -35,7 +48,7 @@ class ExpertBatch:
 
     Attributes:
         hidden: ``[N, ...]``, the rows of its N samples. They are the expert's own memory: working in place is allowed.
-        context: The context with its batch-aligned tensors cut to these samples, the rest as it was passed.
+        context: The context with its batch-aligned values cut to these samples, the rest as it was passed.
         mask: ``[N, ...]``, the mask's rows, or ``None``.
         state: ``{"level": ..., "expert": ...}``.
     """
@@ -59,6 +72,11 @@ class ExpertResult:
     hidden: torch.Tensor
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     aux: ExpertAux = field(default_factory=dict)
+
+
+def is_aux(aux: object) -> bool:
+    """Whether an expert may return this as `ExpertResult.aux`: a mapping, or, as in celmoe-vp, nothing of any kind."""
+    return aux is None or isinstance(aux, Mapping) or (isinstance(aux, Sequence) and len(aux) == 0)
 
 
 class ExpertModule(nn.Module):

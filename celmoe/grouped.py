@@ -191,5 +191,5 @@ def _run_members(unit: Unit, batch: UnitBatch) -> UnitResult:
     return UnitResult(
         results[0].hidden,
         blocks=[result.hidden for result in results],
-        by_expert=[(dict(result.losses), dict(result.aux)) for result in results],
+        by_expert=[(dict(result.losses), dict(result.aux or {})) for result in results],
     )

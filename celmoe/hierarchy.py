@@ -12,10 +12,11 @@ from .compiler import RoutingCompiler
 from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
 from .context import NO_CONTEXT, ContextRows
 from .engines import resolve_engine
-from .errors import ConfigTypeError, InputError, InputTypeError
+from .errors import ConfigError, ConfigTypeError, InputError, InputTypeError
 from .experts import ExpertContext, ExpertMetadata
 from .explain import Explanation
 from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
+from .layout import Layout
 from .level import Level, LevelInput, present_experts
 from .names import NamedModules
 from .outputs import CELMoEOutput
@@ -26,8 +27,13 @@ from .routing import Routing
 class HierarchicalCELMoE(nn.Module):
     """Route every sample by name through one expert a level, and fuse the levels.
 
+    The structure of the config, which levels and experts there are, their names, order and parents, is read when the
+    model is built: changing it later has no effect on the model (`check_config` tells). Flags are read at every call:
+    `fallback_expert` from `levels`; `stop_gradient_from_parent`, `gradient_scale` and `loss_weight` from the
+    `ExpertConfig` under the expert's name there, or from the one that it was built with if that name is gone.
+
     Args:
-        config: Levels and experts are read now; the gradient, weight and fallback fields at every call.
+        config: The hierarchy.
         expert_factory: Makes each expert: ``factory(level_name, expert_name, metadata) -> nn.Module``, called in level
             order, then expert order, before the fusion is made.
         fusion_module: Takes the list of the levels' hidden states in place of the built-in fusion.
@@ -35,7 +41,8 @@ class HierarchicalCELMoE(nn.Module):
 
     Attributes:
         config: The config.
-        levels: The enabled levels' configs.
+        levels: The enabled levels' configs, which hold the flags.
+        layout: The config as plans depend on it.
         level_modules: The experts: ``level_modules[level][expert]``.
         fusion: The fusion module.
 
@@ -89,6 +96,24 @@ class HierarchicalCELMoE(nn.Module):
     def engine(self, engine: str) -> None:
         self._engine = resolve_engine(engine)
 
+    @property
+    def layout(self) -> Layout:
+        """The config as plans depend on it: its structure when the model was built, and the fallbacks of now."""
+        return self._compiler.layout
+
+    def check_config(self) -> None:
+        """Check that the config still has the structure that the model was built with.
+
+        Raises:
+            ConfigError: It has not; the message names the first difference.
+            ConfigTypeError: The config is not sound any more.
+        """
+        if found := RoutingCompiler(self.config).layout.difference(self.layout):
+            raise ConfigError(
+                f"'config' must have the structure that the model was built with, {found[0]} (got {found[1]}); build a "
+                f"new model"
+            )
+
     def compile_routing(
         self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None
     ) -> RoutingPlan:
@@ -111,7 +136,7 @@ class HierarchicalCELMoE(nn.Module):
         present = None if plan is None else present_experts(self.level_modules, plan)
         lines = []
         for index, level in enumerate(self._levels):
-            name = level.config.name
+            name = level.name
             modules = cast(NamedModules, self.level_modules[name])
             experts = list(modules.values()) if present is None else present[index]
             lines.append(level.explain(modules, self._engine, experts, None if plan is None else plan.levels[name]))
@@ -129,7 +154,8 @@ class HierarchicalCELMoE(nn.Module):
         Args:
             hidden: ``[B, D]`` or ``[B, S, D]``, or any trailing shape that experts and fusion take.
             routing: A plan, or what `compile_routing` takes.
-            context: Whatever experts want to see; batch-aligned tensors in it are cut to each expert's samples.
+            context: Whatever experts want to see; batch-aligned values in it are cut to each expert's samples: see
+                `celmoe.context`, `Rows` and `Shared`.
             mask: ``[B, ...]``, cut likewise.
 
         Raises:
@@ -150,11 +176,13 @@ class HierarchicalCELMoE(nn.Module):
             # Into the host's memory nothing would wait for the copy.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
         experts = present_experts(self.level_modules, plan)
+        if not batch_size:
+            experts = [[*cast(NamedModules, self.level_modules[level]).values()] for level in plan.levels]
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)
         for level, present in zip(self._levels, experts, strict=True):
-            planned = plan.levels[level.config.name]
+            planned = plan.levels[level.name]
             level_output, blocks = level.run(present, self._engine, given, planned, host_plan)
             output.levels[planned.name] = level_output
             if level_output.losses:
@@ -167,7 +195,7 @@ class HierarchicalCELMoE(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not
         # A compiler is copied without its configs, and ours reads those of this model.
-        self._compiler.configs = self.levels
+        self._compiler.configs = [level.config for level in self._levels]
 
     def extra_repr(self) -> str:
         """The engine, in the model's repr."""

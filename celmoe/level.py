@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
+from itertools import accumulate
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -13,12 +14,12 @@ from torch.autograd import forward_ad
 
 from .arrangement import Arrangement, arrange
 from .classes import Layout, LevelClasses, LevelInputLike, Unit
-from .config import HierarchyLevelConfig
-from .context import ContextRows
+from .config import ExpertConfig, HierarchyLevelConfig
+from .context import ContextRows, select
 from .cost import estimate, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
 from .engines import AUTO, ENGINES, LOOPED
-from .errors import UnknownExpertError, UnknownLevelError, nearest
+from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
 from .grouped import Extras, UnitBatch, UnitResult, passing_refusal
@@ -76,19 +77,20 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
     found = []
     try:
         registries = modules_named(level_modules, plan.levels)
-    except KeyError as error:
-        level = str(error.args[0])
+    except KeyError:
+        gone = [name for name in plan.levels if name not in level_modules]
         raise UnknownLevelError(
-            f"'level_modules' must hold the model's levels (got no {level!r}; {nearest(level, level_modules)})"
+            f"'level_modules' must hold the model's levels (got no {listed(gone)}; {nearest(gone, level_modules)})"
         ) from None
     for modules, planned in zip(registries, plan.levels.values(), strict=True):
+        named = cast(nn.ModuleDict, modules)
         try:
-            found.append(modules_named(modules, planned.present))  # type: ignore[arg-type]  # a level's are a mapping
-        except KeyError as error:
-            name = str(error.args[0])
+            found.append(modules_named(named, planned.present))
+        except KeyError:
+            gone = [name for name in planned.present if name not in named]
             raise UnknownExpertError(
-                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {name!r}; '
-                f"{nearest(name, modules)})"  # type: ignore[arg-type]  # as above
+                f'"level_modules[{planned.name!r}]" must hold the experts routed to (got no {listed(gone)}; '
+                f"{nearest(gone, named)})"
             ) from None
     return found
 
@@ -96,14 +98,43 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
 class Level:
     """One level of a model: its config, and what is known of its experts' classes.
 
+    Name and experts are those of the config at construction; the experts' flags are read from it at every call.
+
     Attributes:
         config: The level's config.
+        name: The level's name.
         classes: Its experts by structure.
     """
 
     def __init__(self, config: HierarchyLevelConfig) -> None:
         self.config = config
+        self.name = config.name
         self.classes = LevelClasses()
+        self._built = dict(config.experts)
+
+    def flags(self, expert: str) -> ExpertConfig:
+        """The config that holds an expert's flags: the one under its name, else the one that it was built with.
+
+        Raises:
+            ConfigTypeError: Something else stands under its name, or it was never built.
+        """
+        found = self.config.experts.get(expert, self._built.get(expert))
+        if not isinstance(found, ExpertConfig):
+            where = f"levels[{self.name!r}].experts[{expert!r}]"
+            raise ConfigTypeError(f'"{where}" must be an ExpertConfig (got {found!r})')
+        return found
+
+    def scales(self, experts: Collection[str]) -> list[float]:
+        """The `input_gradient_scale` of each expert.
+
+        Raises:
+            ConfigTypeError: As for `flags`.
+        """
+        configs = self.config.experts
+        try:
+            return [configs[expert].input_gradient_scale for expert in experts]
+        except (KeyError, AttributeError):
+            return [self.flags(expert).input_gradient_scale for expert in experts]
 
     def run(
         self,
@@ -116,7 +147,7 @@ class Level:
         """Run the level.
 
         Args:
-            experts: The modules of the experts present.
+            experts: The modules of the experts present; without samples, of all that might have been present.
             engine: The name of what runs them.
             given: What the level is given.
             plan: The level's plan.
@@ -127,14 +158,13 @@ class Level:
             Its output, and the same rows as its experts gave them, in the plan's order; without the rows where they
             came in another one.
         """
-        name = self.config.name
-        if not experts:
-            empty = torch.zeros_like(given.hidden, memory_format=torch.contiguous_format)
-            return LevelOutput.with_deferred_routes(name, empty, host_plan.routes), None
-        scales = [self.config.experts[expert].input_gradient_scale for expert in plan.present]
+        if not plan.present:
+            empty = self._of_no_samples(experts, given)
+            return LevelOutput.with_deferred_routes(self.name, empty, host_plan.routes), None
+        scales = self.scales(plan.present)
         arranged = self._arranged(experts, engine, scales, plan, given)
         if arranged is None:
-            results = ENGINES[engine](experts, _expert_batches(given, plan, scales))
+            results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
             extras: dict[int, Extras] = {place: (result.losses, result.aux) for place, result in enumerate(results)}
         else:
@@ -142,11 +172,11 @@ class Level:
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
-        output = LevelOutput.with_deferred_routes(name, combine(promoted, order), host_plan.routes)
+        output = LevelOutput.with_deferred_routes(self.name, combine(promoted, order), host_plan.routes)
         for place in sorted(extras):
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
-                _add_losses(output, expert, losses, self.config.experts[expert].loss_weight)
+                _add_losses(output, expert, losses, self.flags(expert).loss_weight)
             if aux:
                 output.aux[expert] = dict(aux)
         return output, promoted if order.order is plan.order else None
@@ -165,28 +195,73 @@ class Level:
         names = tuple(modules) if plan is None else plan.present
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
-            scales = [self.config.experts[name].input_gradient_scale for name in names]
-            classes = self._explained(engine, names, experts, scales, plan)
-        return explain_level(self.config.name, modules, engine, experts, plan, classes)
+            classes = self._explained(engine, names, experts, self.scales(names), plan)
+        return explain_level(self.name, modules, engine, experts, plan, classes)
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether no expert lets gradients into the level's input."""
+        return not any(self.scales(self._built))
+
+    def _of_no_samples(self, experts: Sequence[nn.Module], given: LevelInput) -> torch.Tensor:
+        """The level's output for a batch without samples, ``[0, ...]``.
+
+        Its gradient reaches, as zeros, all that the rows of some expert might have reached: a module before the model
+        gets the gradient that other ranks may wait for. Parameters of experts get none, for no expert has run.
+        """
+        rows = given.hidden.detach() if self.is_detached else given.hidden
+        rows = rows.clone(memory_format=torch.contiguous_format)
+        parameters = [parameter for expert in experts for parameter in expert.parameters()]
+        if not _takes_gradients(rows):
+            # Experts that look integers up give their parameters' dtype.
+            rows = rows.to(next((each.dtype for each in parameters if each.is_floating_point()), rows.dtype))
+        if not torch.is_grad_enabled() or not _takes_gradients(rows):
+            return rows
+        for tensor in (given.mask, *given.context.aligned, *given.context.shared.values()):
+            if tensor is not None and tensor.requires_grad:
+                rows = rows + tensor.sum().real.to(rows)
+        # A backward pass may start from here as from an expert's rows, though it reaches nothing. (The compiler takes
+        # no leaf that a graph makes.)
+        is_trained = any(parameter.requires_grad for parameter in parameters)
+        if is_trained and not rows.requires_grad and not torch.compiler.is_compiling():
+            rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+        return rows
 
     def _arranged(
         self, experts: Sequence[nn.Module], engine: str, scales: Sequence[float], plan: LevelPlan, given: LevelInput
     ) -> Arrangement | None:
-        """The experts by units; ``None`` where they run one after another, in the plan's order."""
+        """The experts by units; ``None`` where they run one after another, in the plan's order.
+
+        Args:
+            experts: The modules of the experts present.
+            engine: The name of what runs them.
+            scales: What the gradient into each one's input is multiplied by.
+            plan: The level's plan.
+            given: What the level is given.
+        """
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
+            return None
+        # Without values, or without elements, there is nothing that could be verified.
+        if plan.order.is_meta or not given.hidden.numel():
             return None
         names = plan.present
         if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, names), experts)):
             return None
-        if (passing := passing_refusal()) is not None:
-            if engine == AUTO:
-                return None
-            return arrange([Unit(tuple(range(len(experts))), tuple(experts), None, 1.0, passing)], plan)
-        if len(set(map(id, experts))) < len(experts):
+        refusal = passing_refusal()
+        if refusal is None and len(set(map(id, experts))) < len(experts):
             # Experts that share a module must run in one loop, which knows of it.
+            refusal = "share a module"
+        if refusal is None and given.context.irregular is not None:
+            # A list has no rows that could stand for those of several experts.
+            refusal = f"are given {given.context.irregular}, batch-aligned and no dense tensor"
+        if refusal is not None:
             if engine == AUTO:
                 return None
-            return arrange([Unit(tuple(range(len(experts))), tuple(experts), None, 1.0, "share a module")], plan)
+            units = [
+                Unit(tuple(places), tuple(experts[place] for place in places), None, scales[places[0]], refusal)
+                for places in self._alike(names, experts, scales).values()
+            ]
+            return arrange(units, plan) if any(map(_is_refused, units)) else None
         wanted = [*range(len(experts))]
         if engine == AUTO:
             wanted = self._worth_grouping(names, experts, scales, plan)
@@ -206,21 +281,27 @@ class Level:
             for place, expert in enumerate(experts)
             if place not in chosen
         ]
-        if all(unit.is_alone for unit in units) and (engine == AUTO or not any(_is_refused(unit) for unit in units)):
+        if all(unit.is_alone for unit in units) and (engine == AUTO or not any(map(_is_refused, units))):
             return None
         return arrange(sorted(units, key=lambda unit: unit.positions[0]), plan)
+
+    def _alike(
+        self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float]
+    ) -> dict[tuple[Layout, bool], list[int]]:
+        """The places of the experts by all that is known of them without a capture."""
+        found: dict[tuple[Layout, bool], list[int]] = {}
+        for place, layout in enumerate(self.classes.layouts(names, experts)):
+            found.setdefault((layout, scales[place] == 0.0), []).append(place)
+        return found
 
     def _worth_grouping(
         self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float], plan: LevelPlan
     ) -> list[int]:
         """The places of the experts for whose kind a loop is estimated to cost more."""
-        by_layout: dict[tuple[Layout, bool], list[int]] = {}
-        for place, layout in enumerate(self.classes.layouts(names, experts)):
-            by_layout.setdefault((layout, scales[place] == 0.0), []).append(place)
         found = []
         on_cpu = plan.order.is_cpu
-        for (layout, _), places in by_layout.items():
-            if never_pays(layout, len(self.config.experts), on_cpu=on_cpu):
+        for (layout, _), places in self._alike(names, experts, scales).items():
+            if never_pays(layout, len(self._built), on_cpu=on_cpu):
                 self.classes.looped_anyway.update((names[place], experts[place]) for place in places)
             rows = sum(plan.counts[place] for place in places)
             # Not whether gradients are recorded: a checkpoint computes once with and once without.
@@ -326,8 +407,17 @@ def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[
     return blocks, found
 
 
-def _blocks(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> tuple[Blocks, Blocks | None, list[Blocks]]:
-    """Hidden states, mask and the context's batch-aligned tensors, cut as the plan says."""
+def _blocks(
+    given: LevelInput, plan: LevelPlan, scales: Sequence[float], positions: Sequence[Sequence[int]] = ()
+) -> tuple[Blocks, Blocks | None, list[Any]]:
+    """Hidden states, mask and the context's batch-aligned values, cut as the plan says.
+
+    Args:
+        given: What the level is given.
+        plan: Says how.
+        scales: What the gradient into each block is multiplied by.
+        positions: Of each block's samples in the batch, for a context that is irregular.
+    """
     hidden, blocks, context, mask = given
     # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
     is_detached = not any(scales)
@@ -338,13 +428,28 @@ def _blocks(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> tupl
     else:
         hidden_blocks = dispatch(hidden, plan)
     mask_blocks = None if mask is None else dispatch(mask, plan)
+    if context.irregular is not None:
+        return hidden_blocks, mask_blocks, [_selected(value, plan, positions) for value in context.aligned]
     return hidden_blocks, mask_blocks, [dispatch(tensor, plan) for tensor in context.aligned] if context.aligned else []
 
 
-def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float]) -> list[ExpertBatch]:
+def _selected(value: Any, plan: LevelPlan, positions: Sequence[Sequence[int]]) -> Any:
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested:
+        return dispatch(value, plan)
+    return [select(value, each) for each in positions]
+
+
+def _expert_batches(
+    given: LevelInput, plan: LevelPlan, scales: Sequence[float], host_plan: RoutingPlan
+) -> list[ExpertBatch]:
     """The batch of each expert present, in order."""
     context = given.context
-    blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales)
+    positions: list[list[int]] = []
+    if context.irregular is not None:
+        # From the host's plan: no device is asked.
+        order, ends = host_plan.levels[plan.name].order.tolist(), list(accumulate(plan.counts))
+        positions = [order[end - count : end] for end, count in zip(ends, plan.counts, strict=True)]
+    blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales, positions)
     return [
         ExpertBatch(
             blocks[index] if scale == 1.0 else _scaled(blocks[index], scale),
@@ -354,6 +459,10 @@ def _expert_batches(given: LevelInput, plan: LevelPlan, scales: Sequence[float])
         )
         for index, (name, scale) in enumerate(zip(plan.present, scales, strict=True))
     ]
+
+
+def _takes_gradients(rows: torch.Tensor) -> bool:
+    return rows.is_floating_point() or rows.is_complex()
 
 
 def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:

@@ -6,13 +6,14 @@ It is right for any module, and reproduces celmoe-vp bit for bit, dropout's rand
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from .errors import CELMoEError, ResultError, ResultTypeError
-from .experts import ExpertBatch, ExpertResult
+from .experts import ExpertBatch, ExpertResult, is_aux
 
 
 def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> list[ExpertResult]:
@@ -45,13 +46,14 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> 
             result = copy.copy(result)
             result.hidden = result.hidden.clone()
         results.append(result)
-        if type(result) is ExpertResult and type(result.losses) is dict and type(result.aux) is dict:
+        is_usual = type(result) is ExpertResult and type(result.losses) is dict and type(result.aux) is dict
+        if is_usual and all(isinstance(loss, torch.Tensor) for loss in result.losses.values()):
             hidden = result.hidden
             if type(hidden) is torch.Tensor and (hidden.shape, hidden.device, hidden.dtype) == (shape, device, dtype):
                 continue
         if fault := _fault(result, shape, device, dtype):
             what, rule, kind = fault
-            raise kind(f"'{what}' of expert {name!r} of level {level!r} must {rule}")
+            raise kind(f"{what!r} of expert {name!r} of level {level!r} must {rule}")
     return results
 
 
@@ -60,14 +62,18 @@ def _fault(
 ) -> tuple[str, str, type[CELMoEError]] | None:
     """What is wrong with a result, the rule that it breaks, and the error to raise."""
     if not isinstance(result, ExpertResult):
-        return "result", f"be an ExpertResult (got {type(result).__name__})", ResultTypeError
+        got = f"the class {result.__name__}" if isinstance(result, type) else type(result).__name__
+        return "result", f"be an ExpertResult (got {got})", ResultTypeError
     hidden, losses, aux = result.hidden, result.losses, result.aux
     if not isinstance(hidden, torch.Tensor):
         return "result.hidden", f"be a tensor (got {type(hidden).__name__})", ResultTypeError
     if not isinstance(losses, Mapping):
         return "result.losses", f"be a mapping (got {type(losses).__name__})", ResultTypeError
-    if isinstance(aux, torch.Tensor):
-        return "result.aux", "be a mapping (got Tensor)", ResultTypeError
+    for name, loss in losses.items():
+        if not isinstance(loss, torch.Tensor | numbers.Real):
+            return f"result.losses[{name!r}]", f"be a tensor (got {type(loss).__name__})", ResultTypeError
+    if not is_aux(aux):
+        return "result.aux", f"be a mapping (got {type(aux).__name__})", ResultTypeError
     if hidden.shape != shape:
         rule = f"have the shape of its input, {tuple(shape)} (got {tuple(hidden.shape)})"
         return "result.hidden", rule, ResultError

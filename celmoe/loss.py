@@ -10,8 +10,9 @@ from typing import TypeAlias
 import torch
 
 from .config import require_finite
-from .errors import ConfigTypeError, InputError, InputTypeError, UnknownLevelError, nearest
+from .errors import ConfigTypeError, InputError, InputTypeError, UnknownLevelError, listed, nearest
 from .experts import ExpertContext
+from .names import scope_key
 from .outputs import CELMoEOutput, LevelOutput
 
 LossMap: TypeAlias = Mapping[str, torch.Tensor]
@@ -21,6 +22,10 @@ LevelLossCallable: TypeAlias = Callable[[LevelOutput, CELMoEOutput, object | Non
 BridgeLossCallable: TypeAlias = Callable[
     [LevelOutput, LevelOutput, CELMoEOutput, object | None, ExpertContext], LossResult
 ]
+
+
+# In place of a level called ``global``, where a global loss has the same name.
+_LEVEL_GLOBAL = ".%67lobal"
 
 
 @dataclass
@@ -52,6 +57,8 @@ class LossBundle:
 
     def __init__(self, terms: list[LossTerm] | None = None) -> None:
         self.terms = list(terms) if terms is not None else []
+        # The total where no term is due, for there are no samples.
+        self._of_no_samples: torch.Tensor | None = None
 
     def add(self, name: str, value: torch.Tensor, weight: float | torch.Tensor = 1.0, scope: str = "global") -> None:
         """Append a term.
@@ -70,12 +77,16 @@ class LossBundle:
 
     @property
     def total(self) -> torch.Tensor:
-        """The weighted sum of all terms; differentiable.
+        """The weighted sum of all terms, a differentiable scalar.
+
+        No expert returns a loss for a batch of no samples: computed losses then add up to zero, and can run backward.
 
         Raises:
             InputError: There is no term.
         """
         if not self.terms:
+            if self._of_no_samples is not None:
+                return self._of_no_samples
             raise InputError("'terms' must hold at least one loss term (got none)")
         total = self.terms[0].value.new_zeros(())
         for term in self.terms:
@@ -102,7 +113,9 @@ class LossBundle:
 class CELMoELossAPI:
     """Losses over outputs, registered once and computed for every batch.
 
-    A callable returns a scalar tensor, or a mapping of names to such: one term each.
+    A callable returns a scalar tensor, or a mapping of names to such: one term each, named ``<name>.<item>``. Terms'
+    names hold levels' names as `celmoe.names.scope_key` writes them, so no two scopes share one. All else is
+    celmoe-vp's: a loss whose own name reads like an expert's loss, or like another loss's item, shares a term's name.
     """
 
     def __init__(self) -> None:
@@ -142,30 +155,38 @@ class CELMoELossAPI:
         """
         self._check_levels(output)
         bundle = LossBundle()
+        hiddens = [level.hidden for level in output.levels.values()]
+        if hiddens and hiddens[0].shape[:1] == (0,):
+            # A rank without samples can so make a backward pass, like the ranks that have losses.
+            bundle._of_no_samples = sum((hidden.sum() for hidden in hiddens[1:]), hiddens[0].sum())
         for name, value in output.losses.items():
             bundle.add(name, value, output.loss_weights.get(name, 1.0), "expert")
         for name, weight, global_fn in self.global_losses:
-            _add(bundle, "global", name, weight, global_fn(output, targets, context))
+            _add(bundle, "global", name, weight, global_fn(output, targets, context), "global")
         for level_name, specs in self.level_losses.items():
             level = output.levels[level_name]
             for name, weight, level_fn in specs:
-                _add(bundle, level_name, name, weight, level_fn(level, output, targets, context))
+                is_taken = level_name == "global" and any(name == other for other, _, _ in self.global_losses)
+                key = _LEVEL_GLOBAL if is_taken else scope_key(level_name)
+                _add(bundle, level_name, name, weight, level_fn(level, output, targets, context), key)
         for parent_name, child_name, name, weight, bridge_fn in self.bridge_losses:
             parent, child = output.levels[parent_name], output.levels[child_name]
             result = bridge_fn(parent, child, output, targets, context)
-            _add(bundle, f"{parent_name}->{child_name}", name, weight, result)
+            key = f"{scope_key(parent_name)}->{scope_key(child_name)}"
+            _add(bundle, f"{parent_name}->{child_name}", name, weight, result, key)
         return bundle
 
     def _check_levels(self, output: CELMoEOutput) -> None:
         asked = [(level, "level", name) for level, specs in self.level_losses.items() for name, _, _ in specs]
         for parent, child, name, _, _ in self.bridge_losses:
             asked += [(parent, "bridge", name), (child, "bridge", name)]
-        for level, kind, name in asked:
-            if level not in output.levels:
-                raise UnknownLevelError(
-                    f"{kind} loss {name!r} must be registered for levels of the output (got {level!r}; "
-                    f"{nearest(level, output.levels)})"
-                )
+        if unknown := [each for each in asked if each[0] not in output.levels]:
+            losses = dict.fromkeys(f"{kind} loss {name!r}" for _, kind, name in unknown)
+            levels = [*dict.fromkeys(level for level, _, _ in unknown)]
+            raise UnknownLevelError(
+                f"{', '.join(losses)} must be registered for levels of the output (got {listed(levels)}; "
+                f"{nearest(levels, output.levels)})"
+            )
 
 
 def _scalar(term: LossTerm) -> torch.Tensor:
@@ -174,12 +195,13 @@ def _scalar(term: LossTerm) -> torch.Tensor:
     return term.value.detach().reshape(())
 
 
-def _add(bundle: LossBundle, scope: str, name: str, weight: float | torch.Tensor, result: LossResult) -> None:
+def _add(bundle: LossBundle, scope: str, name: str, weight: float | torch.Tensor, result: LossResult, key: str) -> None:
+    """Add what a loss of a scope returned, under names that begin with ``key``."""
     if isinstance(result, Mapping):
         for item, value in result.items():
-            bundle.add(f"{scope}.{name}.{item}", value, weight, scope)
+            bundle.add(f"{key}.{name}.{item}", value, weight, scope)
     else:
-        bundle.add(f"{scope}.{name}", result, weight, scope)
+        bundle.add(f"{key}.{name}", result, weight, scope)
 
 
 def _require_callable(name: str, fn: object) -> None:

@@ -15,7 +15,7 @@ No accepted name is empty, so an encoded name can't meet a plain one (not even a
 from __future__ import annotations
 
 from collections.abc import Collection, ItemsView, Iterator, KeysView, ValuesView
-from typing import cast
+from typing import Any, cast
 from urllib.parse import unquote
 
 from torch import nn
@@ -35,11 +35,17 @@ def name_key(name: str) -> str:
     return name if is_plain(name) else f".{_encoded(name)}"
 
 
+def scope_key(name: str) -> str:
+    """As `name_key`, for keys in which ``->`` joins two names: one with an arrow of its own is encoded too."""
+    return f".{_encoded(name)}".replace("->", "-%3E") if "->" in name else name_key(name)
+
+
 class NamedModules(nn.ModuleDict):
     """An ``nn.ModuleDict`` that takes any non-empty string for a key, and answers to the real names.
 
-    Iteration gives the plain names first, then the encoded ones, each in the order in which they were set. It adds no
-    attribute to its base class, for that would be one name more that can't be plain.
+    Iteration and `state_dict` give the names in the order in which they were set. For that each encoded name holds its
+    place among the plain ones with a child that is ``None``. It adds no attribute to its base class, for that would be
+    one name more that can't be plain.
     """
 
     def __getitem__(self, key: str) -> nn.Module:
@@ -58,6 +64,7 @@ class NamedModules(nn.ModuleDict):
         escaped = self._modules[ESCAPED]
         assert isinstance(escaped, nn.ModuleDict)
         escaped[_encoded(key)] = module
+        self._modules[name_key(key)] = None  # type: ignore[assignment]  # torch's own registry takes it
 
     def __delitem__(self, key: str) -> None:
         if _find(self, key) is None:
@@ -65,7 +72,7 @@ class NamedModules(nn.ModuleDict):
         if is_plain(key):
             del self._modules[key]
         else:
-            del _escaped(self)[_encoded(key)]
+            del _escaped(self)[_encoded(key)], self._modules[name_key(key)]
 
     def __contains__(self, key: object) -> bool:
         return _find(self, key) is not None
@@ -74,12 +81,32 @@ class NamedModules(nn.ModuleDict):
         return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[str]:
-        yield from (child for child in self._modules if child != ESCAPED)
-        yield from map(unquote, _escaped(self))
+        for child in self._modules:
+            if child != ESCAPED:
+                yield unquote(child[1:]) if child.startswith(".") else child
 
     def __dir__(self) -> list[str]:
         # nn.Module's own looks at the first letter of every child's name.
         return sorted({*dir(type(self)), *vars(self), *filter(str.isidentifier, self._modules)})
+
+    def __repr__(self) -> str:
+        lines = "".join(f"\n({name}): {module!r}" for name, module in self.items())
+        return f"{type(self).__name__}({lines}".replace("\n", "\n  ") + ("\n)" if lines else ")")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, in the order of the names."""
+        state = super().state_dict(*args, **kwargs)
+        if ESCAPED in self._modules:
+            prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+            places = {child: place for place, child in enumerate(self._modules)}
+
+            def place_of(key: str) -> int:
+                first, second, *_ = f"{key[len(prefix) :]}.".split(".")
+                return places.get(first or f".{second}", 0)
+
+            for key in sorted((key for key in state if key.startswith(prefix)), key=place_of):
+                state[key] = state.pop(key)
+        return state
 
     def clear(self) -> None:
         """Remove all modules."""

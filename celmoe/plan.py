@@ -8,24 +8,27 @@ Axes: B samples in batch order, R the same rows in expert order (R = B), P exper
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from numbers import Integral
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from .errors import PlanError, UnknownLevelError, listed, nearest
-
-# What a plan must share with a model to fit it: the levels in order, each with its experts in order.
-Layout: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+from .errors import PlanError, RouteTypeError, UnknownLevelError, nearest
+from .layout import Layout
+from .planner import HostLevel, sort_samples
+from .routing import CodeArray, Codes, RouteTable
 
 
 class LevelPlan(NamedTuple):
-    """Where one level's samples go.
+    """Where one level's samples go. `RoutingPlan.routes` gives the name for each sample, `expert_ids` the id.
 
     Attributes:
         name: The level's name.
-        present: The names of the P experts present, in sorted order. No `expert_ids` index this list.
+        present: The names of the P experts present, in sorted order, without repeats. No `expert_ids` index this list.
         counts: Samples of each expert present, aligned with `present`; never zero.
         is_sorted: Whether the batch already stands in expert order, so that `order` is the identity.
         follows_previous: Whether `order` is the order of the level above.
@@ -64,17 +67,15 @@ class LevelPlan(NamedTuple):
         return f"LevelPlan({self.name!r}, {{{groups}}})"
 
 
-# What the host knows of one level, in the order of LevelPlan's first fields: name, present, counts, is_sorted,
-# follows_previous; and where its four index tensors lie among the parts of the packed buffer.
-HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
-
-
 class RoutingPlan:
     """The compiled routing of one batch: picklable, and independent of any model.
 
+    A plan belongs to the config that it was compiled for: a model takes it as long as its own enabled levels, their
+    experts, order, parents and fallbacks are the same.
+
     Attributes:
         batch_size: Samples B.
-        layout: The levels and experts that it was compiled for.
+        layout: The levels, experts, parents and fallbacks that it was compiled for.
         levels: One `LevelPlan` a level, in order.
     """
 
@@ -116,7 +117,13 @@ class RoutingPlan:
         return self._packed.nbytes
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RoutingPlan:
-        """The same plan with its index tensors on ``device``, moved in one transfer."""
+        """The same plan with its index tensors on ``device``, moved in one transfer.
+
+        Raises:
+            PlanError: The plan is on meta, where there are only shapes, and ``device`` is not.
+        """
+        if self._packed.is_meta and torch.device(device).type != "meta":
+            _require_readable(self, "plan")
         packed = self._packed.to(device, non_blocking=non_blocking)
         return self if packed is self._packed else self._with(packed)
 
@@ -134,42 +141,89 @@ class RoutingPlan:
 
         Raises:
             UnknownLevelError: The plan has no such level.
+            PlanError: The plan is on meta.
         """
         if level not in self.levels:
             raise UnknownLevelError(
                 f"'level' must be a level of the plan (got {level!r}; {nearest(level, self.levels)})"
             )
-        experts = dict(self.layout)[level]
         plan = self.levels[level]
         if len(plan.present) == 1:
             return list(plan.present) * self.batch_size
+        _require_readable(self, "plan")
+        experts = next(each.experts for each in self.layout.levels if each.name == level)
         return [experts[each] for each in plan.expert_ids.tolist()]
 
-    def require_layout(self, layout: Layout) -> None:
-        """Check that the plan was compiled for these levels and experts.
+    def slice(self, start: int, stop: int) -> RoutingPlan:
+        """The plan of the samples from ``start`` up to, but not including, ``stop``.
+
+        It equals the plan that these samples' routes are compiled to, and lies on this plan's device. The host sorts
+        the samples again, O(B): on a device the ids are read first, which waits for it, so cut plans before they move.
+
+        Args:
+            start: From 0 to ``stop``.
+            stop: Up to `batch_size`.
+
+        Raises:
+            PlanError: Out of range, or the plan is on meta.
+            RouteTypeError: Not integers.
+        """
+        for name, position in (("start", start), ("stop", stop)):
+            if isinstance(position, bool) or not isinstance(position, Integral):
+                raise RouteTypeError(f"{name!r} must be an integer (got {position!r})")
+        if not 0 <= start <= stop <= self.batch_size:
+            raise PlanError(
+                f"'start' and 'stop' must be in order, from 0 to the plan's {self.batch_size} samples (got {start} and "
+                f"{stop})"
+            )
+        return _planned_again(self, [ids[start:stop] for ids in _host_ids(self)])
+
+    @staticmethod
+    def join(plans: Iterable[RoutingPlan]) -> RoutingPlan:
+        """The plan of several batches' samples, one batch after another.
+
+        It equals the plan that their routes, end to end, are compiled to, and lies on their device. The host sorts the
+        samples again, O(B): on a device the ids are read first, which waits for it.
+
+        Args:
+            plans: At least one; of one config, on one device.
+
+        Raises:
+            PlanError: No plans, plans of several configs or devices, or plans on meta.
+            RouteTypeError: One is no plan.
+        """
+        given = list(plans)
+        if not given:
+            raise PlanError("'plans' must hold at least one plan (got none)")
+        for position, plan in enumerate(given):
+            name = f"plans[{position}]"
+            if not isinstance(plan, RoutingPlan):
+                raise RouteTypeError(f"{name!r} must be a RoutingPlan (got {type(plan).__name__})")
+            plan.require_layout(given[0].layout, name)
+            _require_readable(plan, name)
+            if plan.device != given[0].device:
+                raise PlanError(f"{name!r} must be on {given[0].device}, where the first plan is (got {plan.device})")
+        ids = map(_host_ids, given)
+        return _planned_again(given[0], [np.concatenate(each) for each in zip(*ids, strict=True)])
+
+    def require_layout(self, layout: Layout, name: str = "routing") -> None:
+        """Check that the plan was compiled for a config of this layout.
+
+        Args:
+            layout: The layout wanted.
+            name: The plan's name in errors.
 
         Raises:
             PlanError: It was not; the message names the first difference.
         """
-        if self.layout == layout:
+        if self.layout.packed == layout.packed:
             return
-        ours, theirs = [name for name, _ in self.layout], [name for name, _ in layout]
-        if ours != theirs:
-            raise PlanError(f"'routing' must be a plan for levels {listed(theirs)} (got one for {listed(ours)})")
-        for (level, planned), (_, wanted) in zip(self.layout, layout, strict=True):
-            if planned != wanted:
-                only_planned = [name for name in planned if name not in wanted]
-                only_wanted = [name for name in wanted if name not in planned]
-                if not only_planned and not only_wanted:
-                    raise PlanError(
-                        f"'routing' must be a plan for the experts of level {level!r} in the config's order (got "
-                        f"one for the same experts in another order)"
-                    )
-                raise PlanError(
-                    f"'routing' must be a plan for the {len(wanted)} experts of level {level!r} (got one "
-                    f"for {len(planned)}; only in the plan: {listed(only_planned)}; only in the model: "
-                    f"{listed(only_wanted)})"
-                )
+        found = self.layout.difference(layout)
+        assert found is not None
+        wanted, got = found
+        raise PlanError(
+            f"{name!r} must be a plan of a config with {wanted} (got one with {got}); compile the routing again"
+        )
 
     def _with(self, packed: torch.Tensor) -> RoutingPlan:
         return RoutingPlan(self.layout, self.batch_size, self._host_levels, packed, self._sizes)
@@ -182,3 +236,52 @@ def _cut(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, Sequ
         with torch.inference_mode(False):
             return _cut(packed.clone() if packed.is_inference() else packed, sizes)
     return packed, torch.unsafe_split_with_sizes(packed, sizes)
+
+
+def make_plan(
+    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
+) -> RoutingPlan:
+    """Plan one batch.
+
+    Args:
+        layout: What the tables' levels and experts are.
+        tables: One table a level.
+        codes: The codes ``[B]`` of each level, or one code for the whole batch.
+        batch_size: Samples B.
+
+    Returns:
+        The plan, on the CPU.
+    """
+    make = _make_plan
+    if torch.compiler.is_compiling():
+        # Nothing here is for a graph, and torch 2.4 ends in an error where it traces NumPy's counts.
+        make = torch.compiler.disable(make)
+    return make(layout, tables, codes, batch_size)
+
+
+def _make_plan(
+    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
+) -> RoutingPlan:
+    return RoutingPlan(layout, batch_size, *sort_samples(tables, codes, batch_size))
+
+
+def _planned_again(plan: RoutingPlan, ids: Sequence[CodeArray]) -> RoutingPlan:
+    """A plan of this one's config and device, for the ids ``[B]`` of each level."""
+    tables = _tables(plan.layout)
+    codes = [table.codes_by_id[each] for table, each in zip(tables, ids, strict=True)]
+    return make_plan(plan.layout, tables, codes, len(ids[0])).to(plan.device, non_blocking=True)
+
+
+@lru_cache(maxsize=16)
+def _tables(layout: Layout) -> list[RouteTable]:
+    return [RouteTable(level.name, level.experts) for level in layout.levels]
+
+
+def _host_ids(plan: RoutingPlan) -> list[CodeArray]:
+    """The ids ``[B]`` of each level, read from the device in one transfer."""
+    return [level.expert_ids.numpy() for level in plan.to("cpu").levels.values()]
+
+
+def _require_readable(plan: RoutingPlan, name: str) -> None:
+    if plan.device.type == "meta":
+        raise PlanError(f"{name!r} must lie where its ids can be read (got a plan on meta)")

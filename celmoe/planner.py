@@ -1,4 +1,4 @@
-"""From every level's codes to a plan: samples sorted by expert, stably, at O(B) a level.
+"""From every level's codes to the indices of a plan: samples sorted by expert, stably, at O(B) a level.
 
 Axes: B samples.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .plan import HostLevel, Layout, RoutingPlan
 from .routing import CodeArray, Codes, RouteTable, code_array
 
 # Up to so many samples Python's lists do it: NumPy takes a few dozen calls, each of which finds the processor's caches
@@ -21,30 +21,29 @@ from .routing import CodeArray, Codes, RouteTable, code_array
 FEW_SAMPLES = 64
 
 
-def make_plan(
-    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
-) -> RoutingPlan:
-    """Plan one batch.
+# What the host knows of one level, in the order of LevelPlan's first fields: name, present, counts, is_sorted,
+# follows_previous; and where its four index tensors lie among the parts of the packed buffer.
+HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
+
+
+# What a plan is made of: its levels as the host knows them; all their index tensors end to end, int64, on the CPU; and
+# the length of each.
+Indices: TypeAlias = tuple[Sequence[HostLevel], torch.Tensor, Sequence[int]]
+
+
+def sort_samples(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
+    """Sort one batch's samples by expert, at each level.
 
     Args:
-        layout: What the tables' levels and experts are.
         tables: One table a level.
         codes: The codes ``[B]`` of each level, or one code for the whole batch.
         batch_size: Samples B.
-
-    Returns:
-        The plan, on the CPU.
     """
-    make = _plan_few if 0 < batch_size <= FEW_SAMPLES else _plan_many
-    if torch.compiler.is_compiling():
-        # Nothing here is for a graph, and torch 2.4 ends in an error where it traces NumPy's counts.
-        make = torch.compiler.disable(make)
-    return make(layout, tables, codes, batch_size)
+    sort = _sort_few if 0 < batch_size <= FEW_SAMPLES else _sort_many
+    return sort(tables, codes, batch_size)
 
 
-def _plan_few(
-    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
-) -> RoutingPlan:
+def _sort_few(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
     identity = [*range(batch_size)]
     flat, sizes = [*identity], [batch_size]
     levels: list[HostLevel] = []
@@ -74,16 +73,14 @@ def _plan_few(
         flat += map(table.ids.__getitem__, code)
         flat += accumulate(counts)
         sizes += (batch_size, len(counts))
-    return RoutingPlan(layout, batch_size, levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes)
+    return levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes
 
 
 def _code_list(codes: CodeArray | int, batch_size: int) -> list[int]:
     return [codes] * batch_size if isinstance(codes, int) else codes.tolist()
 
 
-def _plan_many(
-    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
-) -> RoutingPlan:
+def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
     # NumPy's own default is 32 bits on Windows before 2.0.
     identity = np.arange(batch_size, dtype=np.int64)
     parts: list[npt.NDArray[np.int64]] = [identity]
@@ -109,7 +106,7 @@ def _plan_many(
         known = (table.level, experts, tuple(counts.tolist()), order is None, follows and bool(levels))
         levels.append((known, (*places, len(parts), len(parts) + 1)))
         parts += (ids, np.add.accumulate(counts, dtype=np.int64))
-    return RoutingPlan(layout, batch_size, levels, torch.from_numpy(np.concatenate(parts)), [*map(len, parts)])
+    return levels, torch.from_numpy(np.concatenate(parts)), [*map(len, parts)]
 
 
 def _sorted(

@@ -7,19 +7,19 @@ was arrived at in two ways.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from .config import ExpertConfig, HierarchyLevelConfig
-from .experts import ExpertBatch, ExpertContext, ExpertResult, Shared
+from .config import ExpertConfig
+from .experts import ExpertBatch, ExpertContext, ExpertResult
 from .hierarchy import HierarchicalCELMoE
+from .layout import LevelLayout
+from .level import Level
 from .names import name_key
 from .outputs import CELMoEOutput, LevelOutput
 from .plan import RoutingPlan
+from .reference_context import context_of, pick, tensors_in
 from .routing import Routing
 
 
@@ -44,11 +44,11 @@ def reference_forward(
             empty, for an expert's loss over one sample is not its loss over its group.
 
     Raises:
-        KeyError, ValueError: The routing does not fit the model.
+        KeyError, ValueError: The routing does not fit the model, or `Rows` in the context do not fit the batch.
     """
     names = _routes(model, routing, hidden.shape[0])
     output = CELMoEOutput({}, hidden)
-    for level in model.levels:
+    for level in model._levels:
         level_output = _run_level(model, level, hidden, names[level.name], context, mask, per_sample)
         output.levels[level.name] = level_output
         output.losses.update(level_output.losses)
@@ -60,7 +60,7 @@ def reference_forward(
 
 def _run_level(
     model: HierarchicalCELMoE,
-    level: HierarchyLevelConfig,
+    level: Level,
     hidden: torch.Tensor,
     names: list[str],
     context: ExpertContext,
@@ -74,9 +74,9 @@ def _run_level(
         samples = [sample for sample in range(batch_size) if names[sample] == name]
         for group in [[sample] for sample in samples] if per_sample else [samples]:
             batch = ExpertBatch(
-                hidden=_pick(_input_of(level.experts[name], hidden), group),
-                context=_context_of(context, group, batch_size, outermost=True),
-                mask=None if mask is None else _pick(mask, group),
+                hidden=pick(_input_of(level.flags(name), hidden), group),
+                context=context_of(context, group, batch_size),
+                mask=None if mask is None else pick(mask, group),
                 state={"level": level.name, "expert": name},
             )
             result: ExpertResult = model.level_modules[level.name][name](batch)  # type: ignore[index]  # nested mappings
@@ -87,21 +87,38 @@ def _run_level(
     if batch_size:
         output.hidden = _stack([row for row in rows if row is not None])
     else:
-        output.hidden = torch.zeros_like(hidden)
+        output.hidden = _no_rows(model, level, hidden, context, mask)
     return output
 
 
-def _collect(output: LevelOutput, level: HierarchyLevelConfig, name: str, result: ExpertResult) -> None:
+def _no_rows(
+    model: HierarchicalCELMoE,
+    level: Level,
+    hidden: torch.Tensor,
+    context: ExpertContext,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a level gives of no samples: nothing, with a graph to all that any of its experts might have read."""
+    parameters = list(model.level_modules[level.name].parameters())
+    rows = sum((_input_of(expert, hidden) for expert in map(level.flags, level._built)), torch.zeros_like(hidden))
+    if not hidden.dtype.is_floating_point and not hidden.dtype.is_complex:
+        looked_up = [parameter.dtype for parameter in parameters if parameter.dtype.is_floating_point]
+        rows = rows.to(looked_up[0]) if looked_up else rows
+    for tensor in tensors_in([mask, context]):
+        if tensor.requires_grad:
+            rows = rows + tensor.sum().real.to(rows)
+    if any(parameter.requires_grad for parameter in parameters):
+        rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+    return rows
+
+
+def _collect(output: LevelOutput, level: Level, name: str, result: ExpertResult) -> None:
     for loss, value in result.losses.items():
         key = f"{name_key(level.name)}.{name_key(name)}.{loss}"
         output.losses[key] = value
-        output.loss_weights[key] = level.experts[name].loss_weight
+        output.loss_weights[key] = level.flags(name).loss_weight
     if result.aux:
         output.aux[name] = result.aux
-
-
-def _pick(tensor: torch.Tensor, samples: list[int]) -> torch.Tensor:
-    return torch.stack([tensor[sample] for sample in samples])
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -127,79 +144,29 @@ def _input_of(expert: ExpertConfig, hidden: torch.Tensor) -> torch.Tensor:
     return scaled
 
 
-def _context_of(
-    value: Any, samples: list[int], batch_size: int, *, outermost: bool = False, inside: tuple[int, ...] = ()
-) -> Any:
-    """The context with every batch-aligned tensor cut to these samples; what has none is passed as it is."""
-    if isinstance(value, Shared):
-        return value.value
-    if isinstance(value, torch.Tensor):
-        return _pick(value, samples) if value.dim() > 0 and value.shape[0] == batch_size else value
-    if id(value) in inside:
-        return value
-    return _container_of(
-        value, lambda item: _context_of(item, samples, batch_size, inside=(*inside, id(value))), outermost
-    )
-
-
-def _container_of(value: Any, cut: Callable[[Any], Any], outermost: bool) -> Any:
-    """A mapping, sequence or dataclass around what ``cut`` makes of its items; itself, where that changes none."""
-    if isinstance(value, Mapping):
-        items: Any = {key: cut(item) for key, item in value.items()}
-        if not outermost and all(items[key] is value[key] for key in value):
-            return value
-        # A copy keeps what its kind has beside the items: a defaultdict's default, say.
-        return _refilled(value, items.items()) if isinstance(value, dict) else items
-    if isinstance(value, list | tuple):
-        items = [cut(item) for item in value]
-        if all(item is original for item, original in zip(items, value, strict=True)):
-            return value
-        if isinstance(value, list):
-            return _refilled(value, enumerate(items))
-        # A named tuple takes its items one by one, torch's own tuples take them as one sequence.
-        if hasattr(value, "_fields"):
-            return type(value)(*items)
-        return type(value)(items) if hasattr(value, "n_fields") else tuple.__new__(type(value), items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
-        items = {name: cut(getattr(value, name)) for name in names}
-        if all(items[name] is getattr(value, name) for name in names):
-            return value
-        changed = copy.copy(value)
-        for name in names:
-            object.__setattr__(changed, name, items[name])
-        return changed
-    return value
-
-
-def _refilled(container: Any, items: Iterable[tuple[Any, Any]]) -> Any:
-    changed = copy.copy(container)
-    for key, item in items:
-        changed[key] = item
-    return changed
-
-
 def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int) -> dict[str, list[str]]:
     """One expert's name for every sample at every enabled level."""
+    levels = model.layout.levels
     given: dict[str, list[str]] = {}
     if isinstance(routing, RoutingPlan):
-        experts_of = {level.name: tuple(level.experts) for level in model.levels}
-        if dict(routing.layout) != experts_of or list(dict(routing.layout)) != list(experts_of):
-            raise ValueError(f"the plan is for {dict(routing.layout)}, the model has {experts_of}")
-    elif unknown := [name for name in routing or () if name not in {level.name for level in model.config.levels}]:
-        raise KeyError(f"{unknown[0]!r} is no level")
-    for level in model.levels:
+        if routing.layout.levels != levels:
+            raise ValueError(f"the plan is for {routing.layout}, the model has {model.layout}")
+    elif unknown := set(routing or ()) - {level.name for level in levels} - {each.name for each in model.config.levels}:
+        raise KeyError(f"{sorted(unknown)} are no levels")
+    for level in levels:
         if isinstance(routing, RoutingPlan):
             ids = routing.levels[level.name].expert_ids.tolist()
-            given[level.name] = [list(level.experts)[each] for each in ids]
+            given[level.name] = [level.experts[each] for each in ids]
         elif routing is not None and level.name in routing:
             given[level.name] = _names(routing[level.name], list(level.experts), batch_size)
     names: dict[str, list[str]] = {}
-    for level in reversed(model.levels):
+    below: LevelLayout | None = None
+    for level in reversed(levels):
         if level.name in given:
             names[level.name] = given[level.name]
         else:
-            names[level.name] = [_inferred(model, level, names, sample) for sample in range(batch_size)]
+            names[level.name] = [_inferred(level, below, names, sample) for sample in range(batch_size)]
+        below = level
         for name in names[level.name]:
             if name not in level.experts:
                 raise KeyError(f"{name!r} is no expert of level {level.name!r}")
@@ -218,21 +185,14 @@ def _names(routes: Any, experts: list[str], batch_size: int) -> list[str]:
     return [route if isinstance(route, str) else experts[route] for route in routes]
 
 
-def _inferred(model: HierarchicalCELMoE, level: HierarchyLevelConfig, names: dict[str, list[str]], sample: int) -> str:
+def _inferred(level: LevelLayout, below: LevelLayout | None, names: dict[str, list[str]], sample: int) -> str:
     """The parent of the sample's expert in the level below, else the only expert, else the fallback."""
-    levels = model.config.levels
-    # Which levels there are was settled when the model was built.
-    built = [id(each) for each in model.levels]
-    place = next(index for index, each in enumerate(levels) if each is level)
-    below = next((index for index in range(place + 1, len(levels)) if id(levels[index]) in built), None)
     if below is not None:
-        name: str | None = names[levels[below].name][sample]
-        for index in range(below, place, -1):
-            name = None if name is None else levels[index].experts[name].parent
-        if name is not None:
-            return name
+        parent = below.parents[below.experts.index(names[below.name][sample])]
+        if parent is not None:
+            return parent
     if len(level.experts) == 1:
-        return next(iter(level.experts))
-    if level.fallback_expert is not None:
-        return level.fallback_expert
+        return level.experts[0]
+    if level.fallback is not None:
+        return level.fallback
     raise KeyError(f"no route for sample {sample} at level {level.name!r}")

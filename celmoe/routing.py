@@ -153,10 +153,10 @@ class RouteTable:
         return list(routes)
 
     def _unknown(self, unknown: Counter[str], num_samples: int) -> UnknownExpertError:
-        name, _ = unknown.most_common(1)[0]
+        names = sorted(unknown)
         return UnknownExpertError(
-            f"{self._where} must name experts of level {self.level!r} (got {listed(sorted(unknown))} for "
-            f"{unknown.total()} of {num_samples} samples; {nearest(name, self.experts)})"
+            f"{self._where} must name experts of level {self.level!r} (got {listed(names)} for {unknown.total()} of "
+            f"{num_samples} samples; {nearest(names, self.experts)})"
         )
 
     @property
@@ -165,6 +165,9 @@ class RouteTable:
 
 
 def _host_array(routes: torch.Tensor, level: str) -> npt.NDArray[Any]:
+    if not routes.numel():
+        # An empty list makes a floating-point tensor, as it makes such an array.
+        return np.empty(tuple(routes.shape))
     if routes.dtype == torch.bool or routes.is_floating_point() or routes.is_complex() or routes.is_quantized:
         raise RouteTypeError(f'"routing[{level!r}]" must hold integer ids (got dtype {routes.dtype})')
     if routes.is_meta:

@@ -29,7 +29,8 @@ def positions(rows: torch.Tensor) -> torch.Tensor:
 def context_leaves(value: Any, rowwise: bool = True) -> Iterator[tuple[Any, bool]]:
     """All leaves of a context, each with whether its key says that its rows are the samples'.
 
-    Keys and fields that begin with ``all_`` hold what every expert shares, everything else holds rows.
+    Keys and fields that begin with ``all_`` hold what every expert shares, everything else holds rows; a list or array
+    below one that begins with ``items_`` has numbers for each row, and is told as a tensor.
     """
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -39,11 +40,17 @@ def context_leaves(value: Any, rowwise: bool = True) -> Iterator[tuple[Any, bool
         items = [("", item) for item in value]
     elif dataclasses.is_dataclass(value):
         items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif hasattr(value, "names_of_fields"):
+        items = [(name, getattr(value, name)) for name in value.names_of_fields]
     else:
         yield value, rowwise
         return
     for key, item in items:
-        yield from context_leaves(item, rowwise and not str(key).startswith("all_"))
+        if str(key).startswith("items_"):
+            numbers = item.tolist() if hasattr(item, "tolist") else item
+            yield torch.tensor(numbers, dtype=torch.float64), True
+        else:
+            yield from context_leaves(item, rowwise and not str(key).startswith("all_"))
 
 
 def id_rows(context: Any) -> Iterator[torch.Tensor]:

@@ -11,6 +11,13 @@ Tests with a number of examples of their own scale it by `examples`.
 
 from __future__ import annotations
 
+import sys
+
+from benchmarks.extras import missing_extra
+
+if missing := missing_extra("test"):
+    sys.exit(missing)
+
 import os
 from collections.abc import Iterator
 

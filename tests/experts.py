@@ -8,6 +8,7 @@ Axes: N rows of one expert, S positions (all middle axes together), D width.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +37,20 @@ class Features:
     row_scale: Any
     all_table: Any
     label: str = "features"
+
+
+class Encoding(UserDict[str, Any]):
+    """A mapping that is no dict, for contexts."""
+
+
+class Plain:
+    """An object of no declared kind, for contexts."""
+
+    names_of_fields = ("row_scale", "all_table")
+
+    def __init__(self, row_scale: Any, all_table: Any) -> None:
+        self.row_scale = row_scale
+        self.all_table = all_table
 
 
 def per_row(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -20,3 +20,6 @@ needs_selective_checkpoints = pytest.mark.skipif(
 TELLS_WATCHERS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 HAS_DISTRIBUTED = hasattr(torch.distributed, "all_gather_single")
 needs_distributed = pytest.mark.skipif(not HAS_DISTRIBUTED, reason="celmoe.distributed wants torch 2.13")
+# The first dual tensor of a process makes torch load its decompositions, which it compiles by a function that it calls
+# deprecated: in a DeprecationWarning up to 2.13, in a FutureWarning since.
+loads_decompositions = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:Warning:torch.jit._script")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,8 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from celmoe import CELMoEConfig, ExpertConfig, HierarchicalCELMoE, HierarchyLevelConfig, RoutingCompiler, Shared
-from tests.experts import KINDS, NUM_TOKENS, Features, Pair, Registry
+from celmoe import CELMoEConfig, ExpertConfig, HierarchicalCELMoE, HierarchyLevelConfig, RoutingCompiler, Rows, Shared
+from tests.experts import KINDS, NUM_TOKENS, Encoding, Features, Pair, Plain, Registry
 
 # Names that a path, a checkpoint, a regular expression or an nn.ModuleDict could trip over.
 NAMES = (
@@ -31,7 +33,12 @@ NAMES = (
 )
 WIDTHS = (4, 6)
 FORMS = ("list", "tuple", "ids", "id tuple", "np str", "np object", "np int64", "np uint8", "tensor", "tensor int32")
-CONTEXTS = ("none", "rows", "dict", "nested", "dataclass", "named tuple", "list", "shared")
+# Those with something aligned with the batch that is no dense tensor: what reads it does not run as one.
+IRREGULAR = ("lists", "arrays", "marked")
+CONTEXTS = (
+    *("none", "rows", "dict", "nested", "dataclass", "named tuple", "list", "shared"),
+    *("encoding", "object", "chain", *IRREGULAR),
+)
 MASKS = ("none", "bool", "float", "samples", "grad")
 LAYOUTS = ("contiguous", "expanded", "transposed", "strided", "not a leaf")
 FUSIONS = ("learned", "position_aware", "mean", "own")
@@ -290,6 +297,41 @@ def _context(kind: str, maker: _TensorMaker, batch_size: int, shape: tuple[int, 
                 "all_table": Shared(maker.leaf("context.table", (batch_size, 2))),
                 "all_nested": {"table": Shared([maker.normal((batch_size,))])},
                 "row": maker.leaf("context.row", (batch_size,)),
+            }
+    return _context_of_other_kinds(kind, maker, batch_size, other)
+
+
+def _context_of_other_kinds(kind: str, maker: _TensorMaker, batch_size: int, other: int) -> Any:
+    match kind:
+        case "encoding":
+            row = maker.leaf("context.row", (batch_size, 2))
+            return Encoding({"row": row, "all_table": maker.leaf("context.table", (other,)), "again": {"row": row}})
+        case "object":
+            plain = Plain(maker.leaf("context.row", (batch_size,)), maker.leaf("context.table", (other, 2)))
+            return {"plain": plain, "deep": Plain([MappingProxyType({"row": plain.row_scale})], 0.5)}
+        case "chain":
+            first = {"row_scale": maker.leaf("context.first", (batch_size, 2))}
+            return ChainMap(
+                first,
+                {"row_scale": 1, "all_table": maker.normal((other,)), "row_flags": maker.flags((batch_size,), 0.5)},
+            )
+        case "lists":
+            numbers = maker.normal((batch_size,)).tolist()
+            return {
+                "row": maker.leaf("context.row", (batch_size, 2)),
+                "items_numbers": numbers,
+                "deep": [{"items_pairs": tuple(zip(numbers, numbers[::-1], strict=True))}],
+                "all_numbers": [0.5] * other,
+            }
+        case "arrays":
+            return Encoding(
+                {"items_array": maker.normal((batch_size, 3)).cpu().numpy(), "all_array": np.ones((other, 2))}
+            )
+        case "marked":
+            return {
+                "row": Rows(maker.leaf("context.row", (batch_size, 2))),
+                "items_numbers": Rows(maker.normal((batch_size,)).tolist()),
+                "all_table": Shared(maker.leaf("context.table", (batch_size, 2))),
             }
     raise AssertionError(kind)
 

@@ -259,6 +259,14 @@ STRUCTURES = {
             "(got 'slavik'; nearest: 'slavic')"
         ),
     ),
+    "several unknown parents": (
+        children(ru="slavik", fr="romanc"),
+        (ConfigError, ValueError),
+        (
+            "'parent' of experts 'ru', 'fr' in level 'language' must be an expert of level 'family' "
+            "(got 'slavik', 'romanc'; nearest to 'slavik': 'slavic'; nearest to 'romanc': 'romance')"
+        ),
+    ),
     "parent two levels up": (
         children(ru="all"),
         (ConfigError, ValueError),
@@ -536,6 +544,19 @@ def test_losses_of_unknown_levels():
         message = f"{who} must be registered for levels of the output (got {name!r}; nearest: 'family')"
         assert_error(caught.value, UnknownLevelError, KeyError, message)
         assert not ran
+
+
+def test_losses_of_several_unknown_levels():
+    api = CELMoELossAPI()
+    api.add_level("familly", "size", print)
+    api.add_bridge("familly", "langage", "tie", print)
+    with pytest.raises(UnknownLevelError) as caught:
+        api.compute(build()(rows(), GOOD))
+    message = (
+        "level loss 'size', bridge loss 'tie' must be registered for levels of the output (got 'familly', 'langage'; "
+        "nearest to 'familly': 'family'; nearest to 'langage': 'language')"
+    )
+    assert_error(caught.value, UnknownLevelError, KeyError, message)
 
 
 def test_flags_from_numpy_are_flags():

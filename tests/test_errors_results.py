@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from celmoe import ExpertModule, ExpertResult, ResultError, ResultTypeError, UnknownExpertError, UnknownLevelError
-from tests.refusals import GOOD, WIDTH, Counting, assert_error, assert_like_fresh, build, rows
+from celmoe import (
+    CELMoEConfig,
+    ExpertModule,
+    ExpertResult,
+    HierarchicalCELMoE,
+    ResultError,
+    ResultTypeError,
+    UnknownExpertError,
+    UnknownLevelError,
+)
+from tests.refusals import GOOD, WIDTH, Counting, assert_error, assert_like_fresh, build, level, rows
 
 WHO = "of expert 'fr' of level 'language'"
 
@@ -62,7 +71,7 @@ RESULTS = {
     "the class": (
         lambda batch: ExpertResult,
         (ResultTypeError, TypeError),
-        f"'result' {WHO} must be an ExpertResult (got type)",
+        f"'result' {WHO} must be an ExpertResult (got the class ExpertResult)",
     ),
     "hidden None": (
         lambda batch: ExpertResult(None),
@@ -221,6 +230,16 @@ def test_an_expert_that_was_removed():
     assert model(rows(), {"family": "slavic", "language": "ru"}).fused_hidden.shape == (3, WIDTH)
 
 
+def test_experts_and_levels_that_were_removed_are_all_named():
+    model = build()
+    del model.level_modules["language"]["fr"], model.level_modules["language"]["ru"]
+    with pytest.raises(UnknownExpertError, match=r"\(got no 'fr', 'ru'; known: 'pl', 'de'\)$"):
+        model(rows(), GOOD)
+    model.level_modules.clear()
+    with pytest.raises(UnknownLevelError, match=r"\(got no 'family', 'language'; known: none\)$"):
+        model(rows(), GOOD)
+
+
 def test_a_level_that_was_removed():
     model = build()
     del model.level_modules["language"]
@@ -339,3 +358,86 @@ def test_an_expert_may_work_in_place_and_keep_what_it_was_given():
                 torch.cat(kept).sum(), rows().sum()
             )
             assert torch.equal(output.levels["language"].hidden, torch.zeros(3, WIDTH))
+
+
+# Every engine says who returned what.
+
+
+class Later(ExpertModule):
+    """A linear expert whose result a function spoils, from some moment on."""
+
+    spoil = None
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, batch):
+        result = ExpertResult(self.linear(batch.hidden), {"size": batch.hidden.pow(2).mean()})
+        return result if Later.spoil is None else Later.spoil(result)
+
+
+SPOILED = {
+    "None": (lambda result: None, "'result'", "an ExpertResult (got NoneType)"),
+    "tuple": (lambda result: (result.hidden, {}), "'result'", "an ExpertResult (got tuple)"),
+    "tensor": (lambda result: result.hidden, "'result'", "an ExpertResult (got Tensor)"),
+    "dict": (vars, "'result'", "an ExpertResult (got dict)"),
+    "the class": (lambda result: ExpertResult, "'result'", "an ExpertResult (got the class ExpertResult)"),
+    "no rows": (lambda result: ExpertResult(None), "'result.hidden'", "a tensor (got NoneType)"),
+    "a list of rows": (lambda result: ExpertResult([result.hidden]), "'result.hidden'", "a tensor (got list)"),
+    "a loss alone": (
+        lambda result: ExpertResult(result.hidden, result.losses["size"]),
+        "'result.losses'",
+        "a mapping (got Tensor)",
+    ),
+    "no losses": (lambda result: ExpertResult(result.hidden, None), "'result.losses'", "a mapping (got NoneType)"),
+    "a loss in words": (
+        lambda result: ExpertResult(result.hidden, {**result.losses, "n": "x"}),
+        "\"result.losses['n']\"",
+        "a tensor (got str)",
+    ),
+    "a loss that is None": (
+        lambda result: ExpertResult(result.hidden, {"n": None}),
+        "\"result.losses['n']\"",
+        "a tensor (got NoneType)",
+    ),
+    "a list for aux": (lambda result: ExpertResult(result.hidden, {}, [1]), "'result.aux'", "a mapping (got list)"),
+    "pairs for aux": (
+        lambda result: ExpertResult(result.hidden, {}, [("n", 1)]),
+        "'result.aux'",
+        "a mapping (got list)",
+    ),
+    "a number for aux": (lambda result: ExpertResult(result.hidden, {}, 3), "'result.aux'", "a mapping (got int)"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("engine", ["looped", "auto", "grouped"])
+@pytest.mark.parametrize("num_present", [1, 40])
+@pytest.mark.parametrize("later", [False, True])
+def test_every_engine_names_the_expert_that_returned_no_result(case, engine, num_present, later, monkeypatch):
+    spoil, what, rule = SPOILED[case]
+    experts = tuple(f"e{number:02}" for number in range(40))
+    torch.manual_seed(0)
+    model = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level("l", experts)]), lambda *_: Later(), engine=engine)
+    routing = {"l": [number % num_present for number in range(80)]}
+    model.fusion.eval()
+    if later:
+        good = [model(rows(80), routing).fused_hidden for _ in range(2)]
+    monkeypatch.setattr(Later, "spoil", staticmethod(spoil))
+    for _ in range(2):
+        with pytest.raises(ResultTypeError) as caught:
+            model(rows(80), routing)
+        assert str(caught.value) == f"{what} of expert 'e00' of level 'l' must be {rule}"
+    monkeypatch.setattr(Later, "spoil", None)
+    if later:
+        torch.testing.assert_close(model(rows(80), routing).fused_hidden, good[0])
+
+
+@pytest.mark.parametrize("engine", ["looped", "auto", "grouped"])
+def test_every_engine_names_the_expert_that_returned_another_width(engine, monkeypatch):
+    experts = tuple(f"e{number:02}" for number in range(40))
+    model = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level("l", experts)]), lambda *_: Later(), engine=engine)
+    monkeypatch.setattr(Later, "spoil", staticmethod(lambda result: ExpertResult(result.hidden[..., :2])))
+    with pytest.raises(ResultError, match=r"expert 'e00' of level 'l' must have the shape of its input, \(2, 4\)"):
+        model(rows(80), {"l": [number % 40 for number in range(80)]})

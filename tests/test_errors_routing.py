@@ -85,10 +85,13 @@ ROUTES = {
         (UnknownExpertError, KeyError),
         f"{LANGUAGE} must name experts of level 'language' (got 'xyz' for 2 of 3 samples; {KNOWN})",
     ),
-    "several unknown, nearest to the commonest": (
+    "several unknown": (
         ["RU", "zz", "RU"],
         (UnknownExpertError, KeyError),
-        f"{LANGUAGE} must name experts of level 'language' (got 'RU', 'zz' for 3 of 3 samples; nearest: 'ru')",
+        (
+            f"{LANGUAGE} must name experts of level 'language' (got 'RU', 'zz' for 3 of 3 samples; "
+            f"nearest to 'RU': 'ru'; {KNOWN})"
+        ),
     ),
     "an expert of another level": (
         ["slavic", "ru", "ru"],
@@ -407,10 +410,18 @@ ROUTINGS = {
         (UnknownLevelError, KeyError),
         "'routing' must have levels of the config for keys (got 'customer'; known: 'family', 'language')",
     ),
+    "several unknown levels": (
+        {**GOOD, "langauge": ["ru"] * 3, "customer": "x", "famly": "x"},
+        (UnknownLevelError, KeyError),
+        (
+            "'routing' must have levels of the config for keys (got 'langauge', 'customer', 'famly'; nearest to "
+            "'langauge': 'language'; nearest to 'famly': 'family'; known: 'family', 'language')"
+        ),
+    ),
     "level by number": (
         {0: ["slavic"] * 3, 1: ["ru"] * 3},
         (UnknownLevelError, KeyError),
-        "'routing' must have levels of the config for keys (got 0; known: 'family', 'language')",
+        "'routing' must have levels of the config for keys (got 0, 1; known: 'family', 'language')",
     ),
     "list": (
         [["slavic"] * 3, ["ru"] * 3],
@@ -527,32 +538,31 @@ def plan_of(levels, routing=None):
     return RoutingCompiler(CELMoEConfig(WIDTH, levels))(routing or GOOD, None if routing is None else 3)
 
 
+PLAN_WITH = "'routing' must be a plan of a config with"
+AGAIN = "compile the routing again"
 PLANS = {
     "other levels": (
         plan_of([level("family", FAMILIES), level("dialect", LANGUAGES)], {"family": "slavic", "dialect": "ru"}),
-        "'routing' must be a plan for levels 'family', 'language' (got one for 'family', 'dialect')",
+        f"{PLAN_WITH} levels 'family', 'language' (got one with 'family', 'dialect'); {AGAIN}",
     ),
     "levels in another order": (
         plan_of([level("language", LANGUAGES), level("family", FAMILIES)]),
-        "'routing' must be a plan for levels 'family', 'language' (got one for 'language', 'family')",
+        f"{PLAN_WITH} levels 'family', 'language' (got one with 'language', 'family'); {AGAIN}",
     ),
     "fewer levels": (
         plan_of([level("language", LANGUAGES)], {"language": "ru"}),
-        "'routing' must be a plan for levels 'family', 'language' (got one for 'language')",
+        f"{PLAN_WITH} levels 'family', 'language' (got one with 'language'); {AGAIN}",
     ),
     "other experts": (
         plan_of([level("family", FAMILIES), level("language", ("ru", "fr", "de", "es", "it"))]),
         (
-            "'routing' must be a plan for the 4 experts of level 'language' (got one for 5; only in the "
-            "plan: 'es', 'it'; only in the model: 'pl')"
+            f"{PLAN_WITH} 4 experts in level 'language' (got one with 5; only there: 'es', 'it'; missing there: "
+            f"'pl'); {AGAIN}"
         ),
     ),
     "experts in another order": (
         plan_of([level("family", FAMILIES), level("language", tuple(reversed(LANGUAGES)))]),
-        (
-            "'routing' must be a plan for the experts of level 'language' in the config's order (got one for the same "
-            "experts in another order)"
-        ),
+        (f"{PLAN_WITH} expert 'ru' at position 0 of level 'language' (got one with 'de'); {AGAIN}"),
     ),
     "another batch size": (
         plan_of([level("family", FAMILIES), level("language", LANGUAGES)], {"family": "slavic", "language": "ru"}),

@@ -16,11 +16,11 @@ PACKAGE = Path(celmoe.__file__).parent
 
 FLOORS = [
     {"directml"},
-    {"version", "errors", "ragged", "segments", "slots", "watchers"},
-    {"config", "experts", "product", "inspection"},
+    {"version", "errors", "files", "ragged", "segments", "torch_internals"},
+    {"config", "experts", "layout", "product", "containers"},
     {"members", "affine", "tally"},
-    {"routing", "names", "context", "fusion", "signature", "trace"},
-    {"operations"},
+    {"routing", "names", "context", "reference_context", "fusion", "trace"},
+    {"operations", "planner", "capture"},
     {
         "plan",
         "operations_shape",
@@ -29,10 +29,11 @@ FLOORS = [
         "operations_norm",
         "operations_parameters",
     },
-    {"planner", "operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
-    {"compiler", "dispatch", "outputs", "explain", "template"},
-    {"looped", "loss", "proof", "grouping"},
-    {"cost", "grouped"},
+    {"operations_elementwise", "operations_loss", "operations_attention", "operations_recurrent"},
+    {"compiler", "dispatch", "outputs", "explain", "program"},
+    {"looped", "loss", "verify"},
+    {"classes"},
+    {"arrangement", "cost", "grouped"},
     {"engines"},
     {"level"},
     {"hierarchy"},
@@ -47,12 +48,24 @@ DISTRIBUTED_FLOORS = [
     {"versions"},
     {"groups", "placement", "transport", "meeting", "samplers"},
     {"gradients"},
-    {"data_parallel", "sharded_level"},
+    {"data_parallel", "sharded_level", "remote"},
     {"expert_parallel", "fully_sharded", "checkpoints"},
     {"__init__"},
 ]
 DISTRIBUTED_FLOOR_BY_FILE = {file: number for number, floor in enumerate(DISTRIBUTED_FLOORS) for file in floor}
 DISTRIBUTED = "celmoe.distributed"
+
+# The house of the checkpoints, a room in that one.
+CHECKPOINT_FLOORS = [
+    {"agreement"},
+    {"manifest"},
+    {"pieces", "optimizer_state", "staging"},
+    {"saving", "single_file"},
+    {"loading"},
+    {"__init__"},
+]
+CHECKPOINT_FLOOR_BY_FILE = {file: number for number, floor in enumerate(CHECKPOINT_FLOORS) for file in floor}
+CHECKPOINTS = "celmoe.distributed.checkpoints"
 
 
 def siblings(source, package="celmoe"):
@@ -95,8 +108,12 @@ def sources(folder=PACKAGE):
 def test_every_file_has_its_floor():
     assert sources().keys() == FLOOR_BY_FILE.keys()
     assert sum(map(len, FLOORS)) == len(FLOOR_BY_FILE)
-    assert sources(PACKAGE / "distributed").keys() == DISTRIBUTED_FLOOR_BY_FILE.keys()
+    rooms = {path.parent.name for path in PACKAGE.glob("distributed/*/__init__.py")}
+    assert rooms == {"checkpoints"}
+    assert sources(PACKAGE / "distributed").keys() | rooms == DISTRIBUTED_FLOOR_BY_FILE.keys()
     assert sum(map(len, DISTRIBUTED_FLOORS)) == len(DISTRIBUTED_FLOOR_BY_FILE)
+    assert sources(PACKAGE / "distributed" / "checkpoints").keys() == CHECKPOINT_FLOOR_BY_FILE.keys()
+    assert sum(map(len, CHECKPOINT_FLOORS)) == len(CHECKPOINT_FLOOR_BY_FILE)
 
 
 def test_imports_lead_downwards():
@@ -105,6 +122,15 @@ def test_imports_lead_downwards():
     assert not [
         climb for file, source in files for climb in climbs(file, source, DISTRIBUTED_FLOOR_BY_FILE, DISTRIBUTED)
     ]
+    for file, source in sources(PACKAGE / "distributed" / "checkpoints").items():
+        assert not climbs(file, source, CHECKPOINT_FLOOR_BY_FILE, CHECKPOINTS)
+        # A name of the house below is imported by its whole path, and goes down from the room's own floor.
+        below = [
+            name
+            for name, _ in siblings(source.replace("from .", f"from {CHECKPOINTS}."), DISTRIBUTED)
+            if name != "checkpoints"
+        ]
+        assert all(DISTRIBUTED_FLOOR_BY_FILE[name] < DISTRIBUTED_FLOOR_BY_FILE["checkpoints"] for name in below), file
 
 
 @pytest.mark.parametrize(
@@ -121,7 +147,8 @@ def test_the_street_is_used():
     reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
     assert {"compiler", "config", "errors"} <= reached["hierarchy"]
     assert {file for file, found in reached.items() if not found} <= {
-        *("version", "errors", "directml", "experts", "names", "ragged", "segments", "slots", "tally", "watchers")
+        *("version", "errors", "directml", "experts", "files", "names", "ragged", "segments", "tally"),
+        "torch_internals",
     }
 
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from celmoe import EngineRefusedError, ExpertResult, HierarchicalCELMoE
 from tests.architectures import Cell, GatedMLP, NormMLP, PackedAttention, Recurrence
-from tests.features import TELLS_WATCHERS, needs_selective_checkpoints
+from tests.features import TELLS_WATCHERS, loads_decompositions, needs_selective_checkpoints
 from tests.traps import (
     BATCHES,
     GROUPED,
@@ -400,7 +400,7 @@ def test_gradients_of_torch_func():
     batch(model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@loads_decompositions
 def test_forward_derivatives():
     """Dual numbers go through the loop, and leave no trace."""
     model = build(MAKERS["norm"], "auto")

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from celmoe import CELMoELossAPI, CELMoEOutput, ExpertModule, ExpertResult, LevelOutput, LossBundle, LossTerm
+from celmoe import (
+    CELMoEConfig,
+    CELMoELossAPI,
+    CELMoEOutput,
+    ExpertConfig,
+    ExpertModule,
+    ExpertResult,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+    LevelOutput,
+    LossBundle,
+    LossTerm,
+)
 from tests.refusals import GOOD, WIDTH, build, rows, two_levels
 
 
@@ -278,3 +291,103 @@ def test_output_losses_are_the_caller_s_to_change():
     assert "mine" not in output.levels["language"].losses
     assert CELMoELossAPI().compute(output).as_dict()["mine"] == 1.0
     assert "mine" not in model(rows(), GOOD).losses
+
+
+# Names of terms: no two scopes share one.
+
+
+def api_over(levels, register):
+    """The terms of losses over a model with these levels, each returning its own number."""
+    config = CELMoEConfig(4, [HierarchyLevelConfig(level, {"e": ExpertConfig("e")}) for level in levels])
+    model = HierarchicalCELMoE(config, lambda *_: ExpertWithoutLoss())
+    api = CELMoELossAPI()
+    register(api, itertools.count(1))
+    return api.compute(model(torch.zeros(2, 4), dict.fromkeys(levels, "e")))
+
+
+class ExpertWithoutLoss(ExpertModule):
+    def forward(self, batch):
+        return ExpertResult(batch.hidden)
+
+
+def number(numbers, *items):
+    """A loss that returns the next number, or a mapping of items to it."""
+    value = torch.tensor(float(next(numbers)))
+    return lambda *_: dict.fromkeys(items, value) if items else value
+
+
+LIKE = {
+    "a dot in the level's or the loss's name": (
+        ("a", "a.b"),
+        lambda api, n: (api.add_level("a", "b.n", number(n)), api.add_level("a.b", "n", number(n))),
+        ["a.b.n", ".a%2Eb.n"],
+    ),
+    "an encoded name's look-alike": (
+        ("a%2Eb", "a.b"),
+        lambda api, n: (api.add_level("a%2Eb", "n", number(n)), api.add_level("a.b", "n", number(n))),
+        ["a%2Eb.n", ".a%2Eb.n"],
+    ),
+    "items": (
+        ("a", "a.b"),
+        lambda api, n: (api.add_level("a", "b", number(n, "n.i")), api.add_level("a.b", "n", number(n, "i"))),
+        ["a.b.n.i", ".a%2Eb.n.i"],
+    ),
+    "bridges of dotted names": (
+        ("a", "b", "b.c"),
+        lambda api, n: (api.add_bridge("a", "b", "c.n", number(n)), api.add_bridge("a", "b.c", "n", number(n))),
+        ["a->b.c.n", "a->.b%2Ec.n"],
+    ),
+    "bridges of dotted parents": (
+        ("a", "a.b", "b->c", "c"),
+        lambda api, n: (api.add_bridge("a.b", "c", "n", number(n)), api.add_level("a", "b->c.n", number(n))),
+        [".a%2Eb->c.n", "a.b->c.n"],
+    ),
+    "a level's name with an arrow": (
+        ("a->b", "a", "b"),
+        lambda api, n: (api.add_level("a->b", "n", number(n)), api.add_bridge("a", "b", "n", number(n, "i", "j"))),
+        [".a-%3Eb.n", "a->b.n.i", "a->b.n.j"],
+    ),
+    "bridges of names with arrows": (
+        ("a->b", "c", "a", "b->c"),
+        lambda api, n: (api.add_bridge("a->b", "c", "n", number(n)), api.add_bridge("a", "b->c", "n", number(n))),
+        [".a-%3Eb->c.n", "a->.b-%3Ec.n"],
+    ),
+    "a level called global": (
+        ("global",),
+        lambda api, n: (
+            api.add_global("n", number(n)),
+            api.add_level("global", "n", number(n)),
+            api.add_level("global", "m", number(n)),
+        ),
+        ["global.n", ".%67lobal.n", "global.m"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_losses_of_two_scopes_never_share_a_name(case):
+    levels, register, names = LIKE[case]
+    bundle = api_over(levels, register)
+    assert sorted(bundle.as_dict()) == sorted(names)
+    assert len(bundle.terms) == len(names)
+
+
+def test_scopes_are_real_names():
+    bundle = api_over(
+        ("a.b", "c->d"),
+        lambda api, n: (api.add_level("a.b", "n", number(n)), api.add_bridge("a.b", "c->d", "n", number(n))),
+    )
+    assert [term.scope for term in bundle.terms] == ["a.b", "a.b->c->d"]
+
+
+@pytest.mark.parametrize("name", ["level", "zh_Hant", "a b", "é", "a-b", "a>b", "%2E", "global"])
+def test_names_that_celmoe_vp_takes_keep_its_keys(name):
+    bundle = api_over(
+        (name, "other"),
+        lambda api, n: (
+            api.add_level(name, "n.m", number(n)),
+            api.add_bridge(name, "other", "n", number(n, "i")),
+            api.add_bridge("other", name, "n", number(n)),
+        ),
+    )
+    assert [term.name for term in bundle.terms] == [f"{name}.n.m", f"{name}->other.n.i", f"other->{name}.n"]

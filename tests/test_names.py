@@ -118,11 +118,13 @@ def test_a_model_of_any_names(levels_and_experts, data):
     model = hierarchy(levels, experts)
     keys = list(model.state_dict())
     assert len(set(keys)) == len(keys) == len(levels) * len(experts) * 2 + len(levels) + 2
-    # The real names everywhere but in keys.
-    assert sorted(model.level_modules) == sorted(levels)
+    # The real names everywhere but in keys, in the config's order everywhere.
+    assert list(model.level_modules) == levels
+    written = [f"level_modules.{name_key(level)}.{name_key(name)}" for level in levels for name in experts]
+    assert [key.removesuffix(".linear.weight") for key in keys if key.endswith("linear.weight")] == written
     by_key = dict(model.named_parameters())
     for level in levels:
-        assert sorted(model.level_modules[level].keys()) == sorted(experts)
+        assert list(model.level_modules[level].keys()) == experts
         for name in experts:
             path = f"level_modules.{name_key(level)}.{name_key(name)}"
             module = model.level_modules[level][name]
@@ -152,8 +154,7 @@ def test_plain_names_keep_the_keys_of_a_module_dict_in_order(experts):
     # Beside names that it would refuse, too.
     mixed = NamedModules({name: nn.Linear(1, 1) for name in experts})
     keys = [key.removesuffix(".weight") for key in mixed.state_dict() if key.endswith("weight")]
-    assert [key for key in keys if not key.startswith(".")] == [name for name in experts if is_plain(name)]
-    assert sorted(map(name_of, keys)) == sorted(experts) == sorted(mixed)
+    assert list(map(name_of, keys)) == experts == list(mixed)
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -221,10 +222,10 @@ def three():
 def test_reading():
     modules = three()
     assert len(modules) == 3
-    assert list(modules) == ["de", "to", "zh.Hant"]
+    assert list(modules) == ["to", "de", "zh.Hant"]
     assert list(modules.keys()) == list(modules)
-    assert [module.out_features for module in modules.values()] == [2, 1, 3]
-    assert [(name, module.out_features) for name, module in modules.items()] == [("de", 2), ("to", 1), ("zh.Hant", 3)]
+    assert [module.out_features for module in modules.values()] == [1, 2, 3]
+    assert [(name, module.out_features) for name, module in modules.items()] == [("to", 1), ("de", 2), ("zh.Hant", 3)]
     assert dict(modules) == dict(modules.items())
     assert {"to", "de"} < modules.keys()
     assert "zh.Hant" in modules
@@ -247,7 +248,7 @@ def test_changing():
     new = nn.Linear(1, 9)
     for name in list(modules):
         modules[name] = new
-    assert list(modules) == ["de", "to", "zh.Hant"]
+    assert list(modules) == ["to", "de", "zh.Hant"]
     assert all(module is new for module in modules.values())
     assert modules.pop("to") is new
     assert list(modules) == ["de", "zh.Hant"]
@@ -258,7 +259,7 @@ def test_changing():
     modules.update({"to": new, "a": new})
     modules.update([("keys", new)])
     modules.update(three())
-    assert list(modules) == ["a", "de", "to", "keys", "zh.Hant"]
+    assert list(modules) == ["to", "a", "keys", "de", "zh.Hant"]
     modules.clear()
     assert list(modules) == []
     with pytest.raises(KeyError, match="'key' must be a non-empty string"):
@@ -276,6 +277,70 @@ def test_copies():
         assert list(copied.state_dict()) == list(modules.state_dict())
         copied["de"].weight.data.zero_()
         assert modules["de"].weight.abs().sum() > 0
+
+
+ORDER = ["b", "z.h", "a", "to", "c", "keys", "a.a"]
+
+
+def in_order(model):
+    """Whether iteration and checkpoint have levels and experts in this order."""
+    keys = [key for key in model.state_dict() if key.endswith("linear.weight")]
+    written = [f"level_modules.{name_key(level)}.{name_key(name)}.linear.weight" for level in ORDER for name in ORDER]
+    orders = [list(model.level_modules), *map(list, model.level_modules.values())]
+    return keys == written and orders == [ORDER] * (1 + len(ORDER))
+
+
+def loaded(model):
+    again = hierarchy(ORDER, ORDER)
+    again.load_state_dict(dict(reversed(model.state_dict().items())))
+    return again
+
+
+def replaced(model):
+    for modules in model.level_modules.values():
+        for name in reversed(list(modules)):
+            modules[name] = Counting()
+    return model
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda model: model,
+        loaded,
+        replaced,
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.double().requires_grad_(False).eval(),
+        lambda model: (model.load_state_dict(copy.deepcopy(model).state_dict(), assign=True), model)[1],
+    ],
+    ids=["built", "loaded", "replaced", "deepcopy", "pickle", "moved", "assigned"],
+)
+def test_plain_and_encoded_names_stay_in_the_configs_order(way):
+    assert in_order(way(hierarchy(ORDER, ORDER)))
+
+
+def test_the_checkpoint_of_a_part_and_into_a_dict_is_in_order_too():
+    model = hierarchy(ORDER, ORDER)
+    modules = model.level_modules["z.h"]
+    wanted = [f"{name_key(name)}.linear.{leaf}" for name in ORDER for leaf in ("weight", "bias")]
+    assert list(modules.state_dict()) == wanted
+    there = {"first": 1}
+    assert modules.state_dict(destination=there, prefix="a.b.") is there
+    assert list(there) == ["first", *(f"a.b.{key}" for key in wanted)]
+    del modules["to"], modules["b"]
+    modules["to"] = Counting()
+    wanted = ["z.h", "a", "c", "keys", "a.a", "to"]
+    assert list(modules) == wanted
+    assert [name_of(key.removesuffix(".linear.bias")) for key in modules.state_dict() if "bias" in key] == wanted
+
+
+def test_the_repr_shows_real_names_in_order():
+    plain = {"b": nn.Linear(1, 1), "a": nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()))}
+    assert repr(NamedModules(plain)) == repr(nn.ModuleDict(plain)).replace("ModuleDict", "NamedModules")
+    assert repr(NamedModules()) == "NamedModules()"
+    lines = repr(three()).splitlines()
+    assert [line.split(":")[0] for line in lines[1:-1]] == ["  (to)", "  (de)", "  (zh.Hant)"]
 
 
 def test_moving_freezing_and_applying_reach_every_module():

@@ -17,9 +17,11 @@ from torch import nn
 
 import celmoe.dispatch
 import celmoe.level
+import celmoe.reference
 from celmoe import CELMoEOutput, ExpertBatch, ExpertConfig, ExpertResult, HierarchicalCELMoE, LevelPlan, RoutingPlan
-from celmoe.context import ContextRows
+from celmoe.context import NO_CONTEXT, ContextRows
 from celmoe.engines import ENGINES
+from celmoe.level import LevelInput
 from celmoe.reference import reference_forward
 from tests.parity import ParityError, assert_parity
 from tests.strategies import Case, Expert, Level, Routes, pool
@@ -189,12 +191,12 @@ def change_blocks(change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) ->
 
 def cut_what_is_shared(patch: Patch) -> None:
     """`Shared` is unwrapped too early, so that its tensors are cut like any other."""
-    right = ContextRows._builder
+    right = ContextRows._child
 
-    def wrong(self: ContextRows, value: object, where: str, **options: Any) -> Any:
-        return right(self, value.value if isinstance(value, celmoe.Shared) else value, where, **options)
+    def wrong(self: ContextRows, value: object, path: Any) -> Any:
+        return right(self, value.value if isinstance(value, celmoe.Shared) else value, path)
 
-    patch.setattr(ContextRows, "_builder", wrong)
+    patch.setattr(ContextRows, "_child", wrong)
 
 
 def change_output(change: Callable[[HierarchicalCELMoE, CELMoEOutput], None]) -> Callable[[Patch], None]:
@@ -398,6 +400,39 @@ def remember_the_first_plan(patch: Patch) -> None:
     patch.setattr(celmoe.RoutingCompiler, "compile", wrong)
 
 
+def without_samples(change: Callable[[Any, list[nn.Module], LevelInput], torch.Tensor]) -> Callable[[Patch], None]:
+    """A mutant whose levels give something else of no samples: ``change`` is given the level, its experts and input."""
+    return lambda patch: patch.setattr(celmoe.level.Level, "_of_no_samples", change)
+
+
+NO_SAMPLES = celmoe.level.Level._of_no_samples
+
+
+def cut_no_samples_off(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
+    return torch.zeros_like(given.hidden)
+
+
+def cut_no_rows_off(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
+    return NO_SAMPLES(level, experts, given._replace(hidden=given.hidden.detach()))
+
+
+def cut_no_mask_off(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
+    return NO_SAMPLES(level, experts, given._replace(mask=None))
+
+
+def cut_no_context_off(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
+    return NO_SAMPLES(level, experts, given._replace(context=NO_CONTEXT))
+
+
+def forget_what_is_trained(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
+    return NO_SAMPLES(level, [], given)
+
+
+def run_an_expert_on_no_samples(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
+    """So that its parameters get zeros."""
+    return NO_SAMPLES(level, experts, given) + sum(parameter.sum() for parameter in experts[0].parameters())
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A wrong library, what the comparison must say of it, a case made for it, and where else it may show."""
@@ -406,6 +441,13 @@ class Mutant:
     message: str
     case: Case = CASE
     visible: Callable[[Case], bool] = lambda case: True
+
+
+EMPTY = replace(CASE, batch_size=0)
+
+
+def is_empty(case: Case) -> bool:
+    return case.batch_size == 0
 
 
 ONE_EXPERT = {"family": Routes((0,) * 14), "language": Routes((0,) * 14)}
@@ -553,6 +595,51 @@ MUTANTS = {
     "experts run backwards": Mutant(run_experts_backwards, RESULT, of_kind("dropout"), has("dropout", training=True)),
     "experts run twice": Mutant(run_experts_twice, r"buffer '.*': values differ", of_kind("counts"), has("counts")),
     "a random number too many": Mutant(change_results(draw_a_number_more), r"random stream: another number of draws"),
+    "no samples cut off": Mutant(
+        without_samples(cut_no_samples_off),
+        r"levels\[.*\]\.hidden\.requires_grad: is False, should be True",
+        EMPTY,
+        is_empty,
+    ),
+    "no rows cut off": Mutant(
+        without_samples(cut_no_rows_off), r"gradient of 'hidden': is None, should be a tensor", EMPTY, is_empty
+    ),
+    "mask of no samples cut off": Mutant(
+        without_samples(cut_no_mask_off),
+        r"gradient of 'mask': is None, should be a tensor",
+        replace(EMPTY, mask="grad"),
+        is_empty,
+    ),
+    "context of no samples cut off": Mutant(
+        without_samples(cut_no_context_off),
+        r"gradient of 'context.*': is None, should be a tensor",
+        replace(EMPTY, context="shared"),
+        is_empty,
+    ),
+    "no samples of trained experts cut off": Mutant(
+        without_samples(forget_what_is_trained),
+        r"levels\[.*\]\.hidden\.requires_grad: is False, should be True",
+        replace(EMPTY, hidden_grad=False),
+        is_empty,
+    ),
+    "no samples pass detached experts": Mutant(
+        lambda patch: patch.setattr(celmoe.level.Level, "is_detached", False),
+        r"gradient of 'hidden': is a tensor, should be None",
+        replace(ALL_DETACHED, batch_size=0),
+        is_empty,
+    ),
+    "an expert runs on no samples": Mutant(
+        without_samples(run_an_expert_on_no_samples),
+        r"gradient of 'level_modules.*': is a tensor, should be None",
+        EMPTY,
+        is_empty,
+    ),
+    "the oracle cuts no samples off": Mutant(
+        lambda patch: patch.setattr(celmoe.reference, "_no_rows", lambda *args: torch.zeros_like(args[2])),
+        r"levels\[.*\]\.hidden\.requires_grad: is True, should be False",
+        EMPTY,
+        is_empty,
+    ),
     "the oracle instead of the engine": Mutant(let_the_oracle_run, r"engine: 'looped' ran 0 times"),
 }
 

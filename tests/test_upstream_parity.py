@@ -13,6 +13,7 @@ from torch import nn
 
 import celmoe
 from tests import peer
+from tests.features import loads_decompositions
 from tests.peer import FIRST, SECOND, THIRD, VERSIONS, WIDTH, make_hidden, make_model, pass_through, routing, train
 
 pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
@@ -651,7 +652,7 @@ def test_functional_call_and_torch_func_gradients(version):
 
 
 @both
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, inside jvp
+@loads_decompositions
 def test_forward_mode_gradients(version):
     def program(lib):
         model, hidden = make_model(lib), make_hidden().detach()

@@ -163,4 +163,4 @@ def _require_little_padding(terms: Terms, model: celmoe.HierarchicalCELMoE) -> N
 
 def _require_package(name: str) -> None:
     if find_spec(name) is None:
-        raise AbsentError(f"{name} is not installed (to get it: pip install celmoe[peers])")
+        raise AbsentError(f'{name} is not installed (to get it: pip install -e ".[peers]")')

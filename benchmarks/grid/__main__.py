@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+
+from benchmarks.extras import missing_extra
+
+if __name__ == "__main__" and (missing := missing_extra("bench")):
+    sys.exit(missing)
+
+import argparse
 from pathlib import Path
 
 from rich.progress import track

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+from benchmarks.extras import missing_extra
+
+if __name__ == "__main__" and (missing := missing_extra("bench")):
+    sys.exit(missing)
+
 import argparse
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

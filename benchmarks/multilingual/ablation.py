@@ -7,8 +7,14 @@ and are measured on the validation words; the test words have no part in it.
 
 from __future__ import annotations
 
-import argparse
 import sys
+
+from benchmarks.extras import missing_extra
+
+if __name__ == "__main__" and (missing := missing_extra("bench")):
+    sys.exit(missing)
+
+import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

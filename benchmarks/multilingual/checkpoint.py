@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.multilingual.training import Contender, Progress
 from benchmarks.multilingual.words import Vocabulary
+from celmoe.files import replaced, verify_archive
 
 FORMAT = 2
 FILE_NAME = "checkpoint.pt"
@@ -41,7 +42,11 @@ def _vocabulary_state(vocabulary: Vocabulary) -> dict[str, Any]:
 def save_checkpoint(
     folder: Path, identity: RunIdentity, vocabulary: Vocabulary, contenders: Sequence[Contender], progress: Progress
 ) -> Path:
-    """Write the checkpoint in one step; an interrupted write leaves the one before."""
+    """Write the checkpoint in one step; whoever is killed, and whenever, leaves this one or the one before, whole.
+
+    Raises:
+        OSError: It can't be written; the one before is left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         "format": FORMAT,
@@ -63,13 +68,8 @@ def save_checkpoint(
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
     path = folder / FILE_NAME
-    part = path.with_suffix(".part")
-    try:
-        torch.save(state, part)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replaced(path) as file:
+        torch.save(state, file)
     return path
 
 
@@ -77,17 +77,19 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The checkpoint's content, on the CPU.
 
     Raises:
-        CheckpointError: There is none, or it is of another format.
+        CheckpointError: There is none, it is damaged, or of another format.
     """
     path = folder / FILE_NAME
     if not path.exists():
         raise CheckpointError(f"'--resume' must find a checkpoint in the report folder (got none in {str(folder)!r})")
     try:
+        verify_archive(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("format")
     except Exception as error:  # torch.load raises whatever its layers below do
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'--resume' must find a whole checkpoint (got {str(path)!r}: {reason})") from error
-    if (found := state.get("format")) != FORMAT:
+    if found != FORMAT:
         raise CheckpointError(
             f"'--resume' must find a checkpoint of format {FORMAT} (got format {found!r} in {str(path)!r})"
         )

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -111,10 +110,11 @@ class _Spread(_OnRanks):
         try:
             save_checkpoint(self._folder, source.network, source.optimizer)
             load_checkpoint(self._folder, target.network, target.optimizer)
-        except CheckpointException as error:
-            # No exception that anybody expects: what happened on the first rank where something did is one.
-            cause, _ = next(iter(error.failures.values()))
-            raise cause from None
+        except celmoe.CheckpointError as error:
+            if isinstance(error.__cause__, RuntimeError):
+                # Another rank is gone, which `Ranks.watched` puts into words.
+                raise error.__cause__ from None
+            raise
         finally:
             # Loading ends on all ranks at once.
             self._clear()

@@ -36,7 +36,8 @@ class LossWeights:
 
 def mean(loss_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """What a loss is in one process; several ranks have a joined one."""
-    return loss_sum / count.clamp(min=1)
+    # Not in the loss's dtype: float16 has no number above 65,504.
+    return (loss_sum / count.clamp(min=1).float()).to(loss_sum.dtype)
 
 
 class Losses:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+
+from benchmarks.extras import missing_extra
+
+if __name__ == "__main__":
+    if missing := missing_extra("bench"):
+        sys.exit(missing)
+    try:
+        import celmoe.distributed  # noqa: F401  # an older PyTorch runs all but this
+    except ImportError as error:
+        sys.exit(str(error))
+
+import argparse
 from pathlib import Path
 
 import torch

@@ -1,8 +1,8 @@
 """The model: what a training step moves at one rank, for each way of spreading it that `celmoe.distributed` has.
 
 A step is one forward pass, ``joined_mean``, one backward pass, and ``reduce_gradients`` where the layout has it.
-Everything is trained, gradients are of the parameters' dtype, every rank has B samples. Clipping (8 bytes with
-`ExpertSharding.clip_gradients`) and what only the first step does are not in it.
+Everything is trained, gradients are of the parameters' dtype, every rank has B samples. Clipping (none of it talks but
+for `shard_levels`) and what only the first step does are not in it.
 
 Formulas are of payload; `collectives` says what a ring sends for it. Axes: N ranks, G of them in a dimension that
 shares parameters or experts, D in the dimension of copies (N = G·D), E experts of a level, s the share of a level's
@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
+
+import numpy as np
 
 from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
 from benchmarks.scaling.load import Load, Spread
@@ -30,6 +32,8 @@ _INTEGER_BYTES = 8
 _SAID_OF_ROWS = 4
 # What is said where dtypes are agreed on: whether there are rows, their dtype, whether gradients flow.
 _SAID_OF_DTYPES = 3
+# What is said of an expert's gradient: how it is there, and its norm. As much is said before those of all experts.
+_SAID_OF_GRADIENTS = 2
 
 
 class Rows(NamedTuple):
@@ -110,7 +114,8 @@ def expert_parallel(
     bytes a level.
 
     After them what every rank holds is all-reduced over all dimensions in turn, and this rank's present experts over
-    that of copies, each with 1 byte a parameter for which exist.
+    that of copies, each with 1 byte a parameter for which exist. And an all-gather of ``16·(1 + n)`` bytes from each
+    rank tells the norms of experts' gradients, with n the most tensors of experts on one of the G.
 
     Args:
         sizes: The model, whole.
@@ -133,6 +138,12 @@ def expert_parallel(
     num_parameters = sum(len(level.parameters) for level in whole) + len(sizes.others)
     nbytes = bytes_of(sizes.others) + _present_bytes(whole, load)
     moved += _reduce(num_parameters, nbytes, [num_parts, num_copies])
+    tensors = sum(
+        np.bincount(spread.owners[level.name], level.expert_tensors, num_parts)
+        for level in sizes.levels
+        if level.name in spread.owners
+    )
+    moved.append(_said("gradients' norms", _SAID_OF_GRADIENTS * (1 + int(np.max(tensors))), num_parts))
     num_mine, mine_bytes = 0, 0.0
     for level in sizes.levels:
         if level.name in spread.owners:

@@ -6,8 +6,8 @@ from .data_parallel import prepare_ddp
 from .expert_parallel import ExpertSharding, shard_experts
 from .fully_sharded import shard_levels
 from .gradients import joined_mean, reduce_gradients
+from .remote import RemoteExpert
 from .samplers import ExpertBalancedSampler, GlobalBatchSampler
-from .sharded_level import RemoteExpert
 
 __all__ = [
     "ExpertBalancedSampler",

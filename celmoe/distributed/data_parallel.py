@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
     Raises:
         ProcessGroupError: No process group is initialised. When called: a parameter is trained that was not there, or
             frozen, when this was called.
-        ConfigError: An option without which ranks hang or diverge; an expert with a collective of its own.
+        ConfigError: An option without which ranks hang or diverge; an expert with a collective of its own, or with
+            sparse gradients.
         ConfigTypeError: The objective can't be called.
 
     Example::
@@ -98,18 +99,21 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
         if options.get(name, value) != value:
             raise ConfigError(f"{name!r} must be {value}, for {why} (got {options[name]!r})")
     refuse_collectives(model)
+    refuse_sparse(model, "prepare_ddp")
     options = {"forward_sync_buffers": False, **options, **{name: value for name, (value, _) in _FIXED.items()}}
     return DistributedDataParallel(_Objective(model, objective), **options)
 
 
 def require_hierarchy(model: object) -> None:
-    """Refuse what is no `HierarchicalCELMoE`.
+    """Refuse what is no `HierarchicalCELMoE`, and one whose config has changed in structure since it was built.
 
     Raises:
         ConfigTypeError: It is something else.
+        ConfigError: As for `HierarchicalCELMoE.check_config`.
     """
     if not isinstance(model, HierarchicalCELMoE):
         raise ConfigTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
+    model.check_config()
 
 
 def refuse_collectives(model: nn.Module) -> None:
@@ -118,12 +122,33 @@ def refuse_collectives(model: nn.Module) -> None:
     Raises:
         ConfigError: An expert has a `SyncBatchNorm`.
     """
+    for name, module in _inside_experts(model):
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ConfigError(
+                f"'model' must have no SyncBatchNorm in its experts, for it waits for ranks that do not run the "
+                f"expert (got one at 'level_modules.{name}')"
+            )
+
+
+def refuse_sparse(model: nn.Module, call: str) -> None:
+    """Refuse experts with sparse gradients: a rank whose samples do not reach one has none to bring.
+
+    Args:
+        model: The model.
+        call: The call that can't reduce them.
+
+    Raises:
+        ConfigError: An expert has a trained embedding with ``sparse=True``.
+    """
+    for name, module in _inside_experts(model):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"'model' must have no embedding with sparse=True in its experts for '{call}' (got one at "
+                f"'level_modules.{name}': set sparse=False, or call reduce_gradients instead)"
+            )
+
+
+def _inside_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for hierarchy in model.modules():
-        if not isinstance(hierarchy, HierarchicalCELMoE):
-            continue
-        for name, module in hierarchy.level_modules.named_modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                raise ConfigError(
-                    f"'model' must have no SyncBatchNorm in its experts, for it waits for ranks that do not run the "
-                    f"expert (got one at 'level_modules.{name}')"
-                )
+        if isinstance(hierarchy, HierarchicalCELMoE):
+            yield from hierarchy.level_modules.named_modules()

@@ -22,7 +22,8 @@ from .gradients import buckets, reduce_over
 from .groups import groups_of, require_dimension, require_mesh, require_process_group, require_whole_world
 from .meeting import Table
 from .placement import balanced
-from .sharded_level import Passage, RemoteExpert, ShardedLevel
+from .remote import GradientNorms, Place, RemoteExpert, stand_ins
+from .sharded_level import Passage, ShardedLevel
 
 
 class ExpertSharding:
@@ -36,16 +37,24 @@ class ExpertSharding:
     """
 
     def __init__(
-        self, model: HierarchicalCELMoE, mesh: DeviceMesh, dimension: str, owners: Mapping[str, Mapping[str, int]]
+        self,
+        model: HierarchicalCELMoE,
+        mesh: DeviceMesh,
+        dimension: str,
+        owners: Mapping[str, Mapping[str, int]],
+        norms: GradientNorms,
     ) -> None:
         self.model = model
         self.mesh = mesh
         self.dimension = dimension
         self.owners = owners
+        self._norms = norms
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """The parameters that only this rank, and its like along the other dimensions, holds."""
-        return [parameter for level in self.owners for parameter in self.model.level_modules[level].parameters()]
+        elsewhere = set(stand_ins(self.model))
+        levels = [self.model.level_modules[level] for level in self.owners]
+        return [each for level in levels for each in level.parameters() if each not in elsewhere]
 
     def reduce_gradients(self, module: nn.Module | None = None) -> None:
         """Average gradients over ranks, after the last backward pass of a step; see `gradients.reduce_gradients`.
@@ -53,15 +62,29 @@ class ExpertSharding:
         An expert's gradients come from the samples of all ranks of its dimension as it is; they are averaged over the
         other dimensions, all other parameters' over all.
 
+        The stand-ins of a `RemoteExpert` get the norms of the expert's gradients: infinity and NaN for those that are
+        not finite, ``None`` for ``None``. So ``torch.amp.GradScaler``, ``clip_grad_norm_`` with the 2-norm, and checks
+        for infinity and NaN decide alike on all ranks, if they are given all of ``parameters()``. Call this before
+        ``GradScaler.unscale_``. Other norms see the 2-norms of experts elsewhere, and differ from rank to rank.
+
         Args:
             module: The network that the model is part of; the model by default.
+
+        Raises:
+            ProcessGroupError: An expert has got trained parameters since `shard_experts`; every rank raises.
         """
-        experts, others = self._parts(module)
-        reduce_over(others, groups_of(self.mesh), self.mesh.size())
+        experts = self.expert_parameters()
+        not_replicated = {*experts, *stand_ins(self.model)}
+        replicated = [each for each in self._network(module).parameters() if each not in not_replicated]
         reduce_over(experts, groups_of(self.mesh, without=self.dimension), self.mesh.size())
+        self._norms.exchange({level: cast(NamedModules, self.model.level_modules[level]) for level in self.owners})
+        reduce_over(replicated, groups_of(self.mesh), self.mesh.size())
 
     def clip_gradients(self, max_norm: float, module: nn.Module | None = None) -> torch.Tensor:
-        """Clip reduced gradients by the norm of them all, wherever they are; as `torch.nn.utils.clip_grad_norm_`.
+        """Clip reduced gradients by the norm of them all, wherever they are.
+
+        It is ``torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)``, and so is that call: after
+        `reduce_gradients` the stand-ins bring the norms of experts elsewhere.
 
         Args:
             max_norm: The largest norm.
@@ -70,27 +93,10 @@ class ExpertSharding:
         Returns:
             The norm before, the same on all ranks.
         """
-        experts, others = (
-            [parameter.grad for parameter in part if parameter.grad is not None] for part in self._parts(module)
-        )
-        device = next((each.device for each in [*experts, *others]), torch.device(self.mesh.device_type))
-        squares = [nn.utils.get_total_norm(part).to(device).double().square() for part in (experts, others)]
-        if self.mesh.size(self._position) > 1:
-            dist.all_reduce(squares[0], group=self.mesh.get_group(self.dimension))
-        norm = (squares[0] + squares[1]).sqrt()
-        network = self.model if module is None else module
-        nn.utils.clip_grads_with_norm_(network.parameters(), max_norm, norm)
-        return norm
+        return nn.utils.clip_grad_norm_(self._network(module).parameters(), max_norm)
 
-    @property
-    def _position(self) -> int:
-        return cast(tuple[str, ...], self.mesh.mesh_dim_names).index(self.dimension)
-
-    def _parts(self, module: nn.Module | None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        experts = self.expert_parameters()
-        ours = {id(parameter) for parameter in experts}
-        network = self.model if module is None else module
-        return experts, [parameter for parameter in network.parameters() if id(parameter) not in ours]
+    def _network(self, module: nn.Module | None) -> nn.Module:
+        return self.model if module is None else module
 
 
 def shard_experts(
@@ -147,16 +153,21 @@ def shard_experts(
     group = mesh.get_group(position)
     passage = Passage(group, Table(group, {level.name: tuple(level.experts) for level in chosen}), chosen[0].name)
     rank = mesh.get_local_rank(position)
+    places: list[list[Place]] = [[] for _ in range(num_ranks)]
+    placed: set[nn.Parameter] = set()  # experts may share some
     for index, config in enumerate(model.levels):
         if config.name not in owners:
             continue
         modules = cast(NamedModules, model.level_modules[config.name])
         for name, owner in owners[config.name].items():
+            parameters = {each: it for each, it in modules[name].named_parameters() if it not in placed}
+            placed.update(parameters.values())
+            places[owner] += [(config.name, name, each) for each in parameters]
             if owner != rank:
-                modules[name] = RemoteExpert(config.name, name, owner)
+                modules[name] = RemoteExpert(config.name, name, owner, parameters)
         model._levels[index] = ShardedLevel(config, modules, tuple(owners[config.name].values()), passage)
     model.register_forward_hook(passage.leave)
-    return ExpertSharding(model, mesh, dimension, owners)
+    return ExpertSharding(model, mesh, dimension, owners, GradientNorms(group, places))
 
 
 def _chosen(model: HierarchicalCELMoE, levels: Iterable[str] | None) -> list[HierarchyLevelConfig]:
@@ -167,11 +178,10 @@ def _chosen(model: HierarchicalCELMoE, levels: Iterable[str] | None) -> list[Hie
         names = {level.name for level in model.levels if len(level.experts) > 1}
     else:
         names = {levels} if isinstance(levels, str) else set(levels)
-    for name in sorted(names):
-        if name not in by_name:
-            raise UnknownLevelError(
-                f"'levels' must be levels of the model (got {name!r}; {nearest(str(name), by_name)})"
-            )
+    if unknown := sorted(names - by_name.keys()):
+        raise UnknownLevelError(
+            f"'levels' must be levels of the model (got {listed(unknown)}; {nearest(unknown, by_name)})"
+        )
     chosen = [level for level in model.levels if level.name in names]
     if not chosen:
         raise ConfigError("'levels' must hold at least one level (got none; no level has several experts)")
@@ -183,19 +193,20 @@ def _costs(
 ) -> list[float]:
     modules = cast(NamedModules, model.level_modules[level.name])
     if loads is None or level.name not in loads:
-        for name in loads or ():
-            if name not in model.level_modules:
-                known = nearest(name, model.level_modules)
-                raise UnknownLevelError(f"'loads' must have levels of the model for keys (got {name!r}; {known})")
+        if unknown := [name for name in loads or () if name not in model.level_modules]:
+            raise UnknownLevelError(
+                f"'loads' must have levels of the model for keys (got {listed(unknown)}; "
+                f"{nearest(unknown, model.level_modules)})"
+            )
         return [float(parameter_bytes([modules[name]])) for name in level.experts]
     given = loads[level.name]
+    if unknown := [name for name in given if name not in level.experts]:
+        raise UnknownExpertError(
+            f'"loads[{level.name!r}]" must have experts of the level for keys (got {listed(unknown)}; '
+            f"{nearest(unknown, level.experts)})"
+        )
     for name, load in given.items():
         where = f"loads[{level.name!r}][{name!r}]"
-        if name not in level.experts:
-            raise UnknownExpertError(
-                f'"loads[{level.name!r}]" must have experts of the level for keys (got {name!r}; '
-                f"{nearest(name, level.experts)})"
-            )
         require_finite(where, load)
         if load < 0:
             raise ConfigError(f"{where!r} must be at least 0 (got {load!r})")

@@ -8,6 +8,7 @@ beside the hidden states, and comes out of one node with everything that the lev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,23 +16,25 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from celmoe.config import HierarchyLevelConfig
 from celmoe.dispatch import Blocks
-from celmoe.errors import ConfigError
+from celmoe.errors import ConfigError, ConfigTypeError
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules
 from celmoe.outputs import LevelOutput
 from celmoe.plan import LevelPlan, RoutingPlan
 
-from .data_parallel import refuse_collectives, require_hierarchy
+from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
 # Given the token: the tensors that a level gives.
 _Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+
+_NO_CASTS = MixedPrecisionPolicy()
 
 
 class GatheredExperts(NamedModules):
@@ -149,6 +152,26 @@ class _Thread:
         self._token = None if position == self._last else token
 
 
+class _InputCast:
+    """The cast of rows on entry into a module, by ``fully_shard``'s rule: it can't cast what it does not see.
+
+    Args:
+        policy: Of the module.
+    """
+
+    def __init__(self, policy: MixedPrecisionPolicy) -> None:
+        self._dtype = policy.param_dtype if policy.cast_forward_inputs else None
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows in the parameters' dtype; themselves where they have it, or are not floating-point."""
+        return rows if self._dtype is None or not rows.is_floating_point() else rows.to(self._dtype)
+
+    def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A forward pre-hook of a fusion: casts the levels' rows."""
+        level_hiddens, *rest = args
+        return [self(rows) for rows in level_hiddens], *rest
+
+
 class FullyShardedLevel(Level):
     """One level of a model, its parameters in parts on all ranks.
 
@@ -158,16 +181,24 @@ class FullyShardedLevel(Level):
         modules: Its experts, wrapped.
         usage: Of the model.
         thread: Of the model.
+        input_cast: Of the model.
     """
 
     def __init__(
-        self, config: HierarchyLevelConfig, position: int, modules: GatheredExperts, usage: Usage, thread: _Thread
+        self,
+        config: HierarchyLevelConfig,
+        position: int,
+        modules: GatheredExperts,
+        usage: Usage,
+        thread: _Thread,
+        input_cast: _InputCast,
     ) -> None:
         super().__init__(config)
         self._position = position
         self._modules = modules
         self._usage = usage
         self._thread = thread
+        self._input_cast = input_cast
 
     def run(
         self,
@@ -180,8 +211,10 @@ class FullyShardedLevel(Level):
         """As `Level.run`, with the level's parameters gathered for as long as it takes."""
         records = torch.is_grad_enabled()
         token = self._thread.take(self._position, given.hidden.device)
-        hidden = given.hidden
-        if not any(expert.input_gradient_scale for expert in self.config.experts.values()):
+        hidden = self._input_cast(given.hidden)
+        if hidden is not given.hidden:
+            given = given._replace(blocks=None)  # they are the rows before the cast
+        if self.is_detached:
             hidden = hidden.detach()
         self._usage.enter(self._position)
         found: list[Any] = []
@@ -207,7 +240,9 @@ class FullyShardedLevel(Level):
         return output, blocks
 
 
-def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) -> HierarchicalCELMoE:
+def shard_levels(
+    model: HierarchicalCELMoE, mesh: DeviceMesh, *, mp_policy: MixedPrecisionPolicy = _NO_CASTS, **options: Any
+) -> HierarchicalCELMoE:
     """Spread every parameter of a model over ranks by ``fully_shard``, level by level, in place.
 
     The model is called as before, by every rank with its own samples; gradients are averaged in the backward pass, and
@@ -219,6 +254,8 @@ def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) ->
         model: Built alike on every rank.
         mesh: As for ``fully_shard``. With more ranks in its last dimension than a parameter has rows, the rest of them
             hold and send padding: give it a first dimension, of copies.
+        mp_policy: As for ``fully_shard``, of the levels and the fusion one after another. Inputs are cast on entry into
+            each; ``output_dtype`` is that of all floating-point tensors in the model's output, not between levels.
         **options: For ``fully_shard``.
 
     Returns:
@@ -228,26 +265,32 @@ def shard_levels(model: HierarchicalCELMoE, mesh: DeviceMesh, **options: Any) ->
         ProcessGroupError: No process group is initialised.
         MeshError: The mesh leaves processes out.
         ConfigError, ConfigTypeError: The model is none, is sharded already, or has an expert with a collective of its
-            own.
+            own, or with sparse gradients; or the policy is none.
     """
     require_process_group("shard_levels")
     require_mesh(mesh)
     require_hierarchy(model)
     require_whole_world(mesh)
     refuse_collectives(model)
+    refuse_sparse(model, "shard_levels")
     if any(type(level) is not Level for level in model._levels) or isinstance(model, FSDPModule):
         raise ConfigError("'model' must not be sharded yet (got one that is)")
+    if not isinstance(mp_policy, MixedPrecisionPolicy):
+        raise ConfigTypeError(f"'mp_policy' must be a MixedPrecisionPolicy (got {mp_policy!r})")
     registries = []
     for level in model.levels:
         experts = GatheredExperts(dict(cast(NamedModules, model.level_modules[level.name]).items()))
         model.level_modules[level.name] = experts
-        wrapped = fully_shard(experts, mesh=mesh, **options)
+        wrapped = fully_shard(experts, mesh=mesh, mp_policy=replace(mp_policy, output_dtype=None), **options)
         wrapped.set_reduce_scatter_unused_params(True, recurse=False)
         registries.append(experts)
-    fully_shard(model, mesh=mesh, **options)
+    input_cast = _InputCast(mp_policy)
+    if isinstance(model.fusion, nn.Module) and not isinstance(model.fusion, FSDPModule):
+        model.fusion.register_forward_pre_hook(input_cast.before)
+    fully_shard(model, mesh=mesh, mp_policy=mp_policy, **options)
     usage, thread = Usage(mesh, registries), _Thread(len(registries))
     model._levels = [
-        FullyShardedLevel(level, position, registry, usage, thread)
+        FullyShardedLevel(level, position, registry, usage, thread, input_cast)
         for position, (level, registry) in enumerate(zip(model.levels, registries, strict=True))
     ]
     return model

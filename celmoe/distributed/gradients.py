@@ -6,6 +6,7 @@ Everywhere ranks' gradients are *averaged*, as `DistributedDataParallel` and ``f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,15 +29,16 @@ def joined_mean(loss_sum: torch.Tensor, count: int, *, group: dist.ProcessGroup 
     """This rank's part in the mean of a loss over all ranks' samples.
 
     The mean of what the ranks get is the joined batch's mean loss, and so is that of the gradients. Ranks with fewer
-    samples weigh less; one with none has the loss zero, never 0/0. Every rank of the group must call it.
+    samples weigh less; one with none has the loss zero, never 0/0. Every rank of the group must call it. The division
+    runs in float32 at least, so any count is right in float16 and bfloat16; the result has the sum's dtype.
 
     Args:
-        loss_sum: The sum of the loss over this rank's samples, a scalar.
-        count: What it was summed over: samples, or tokens.
+        loss_sum: The sum of the loss over this rank's samples, a scalar. A float16 sum overflows above 65,504.
+        count: What it was summed over: samples, or tokens. An integer.
         group: The ranks; all by default.
 
     Raises:
-        InputError, InputTypeError: The sum is no scalar tensor, or the count is negative.
+        InputError, InputTypeError: The sum is no scalar tensor; the count is negative, or no integer.
         ProcessGroupError: No process group is initialised.
     """
     require_process_group("joined_mean")
@@ -44,12 +46,19 @@ def joined_mean(loss_sum: torch.Tensor, count: int, *, group: dist.ProcessGroup 
         raise InputTypeError(f"'loss_sum' must be a tensor (got {type(loss_sum).__name__})")
     if loss_sum.numel() != 1:
         raise InputError(f"'loss_sum' must be a scalar (got shape {tuple(loss_sum.shape)})")
+    try:
+        count = index(count)
+    except TypeError:
+        raise InputTypeError(f"'count' must be an integer (got {count!r})") from None
     if count < 0:
         raise InputError(f"'count' must be at least 0 (got {count})")
-    total = torch.tensor([count], dtype=torch.int64, device=loss_sum.device)
+    total = torch.tensor(count, dtype=torch.int64, device=loss_sum.device)
     dist.all_reduce(total, group=group)
+    dtype = torch.result_type(loss_sum, 1.0)
+    wide = torch.promote_types(dtype, torch.float32)
     # A tensor: reading it would wait for the device.
-    return loss_sum * (dist.get_world_size(group) / total.clamp_min(1).to(loss_sum.dtype).reshape(()))
+    factor = dist.get_world_size(group) / total.clamp_min(1).double()
+    return (loss_sum.to(wide) * factor.to(wide)).to(dtype)
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
@@ -58,6 +67,9 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
     Which collectives run depends on the parameters alone: first who has which gradients, then those that anyone has.
     A parameter that no rank has a gradient of keeps ``None``; a rank that made no backward pass takes part like any
     other. So nothing is sent for experts that are absent everywhere, where `prepare_ddp` sends zeros.
+
+    Sparse gradients (``nn.Embedding(sparse=True)``) stay sparse: ranks send their entries alone. A parameter whose
+    gradient is dense on any rank gets a dense one on all.
 
     Args:
         parameters: The same ones on every rank, in the same order.
@@ -72,6 +84,11 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
     reduce_over(list(parameters), groups_of(mesh), mesh.size())
 
 
+# Kinds of gradients; the largest of the ranks' kinds is what their gradients join to. A sparse gradient's kind is the
+# number of its sparse axes.
+_NONE, _DENSE = 0, 255
+
+
 def reduce_over(parameters: Sequence[nn.Parameter], groups: Sequence[dist.ProcessGroup], divisor: int) -> None:
     """Sum gradients over groups, one after another, and divide.
 
@@ -83,20 +100,26 @@ def reduce_over(parameters: Sequence[nn.Parameter], groups: Sequence[dist.Proces
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         return
+    kinds = _joined_kinds(trained, groups)
+    with torch.no_grad():
+        for bucket in buckets([each for each, kind in zip(trained, kinds, strict=True) if kind == _DENSE]):
+            _reduce_bucket(bucket, groups, divisor)
+        for parameter, kind in zip(trained, kinds, strict=True):
+            if _NONE < kind < _DENSE:
+                _reduce_sparse(parameter, kind, groups, divisor)
+
+
+def _joined_kinds(parameters: Sequence[nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> list[int]:
+    grads = [parameter.grad for parameter in parameters]
+    kinds = torch.tensor(
+        [_NONE if grad is None else grad.sparse_dim() if grad.is_sparse else _DENSE for grad in grads],
+        dtype=torch.uint8,
+    )
     if groups:
-        trained = _with_gradient_somewhere(trained, groups)
-    for bucket in buckets([parameter for parameter in trained if groups or parameter.grad is not None]):
-        _reduce_bucket(bucket, groups, divisor)
-
-
-def _with_gradient_somewhere(
-    parameters: Sequence[nn.Parameter], groups: Sequence[dist.ProcessGroup]
-) -> list[nn.Parameter]:
-    has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    has = has.to(parameters[0].device)
-    for group in groups:
-        dist.all_reduce(has, dist.ReduceOp.MAX, group)
-    return [parameter for parameter, any_has in zip(parameters, has.tolist(), strict=True) if any_has]
+        kinds = kinds.to(parameters[0].device)
+        for group in groups:
+            dist.all_reduce(kinds, dist.ReduceOp.MAX, group)
+    return cast(list[int], kinds.tolist())
 
 
 def buckets(tensors: Iterable[_Tensor]) -> list[list[_Tensor]]:
@@ -115,21 +138,53 @@ def buckets(tensors: Iterable[_Tensor]) -> list[list[_Tensor]]:
 
 
 def _reduce_bucket(bucket: Sequence[nn.Parameter], groups: Sequence[dist.ProcessGroup], divisor: int) -> None:
-    with torch.no_grad():
-        flat = torch.cat(
-            [
-                parameter.new_zeros(parameter.numel()) if parameter.grad is None else parameter.grad.reshape(-1)
-                for parameter in bucket
-            ]
+    flat = torch.cat(
+        [
+            parameter.new_zeros(parameter.numel())
+            if parameter.grad is None
+            else parameter.grad.to_dense().reshape(-1)  # sparse here, dense on another rank
+            for parameter in bucket
+        ]
+    )
+    # Before the sum: in float16 the sum of two gradients overflows where their mean does not.
+    flat /= divisor
+    for group in groups:
+        dist.all_reduce(flat, group=group)
+    for parameter, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+        if parameter.grad is None or parameter.grad.is_sparse:
+            parameter.grad = part.view_as(parameter).clone()
+        else:
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+def _reduce_sparse(parameter: nn.Parameter, sparse_dim: int, groups: Sequence[dist.ProcessGroup], divisor: int) -> None:
+    """Send entries alone; all ranks add them up in the order of the ranks."""
+    if (grad := parameter.grad) is None:
+        indices = torch.empty((0, sparse_dim), dtype=torch.int64, device=parameter.device)
+        values = parameter.new_empty(0, *parameter.shape[sparse_dim:])
+    else:
+        if grad.sparse_dim() != sparse_dim:
+            grad = grad.to_dense().to_sparse(sparse_dim)
+        grad = grad.coalesce()
+        indices, values = grad.indices().t(), grad.values() / divisor
+    for group in groups:
+        count = torch.tensor([len(values)], device=values.device)
+        counts = all_gathered(count, group)
+        longest = int(counts.max())
+        is_entry = torch.arange(longest, device=values.device) < counts
+        indices, values = (
+            all_gathered(torch.cat([each, each.new_zeros(longest - len(each), *each.shape[1:])]), group)[is_entry]
+            for each in (indices, values)
         )
-        for group in groups:
-            dist.all_reduce(flat, group=group)
-        flat /= divisor
-        for parameter, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-            if parameter.grad is None:
-                parameter.grad = part.view_as(parameter).clone()
-            else:
-                parameter.grad.copy_(part.view_as(parameter))
+    parameter.grad = torch.sparse_coo_tensor(indices.t(), values, parameter.shape, check_invariants=False).coalesce()
+
+
+def all_gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[G, ...]``, every rank's; the tensors have one shape."""
+    num_ranks = dist.get_world_size(group)
+    gathered = tensor.new_empty(num_ranks * tensor.numel())
+    dist.all_gather_single(gathered, tensor.reshape(-1), group)
+    return gathered.view(num_ranks, *tensor.shape)
 
 
 class _Tie(Function):

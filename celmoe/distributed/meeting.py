@@ -37,6 +37,7 @@ class Rows(NamedTuple):
         hidden: The hidden states' trailing shape.
         mask: The mask's trailing shape, dtype, and whether gradients flow; or ``None``.
         context: The same of each of the context's batch-aligned tensors.
+        irregular: Where the context holds a batch-aligned value that is no dense tensor and can't travel.
         records: Whether a backward pass is to come.
         autocast: The dtype that autocast is on for, or ``None``.
     """
@@ -44,6 +45,7 @@ class Rows(NamedTuple):
     hidden: tuple[int, ...]
     mask: _Look | None
     context: tuple[_Look, ...]
+    irregular: str | None
     records: bool
     autocast: torch.dtype | None
 
@@ -132,6 +134,13 @@ class Table:
         self._kinds.update(heard)
 
     def _agreed(self, kinds: npt.NDArray[np.int64], has_some: npt.NDArray[np.bool_], own: Rows) -> Rows:
+        irregular = {rank: at for rank, kind in enumerate(kinds.tolist()) if (at := self._kinds[kind].irregular)}
+        if irregular:
+            rank, at = next(iter(irregular.items()))
+            raise InputError(
+                f"{at} must be a dense tensor where experts are spread over ranks (got another batch-aligned value on "
+                f"ranks {list(irregular)}; make a tensor of it, or keep it whole by celmoe.Shared)"
+            )
         ranks_by_rows: dict[Rows, list[int]] = {}
         for rank in np.flatnonzero(has_some).tolist():
             ranks_by_rows.setdefault(self._kinds[int(kinds[rank])], []).append(rank)
@@ -171,7 +180,8 @@ def _look(given: LevelInput) -> Rows:
     return Rows(
         tuple(given.hidden.shape[1:]),
         None if mask is None else _look_of(mask),
-        tuple(map(_look_of, given.context.aligned)),
+        () if given.context.irregular else tuple(map(_look_of, given.context.aligned)),
+        given.context.irregular,
         torch.is_grad_enabled(),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )

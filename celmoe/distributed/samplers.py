@@ -18,7 +18,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     An epoch's order follows from seed and epoch alone. A global batch is a run of it, a rank's share a run of that: the
     shares of all ranks, one after another, are the batch that one process would take. Every rank gets equally many
-    shares; those of the last batch may be smaller, or empty, for no sample is dropped and none is taken twice.
+    shares; those of the last batch may be smaller, or empty, for no sample is dropped and none is taken twice. So the
+    loader's ``collate_fn`` must make a batch of no samples, too, which PyTorch's default one refuses.
 
     Args:
         num_samples: Samples in the data.
@@ -36,7 +37,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         sampler = GlobalBatchSampler(len(data), 1024, seed=7)
         for epoch in range(3):
             sampler.set_epoch(epoch)
-            for batch in DataLoader(data, batch_sampler=sampler):
+            for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate):
                 ...
     """
 

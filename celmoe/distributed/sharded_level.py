@@ -16,8 +16,6 @@ from torch import nn
 
 from celmoe.config import HierarchyLevelConfig
 from celmoe.dispatch import Blocks, combine, dispatch
-from celmoe.errors import ProcessGroupError
-from celmoe.experts import ExpertBatch, ExpertModule, ExpertResult
 from celmoe.explain import LevelExplanation
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules, modules_named
@@ -27,35 +25,6 @@ from celmoe.plan import LevelPlan, RoutingPlan
 from .gradients import tied
 from .meeting import Meeting, Table, coded, decoded
 from .transport import Way, from_experts, to_experts
-
-
-class RemoteExpert(ExpertModule):
-    """Stands, without parameters, for an expert that another rank holds.
-
-    Attributes:
-        level: The level's name.
-        expert: The expert's.
-        rank: Which rank of the mesh's dimension holds it.
-    """
-
-    def __init__(self, level: str, expert: str, rank: int) -> None:
-        super().__init__()
-        self.level, self.expert, self.rank = level, expert, rank
-
-    def forward(self, batch: ExpertBatch) -> ExpertResult:
-        """Never runs.
-
-        Raises:
-            ProcessGroupError: Always.
-        """
-        raise ProcessGroupError(
-            f"expert {self.expert!r} of level {self.level!r} must be called on rank {self.rank} of its mesh's "
-            f"dimension, which holds it (got a call with {len(batch.hidden)} samples elsewhere)"
-        )
-
-    def extra_repr(self) -> str:
-        """Where the expert is."""
-        return f"rank={self.rank}"
 
 
 class Passage:
@@ -145,11 +114,11 @@ class ShardedLevel(Level):
         present = counts.sum(0) > 0
         if not present.any():
             # Of no samples anywhere in the group; ranks of other groups may have some, and all make a backward pass.
-            output, _ = super().run((), engine, given, plan, host_plan)
+            output, _ = super().run([*self._modules.values()], engine, given, plan, host_plan)
             output.hidden = tied(output.hidden, token)
             return output, None
         dtype, is_differentiated = self._agreed_input(meeting, given)
-        scales = [self.config.experts[name].input_gradient_scale for name in self._names]
+        scales = self.scales(self._names)
         if not any(scale for scale, is_there in zip(scales, present, strict=True) if is_there):
             is_differentiated = False
 
@@ -190,7 +159,7 @@ class ShardedLevel(Level):
 
     def _agreed_input(self, meeting: Meeting, given: LevelInput) -> tuple[torch.dtype, bool]:
         """The dtype in which rows travel, and whether gradients come back."""
-        if meeting.counts.keys() and next(iter(meeting.counts)) == self.config.name:
+        if meeting.counts.keys() and next(iter(meeting.counts)) == self.name:
             return meeting.dtype, meeting.is_differentiated
         # What the levels in between gave is known to each rank only of itself.
         heard = self._heard([int(given.hidden.shape[0] > 0), *coded(given.hidden)], given.hidden.device)
@@ -209,17 +178,18 @@ class ShardedLevel(Level):
         self, given: LevelInput, outward: LevelPlan, meeting: Meeting, dtype: torch.dtype, is_differentiated: bool
     ) -> list[torch.Tensor]:
         """Hidden states, mask and the context's batch-aligned tensors, in the order of the ranks that they go to."""
+        hidden = given.hidden if is_differentiated else given.hidden.detach()
+        tensors = [hidden, *([] if given.mask is None else [given.mask]), *given.context.aligned]
+        if given.hidden.shape[0]:
+            tensors[0] = hidden.to(dtype)
+            return [dispatch(tensor, outward)[0] for tensor in tensors]
+        # Rows look as on other ranks, whatever this rank's look like; the tie gives what they come from its gradient.
         looks = meeting.rows
-        if not given.hidden.shape[0]:
-            # Of no samples, whatever this rank's look like.
-            device = given.hidden.device
-            wanted = [(looks.hidden, dtype), *(each[:2] for each in (looks.mask, *looks.context) if each is not None)]
-            return [torch.empty((0, *shape), dtype=each, device=device) for shape, each in wanted]
-        hidden = given.hidden.to(dtype)
-        tensors = [hidden if is_differentiated else hidden.detach()]
-        tensors += [] if given.mask is None else [given.mask]
-        tensors += given.context.aligned
-        return [dispatch(tensor, outward)[0] for tensor in tensors]
+        wanted = [(looks.hidden, dtype), *(each[:2] for each in (looks.mask, *looks.context) if each is not None)]
+        return [
+            tied(torch.empty((0, *shape), dtype=each, device=hidden.device), tensor)
+            for (shape, each), tensor in zip(wanted, tensors, strict=True)
+        ]
 
     def _by_owner(self, plan: LevelPlan) -> LevelPlan:
         """This rank's plan as one group of rows: by the rank that they go to, then by expert, then as in the batch."""
@@ -260,7 +230,7 @@ class ShardedLevel(Level):
         tensor = torch.from_numpy(packed).to(device, non_blocking=True)
         parts = tensor.split([size, size, size, num_present])
         return LevelPlan(
-            self.config.name,
+            self.name,
             tuple(self._names[self._here[place]] for place in is_there.tolist()),
             tuple(counts[is_there].tolist()),
             bool((order == np.arange(size)).all()),

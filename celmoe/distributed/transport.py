@@ -44,17 +44,31 @@ def exchange(tensors: Sequence[torch.Tensor], way: Way) -> list[torch.Tensor]:
         way: R is the sum of what it sends.
     """
     rows = sum(way.sent)
-    sizes = [tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors]
-    packed = [
-        tensor.detach().reshape(rows, tensor.shape[1:].numel()).contiguous().view(torch.uint8) for tensor in tensors
-    ]
+    packed = [_as_bytes(tensor.detach().reshape(rows, tensor.shape[1:].numel())) for tensor in tensors]
     given = packed[0] if len(packed) == 1 else torch.cat(packed, 1)
-    taken = given.new_empty((sum(way.received), sum(sizes)))
+    taken = given.new_empty((sum(way.received), given.shape[1]))
     dist.all_to_all_single(taken, given, list(way.received), list(way.sent), way.group)
-    return [
-        part.contiguous().view(tensor.dtype).reshape(len(part), *tensor.shape[1:])
-        for part, tensor in zip(taken.split(sizes, 1), tensors, strict=True)
-    ]
+    parts = taken.split([each.shape[1] for each in packed], 1)
+    return [_as_rows(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    """``[R, bytes of a row]``. PyTorch calls any strides contiguous where there is one element or none."""
+    rows = rows.contiguous()
+    return (rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
+
+
+def _as_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``[R, ...]`` of the dtype and trailing shape of another tensor, from the bytes of each row.
+
+    A view as a wider dtype asks for strides and an offset that it divides, of one row and of none, too.
+    """
+    shape = (len(part), *like.shape[1:])
+    if not part.numel():
+        return part.new_empty(shape, dtype=like.dtype)
+    if part.stride(0) != part.shape[1]:
+        part = part.clone(memory_format=torch.contiguous_format)
+    return part.view(like.dtype).reshape(shape)
 
 
 class _ToExperts(Function):

@@ -226,7 +226,7 @@ def test_an_absent_peer_is_a_line(monkeypatch):
         assert absent["celmoe-vp 3.0.0"].startswith("celmoe-vp==3.0.0 could not be installed: no index (to get it: ")
         if stage == INFERENCE:
             package = PEFT if expert == LOW_RANK else TRANSFORMERS
-            assert absent[package] == f"{package} is not installed (to get it: pip install celmoe[peers])"
+            assert absent[package] == f'{package} is not installed (to get it: pip install -e ".[peers]")'
         for name, why in absent.items():
             assert any(line.endswith(f"without {name}: {why}") for line in lines)
 

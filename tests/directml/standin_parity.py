@@ -22,6 +22,7 @@ from tests.parity import Evidence, assert_parity
 from tests.strategies import (
     CONTEXTS,
     FUSIONS,
+    IRREGULAR,
     LAYOUTS,
     MASKS,
     OBJECTIVES,
@@ -157,7 +158,7 @@ def device_cases(draw: st.DrawFn) -> Case:
         trailing=trailing,
         width=draw(st.sampled_from(WIDTHS)),
         planned=draw(st.booleans()),
-        context=draw(st.sampled_from(CONTEXTS)),
+        context=draw(st.sampled_from([each for each in CONTEXTS if each not in IRREGULAR])),
         mask=draw(st.sampled_from(MASKS)),
         layout=draw(st.sampled_from(LAYOUTS)),
         fusion=draw(st.sampled_from(FUSIONS)),

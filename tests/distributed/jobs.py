@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import celmoe
+from celmoe.distributed.remote import stand_ins
 
 WIDTH = 6
 FAMILIES = ("slavic", "romance", "germanic")
@@ -141,7 +142,7 @@ class Batch:
     def inputs(self, job: Job) -> dict[str, Any]:
         given: dict[str, Any] = {"hidden": self.hidden, "routing": {"language": self.languages}}
         if job.has_context:
-            given |= {"context": {"shift": self.shift, "names": ["shared"]}, "mask": self.mask}
+            given |= {"context": {"shift": self.shift, "names": celmoe.Shared(["shared"])}, "mask": self.mask}
         return given
 
     def leaves(self, job: Job) -> list[torch.Tensor]:
@@ -189,9 +190,12 @@ def extra_losses(output: celmoe.CELMoEOutput) -> torch.Tensor | float:
 
 
 def seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """Parameters, gradients and optimizer state after a step, by name."""
+    """Parameters, gradients and optimizer state after a step, by name, but for those that stand for others."""
     found = {}
+    elsewhere = set(stand_ins(model))
     for name, parameter in model.named_parameters():
+        if parameter in elsewhere:
+            continue
         state = {key: torch.as_tensor(value).clone() for key, value in optimizer.state.get(parameter, {}).items()}
         gradient = None if parameter.grad is None else parameter.grad.clone()
         found[name] = {"gradient": gradient, "value": parameter.detach().clone(), "state": state}
@@ -293,8 +297,7 @@ def assert_as_alone(job: Job, histories: list[list[Any]], tolerance: float = TOL
                 mine = histories[rank][step][1][micro]
                 # Each rank's own loss weighs the number of ranks times as much as its part in the joined mean.
                 scaled = [None if leaf is None else leaf / len(histories) for leaf in mine]
-                theirs = [_unless_empty(leaf, one) for leaf, one in zip(leaves, scaled, strict=True)]
-                assert_close(f"step {step}, gradient of rank {rank}'s inputs", scaled, theirs, tolerance)
+                assert_close(f"step {step}, gradient of rank {rank}'s inputs", scaled, leaves, tolerance)
                 evidence["inputs"] += len(leaves)
     return evidence
 
@@ -310,8 +313,3 @@ def own_rounding(job: Job) -> float:
                     distance = (rounded[name][what] - theirs[what]).abs().max() / theirs[what].abs().max()
                     worst = max(worst, distance.item())
     return worst
-
-
-def _unless_empty(theirs: torch.Tensor | None, mine: torch.Tensor | None) -> torch.Tensor | None:
-    """Of no samples, no gradient and an empty one are the same."""
-    return mine if not any(each is not None and each.numel() for each in (mine, theirs)) else theirs

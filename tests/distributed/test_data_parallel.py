@@ -110,7 +110,8 @@ def train_by_reduction(job):
                 loss = joined_mean(jobs.loss_sum(job, model(**batch.inputs(job)), batch), len(batch.languages))
             if batch.languages and loss.requires_grad:
                 loss.backward()
-            leaves.append([leaf.grad for leaf in batch.leaves(job)])
+            # Without a backward pass there is no gradient, of no rows.
+            leaves.append([leaf.grad if batch.languages else torch.zeros_like(leaf) for leaf in batch.leaves(job)])
         reduce_gradients(model.parameters(), mesh)
         if job.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), job.max_norm)

@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -158,7 +159,7 @@ def look_without_gradients():
         remote(celmoe.ExpertBatch(batch.hidden))
     hiddens = {name: level.hidden for name, level in output.levels.items()} | {"fused": output.fused_hidden}
     routes = {name: level.routes for name, level in output.levels.items()}
-    names = [name for name, _ in model.named_parameters()]
+    names = list(model.state_dict())
     text = str(model.explain())
     return hiddens, routes, dict(output.losses), output.loss_weights, names, sharding.owners, str(error.value), text
 
@@ -237,9 +238,17 @@ def refusals():
     trying(model, **given | {"mask": batch.mask.detach() if rank else batch.mask})
     with torch.set_grad_enabled(bool(rank)):
         trying(model, **given)
+    # Rows of one rank are no tensors, which can't travel: a list, then an array on the rank that has samples.
+    texts = {"shift": batch.shift, "texts": ["x"] * len(batch.hidden)}
+    trying(model, **given | {"context": texts if rank else {"shift": batch.shift}})
+    array = np.zeros(0 if rank else len(batch.hidden))
     if rank:
-        none = batch.hidden[:0]
-        given = {"hidden": none, "routing": {"language": []}}
+        empty = {"hidden": batch.hidden[:0], "routing": {"language": []}, "mask": batch.mask[:0]}
+        trying(model, **empty | {"context": {"shift": batch.shift[:0], "array": array}})
+    else:
+        trying(model, **given | {"context": {"shift": batch.shift, "array": array}})
+    if rank:
+        given = {"hidden": batch.hidden[:0], "routing": {"language": []}}
     trying(model, **given)
     # And after all that they still understand each other.
     output = model(**jobs.make_batches(job, 0, 0)[rank].inputs(job))
@@ -280,6 +289,11 @@ def test_what_would_hang_is_refused_by_every_rank(two):
             "'rows of mask' must be alike on all ranks that share experts (got ((), torch.float64, True) on",
         ),
         ("InputError", "'gradients recorded' must be alike on all ranks that share experts (got False on [0], True on"),
+        (
+            "InputError",
+            "'context['texts']' must be a dense tensor where experts are spread over ranks (got another batch-aligned",
+        ),
+        ("InputError", "'context['array']' must be a dense tensor where experts are spread over ranks (got another"),
         ("InputError", "'context' and 'mask' must be of one structure on all ranks that share experts, also where"),
     ]
     assert [kind for kind, _ in first] == [kind for kind, _ in wanted]

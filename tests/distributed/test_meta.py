@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from celmoe.distributed import fully_sharded, gradients, transport
+from celmoe.distributed import fully_sharded, gradients, remote, transport
 from tests.distributed import test_data_parallel, test_expert_parallel, test_fully_sharded
 from tests.distributed.jobs import DifferenceError, Job, assert_as_alone, assert_ranks_agree
 from tests.distributed.pool import RankError, RankTimeoutError
 from tests.distributed.test_data_parallel import DISJOINT, STEPS
 
 PLAIN = Job([DISJOINT, STEPS[2]])
+CLIPPED = Job([DISJOINT, STEPS[2]], optimizer="SGD", max_norm=0.05)
 FIRST_TIME = Job([STEPS[0], STEPS[4]])
 
 
@@ -43,7 +44,7 @@ def _forgotten(parameters, groups, divisor):
 
 
 def _zeros_for_none(parameters, groups):
-    return [parameter for parameter in parameters if parameter.requires_grad]
+    return [gradients._DENSE] * len(parameters)
 
 
 def _own_mean(loss_sum, count, *, group=None):
@@ -75,7 +76,7 @@ MUTANTS = {
     "not reduced": (gradients, "reduce_over", _forgotten, REDUCED, PLAIN, "rank 1, step 0"),
     "zeros for None": (
         gradients,
-        "_with_gradient_somewhere",
+        "_joined_kinds",
         _zeros_for_none,
         REDUCED,
         PLAIN,
@@ -86,6 +87,7 @@ MUTANTS = {
     ),
     "each rank's own mean": (test_data_parallel, "joined_mean", _own_mean, DDP, PLAIN, "differs"),
     "each rank's own mean, levels": (test_fully_sharded, "joined_mean", _own_mean, LEVELS, PLAIN, "differs"),
+    "norms not told": (remote.GradientNorms, "exchange", lambda self, levels: None, EXPERTS, CLIPPED, "rank 1, step 0"),
     "experts' gradients not divided": (
         *("celmoe.distributed.expert_parallel", "reduce_over", _undivided, EXPERTS, PLAIN, "gradient: differs"),
     ),

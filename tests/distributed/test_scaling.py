@@ -83,6 +83,7 @@ def test_experts_by_hand():
         all_gather("dtypes", 8 * 3 * 2, 2),
         *[all_reduce("existing gradients", 2, 2)] * 2,
         *[all_reduce("gradients", 20, 2)] * 2,
+        all_gather("gradients' norms", 16 * 3 * 2, 2),
         all_reduce("existing gradients", 2, 2),
         all_reduce("gradients", 16, 2),
     ]

@@ -97,6 +97,7 @@ MUTANTS = {
     "flags of four bytes": ("_FLAG_BYTES", 4, "reduced, MLPs", "all-reduce"),
     "no masks": ("rows_of", _without_masks, "experts, masks", "all-to-all"),
     "nothing said of rows": ("_SAID_OF_ROWS", 0, "experts", "all-gather"),
+    "nothing said of gradients": ("_SAID_OF_GRADIENTS", 0, "experts", "all-gather"),
 }
 
 

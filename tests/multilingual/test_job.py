@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -225,20 +227,40 @@ def test_a_second_interrupt_tells_the_truth_about_the_checkpoint(
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["step"] == kept
 
 
-def test_a_failed_write_keeps_the_checkpoint_before(
-    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Writes beyond so many bytes of a file fail."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# At the start, in the midst, in the last record.
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_full_disk_keeps_the_checkpoint_before(
+    share: float,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes((uninterrupted / "checkpoint.pt").read_bytes())
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(before)
+    save = job.save_checkpoint
 
-    def fail(state: object, path: Path) -> None:
-        path.write_bytes(b"half of")
-        raise OSError(28, "Disk full")
+    def save_on_full_disk(*args: Any) -> Path:
+        with full_disk(int(share * len(before))):
+            return save(*args)
 
-    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr(job, "save_checkpoint", save_on_full_disk)
     assert main([*SMALL, *HERE, "--steps", "1", "--report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "a file or folder could not be used: [Errno 28] Disk full\n"
+    assert capsys.readouterr().err == "a file or folder could not be used: [Errno 27] File too large\n"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert parameters(tmp_path).keys() == parameters(uninterrupted).keys()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_resuming_another_run_is_refused(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,8 +270,32 @@ def test_resuming_another_run_is_refused(uninterrupted: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == "'--languages' must be what the checkpoint was trained with, id,ms (got ms)\n"
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+def flip(path: Path) -> None:
+    """One bit of a tensor, which PyTorch itself would load."""
+    state = torch.load(path, weights_only=True)
+    tensor = next(iter(state["contenders"]["experts"]["network"].values()))
+    data = bytearray(path.read_bytes())
+    data[data.index(tensor.numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_bytes(b"not a checkpoint"),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "a bit": flip,
+    "a tensor": lambda path: torch.save(torch.ones(2), path),
+    "code": lambda path: torch.save(print, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(
+    damage: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes((uninterrupted / "checkpoint.pt").read_bytes())
+    DAMAGES[damage](tmp_path / "checkpoint.pt")
     assert main(["--resume", "--report", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("'--resume' must find a whole checkpoint (got ")
