@@ -7,6 +7,7 @@ call that the tracer can't follow, that has a side effect, or that depends on va
 
 from __future__ import annotations
 
+import numbers
 import re
 import types
 import weakref
@@ -20,19 +21,35 @@ import torch
 from torch import fx, nn
 
 from .context import ContextRows
-from .experts import ExpertBatch, ExpertResult
-from .torch_internals import Guard, graph_break, mark_rows, name_source, quiet_tracer, sources, trace, tracer_missing, unwatched
+from .experts import ExpertBatch, ExpertResult, is_aux
+from .torch_internals import (
+    Guard,
+    graph_break,
+    mark_rows,
+    name_source,
+    quiet_tracer,
+    sources,
+    trace,
+    tracer_missing,
+    unwatched,
+)
 
-__all__ = ["Captured", "Refusal", "Sample", "capture", "sample_of", "tracer_missing"]
+__all__ = ["Captured", "Refusal", "Sample", "WrongResult", "capture", "sample_of", "tracer_missing"]
 
 # One capture at a time: the tracer's settings are the process's.
 _LOCK = RLock()
 
 
 class Refusal(NamedTuple):
-    """Why an expert can't be captured, in words that follow "its experts"."""
+    """Why an expert can't be captured, in words that follow "its experts"; see `WrongResult`."""
 
     reason: str
+
+
+class WrongResult(str):
+    """A reason that the loop is asked about first: it has an error that names the expert."""
+
+    __slots__ = ()
 
 
 class UnreadState(dict[str, str]):
@@ -186,12 +203,8 @@ def _described(
     marks: Sequence[torch.Tensor],
     result: Any,
 ) -> Captured | Refusal:
-    if type(result) is not ExpertResult:
-        return Refusal(f"returned a {type(result).__name__}")
-    if not isinstance(result.aux, dict) or result.aux:
-        return Refusal("returned aux")
-    if not isinstance(result.losses, dict):
-        return Refusal("returned losses that are no dict")
+    if (fault := _fault(result)) is not None:
+        return Refusal(fault)
     own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
     rows = {id(each) for each in (sample.hidden, sample.mask, *sample.aligned)}
     described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
@@ -231,6 +244,25 @@ def _described(
     )
 
 
+def _fault(result: Any) -> str | None:
+    """Why a result can't be given for all members at once."""
+    if not isinstance(result, ExpertResult):
+        return WrongResult(f"returned a {type(result).__name__}")
+    if not isinstance(result.hidden, torch.Tensor):
+        return WrongResult(f"returned rows that are no tensor but a {type(result.hidden).__name__}")
+    if not isinstance(result.losses, Mapping):
+        return WrongResult("returned losses that are no mapping")
+    if not all(isinstance(loss, torch.Tensor | numbers.Real) for loss in result.losses.values()):
+        return WrongResult("returned losses that are no tensors")
+    if not is_aux(result.aux):
+        return WrongResult("returned aux that is no mapping")
+    if type(result) is not ExpertResult:
+        return f"returned a {type(result).__name__}"
+    if type(result.losses) is not dict:
+        return "returned losses that are no dict"
+    return "returned aux" if result.aux else None
+
+
 def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> tuple[str, int] | None:
     for kind, values in (("output", marks), ("input", inputs)):
         for place, each in enumerate(values):
@@ -258,6 +290,16 @@ def _path(source: str) -> str:
 
 def _reason(error: BaseException) -> str:
     """The tracer's reason in one sentence, with the user's line."""
+    said = _said(error)
+    # The expert's own error, as the tracer met it.
+    return (
+        WrongResult(said)
+        if type(error).__name__ in ("TorchRuntimeError", "ObservedException") or "bserved exception" in said
+        else said
+    )
+
+
+def _said(error: BaseException) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__

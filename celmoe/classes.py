@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +51,7 @@ class ClassRecord:
         fault: Why its experts can't run as one, in words that follow "its experts".
         operations_looped: Operations without a grouped form, which run member by member, and how often.
         writes: Whether its experts write into their rows.
+        draws: Whether its experts draw random numbers.
         verified: By the id of an expert that was compared with the loop: the expert, and the difference if any.
     """
 
@@ -60,7 +60,12 @@ class ClassRecord:
     fault: str | None = None
     operations_looped: dict[str, int] = field(default_factory=dict)
     writes: bool = False
+    draws: bool = False
     verified: dict[int, tuple[weakref.ref[nn.Module], str | None]] = field(default_factory=dict)
+
+    def note(self, expert: nn.Module, fault: str | None) -> None:
+        """Keep what the comparison of an expert with the loop found."""
+        self.verified[id(expert)] = weakref.ref(expert), fault
 
     def fault_of(self, expert: nn.Module) -> tuple[bool, str | None]:
         """Whether the expert has been verified, and what was found."""
@@ -172,7 +177,7 @@ class LevelClasses:
             given: What the level is given.
             retries: Whether experts that were refused before are captured again.
         """
-        search = _Search(self, given, retries)
+        search = _Search(self, given, retries, torch.is_grad_enabled())
         groups: dict[tuple[Any, float], list[int]] = {}
         faults: dict[tuple[Any, float], str | None] = {}
         found: dict[tuple[Any, float], ClassRecord | None] = {}
@@ -188,21 +193,24 @@ class LevelClasses:
             if fault is None and len(members) > 1:
                 fault = _shared(found[key], members)
             units.append(Unit(tuple(positions), members, found[key], key[1], fault))
-        return search.verified(names, units)
+        return search.verified([list(map(names.__getitem__, unit.positions)) for unit in units], units)
 
 
 class _Search:
     """The search for the classes of one call's experts."""
 
-    def __init__(self, classes: LevelClasses, given: LevelInputLike, retries: bool) -> None:
+    def __init__(self, classes: LevelClasses, given: LevelInputLike, retries: bool, is_grad_enabled: bool) -> None:
         self._classes = classes
         self._given = given
         self._retries = retries
         self._samples: dict[bool, Sample] = {}
         self._last: dict[bool, ClassRecord] = {}
         self._missing = tracer_missing()
+        self._alive: dict[int, bool] = {}
         self._tries: dict[tuple[Layout, bool], list[str]] = {}
-        self._kind = _kind_of(given)
+        self._kind = _kind_of(given), is_grad_enabled
+        self._is_grad_enabled = is_grad_enabled
+        self._is_aside = False
 
     def _sample(self, is_detached: bool) -> Sample:
         if is_detached not in self._samples:
@@ -227,25 +235,28 @@ class _Search:
                 self._classes._refused[key] = weakref.ref(expert), record
                 return None, record
         self._last[is_detached] = record
-        self._classes._latest[name] = weakref.ref(expert), record
+        if not self._is_aside:
+            self._classes._latest[name] = weakref.ref(expert), record
         return record, record.fault
 
-    def _held(
-        self, name: str, expert: nn.Module, arguments: dict[str, Any], is_detached: bool
-    ) -> ClassRecord | None:
+    def _held(self, name: str, expert: nn.Module, arguments: dict[str, Any], is_detached: bool) -> ClassRecord | None:
+        """The class that one of the graphs that are there puts the expert in."""
         last, latest = self._last.get(is_detached), self._classes.known(name, expert)
-        for record in (last, latest):
-            if record is not None and record.captured.kind is type(expert) and record.captured.guard.holds(arguments):
-                if record is last or record.captured.guard.is_alive():
-                    return record
         records = _RECORDS.get(type(expert), [])
-        for record in records:
-            if record is not last and record is not latest and record.captured.guard.holds(arguments):
-                if record.captured.guard.is_alive():
+        for record in dict.fromkeys((last, latest, *records)):
+            if record is None or record.captured.kind is not type(expert) or not self._is_alive(record):
+                continue
+            if record.captured.guard.holds(arguments):
+                if record is not last and record is not latest:
                     records.remove(record)
                     records.insert(0, record)
-                    return record
+                return record
         return None
+
+    def _is_alive(self, record: ClassRecord) -> bool:
+        if id(record) not in self._alive:
+            self._alive[id(record)] = record.captured.guard.is_alive()
+        return self._alive[id(record)]
 
     def _captured(self, expert: nn.Module, sample: Sample, is_detached: bool) -> ClassRecord | str:
         tries = self._tries.setdefault((layout_of(expert), is_detached), [])
@@ -259,30 +270,69 @@ class _Search:
         try:
             record.program = lower(found)
         except CannotGroupError as error:
-            record.fault = str(error)
+            record.fault = error.args[0]
         records = _RECORDS.setdefault(type(expert), [])
         records.insert(0, record)
         del records[_MOST_CAPTURES:]
         return record
 
-    def verified(self, names: Sequence[str], units: Sequence[Unit]) -> list[Unit]:
+    def verified(self, names: Sequence[Sequence[str]], units: Sequence[Unit]) -> list[Unit]:
         """The units without the experts that differ from their class's program."""
         found = []
-        for unit in units:
+        for of_unit, unit in zip(names, units, strict=True):
             if unit.is_alone or unit.record is None or unit.record.program is None:
                 found.append(unit)
                 continue
-            record = unit.record
-            new = [each for each in unit.modules if not record.fault_of(each)[0]]
-            if new:
-                # Two at least: with one there is nothing to keep apart.
-                others = [each for each in unit.modules if not any(each is some for some in new)]
-                asked = new if len(new) > 1 else [*new, others[0]]
-                few = Few(self._given.hidden, self._given.mask, self._given.context)
-                for expert, difference in zip(asked, verify(record, asked, few), strict=True):
-                    record.verified[id(expert)] = weakref.ref(expert), difference
+            self._verify(of_unit, unit, unit.record)
             found += _parted(unit)
         return found
+
+    def _verify(self, names: Sequence[str], unit: Unit, record: ClassRecord) -> None:
+        if not self._compare(record, unit.modules) or not record.draws:
+            return
+        good = [place for place, each in enumerate(unit.modules) if record.fault_of(each)[1] is None]
+        modules = [unit.modules[place] for place in good]
+        faults = self._otherwise([names[place] for place in good], modules, unit.scale)
+        for expert, fault in zip(modules, faults, strict=True):
+            if fault is not None:
+                record.note(expert, fault)
+
+    def _compare(self, record: ClassRecord, members: Sequence[nn.Module]) -> bool:
+        """Compare members with the loop that have not been yet; whether there are any."""
+        new = [each for each in members if not record.fault_of(each)[0]]
+        if new:
+            # Two at least: with one there is nothing to keep apart.
+            asked = new if len(new) > 1 else [*new, next(each for each in members if each is not new[0])]
+            for expert, fault in zip(asked, verify(record, asked, Few(*self._given)), strict=True):
+                record.note(expert, fault)
+        return bool(new)
+
+    def _otherwise(self, names: Sequence[str], members: Sequence[nn.Module], scale: float) -> list[str | None]:
+        """Why experts that draw random numbers can't run as one in the other grad mode.
+
+        A checkpoint computes once with and once without gradients, and must draw the same both times.
+        """
+        is_grad_enabled = not self._is_grad_enabled
+        faults: list[str | None] = []
+        groups: dict[ClassRecord, list[nn.Module]] = {}
+        with torch.inference_mode(False), torch.set_grad_enabled(is_grad_enabled):
+            hidden = self._given.hidden.detach()
+            if is_grad_enabled and (hidden.is_floating_point() or hidden.is_complex()):
+                hidden = hidden.clone().requires_grad_()
+            search = _Search(self._classes, self._given._replace(hidden=hidden), self._retries, is_grad_enabled)
+            search._is_aside = True
+            for name, expert in zip(names, members, strict=True):
+                record, fault = search.find(name, expert, scale)
+                faults.append(fault)
+                if fault is None and record is not None:
+                    groups.setdefault(record, []).append(expert)
+            for record, of_record in groups.items():
+                if len(of_record) > 1:
+                    search._compare(record, of_record)
+                else:
+                    record.note(of_record[0], "are not alike in every grad mode, and draw random numbers")
+        found = {id(each): record.fault_of(each)[1] for record, some in groups.items() for each in some}
+        return [fault or found.get(id(each)) for each, fault in zip(members, faults, strict=True)]
 
 
 def _parted(unit: Unit) -> list[Unit]:
@@ -337,7 +387,6 @@ def _kind_of(given: LevelInputLike) -> tuple[Any, ...]:
         None if mask is None else _facts(mask),
         tuple(map(_facts, context.aligned)),
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-        torch.is_grad_enabled(),
     )
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
-from .capture import Sample
+from .capture import Sample, WrongResult
 from .classes import Unit
 from .context import ContextRows
 from .dispatch import cut
@@ -106,6 +107,21 @@ def _is_symbolic() -> bool:
     return mode(key.PROXY) is not None or mode(key.FAKE) is not None
 
 
+def refusal(level: str, names: Sequence[str], module: nn.Module, why_not: str) -> EngineRefusedError:
+    """The error that says why experts can't run as one.
+
+    Args:
+        level: The level's name.
+        names: The experts' names.
+        module: One of them.
+        why_not: The reason, in words that follow "its experts".
+    """
+    return EngineRefusedError(
+        f"'engine' must be 'auto' or 'looped' for level {level!r} (got 'grouped'; its experts {listed(names)}, "
+        f"{type(module).__name__}, {why_not})"
+    )
+
+
 def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     why_not = unit.fault
     if why_not is None and unit.record is not None and unit.record.captured.losses and torch.is_anomaly_enabled():
@@ -116,14 +132,9 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
         try:
             outcome = _run(unit, batch)
         except CannotGroupError as fault:
-            why_not = str(fault)
+            why_not = fault.args[0]
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            # The loop tells whether it is the experts' own.
-            why_not = f"raise {type(error).__name__} when they run as one ({error})"
-            _set_random_state(batch.hidden.device, state)
-            result = _run_members(unit, batch)
-            if not is_strict:
-                return result
+            why_not = WrongResult(f"raise {type(error).__name__} when they run as one ({error})")
         else:
             extras: list[Extras] = [
                 ({name: values[place] for name, values in outcome.losses.items()}, {})
@@ -132,12 +143,14 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
             ]
             return UnitResult(outcome.hidden, blocks=[outcome.hidden], by_expert=extras)
         _set_random_state(batch.hidden.device, state)
+    refused = refusal(batch.level, batch.names, unit.modules[0], why_not)
+    if is_strict and not isinstance(why_not, WrongResult):
+        raise refused
+    # The loop has an error that names the expert, where it is the experts' own.
+    result = _run_members(unit, batch)
     if is_strict:
-        raise EngineRefusedError(
-            f"'engine' must be 'auto' or 'looped' for level {batch.level!r} (got 'grouped'; its experts "
-            f"{listed(batch.names)}, {type(unit.modules[0]).__name__}, {why_not})"
-        )
-    return _run_members(unit, batch)
+        raise refused
+    return result
 
 
 def _run(unit: Unit, batch: UnitBatch) -> Outcome:

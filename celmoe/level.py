@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from .arrangement import Arrangement, arrange
+from .capture import WrongResult
 from .classes import Layout, LevelClasses, LevelInputLike, Unit
 from .config import ExpertConfig, HierarchyLevelConfig
 from .context import ContextRows, select
@@ -22,7 +23,7 @@ from .engines import AUTO, ENGINES, LOOPED
 from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped import Extras, UnitBatch, UnitResult, passing_refusal
+from .grouped import Extras, UnitBatch, UnitResult, passing_refusal, refusal
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .plan import LevelPlan, RoutingPlan
@@ -238,6 +239,9 @@ class Level:
             scales: What the gradient into each one's input is multiplied by.
             plan: The level's plan.
             given: What the level is given.
+
+        Raises:
+            EngineRefusedError: Experts that are alike can't run as one, and ``engine="grouped"`` was asked for.
         """
         if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
             return None
@@ -247,21 +251,20 @@ class Level:
         names = plan.present
         if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, names), experts)):
             return None
-        refusal = passing_refusal()
-        if refusal is None and len(set(map(id, experts))) < len(experts):
+        why_not = passing_refusal()
+        if why_not is None and len(set(map(id, experts))) < len(experts):
             # Experts that share a module must run in one loop, which knows of it.
-            refusal = "share a module"
-        if refusal is None and given.context.irregular is not None:
+            why_not = "share a module"
+        if why_not is None and given.context.irregular is not None:
             # A list has no rows that could stand for those of several experts.
-            refusal = f"are given {given.context.irregular}, batch-aligned and no dense tensor"
-        if refusal is not None:
+            why_not = f"are given {given.context.irregular}, batch-aligned and no dense tensor"
+        if why_not is not None:
             if engine == AUTO:
                 return None
-            units = [
-                Unit(tuple(places), tuple(experts[place] for place in places), None, scales[places[0]], refusal)
-                for places in self._alike(names, experts, scales).values()
-            ]
-            return arrange(units, plan) if any(map(_is_refused, units)) else None
+            for places in self._alike(names, experts, scales).values():
+                if len(places) > 1:
+                    raise refusal(self.name, [names[place] for place in places], experts[places[0]], why_not)
+            return None
         wanted = [*range(len(experts))]
         if engine == AUTO:
             wanted = self._worth_grouping(names, experts, scales, plan)
@@ -283,6 +286,10 @@ class Level:
         ]
         if all(unit.is_alone for unit in units) and (engine == AUTO or not any(map(_is_refused, units))):
             return None
+        for unit in units if engine != AUTO else ():
+            if _is_refused(unit) and not isinstance(unit.fault, WrongResult):
+                present = [names[place] for place in unit.positions]
+                raise refusal(self.name, present, unit.modules[0], str(unit.fault))
         return arrange(sorted(units, key=lambda unit: unit.positions[0]), plan)
 
     def _alike(
@@ -323,28 +330,28 @@ class Level:
         layouts = self.classes.layouts(names, experts)
         for place, (name, expert) in enumerate(zip(names, experts, strict=True)):
             record = self.classes.known(name, expert)
-            refusal = self.classes.refusal(name, expert) if record is None else record.fault_of(expert)[1]
-            key = id(record) if record is not None and refusal is None else (layouts[place], refusal)
+            why_not = self.classes.refusal(name, expert) if record is None else record.fault_of(expert)[1]
+            key = id(record) if record is not None and why_not is None else (layouts[place], why_not)
             groups.setdefault((key, scales[place]), []).append(place)
         shares_module = len(set(map(id, experts))) < len(experts)
         found = []
         for places in groups.values():
             expert, layout = experts[places[0]], layouts[places[0]]
             record = self.classes.known(names[places[0]], expert)
-            refusal = self.classes.refusal(names[places[0]], expert) if record is None else record.fault
-            if record is not None and refusal is None:
-                refusal = record.fault_of(expert)[1]
+            why_not = self.classes.refusal(names[places[0]], expert) if record is None else record.fault
+            if record is not None and why_not is None:
+                why_not = record.fault_of(expert)[1]
             counts = None if plan is None else [plan.counts[place] for place in places]
             cost = estimate(
                 layout, len(places), sum(counts or ()), on_cpu=_is_on_cpu(expert), has_backward=expert.training
             )
             how, looped = LOOPED, {}
             if shares_module:
-                refusal = "share a module"
+                why_not = "share a module"
             if len(places) == 1:
                 reason = "the only one of its kind"
-            elif refusal is not None:
-                reason = f"for its experts {refusal}"
+            elif why_not is not None:
+                reason = f"for its experts {why_not}"
             elif engine == AUTO and not cost.pays:
                 reason = f"for its experts are few or large ({cost})"
             elif record is None:

@@ -29,7 +29,7 @@ class Run:
         segments: The rows of each member.
         operations: Names of the operations so far: the program.
         looped: How many times each operation was looped over the members.
-        is_rehearsal: Whether random operations are to do something that can be compared.
+        draws: Whether an operation drew random numbers, or would have but for a rehearsal.
         trace: What gradients come by; ``None`` where there are no losses.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
@@ -55,7 +55,14 @@ class Run:
         self.ambiguous: list[StorageWeakRef] = []
         self.operations: list[str] = []
         self.looped: Counter[str] = Counter()
-        self.is_rehearsal = is_rehearsal
+        self.draws = False
+        self._is_rehearsal = is_rehearsal
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether random operations are to do something that can be compared: only those that draw ask."""
+        self.draws = True
+        return self._is_rehearsal
 
     @property
     def num_members(self) -> int:

@@ -465,7 +465,7 @@ def constant(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError(f"made a table of rows by rows ({name})")
     factor = sizes[symbols[0]].factor if symbols else 1
     plain = [run.segments.num_rows * factor if isinstance(size, RowCount) else size for size in sizes]
-    if run.is_rehearsal and name in {"rand", "randn"}:
+    if name in {"rand", "randn"} and run.is_rehearsal:
         func, fill = torch.full, [0.5]
     if name in {"empty", "new_empty"}:
         # What an empty tensor holds is nobody's to read: the same for all engines.

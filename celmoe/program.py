@@ -26,7 +26,7 @@ from . import (  # noqa: F401  # register
     operations_reduce,
     operations_shape,
 )
-from .capture import Captured, Sample
+from .capture import Captured, Sample, WrongResult
 from .operations import OPERATIONS, Run
 from .ragged import CannotGroupError, Ragged, RowCount, Rows, Stack, common, registered, rows
 from .segments import Segments
@@ -68,12 +68,14 @@ class Outcome(NamedTuple):
         losses: By name, one for each member.
         operations_looped: Operations that ran member by member, and how often.
         writes: Whether rows were written in place.
+        draws: Whether random numbers were drawn, or would have been but for a rehearsal.
     """
 
     hidden: torch.Tensor
     losses: dict[str, list[torch.Tensor]]
     operations_looped: dict[str, int]
     writes: bool
+    draws: bool
 
 
 @dataclass(frozen=True)
@@ -297,10 +299,12 @@ def run_program(
     results = _results(program, values)
     hidden = results[0]
     given = bound.sample.hidden
-    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1 or hidden.plain.shape != given.shape:
+    if not isinstance(hidden, Rows) or hidden.axis != 0 or hidden.factor != 1:
         raise CannotGroupError("returned something else than a row for each sample")
+    if hidden.plain.shape != given.shape:
+        raise CannotGroupError(WrongResult("returned rows of another shape"))
     if not (hidden.is_floating_point() or hidden.is_complex() or hidden.dtype == given.dtype):
-        raise CannotGroupError(f"returned rows of {hidden.dtype}")
+        raise CannotGroupError(WrongResult(f"returned rows of {hidden.dtype}"))
     losses: dict[str, Ragged] = dict(zip(captured.losses, results[1:], strict=True))
     for name, loss in losses.items():
         if not isinstance(loss, Rows | Stack):
@@ -319,7 +323,7 @@ def run_program(
                 name: [leaving(value, tally, member, name) for member, value in enumerate(each)]
                 for name, each in by_member.items()
             }
-    return Outcome(rows_out, by_member, dict(run.looped), run.writes)
+    return Outcome(rows_out, by_member, dict(run.looped), run.writes, run.draws)
 
 
 def _inputs(captured: Captured, bound: Bound) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .capture import Captured, Sample
+from .capture import Captured, Sample, WrongResult
 from .context import ContextRows
 from .experts import ExpertBatch, ExpertResult
 from .program import Bound, Outcome, Program, run_program
@@ -62,6 +62,7 @@ class Verifiable(Protocol):
     program: Program | None
     operations_looped: dict[str, int]
     writes: bool
+    draws: bool
 
 
 class _Rehearsal(TorchFunctionMode):
@@ -128,7 +129,9 @@ def verify(record: Verifiable, members: Sequence[nn.Module], few: Few) -> list[s
             for first in range(0, len(members), _AT_A_TIME):
                 found += _verified(record, members[first : first + _AT_A_TIME], few)
         except CannotGroupError as error:
-            found = [str(error)] * len(members)
+            found = [error.args[0]] * len(members)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the loop will tell the user
+            found = [_raised(error)] * len(members)
         finally:
             torch.set_rng_state(state[0])
             if state[1] is not None:
@@ -146,12 +149,17 @@ def _verified(record: Verifiable, members: Sequence[nn.Module], few: Few) -> lis
     segments = Segments(counts, few.hidden.device)
     tally = Tally(len(members)) if captured.losses else None
     given = _private(sample, few.context, tally)
-    grouped = run_program(program, Bound(given, list(zip(*tensors, strict=True))), segments, is_rehearsal=True, tally=tally)
-    record.operations_looped, record.writes = grouped.operations_looped, grouped.writes
+    grouped = run_program(
+        program, Bound(given, list(zip(*tensors, strict=True))), segments, is_rehearsal=True, tally=tally
+    )
+    record.operations_looped = grouped.operations_looped
+    record.writes, record.draws = grouped.writes, grouped.draws
     parts = _parts(sample, few.context, counts)
     alone = [_alone(captured, own, part) for own, part in zip(tensors, parts, strict=True)]
     hidden = torch.cat([each[0] for each in alone])
-    agree = _Agreement([sample.hidden, *(each for own in tensors for each in own), *(each for one in alone for each in one)])
+    agree = _Agreement(
+        [sample.hidden, *(each for own in tensors for each in own), *(each for one in alone for each in one)]
+    )
     found: list[str | None] = [None] * len(members)
     for place, (member, part) in enumerate(zip(members, parts, strict=True)):
         found[place] = _differs_from_expert(member, part, alone[place], captured, agree)
@@ -227,7 +235,7 @@ def _differs_from_expert(
     try:
         result, first_row = _called(member, part(slice(None))), _called(member, part(slice(1)))
     except Exception as error:  # noqa: BLE001  # whatever it is, the loop will tell the user
-        return f"raise {type(error).__name__} on a few rows ({error})"
+        return _raised(error)
     for each in (result, first_row):
         if not isinstance(each, ExpertResult) or tuple(each.losses) != captured.losses:
             return "return something else than PyTorch's tracer saw"
@@ -237,6 +245,10 @@ def _differs_from_expert(
     if not agree(alone[0][:1], first_row.hidden):
         return "compute something else from one row than from several"
     return None
+
+
+def _raised(error: Exception) -> str:
+    return WrongResult(f"raise {type(error).__name__} on a few rows ({error})")
 
 
 def _called(member: nn.Module, sample: Sample) -> Any:

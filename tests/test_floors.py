@@ -16,7 +16,7 @@ PACKAGE = Path(celmoe.__file__).parent
 
 FLOORS = [
     {"directml"},
-    {"version", "errors", "files", "ragged", "segments", "torch_internals"},
+    {"version", "errors", "files", "ragged", "segments", "slots", "torch_internals"},
     {"config", "experts", "layout", "product", "containers"},
     {"members", "affine", "tally"},
     {"routing", "names", "context", "reference_context", "fusion", "trace"},
@@ -147,7 +147,7 @@ def test_the_street_is_used():
     reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
     assert {"compiler", "config", "errors"} <= reached["hierarchy"]
     assert {file for file, found in reached.items() if not found} <= {
-        *("version", "errors", "directml", "experts", "files", "names", "ragged", "segments", "tally"),
+        *("version", "errors", "directml", "experts", "files", "names", "ragged", "segments", "slots", "tally"),
         "torch_internals",
     }
 
