@@ -25,6 +25,7 @@ from .experts import ExpertBatch, ExpertResult, is_aux
 from .torch_internals import (
     Guard,
     graph_break,
+    has_hooks,
     mark_rows,
     name_source,
     quiet_tracer,
@@ -61,7 +62,7 @@ class UnreadState(dict[str, str]):
     __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse
     __setitem__ = __delitem__ = __reversed__ = __ior__ = __bool__ = __str__ = _refuse
     get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse
-    __hash__ = None  # type: ignore[assignment]  # as of every dict
+    __hash__ = None  # as of every dict
 
 
 class Sample(NamedTuple):
@@ -80,6 +81,10 @@ class Sample(NamedTuple):
     context: Any
     aligned: Sequence[torch.Tensor] = ()
     shared: Mapping[int, torch.Tensor] = types.MappingProxyType({})
+
+    def row_ids(self) -> set[int]:
+        """The ids of the tensors that are batch-aligned."""
+        return {id(each) for each in (self.hidden, self.mask, *self.aligned) if each is not None}
 
     def arguments(self, expert: nn.Module | None = None) -> dict[str, Any]:
         """The captured function's arguments, by name."""
@@ -124,7 +129,13 @@ class Captured:
     names: tuple[str, ...]
     is_parameter: tuple[bool, ...]
 
+    def fits(self, sample: Sample) -> bool:
+        """Whether the same inputs are batch-aligned, of arguments for which the guard holds."""
+        arguments, rows = sample.arguments(), sample.row_ids()
+        return all((id(read(arguments)) in rows) == (kind == "rows") for kind, read in self.inputs if kind in _GIVEN)
 
+
+_GIVEN = ("rows", "shared")
 # By the expert's class, the function whose code object its graphs are kept by: look-ups of one class don't pass
 # the graphs of others, and both go with the class.
 _FUNCTIONS: weakref.WeakKeyDictionary[type, types.FunctionType] = weakref.WeakKeyDictionary()
@@ -169,20 +180,32 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
 
     def keep(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         def run(*inputs: Any) -> list[torch.Tensor]:
-            marks = [torch.empty(0) for _ in next(reversed(module.graph.nodes)).args[0]]  # type: ignore[arg-type, union-attr]
+            marks = [torch.empty(0) for _ in next(reversed(module.graph.nodes)).args[0]]
             kept.append((module, list(inputs), marks))
             return marks
 
         return run
 
     arguments = sample.arguments(expert)
+    if has_hooks(expert):
+        return Refusal("have hooks")
     with _LOCK, unwatched(), quiet_tracer(), torch.random.fork_rng(devices=[]):
         try:
-            result, guard = trace(_function_for(type(expert)), tuple(arguments.values()), keep)
+            traced = trace(_function_for(type(expert)), tuple(arguments.values()), keep)
+            if traced is None:
+                # A graph that is no longer known here, or was made for a context with other batch-aligned tensors.
+                kept.clear()
+                del _FUNCTIONS[type(expert)]
+                traced = trace(_function_for(type(expert)), tuple(arguments.values()), keep)
         except Exception as error:  # noqa: BLE001  # the tracer's own reason, whatever its kind
             return Refusal(_reason(error))
+    if traced is None:
+        return Refusal("can't be followed by PyTorch's tracer (it kept no graph)")
+    result, guard = traced
     # A call without any operation has no graph.
     module, inputs, marks = kept[0] if kept else (_identity(), [sample.hidden], [])
+    # The tracer's own cache keeps `keep`, and with it what the list holds.
+    kept.clear()
     return _described(expert, sample, guard, module, inputs, marks, result)
 
 
@@ -206,7 +229,7 @@ def _described(
     if (fault := _fault(result)) is not None:
         return Refusal(fault)
     own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
-    rows = {id(each) for each in (sample.hidden, sample.mask, *sample.aligned)}
+    rows = sample.row_ids()
     described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
     own: list[str] = []
     is_parameter: list[bool] = []
@@ -273,12 +296,14 @@ def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> 
 
 def _reader(source: str) -> Callable[[Mapping[str, Any]], Any]:
     """What reads a source from the arguments; sources are the tracer's own expressions."""
-    return eval(f"lambda L: {source}", {"__builtins__": {}})
+    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", {"__builtins__": {}})
+    return read
 
 
 def _gatherer(own: Sequence[str]) -> Callable[[nn.Module], list[torch.Tensor]]:
     items = ", ".join(source.replace("L['expert']", "expert", 1) for source in own)
-    return eval(f"lambda expert: [{items}]", {"__builtins__": {}})
+    gather: Callable[[nn.Module], list[torch.Tensor]] = eval(f"lambda expert: [{items}]", {"__builtins__": {}})
+    return gather
 
 
 def _path(source: str) -> str:

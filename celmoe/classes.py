@@ -1,8 +1,8 @@
 """The experts present at a level, put in classes: those of one class share a program, and run as one.
 
 Two experts are of one class where the guards of one captured graph hold for both (`capture`). They are asked at every
-call, so that a change of anything that the graph depends on is seen. Captures are kept by the experts' Python class, for
-all models of a process.
+call, so that a change of anything that the graph depends on is seen. Captures are kept by the experts' Python class,
+for all models of a process.
 
 Axes: R rows, P experts present.
 """
@@ -207,6 +207,7 @@ class _Search:
         self._last: dict[bool, ClassRecord] = {}
         self._missing = tracer_missing()
         self._alive: dict[int, bool] = {}
+        self._fitting: dict[tuple[int, bool], bool] = {}
         self._tries: dict[tuple[Layout, bool], list[str]] = {}
         self._kind = _kind_of(given), is_grad_enabled
         self._is_grad_enabled = is_grad_enabled
@@ -230,10 +231,11 @@ class _Search:
             known = self._classes._refused.get(key)
             if known is not None and known[0]() is expert and not self._retries:
                 return None, known[1]
-            record = self._captured(expert, self._sample(is_detached), is_detached)
-            if isinstance(record, str):
-                self._classes._refused[key] = weakref.ref(expert), record
-                return None, record
+            new = self._captured(expert, self._sample(is_detached), is_detached)
+            if isinstance(new, str):
+                self._classes._refused[key] = weakref.ref(expert), new
+                return None, new
+            record = new
         self._last[is_detached] = record
         if not self._is_aside:
             self._classes._latest[name] = weakref.ref(expert), record
@@ -246,12 +248,18 @@ class _Search:
         for record in dict.fromkeys((last, latest, *records)):
             if record is None or record.captured.kind is not type(expert) or not self._is_alive(record):
                 continue
-            if record.captured.guard.holds(arguments):
+            if record.captured.guard.holds(arguments) and self._fits(record, is_detached):
                 if record is not last and record is not latest:
                     records.remove(record)
                     records.insert(0, record)
                 return record
         return None
+
+    def _fits(self, record: ClassRecord, is_detached: bool) -> bool:
+        key = id(record), is_detached
+        if key not in self._fitting:
+            self._fitting[key] = record.captured.fits(self._sample(is_detached))
+        return self._fitting[key]
 
     def _is_alive(self, record: ClassRecord) -> bool:
         if id(record) not in self._alive:

@@ -25,6 +25,7 @@ from .program import Bound, Outcome, run_program
 from .ragged import CannotGroupError
 from .segments import Segments
 from .tally import Tally, entering
+from .torch_internals import has_global_hooks
 
 # Losses and aux of an expert.
 Extras: TypeAlias = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
@@ -96,6 +97,8 @@ def passing_refusal() -> str | None:
         return "are under a transform of torch.func"
     if forward_ad._current_level >= 0:
         return "are differentiated forward"
+    if has_global_hooks():
+        return "are watched by global module hooks"
     if torch._C._get_tracing_state() or torch.compiler.is_compiling() or _is_symbolic():
         return "are being traced"
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from .product import spread
-from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, require_axes, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, like, require_axes, rows, stack
 from .segments import Segments
 from .trace import Trace
 
@@ -149,6 +150,7 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
     Broadcasting aligns axes from the back, so every kind is brought to the same row axis or member axis there.
     """
     refuse_row_counts(name, values)
+    values = _promoted(values)
     ragged = operands(values)
     num_axes = max((value.dim() for value in ragged), default=0)
     of_rows = [value for value in ragged if isinstance(value, Rows)]
@@ -169,6 +171,28 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
         plain = [_to_members(value, num_axes) if isinstance(value, Ragged) else value for value in values]
         return plain, lambda result: stack(result, is_reduced)
     return [value.plain if isinstance(value, Ragged) else value for value in values], common
+
+
+def _promoted(values: Sequence[Any]) -> Sequence[Any]:
+    """The operands, those without axes in the dtype of those with axes: they promote as numbers do."""
+    flat = [value for value in values if isinstance(value, Ragged) and value.dim() == 0]
+    dtypes = {value.dtype for value in operands(values) if value.dim()}
+    if not flat or not dtypes or {value.dtype for value in flat} == dtypes:
+        return values
+    dtype = reduce(torch.promote_types, dtypes)
+    return [
+        like(value, value.plain.to(dtype))
+        if isinstance(value, Ragged) and value.dim() == 0 and _is_led(value.dtype, dtype)
+        else value
+        for value in values
+    ]
+
+
+def _is_led(dtype: torch.dtype, by: torch.dtype) -> bool:
+    """Whether a number of the first dtype takes a tensor's."""
+    if dtype.is_floating_point:
+        return by.is_floating_point or by.is_complex
+    return dtype != torch.bool and dtype.is_complex == by.is_complex and not by.is_floating_point
 
 
 def _to_rows(run: Run, name: str, value: Ragged, axis: int, factor: int, num_axes: int) -> torch.Tensor:

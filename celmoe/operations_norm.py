@@ -56,8 +56,21 @@ def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
     # Kernels of DirectML's have taken memory in another order for such in order.
     inner = value.plain.contiguous() if is_directml(run.segments.device) else value.plain
+    dtype = inner.dtype
+    if dtype.itemsize < 4:
+        # PyTorch's own kernels round once, after the weights.
+        inner = inner.float()
+        weight, bias = _in_dtype(torch.float32, weight, bias)
+        if inner.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.float32
     normed = F.layer_norm(inner, shape, eps=eps) if name == "layer_norm" else F.rms_norm(inner, shape, eps=eps)
-    return _scaled(run, name, like(value, normed), weight, bias)
+    scaled = _scaled(run, name, like(value, normed), *_in_dtype(normed.dtype, weight, bias))
+    return scaled if scaled.dtype == dtype else like(scaled, scaled.plain.to(dtype))
+
+
+def _in_dtype(dtype: torch.dtype, *vectors: Ragged | None) -> list[Any]:
+    """Weights in the rows' dtype, which PyTorch's own kernels of mixed precision give back."""
+    return [each if each is None or each.dtype == dtype else like(each, each.plain.to(dtype)) for each in vectors]
 
 
 @operation("group_norm", namespaces=(F,))
@@ -72,6 +85,7 @@ def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
         F.group_norm(value.plain[: min(run.segments.counts) * value.factor], groups)
     normed = like(value, F.group_norm(value.plain, groups, eps=eps))
     after = value.dim() - 2
+    weight, bias = _in_dtype(normed.dtype, weight, bias)
     return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
 
 

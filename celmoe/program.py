@@ -1,7 +1,7 @@
 """A captured graph lowered to a flat list of calls, which runs for all experts of a class at once.
 
-Every value is per-row, per-expert or constant (`ragged`). Each call of the graph is given, once, the handler that does it
-for all (`operations`); a call that is not known to act on each row alone is a `CannotGroupError`.
+Every value is per-row, per-expert or constant (`ragged`). Each call of the graph is given, once, the handler that does
+it for all (`operations`); a call that is not known to act on each row alone is a `CannotGroupError`.
 """
 
 from __future__ import annotations

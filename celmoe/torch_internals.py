@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 # Switches of the tracer for one capture. Experts that hold another number are another class: no number may become an
 # input. All classes share code objects, so the tracer's limits on graphs by code object are lifted.
-_STRICT = {
+_STRICT: dict[str, Any] = {
     "allow_rnn": True,
     "automatic_dynamic_shapes": False,
     "accumulated_recompile_limit": 1 << 30,
@@ -86,14 +87,17 @@ def quiet_tracer() -> Iterator[None]:
     for each in loggers:
         each.disabled = True
     try:
-        with config.patch(**_STRICT):
+        with config.patch(**_STRICT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         for each, was in zip(loggers, before, strict=True):
             each.disabled = was
 
 
-def trace(function: types.FunctionType, arguments: tuple[Any, ...], keep: Callable[..., Any]) -> tuple[Any, Guard]:
+def trace(
+    function: types.FunctionType, arguments: tuple[Any, ...], keep: Callable[..., Any]
+) -> tuple[Any, Guard] | None:
     """Trace one call as one graph.
 
     Args:
@@ -102,19 +106,17 @@ def trace(function: types.FunctionType, arguments: tuple[Any, ...], keep: Callab
         keep: The backend.
 
     Returns:
-        The call's result, and the guard of its graph.
+        The call's result, and the guard of its graph; ``None`` where a graph that was kept before served the call.
     """
     known = [entry.guard_manager for entry in _entries(function)]
     result = torch.compile(function, backend=keep, fullgraph=True)(*arguments)
     new = [each for each in _entries(function) if not any(each.guard_manager is some for some in known)]
-    if len(new) != 1:
-        raise RuntimeError(f"the tracer kept {len(new)} graphs of one call")
-    return result, Guard(function, new[0].guard_manager)
+    return (result, Guard(function, new[0].guard_manager)) if len(new) == 1 else None
 
 
 def sources(graph: fx.Graph) -> Mapping[fx.Node, str]:
     """For each input of a traced graph, the Python expression of the function's arguments that gives it."""
-    return {node: node._dynamo_source.name for node in graph.nodes if node.op == "placeholder"}  # type: ignore[attr-defined]
+    return {node: node._dynamo_source.name for node in graph.nodes if node.op == "placeholder"}
 
 
 class _Named(NamedTuple):
@@ -123,7 +125,7 @@ class _Named(NamedTuple):
 
 def name_source(node: fx.Node, source: str) -> None:
     """Have `sources` tell this of an input that no trace made."""
-    node._dynamo_source = _Named(source)  # type: ignore[attr-defined]
+    node._dynamo_source = _Named(source)
 
 
 def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
@@ -133,6 +135,17 @@ def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
     mark_dynamic(tensor, 0, min=2, max=1 << 31)
     for axis in others:
         maybe_mark_dynamic(tensor, axis)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks watch, or change, what a module or one of its parts takes or gives."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(each, name) for each in module.modules() for name in names)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks watch all modules of the process."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def graph_break(message: str) -> None:
