@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import re
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,20 +57,67 @@ def _imports_tracer() -> bool:
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
+    The tracer's own guards compare numbers by their values, to which zeros of either sign are equal, and know objects by
+    their classes, whose methods may be replaced. Both are looked at here.
+
     Args:
         function: The function.
         manager: The tracer's own guard manager.
+        arguments: What the graph was traced with, by parameter name.
     """
 
-    def __init__(self, function: types.FunctionType, manager: Any) -> None:
+    def __init__(self, function: types.FunctionType, manager: Any, arguments: Mapping[str, Any]) -> None:
         self._function = function
         self._manager = manager
-        # For these arguments, by parameter name, whether the graph holds.
-        self.holds: Callable[[dict[str, Any]], bool] = manager.check
+        scope = {"L": arguments, "G": manager.global_scope}
+        parts = [part for part in manager.code_parts if isinstance(part, str)]
+        zeros = [match[1] for part in parts if (match := _ZERO.fullmatch(part))]
+        self._zeros = [(read, math.copysign(1.0, read(arguments))) for read in map(_reader, zeros)]
+        found = [_evaluated(match[1], scope) for part in parts if (match := _TYPE.match(part))]
+        classes = dict.fromkeys(base for each in found for base in type(each).__mro__ if base.__flags__ & _HEAP_TYPE)
+        self._code = [(each, len(vars(each)), _methods(each)) for each in classes]
+
+    def holds(self, arguments: dict[str, Any]) -> bool:
+        """Whether the graph holds for arguments, by parameter name."""
+        return self._manager.check(arguments) and all(
+            math.copysign(1.0, read(arguments)) == sign for read, sign in self._zeros
+        )
 
     def is_alive(self) -> bool:
-        """Whether the tracer still keeps the graph: it lets go of one whose guards compare an object that is gone."""
-        return any(entry.guard_manager is self._manager for entry in _entries(self._function))
+        """Whether the graph is still to be asked for.
+
+        The tracer lets go of one whose guards compare an object that is gone. Here that also goes for one that was traced
+        through code which has been replaced.
+        """
+        return any(entry.guard_manager is self._manager for entry in _entries(self._function)) and all(
+            len(vars(each)) == number and _methods(each) == methods for each, number, methods in self._code
+        )
+
+
+# What a guard says of a number that is zero, and of an object's class.
+_ZERO = re.compile(r"(L\['expert'\].*) == -?0\.0")
+_TYPE = re.compile(r"___check_type_id\((.*), \d+\)")
+# Classes that Python code can change.
+_HEAP_TYPE = 1 << 9
+
+
+def _reader(source: str) -> Callable[[Mapping[str, Any]], Any]:
+    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", {})
+    return read
+
+
+def _evaluated(source: str, scope: dict[str, Any]) -> Any:
+    """What a source stands for; ``None`` for one that only the tracer can read."""
+    try:
+        return eval(source, scope)
+    except Exception:  # noqa: BLE001  # the tracer's expressions may use names of its own
+        return None
+
+
+def _methods(kind: type) -> list[Any]:
+    """The functions of a class, and their code."""
+    functions = [each for each in vars(kind).values() if type(each) is types.FunctionType]
+    return [*functions, *(each.__code__ for each in functions), *(each.__defaults__ for each in functions)]
 
 
 def _entries(function: types.FunctionType) -> list[Any]:
@@ -111,7 +160,10 @@ def trace(
     known = [entry.guard_manager for entry in _entries(function)]
     result = torch.compile(function, backend=keep, fullgraph=True)(*arguments)
     new = [each for each in _entries(function) if not any(each.guard_manager is some for some in known)]
-    return (result, Guard(function, new[0].guard_manager)) if len(new) == 1 else None
+    if len(new) != 1:
+        return None
+    names = function.__code__.co_varnames[: len(arguments)]
+    return result, Guard(function, new[0].guard_manager, dict(zip(names, arguments, strict=True)))
 
 
 def sources(graph: fx.Graph) -> Mapping[fx.Node, str]:
