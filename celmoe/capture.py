@@ -174,6 +174,16 @@ def _few(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return made
 
 
+def is_being_traced() -> bool:
+    """Whether the caller is traced: not by a capture that goes on in another thread, which is waited for."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    with _LOCK:
+        return torch.compiler.is_compiling()
+
+
 def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
     """Follow one call of an expert; it leaves no trace."""
     kept: list[tuple[fx.GraphModule, list[Any], list[torch.Tensor]]] = []

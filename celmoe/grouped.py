@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from .capture import Sample, WrongResult
+from .capture import Sample, WrongResult, is_being_traced
 from .classes import Unit
 from .context import ContextRows
 from .dispatch import cut
@@ -99,7 +99,7 @@ def passing_refusal() -> str | None:
         return "are differentiated forward"
     if has_global_hooks():
         return "are watched by global module hooks"
-    if torch._C._get_tracing_state() or torch.compiler.is_compiling() or _is_symbolic():
+    if torch._C._get_tracing_state() or is_being_traced() or _is_symbolic():
         return "are being traced"
     return None
 

@@ -243,7 +243,7 @@ class Level:
         Raises:
             EngineRefusedError: Experts that are alike can't run as one, and ``engine="grouped"`` was asked for.
         """
-        if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
+        if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_dynamo_compiling()):
             return None
         # Without values, or without elements, there is nothing that could be verified.
         if plan.order.is_meta or not given.hidden.numel():

@@ -133,6 +133,9 @@ _REFLECTED = {
     "__le__": "__ge__",
     "__ge__": "__le__",
 }
+# Methods that look at a tensor's axes only, and those that look at what is in it.
+_ON_SHAPES = {"size", "dim"}
+_READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"}
 # Calls that change how those after them run, and are undone when the run ends.
 _MODES = {
     torch._C._set_grad_enabled,
@@ -177,6 +180,10 @@ def _bound(value: Any, places: Mapping[fx.Node, int]) -> Any:
 def _lowered(node: fx.Node, args: Any, kwargs: Any) -> Step:
     target: Any = node.target
     if node.op == "call_method":
+        if target in _ON_SHAPES:
+            return Step("", _shape, target, args, kwargs, ())
+        if target in _READS:
+            raise CannotGroupError(f"read values ({target})")
         method = getattr(torch.Tensor, str(target))
         if method in OPERATIONS:
             name, handler = OPERATIONS[method]
@@ -196,6 +203,9 @@ def _lowered(node: fx.Node, args: Any, kwargs: Any) -> Step:
     if getattr(target, "__module__", None) in ("_operator", "builtins", "math") or target in _DUNDERS:
         return Step(_DUNDERS.get(target, ""), _python, target, args, kwargs, ())
     name = getattr(target, "__name__", str(target))
+    if "_assert" in name:
+        # The tracer puts it beside a size that values decide.
+        raise CannotGroupError("indexed by values, or made tensors as long as values say")
     raise CannotGroupError(f"called {name}, which is not known to act on each row alone")
 
 
@@ -213,16 +223,20 @@ def _last_uses(
     return found
 
 
-def _mode(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+def _mode(_run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _size(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+def _size(_run: Run, func: Any, _name: str, args: Any, _kwargs: Any) -> Any:
     value, axis = args
     return value.shape[axis] if isinstance(value, Ragged) else func(value, axis)
 
 
-def _attribute(run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+def _shape(_run: Run, func: Any, _name: str, args: Any, kwargs: Any) -> Any:
+    return getattr(args[0], func)(*args[1:], **kwargs)
+
+
+def _attribute(run: Run, _func: Any, _name: str, args: Any, _kwargs: Any) -> Any:
     value, name = args
     if not isinstance(value, Ragged):
         return getattr(value, name)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from celmoe import EngineRefusedError, ExpertResult, HierarchicalCELMoE
 from tests.architectures import Cell, GatedMLP, NormMLP, PackedAttention, Recurrence
-from tests.features import TELLS_WATCHERS, loads_decompositions, needs_selective_checkpoints
+from tests.features import loads_decompositions, needs_selective_checkpoints
 from tests.traps import (
     BATCHES,
     GROUPED,
@@ -282,11 +282,9 @@ def test_a_known_class_does_something_new_in_a_checkpoint(mood: str, how: str):
             assert_close(found, grads_of(twin, theirs.leaves["hidden"]), rtol=1e-4, atol=1e-5)
     (level,) = subject.explain(Batch().routing).levels
     reason = {"mixes": "mixed samples", "reads": "read values"}.get(mood)
-    # What is not watched is remembered, and looped from then on. A checkpoint that is reentrant watches nothing.
-    is_watched = how != "reentrant" or not TELLS_WATCHERS
-    assert level.engine == ("grouped" if reason is None or is_watched else "looped")
+    # The last call is the one that is told.
+    assert level.engine == ("grouped" if reason is None else "looped")
     assert reason is None or reason in level.why
-    assert ("but for calls in a checkpoint where they" in level.why) == (reason is not None and is_watched)
 
 
 def test_a_checkpoint_repeats_dropout():
