@@ -345,7 +345,8 @@ def _said(error: BaseException) -> str:
         guard = re.search(r"satisfy the generated guard (.*)$", text, re.MULTILINE)
         return f"depend on the number of their rows{f' ({guard[1]})' if guard else ''}{_where(error)}"
     if "side effects" in text:
-        return f"have a side effect ({first.removeprefix('RuntimeError: ')}){_where(error)}"
+        found = re.findall(r"\"(L\[.*?)\"", first)
+        return f"wrote into what outlives the call ({', '.join(map(_path, found)) or first}){_where(error)}"
     said = f"{first}. {detail}" if detail else first
     return f"can't be followed by PyTorch's tracer ({said}{f': {context}' if context else ''}){_where(error)}"
 

@@ -251,14 +251,7 @@ class Level:
         names = plan.present
         if engine == AUTO and all(map(is_, map(self.classes.looped_anyway.get, names), experts)):
             return None
-        why_not = passing_refusal()
-        if why_not is None and len(set(map(id, experts))) < len(experts):
-            # Experts that share a module must run in one loop, which knows of it.
-            why_not = "share a module"
-        if why_not is None and given.context.irregular is not None:
-            # A list has no rows that could stand for those of several experts.
-            why_not = f"are given {given.context.irregular}, batch-aligned and no dense tensor"
-        if why_not is not None:
+        if (why_not := _refusal_of_all(experts, given)) is not None:
             if engine == AUTO:
                 return None
             for places in self._alike(names, experts, scales).values():
@@ -286,11 +279,20 @@ class Level:
         ]
         if all(unit.is_alone for unit in units) and (engine == AUTO or not any(map(_is_refused, units))):
             return None
-        for unit in units if engine != AUTO else ():
+        if engine != AUTO:
+            self._require_grouped(names, units)
+        return arrange(sorted(units, key=lambda unit: unit.positions[0]), plan)
+
+    def _require_grouped(self, names: Sequence[str], units: Sequence[Unit]) -> None:
+        """Refuse what runs looped, before anything runs.
+
+        Raises:
+            EngineRefusedError: Experts that are alike can't run as one.
+        """
+        for unit in units:
             if _is_refused(unit) and not isinstance(unit.fault, WrongResult):
                 present = [names[place] for place in unit.positions]
                 raise refusal(self.name, present, unit.modules[0], str(unit.fault))
-        return arrange(sorted(units, key=lambda unit: unit.positions[0]), plan)
 
     def _alike(
         self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float]
@@ -370,6 +372,19 @@ class Level:
                 )
             )
         return found
+
+
+def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInput) -> str | None:
+    """Why no experts can run as one, whatever they are."""
+    if (passing := passing_refusal()) is not None:
+        return passing
+    if len(set(map(id, experts))) < len(experts):
+        # One loop knows of it.
+        return "share a module"
+    if given.context.irregular is not None:
+        # A list has no rows that could stand for those of several experts.
+        return f"are given {given.context.irregular}, batch-aligned and no dense tensor"
+    return None
 
 
 def _is_refused(unit: Unit) -> bool:

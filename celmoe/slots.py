@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from typing import Any
 
 _SLOTS: dict[type, tuple[types.MemberDescriptorType, ...] | None] = {}
 _MOST_KEPT = 4096

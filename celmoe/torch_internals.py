@@ -57,8 +57,8 @@ def _imports_tracer() -> bool:
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
-    The tracer's own guards compare numbers by their values, to which zeros of either sign are equal, and know objects by
-    their classes, whose methods may be replaced. Both are looked at here.
+    The tracer's own guards compare numbers by their values, to which zeros of either sign are equal. They know objects
+    by their classes, whose methods may be replaced. Both are looked at here.
 
     Args:
         function: The function.
@@ -86,7 +86,7 @@ class Guard:
     def is_alive(self) -> bool:
         """Whether the graph is still to be asked for.
 
-        The tracer lets go of one whose guards compare an object that is gone. Here that also goes for one that was traced
+        The tracer lets go of one whose guards compare an object that is gone. So does this of one that was traced
         through code which has been replaced.
         """
         return any(entry.guard_manager is self._manager for entry in _entries(self._function)) and all(

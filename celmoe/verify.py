@@ -2,8 +2,8 @@
 
 Three passes must agree: the expert itself, the traced graph of each member alone, and the program of all members. The
 expert tells whether the trace is true for this very member; the graph, on copies of the member's tensors, gives the
-gradients that the program's are compared with. Nothing is left behind: rows and tensors are copies, random operations do
-the same on all sides, and the random state is put back.
+gradients that the program's are compared with. Nothing is left behind: rows and tensors are copies, random operations
+do the same on all sides, and the random state is put back.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from celmoe.grouping import _MOST_FROM_MEMORY
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
 from celmoe.cost import estimate, judged, never_pays
-from celmoe.grouping import _MOST_FROM_MEMORY
 from celmoe.reference import reference_forward
 from tests.architectures import Recurrence
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from celmoe.grouping import Arrangement, LevelClasses, Unit
+from celmoe.signature import Gathered
 from torch import nn
 
 import celmoe.grouped
@@ -22,10 +24,8 @@ import celmoe.segments
 from celmoe import CELMoEOutput, EngineRefusedError, HierarchicalCELMoE
 from celmoe.experts import ExpertBatch, ExpertResult
 from celmoe.grouped import UnitBatch, UnitResult
-from celmoe.grouping import Arrangement, LevelClasses, Unit
 from celmoe.plan import LevelPlan
 from celmoe.segments import Run, Segments
-from celmoe.signature import Gathered
 from celmoe.tally import Tally
 from celmoe.trace import Trace
 from tests import parity, traps

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import celmoe.proof
 import torch
 
 import celmoe.grouped
-import celmoe.proof
 from celmoe import (
     CELMoEConfig,
     ExpertBatch,

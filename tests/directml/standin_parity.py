@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import celmoe.proof
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 import celmoe.devices
 import celmoe.dispatch
-import celmoe.proof
 from celmoe.engines import ENGINES
 from celmoe.reference import reference_forward
 from tests.directml.standin import FallbackError, Tally, install, tallied

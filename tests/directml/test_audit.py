@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import celmoe.proof
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ import celmoe.dispatch
 import celmoe.fusion
 import celmoe.hierarchy
 import celmoe.operations
-import celmoe.proof
 from celmoe import (
     CELMoEConfig,
     EngineRefusedError,
