@@ -239,6 +239,11 @@ def _described(
     if (fault := _fault(result)) is not None:
         return Refusal(fault)
     own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
+    for value in result.losses.values():
+        if id(value) in own_ids and not any(value is each for each in inputs):
+            # Given back as it is: the tracer has no input for it.
+            _add_input(module, _source_of(expert, value))
+            inputs = [*inputs, value]
     rows = sample.row_ids()
     described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
     own: list[str] = []
@@ -275,6 +280,26 @@ def _described(
         tuple(map(_path, own)),
         tuple(is_parameter),
     )
+
+
+def _source_of(expert: nn.Module, tensor: torch.Tensor) -> str:
+    """How one of an expert's own tensors is read."""
+    for path, module in expert.named_modules():
+        for store in ("_parameters", "_buffers"):
+            for name, each in getattr(module, store).items():
+                if each is tensor:
+                    parts = "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
+                    return f"L['expert']{parts}.{store}[{name!r}]"
+    raise LookupError(tensor.shape)
+
+
+def _add_input(module: fx.GraphModule, source: str) -> None:
+    """Give a graph one more input, behind those that it has."""
+    graph = module.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    with graph.inserting_after(last[0]) if last else graph.inserting_before(next(iter(graph.nodes))):
+        name_source(graph.placeholder(f"given_{len(graph.nodes)}"), source)
+    module.recompile()
 
 
 def _fault(result: Any) -> str | None:
@@ -343,7 +368,7 @@ def _said(error: BaseException) -> str:
     context = context.removeprefix("Developer debug context:").strip()
     if "Constraints violated" in text:
         guard = re.search(r"satisfy the generated guard (.*)$", text, re.MULTILINE)
-        return f"depend on the number of their rows{f' ({guard[1]})' if guard else ''}{_where(error)}"
+        return f"read the number of their rows{f' ({guard[1]})' if guard else ''}{_where(error)}"
     if "side effects" in text:
         found = re.findall(r"\"(L\[.*?)\"", first)
         return f"wrote into what outlives the call ({', '.join(map(_path, found)) or first}){_where(error)}"

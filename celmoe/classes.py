@@ -154,6 +154,8 @@ class LevelClasses:
 
     def refusal(self, name: str, expert: nn.Module) -> str | None:
         """Why an expert was last refused, whatever it was given."""
+        if (missing := tracer_missing()) is not None:
+            return f"can't be captured ({missing})"
         for (of, _), (refused, reason) in self._refused.items():
             if of == name and refused() is expert:
                 return reason

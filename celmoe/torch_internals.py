@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import re
 import types
 import warnings
@@ -41,7 +42,7 @@ def tracer_missing() -> str | None:
     missing = [name for name in _STRICT if not hasattr(config, name)]
     if missing:
         return f"the tracer of PyTorch {torch.__version__} has no setting {missing[0]!r}"
-    if config.disable:
+    if config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "PyTorch's tracer is switched off (TORCHDYNAMO_DISABLE)"
     return None
 
@@ -189,15 +190,17 @@ def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
         maybe_mark_dynamic(tensor, axis)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks watch, or change, what a module or one of its parts takes or gives."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(each, name) for each in module.modules() for name in names)
+    return any(getattr(each, name) for each in module.modules() for name in _HOOKS)
 
 
 def has_global_hooks() -> bool:
     """Whether hooks watch all modules of the process."""
-    return bool(torch.nn.modules.module._has_any_global_hook())
+    return any(getattr(torch.nn.modules.module, f"_global{name}", None) for name in _HOOKS)
 
 
 def graph_break(message: str) -> None:
