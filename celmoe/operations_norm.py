@@ -43,6 +43,7 @@ def _by_runs(run: Run, value: Ragged, weight: Ragged | None, bias: Ragged | None
     return like(value, scaled.view(value.plain_shape))
 
 
+@operation("rms_norm", namespaces=(torch,))
 @operation("layer_norm", "rms_norm", namespaces=(F,))
 def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """Over the last axes, then the members' weights by row."""

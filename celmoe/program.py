@@ -117,11 +117,12 @@ def _printed(value: Any) -> str:
 # Dynamo writes an operator for what the expert wrote; the table knows tensors' methods.
 _DUNDERS = {
     **{getattr(operator, name): f"__{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
-    **{getattr(operator, name): f"__{name}__" for name in ("matmul", "neg", "pos", "abs", "eq", "ne", "lt", "le")},
+    **{getattr(operator, name): f"__{name}__" for name in ("neg", "pos", "abs", "eq", "ne", "lt", "le")},
     **{getattr(operator, name): f"__{name}__" for name in ("gt", "ge", "invert", "getitem", "setitem")},
     **{getattr(operator, name): f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv")},
     **{getattr(operator, name): f"__{name}__" for name in ("iand", "ior", "ixor", "imod")},
     operator.and_: "__and__",
+    operator.matmul: "matmul",
     operator.or_: "__or__",
     operator.xor: "__xor__",
 }

@@ -128,6 +128,20 @@ def _entries(function: types.FunctionType) -> list[Any]:
 
 
 @contextlib.contextmanager
+def _without_kernels_by_rows() -> Iterator[None]:
+    """Convolutions choose among kernels by the number of rows, which would be a guard."""
+    # Not `torch.backends.mkldnn.flags`, which warns.
+    mkldnn, nnpack = torch._C._get_mkldnn_enabled(), torch._C._get_nnpack_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_nnpack_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_nnpack_enabled(nnpack)
+
+
+@contextlib.contextmanager
 def quiet_tracer() -> Iterator[None]:
     """Strict settings, and no log lines for what the caller reports itself."""
     from torch._dynamo import config
@@ -137,7 +151,11 @@ def quiet_tracer() -> Iterator[None]:
     for each in loggers:
         each.disabled = True
     try:
-        with config.patch(**_STRICT), warnings.catch_warnings():
+        with (
+            config.patch(**_STRICT),
+            warnings.catch_warnings(),
+            _without_kernels_by_rows(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
