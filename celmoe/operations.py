@@ -141,7 +141,7 @@ def operands(values: Iterable[Any]) -> list[Ragged]:
 def refuse_row_counts(name: str, values: Iterable[Any]) -> None:
     """The number of rows may size a tensor; as a number in an operation its value would count."""
     if any(isinstance(value, RowCount) for value in values):
-        raise CannotGroupError(f"computed with the number of their rows (in {name})")
+        raise CannotGroupError(f"read the number of their rows as a value (in {name})")
 
 
 def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callable[[torch.Tensor], Ragged]]:

@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
     draws: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """The lowered graph; ``str()`` prints it as code.
 
@@ -135,7 +135,7 @@ _REFLECTED = {
     "__ge__": "__le__",
 }
 # Methods that look at a tensor's axes only, and those that look at what is in it.
-_ON_SHAPES = {"size", "dim"}
+_ON_SHAPES = {"size", "dim", "numel"}
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"}
 # Calls that change how those after them run, and are undone when the run ends.
 _MODES = {

@@ -280,12 +280,12 @@ MUTANTS = {
     "weights' gradients to the neighbour": Mutant(
         gradients_to_the_neighbour("weights"),
         r"gradient of 'level_modules\..*\.weight': values differ",
-        proof="gradient of 'weight'",
+        proof="gradient of 'linear.weight'",
     ),
     "biases' gradients to the neighbour": Mutant(
         gradients_to_the_neighbour("biases"),
         r"gradient of 'level_modules\..*\.bias': values differ",
-        proof="gradient of 'bias'",
+        proof="gradient of 'linear.bias'",
     ),
     "stack remembered": Mutant(remember_the_stack, RESULT),
     "losses of the neighbour": Mutant(
