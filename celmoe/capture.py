@@ -167,9 +167,11 @@ def sample_of(hidden: torch.Tensor, mask: torch.Tensor | None, context: ContextR
 
 
 def _few(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    with torch.inference_mode(False):
+    requires_grad = tensor.requires_grad and torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
         made = torch.zeros((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-        made.requires_grad_(tensor.requires_grad and torch.is_grad_enabled())
+        # Rows are no leaves: experts may write into them.
+        made = made.requires_grad_(requires_grad).clone()
     mark_rows(made, tuple(range(1, made.dim() - 1)))
     return made
 
