@@ -219,7 +219,7 @@ class Level:
         if not torch.is_grad_enabled() or not _takes_gradients(rows):
             return rows
         for tensor in (given.mask, *given.context.aligned, *given.context.shared.values()):
-            if tensor is not None and tensor.requires_grad:
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 rows = rows + tensor.sum().real.to(rows)
         # A backward pass may start from here as from an expert's rows, though it reaches nothing. (The compiler takes
         # no leaf that a graph makes.)
