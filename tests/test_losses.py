@@ -218,11 +218,11 @@ def test_values_of_any_dtype(dtypes):
     assert all(type(value) is float for value in found.values())
 
 
-def test_one_value_that_needs_double_precision_keeps_it():
-    bundle = LossBundle(
-        [LossTerm("big", torch.tensor(1e300, dtype=torch.float64)), LossTerm("small", torch.tensor(0.5))]
-    )
-    assert bundle.as_dict() == {"big": 1e300, "small": 0.5}
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_value_that_needs_double_precision_keeps_it_wherever_it_stands(place):
+    terms = [LossTerm("small", torch.tensor(0.5)), LossTerm("half", torch.tensor(2.0, dtype=torch.float16))]
+    terms.insert(place, LossTerm("big", torch.tensor(1e300, dtype=torch.float64)))
+    assert LossBundle(terms).as_dict() == {"big": 1e300, "small": 0.5, "half": 2.0}
 
 
 def test_nan_and_infinity_stay_with_their_terms():

@@ -495,6 +495,13 @@ def test_losses_of_no_expert_add_up_to_zero(forward):
     assert bundle.total.item() == 2.0
 
 
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_losses_of_no_expert_reach_the_levels_above_a_detached_one(forward):
+    model, encoder = build(forward, language=DETACHED), nn.Linear(WIDTH, WIDTH)
+    CELMoELossAPI().compute(run(model, forward, encoder(torch.zeros(0, WIDTH)), NONE)).total.backward()
+    assert all(map(zeros, encoder.parameters()))
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_some_samples_whose_experts_return_no_loss_have_no_total(size):
     model = build(make=Looks)

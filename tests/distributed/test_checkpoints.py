@@ -230,3 +230,17 @@ def test_one_file_has_an_optimizers_state_that_is_no_tensor(tmp_path):
     found = read.state[next(other.parameters())]
     assert {key: found[key] for key in ("count", "rate", "note")} == {"count": 7, "rate": 0.5, "note": None}
     assert torch.equal(found["momentum_buffer"], torch.ones_like(first))
+
+
+def test_one_file_keeps_the_order_of_more_than_ten_groups(tmp_path):
+    def grouped(rates):
+        model, *_ = build("alone", JOB)
+        groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=False)]
+        return model, torch.optim.SGD(groups)
+
+    rates = [0.5 * place for place in range(12)]
+    save_checkpoint(tmp_path / "folder", *grouped(rates))
+    write_file(tmp_path / "folder", tmp_path / "file.pt")
+    other, read = grouped([7.0] * 12)
+    load_file(tmp_path / "file.pt", other, read)
+    assert [group["lr"] for group in read.param_groups] == rates

@@ -231,6 +231,32 @@ def test_parameters_of_experts_elsewhere_are_left_out(two, tmp_path):
     load_checkpoint(tmp_path, model, optimizer)
 
 
+def notes_of(model, optimizer):
+    """The state of every parameter that a checkpoint has, by name."""
+    names = model.state_dict().keys()
+    return {name: dict(optimizer.state[each]) for name, each in model.named_parameters() if name in names}
+
+
+def save_notes(folder):
+    """Save state that is no tensor, another for every parameter here; what there is after loading it."""
+    model, optimizer, _ = build("experts", JOB)
+    for name, state in notes_of(model, optimizer).items():
+        optimizer.state[model.get_parameter(name)] = {"note": name, **state}
+    save_checkpoint(folder, model, optimizer)
+    other, read, _ = build("experts", JOB)
+    load_checkpoint(folder, other, read)
+    return notes_of(other, read)
+
+
+def test_state_that_is_no_tensor_is_kept_of_the_experts_of_all_ranks(two, tmp_path):
+    first, second = two.run(save_notes, tmp_path)
+    assert first.keys() != second.keys()
+    model, optimizer, _ = build("alone", JOB)
+    load_checkpoint(tmp_path, model, optimizer)
+    wanted = {name: {"note": name} for name, _ in model.named_parameters()}
+    assert first | second == notes_of(model, optimizer) == wanted
+
+
 @pytest.mark.parametrize("way", ["directory", "file"])
 def test_an_optimizer_that_has_stepped_keeps_nothing_of_its_own(tmp_path, way):
     """Experts that had no state when a checkpoint was saved have none after loading it."""

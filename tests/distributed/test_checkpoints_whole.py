@@ -302,6 +302,25 @@ def test_directories_that_ranks_do_not_share_are_refused(two, tmp_path):
     assert first.startswith("rank 1: 'directory' must take all of a checkpoint (got FileNotFoundError: ")
 
 
+@pytest.mark.parametrize("change", [-1, 1, None], ids=["cut", "longer", "empty"])
+def test_a_file_that_the_first_rank_sees_otherwise_is_not_committed(tmp_path, monkeypatch, change):
+    save_alone(tmp_path, 1.0)
+    size = next(tmp_path.rglob("*.bin")).stat().st_size
+    found = 0 if change is None else size + change
+    flush = pieces.flush
+
+    def flush_and_change(file):
+        flush(file)
+        os.truncate(file.name, found)
+
+    monkeypatch.setattr(pieces, "flush", flush_and_change)
+    with pytest.raises(celmoe.CheckpointError) as caught:
+        save_alone(tmp_path, 2.0)
+    assert f"(got {found} bytes of 'rank-0.bin' on rank 0, not {size})" in str(caught.value)
+    assert names_in(tmp_path) == ["checkpoint.json", "data"]
+    assert values_in(tmp_path) == {1.0}
+
+
 @contextmanager
 def full_disk(limit):
     """Writes beyond so many bytes of a file fail."""

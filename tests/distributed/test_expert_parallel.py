@@ -107,6 +107,59 @@ def test_autocast(two):
     assert all(assert_as_alone(job, histories, tolerance=2 * rounding).values())
 
 
+class Narrow(celmoe.ExpertModule):
+    """Gives rows in bfloat16, whatever it is given."""
+
+    def forward(self, batch):
+        return celmoe.ExpertResult(batch.hidden.bfloat16())
+
+
+def run_narrow_experts(languages):
+    """The dtype of the last level's rows, and how many ranks have an expert of these languages."""
+    model = jobs.make_model(Job([], fusion="mean"))
+    for name in model.level_modules["language"]:
+        model.level_modules["language"][name] = Narrow()
+    sharding = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
+    hidden = torch.ones(len(languages), jobs.WIDTH, dtype=torch.float64)
+    output = model(hidden, {"language": languages})
+    return output.levels["language"].hidden.dtype, len({sharding.owners["language"][each] for each in languages})
+
+
+@pytest.mark.parametrize(("languages", "num_ranks"), [(["ru", "ru"], 1), (["it"], 1), (["ru", "pl", "fr", "it"], 2)])
+def test_a_rank_that_no_rows_come_to_has_no_say_in_the_experts_dtype(two, languages, num_ranks):
+    assert two.run(run_narrow_experts, languages) == [(torch.bfloat16, num_ranks)] * 2
+
+
+class Same(celmoe.ExpertModule):
+    """Gives the rows that it is given."""
+
+    def forward(self, batch):
+        return celmoe.ExpertResult(batch.hidden)
+
+
+def run_beside_no_samples(narrow, levels):
+    """The dtype of the last level's rows: float32 ones on the first rank, on the second none, of float64."""
+    model = jobs.make_model(Job([], fusion="mean"))
+    for level, experts in model.level_modules.items():
+        for name in experts:
+            experts[name] = Narrow() if level == narrow else Same()
+    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))
+    shard_experts(model, mesh, levels=levels)
+    languages, dtype = ([], torch.float64) if dist.get_rank() else (["ru", "it"], torch.float32)
+    output = model(torch.ones(len(languages), jobs.WIDTH, dtype=dtype), {"language": languages})
+    return output.levels["language"].hidden.dtype
+
+
+@pytest.mark.parametrize(
+    ("narrow", "levels", "dtype"),
+    # A level in between, which is not spread, leaves the rank without samples its own dtype.
+    [(None, None, torch.float32), ("family", ["universal", "language"], torch.bfloat16)],
+    ids=["as given", "a level in between"],
+)
+def test_a_rank_without_samples_has_no_say_in_the_rows_dtype(two, narrow, levels, dtype):
+    assert two.run(run_beside_no_samples, narrow, levels) == [dtype] * 2
+
+
 def train_with_group_without_cpu(job):
     """As over a group that only devices can talk over."""
     with mock.patch.object(meeting.dist, "get_backend_config", return_value="cuda:nccl"):

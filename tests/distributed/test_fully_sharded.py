@@ -49,8 +49,8 @@ def _joined(parts):
     return first
 
 
-def train_with_levels_sharded(job, shape=None):
-    """What this rank holds after each step: its parts."""
+def train_with_levels_sharded(job, shape=None, *, reduces_always=False):
+    """What this rank holds after each step: its parts. Gradients are reduced for the last micro-batch, or for each."""
     rank = dist.get_rank()
     model = jobs.make_model(job)
     shape = shape or (dist.get_world_size(),)
@@ -68,7 +68,7 @@ def train_with_levels_sharded(job, shape=None):
         leaves = []
         for micro in range(len(micros)):
             batch = jobs.make_batches(job, step, micro)[rank]
-            model.set_requires_gradient_sync(micro == len(micros) - 1)
+            model.set_requires_gradient_sync(reduces_always or micro == len(micros) - 1)
             with torch.autocast("cpu", enabled=job.autocast):
                 output = model(**batch.inputs(job))
                 loss = joined_mean(jobs.loss_sum(job, output, batch), len(batch.languages)) + jobs.extra_losses(output)
@@ -114,6 +114,16 @@ def test_ranks_train_as_one_process(two, name):
     job = JOBS[name]
     histories = put_together(two.run(train_with_levels_sharded, job))
     assert all(assert_as_alone(job, histories).values())
+
+
+def test_gradients_add_up_where_each_backward_pass_reduces_them(two):
+    """Also those of experts that no later pass uses."""
+    histories = put_together(two.run(train_reducing_always, JOBS["accumulated"]))
+    assert all(assert_as_alone(JOBS["accumulated"], histories).values())
+
+
+def train_reducing_always(job):
+    return train_with_levels_sharded(job, reduces_always=True)
 
 
 def test_parts_on_some_ranks_and_copies_on_others(four):
