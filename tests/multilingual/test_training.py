@@ -8,7 +8,7 @@ import celmoe
 from benchmarks.multilingual import training
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.schedule import LEARNING_RATE, MOST_EPOCHS, Deadline, learning_rate, plan_steps
-from benchmarks.multilingual.training import Contender, Progress, StepResult, Watchers, train
+from benchmarks.multilingual.training import REVISION_INTERVAL, Contender, Progress, StepResult, Watchers, train
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 500])
@@ -101,6 +101,18 @@ def test_a_run_that_the_clock_ended_is_finished(batch: Batch, log: list[str]) ->
     progress = Progress(planned_steps=4, total_steps=4)
     assert train([contender("a")], iter([batch] * 4), progress, Deadline(0.0), watchers(log))
     assert (progress.step, progress.finished) == (1, True)
+
+
+@pytest.mark.parametrize(("fitting", "more"), [(0, 0), (2, 2), (9, 9), (1000, 9)])
+def test_the_clock_shortens_the_plan_and_never_lengthens_it(
+    batch: Batch, log: list[str], monkeypatch: pytest.MonkeyPatch, fitting: int, more: int
+) -> None:
+    monkeypatch.setattr(Deadline, "steps_that_fit", lambda deadline, seconds_per_step: fitting)
+    planned = REVISION_INTERVAL + 9
+    progress = Progress(planned_steps=planned, total_steps=planned)
+    deadline = Deadline(1.0, clock=lambda: 0.0)
+    assert train([contender("a")], iter([batch] * (2 * planned)), progress, deadline, watchers(log))
+    assert progress.step == progress.total_steps == REVISION_INTERVAL + more
 
 
 def test_waiting_is_for_the_device_that_works_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
