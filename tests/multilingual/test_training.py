@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -86,6 +87,16 @@ def test_each_step_is_timed_from_an_idle_device_to_an_idle_device(batch: Batch, 
     progress = Progress(planned_steps=1, total_steps=1)
     assert train([contender("a"), contender("b")], iter([batch]), progress, None, watchers(log))
     assert log[:6] == ["wait", "a", "wait", "wait", "b", "wait"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_words_per_second_are_those_of_all_ranks(batch: Batch, log: list[str], num_ranks: int) -> None:
+    joined = celmoe.RoutingPlan.join([batch.plan] * num_ranks) if num_ranks > 1 else None
+    told: list[float] = []
+    watching = replace(watchers(log), on_step=lambda step, results, speeds: told.append(speeds["a"]))
+    progress, trained = Progress(planned_steps=1, total_steps=1), contender("a")
+    assert train([trained], iter([replace(batch, joined=joined)]), progress, None, watching)
+    assert [*told, progress.curve[0].words_per_second] == [pytest.approx(4 * num_ranks / trained.seconds)] * 2
 
 
 def test_a_milestone_follows_every_validation_but_the_last(batch: Batch, log: list[str]) -> None:
