@@ -58,6 +58,39 @@ def test_rounds_end_by_the_clock_or_by_their_number(monkeypatch):
     assert interleave({"a": lambda: None}, 29.0).rounds == 12
 
 
+class Machine:
+    """Stands in for `time`: a step takes as many seconds as it is told to, on four threads."""
+
+    def __init__(self):
+        self.passed = self.worked = 0.0
+
+    def spend(self, seconds):
+        self.passed += seconds
+        self.worked += 4 * seconds
+
+    def perf_counter(self):
+        return self.passed
+
+    def process_time(self):
+        return self.worked
+
+
+def test_no_clock_sees_what_moves_the_weights(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr("benchmarks.interleaved.time", machine)
+    steps = {"a": lambda: machine.spend(2.0), "b": lambda: machine.spend(3.0)}
+    found = interleave(steps, 0.0, between=lambda: machine.spend(100.0))
+    assert found.seconds == {"a": [2.0] * 5, "b": [3.0] * 5}
+
+
+def test_others_are_timed_by_the_clock_on_the_wall_as_ours_are(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr("benchmarks.rounds.time", machine)
+    task = Task(lambda: machine.spend(3.0), lambda: machine.spend(100.0), dict)
+    found = hold(Clock(), Gathered({AUTO: task, STACK: task}, {}, 1.0), 6.0)
+    assert found.seconds == {AUTO: [7.0] * 6, STACK: [3.0] * 6}
+
+
 class Clock:
     """pytest-benchmark's fixture, as `hold` uses it: ours takes 7 s in every round."""
 

@@ -113,6 +113,7 @@ def test_slow_contenders_are_left_out(monkeypatch):
     task = Task(lambda: None, lambda: None, evidence_of())
     gathered = gather({AUTO: lambda: task, ORACLE: lambda: task, STACK: lambda: task}, 2.0)
     assert list(gathered.tasks) == [AUTO]
+    assert gathered.round_seconds == 9.0
     assert gathered.absent == {
         ORACLE: "a step takes 3.0 s, and 2 s are allowed (--longest SECONDS)",
         STACK: "a step takes 0.4 s, 40 times ours, and would take all the time",
