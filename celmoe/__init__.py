@@ -3,6 +3,7 @@
 from . import reference
 from .compiler import RoutingCompiler
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
+from .declared import rowwise
 from .errors import (
     CELMoEError,
     CheckpointError,
@@ -116,5 +117,6 @@ __all__ = [
     "merge_routing",
     "reference",
     "routing_constant",
+    "rowwise",
     "validate_routing_length",
 ]

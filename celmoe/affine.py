@@ -71,12 +71,12 @@ class _Affine(Function):
         of_weights, of_biases = any(needed[4 : 4 + len(weights)]), any(needed[4 + len(weights) :])
         grad_w: Sequence[torch.Tensor | None] = [None] * len(weights)
         grad_b: Sequence[torch.Tensor | None] = [None] * ctx.num_biases
-        if torch.is_grad_enabled() or is_batched(grad_RK):
+        if torch.is_grad_enabled() or is_batched(grad_RK) or grad_RK.is_complex():
             # The same as a graph that can be differentiated again.
             w_RK = spread(torch.stack(weights), segments, factor) if weights else None
-            grad_x = grad_RK if w_RK is None else grad_RK * w_RK
+            grad_x = grad_RK if w_RK is None else grad_RK * w_RK.conj()
             if of_weights:
-                grad_w = segment_sum(grad_RK * x_RK, segments, factor).unbind(0)
+                grad_w = segment_sum(grad_RK * x_RK.conj(), segments, factor).unbind(0)
             if of_biases:
                 grad_b = segment_sum(grad_RK, segments, factor).unbind(0)
         else:

@@ -1,17 +1,17 @@
 """When running a class as one is worth it: a few constants, no clock.
 
-A loop calls every operation of an expert once for each expert present. As one, each is called once, dearer, in a mode
-that takes every call apart. On a CPU a loop has the better of the caches in return: an expert's rows and weights are
-still there when the next operation wants them, while those of a whole class have to be fetched again each time.
+A loop calls every operation of an expert once for each expert present. As one, each is called once, dearer. On a CPU a
+loop has the better of the caches in return: an expert's rows and weights are still there when the next operation wants
+them, while those of a whole class have to be fetched again each time.
 """
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
-from .grouping import Unit
+from .classes import Layout
 
 
 class _Within(NamedTuple):
@@ -57,46 +57,63 @@ class Cost(NamedTuple):
     looped: float
     grouped: float
 
+    @property
+    def pays(self) -> bool:
+        """Whether running the experts as one costs less."""
+        return self.grouped < self.looped
 
-def estimate(unit: Unit, rows: int, *, has_backward: bool, members: int | None = None) -> Cost:
-    """What a unit costs either way.
+    def __str__(self) -> str:
+        return f"{self.looped:.0f} µs one by one, {self.grouped:.0f} µs as one"
+
+
+def estimate(layout: Layout, members: int, rows: int, *, on_cpu: bool, has_backward: bool) -> Cost:
+    """What experts cost either way.
 
     It is told from the tensors that an expert has and from the numbers of experts and rows, so it is the same before
     and after a call, and in every process.
 
     Args:
-        unit: The experts.
+        layout: Of each expert.
+        members: How many experts.
         rows: Samples of all of them.
-        has_backward: Whether gradients are recorded.
-        members: How many experts to take it for, if not for those of the unit.
+        on_cpu: Whether they are on a CPU.
+        has_backward: Whether a backward pass is to come.
     """
-    members = len(unit.members) if members is None else members
-    first = unit.members[0]
-    within = [_WITHIN[places[0].name] for places in unit.record.signature.leaves if places[0].name in _WITHIN]
-    calls = len(first.tensors) / _TENSORS_A_CALL
-    looped = _CALL * members * (calls + sum(each.looped if has_backward else each.fused for each in within))
-    grouped = _PASS + _GROUPED_CALL * (calls + sum(each.grouped for each in within))
-    if all(tensor.is_cpu for tensor in first.tensors):
-        kilobytes = sum(tensor.nbytes for tensor in first.tensors) / 1024
-        features = sum(tensor.shape[0] for tensor in first.tensors if tensor.dim())
-        grouped += _KILOBYTE_OF_WEIGHTS * kilobytes * members * max((each.reads for each in within), default=1)
-        grouped += _ROW_OF_A_FEATURE * features * rows * (_POSITIONS if within else 1)
+    terms = _terms(layout)
+    looped = members * (terms.looped if has_backward else terms.fused)
+    grouped = terms.grouped
+    if on_cpu:
+        grouped += terms.grouped_member * members + terms.grouped_row * rows
     return Cost(looped, grouped) if has_backward else Cost(_LOOPED_FORWARD * looped, _GROUPED_FORWARD * grouped)
 
 
-def never_pays(unit: Unit, members: int) -> bool:
-    """Whether a loop costs less for this class with so many experts, or fewer, and any number of rows."""
+class _Terms(NamedTuple):
+    """Microseconds: of an expert alone, with gradients and without; of all as one, a member more and a row more."""
+
+    looped: float
+    fused: float
+    grouped: float
+    grouped_member: float
+    grouped_row: float
+
+
+@lru_cache(maxsize=1024)
+def _terms(layout: Layout) -> _Terms:
+    names = [name.rpartition(".")[2] for name, _, _ in layout.tensors]
+    within = [_WITHIN[name] for name in names if name in _WITHIN]
+    calls = len(names) / _TENSORS_A_CALL
+    kilobytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in layout.tensors) / 1024
+    features = sum(shape[0] for _, shape, _ in layout.tensors if shape)
+    return _Terms(
+        _CALL * (calls + sum(each.looped for each in within)),
+        _CALL * (calls + sum(each.fused for each in within)),
+        _PASS + _GROUPED_CALL * (calls + sum(each.grouped for each in within)),
+        _KILOBYTE_OF_WEIGHTS * kilobytes * max((each.reads for each in within), default=1),
+        _ROW_OF_A_FEATURE * features * (_POSITIONS if within else 1),
+    )
+
+
+def never_pays(layout: Layout, members: int, *, on_cpu: bool) -> bool:
+    """Whether a loop costs less with so many experts, or fewer, and any number of rows."""
     # Where it does not in training, it does not without gradients either.
-    cost = estimate(unit, 0, has_backward=True, members=members)
-    return cost.looped <= cost.grouped
-
-
-def judged(unit: Unit, rows: int) -> Unit:
-    """The unit, with a fault where a loop over it costs less."""
-    if unit.is_alone:
-        return unit
-    cost = estimate(unit, rows, has_backward=torch.is_grad_enabled())
-    if cost.grouped < cost.looped:
-        return unit
-    few = f"are few or large ({cost.looped:.0f} µs one by one, {cost.grouped:.0f} µs as one)"
-    return unit._replace(fault=few)
+    return not estimate(layout, members, 0, on_cpu=on_cpu, has_backward=True).pays

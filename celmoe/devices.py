@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture import tracer_missing
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .engines import GROUPED, LOOPED
 from .errors import DeviceMissingError, UnknownDeviceError, listed, nearest
@@ -156,11 +157,15 @@ def self_check(device: str, tell: Callable[[str], object] = lambda _: None) -> D
     if not difference <= _TOLERANCE:
         return DeviceReport(device, FAILS, f"a linear layer of PyTorch's own is wrong by {difference:.1e}")
     checks = []
+    without_tracer = tracer_missing()
     for engine in ENGINES_CHECKED:
+        if engine == GROUPED and without_tracer is not None:
+            continue
         tell(f"running the {engine} engine")
         checks.append(_checked(engine, opened))
     faults = [f"{check.engine} {check.fault}" for check in checks if check.fault]
-    return DeviceReport(device, FAILS if faults else WORKS, "; ".join(faults) or hardware, tuple(checks))
+    detail = "; ".join(filter(None, (hardware, without_tracer and f"looped only: {without_tracer}")))
+    return DeviceReport(device, FAILS if faults else WORKS, "; ".join(faults) or detail, tuple(checks))
 
 
 def as_json(found: DeviceReport) -> str:

@@ -9,17 +9,17 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+from .choice import AUTO, GROUPED, LOOPED
 from .errors import EngineError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .grouped import run_auto, run_grouped
 from .looped import run_looped
 
+__all__ = ["AUTO", "ENGINES", "ENVIRONMENT", "GROUPED", "LOOPED", "Engine", "resolve_engine"]
+
 # What runs a level: experts one by one, or units of them.
 Engine: TypeAlias = Callable[[Sequence[Any], Iterable[ExpertBatch]], list[ExpertResult]]
 
-AUTO = "auto"
-LOOPED = "looped"
-GROUPED = "grouped"
 ENVIRONMENT = "CELMOE_ENGINE"
 ENGINES: dict[str, Engine] = {AUTO: run_auto, LOOPED: run_looped, GROUPED: run_grouped}
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
-from operator import is_
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from .arrangement import Arrangement, arrange
+from .choice import LOOPED, Decision, LevelChoice, Present
+from .classes import LevelInputLike
 from .config import ExpertConfig, HierarchyLevelConfig
 from .context import ContextRows, select
-from .cost import estimate, judged, never_pays
 from .dispatch import Blocks, combine, dispatch, relay
-from .engines import AUTO, ENGINES, LOOPED
+from .engines import ENGINES
 from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped import Extras, UnitBatch, UnitResult, refusal
-from .grouping import Arrangement, LevelClasses, Unit, arrange
+from .grouped import Extras, UnitBatch, UnitResult
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .plan import LevelPlan, RoutingPlan
@@ -102,14 +102,14 @@ class Level:
     Attributes:
         config: The level's config.
         name: The level's name.
-        classes: Its experts by structure.
+        choice: What decides how its experts run.
     """
 
     def __init__(self, config: HierarchyLevelConfig) -> None:
         self.config = config
         self.name = config.name
-        self.classes = LevelClasses()
         self._built = dict(config.experts)
+        self.choice = LevelChoice(self.name, len(self._built))
 
     def flags(self, expert: str) -> ExpertConfig:
         """The config that holds an expert's flags: the one under its name, else the one that it was built with.
@@ -161,9 +161,9 @@ class Level:
             empty = self._of_no_samples(experts, given)
             return LevelOutput.with_deferred_routes(self.name, empty, host_plan.routes), None
         scales = self.scales(plan.present)
-        # Without elements a batch has nothing to compute together, and products of such matrices are refused.
-        has_elements = bool(given.hidden.numel())
-        arranged = self._arranged(experts, engine, scales, plan, given.context.irregular) if has_elements else None
+        present = Present(plan.present, experts, scales, plan)
+        decisions = self.choice.decide(engine, present, LevelInputLike(given.hidden, given.mask, given.context))
+        arranged = arrange([decision.unit for decision in decisions], plan) if decisions else None
         if arranged is None:
             results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
@@ -199,10 +199,8 @@ class Level:
         names = tuple(modules) if plan is None else plan.present
         classes: list[ClassExplanation] = []
         if engine != LOOPED and experts:
-            scales = self.scales(names)
-            self.classes.looped_anyway.clear()
-            units = self.classes.units(names, experts, scales)
-            classes = [_explained(unit, engine, names, plan) for unit in units]
+            present = Present(names, experts, self.scales(names), plan)
+            classes = [_explained(decision, present) for decision in self.choice.foresee(engine, present)]
         return explain_level(self.name, modules, engine, experts, plan, classes)
 
     @property
@@ -234,100 +232,19 @@ class Level:
             rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
         return rows
 
-    def _arranged(
-        self,
-        experts: Sequence[nn.Module],
-        engine: str,
-        scales: Sequence[float],
-        plan: LevelPlan,
-        irregular: str | None,
-    ) -> Arrangement | None:
-        """The experts by units; ``None`` where they run one after another, in the plan's order.
 
-        Args:
-            experts: The modules of the experts present.
-            engine: The name of what runs them.
-            scales: What the gradient into each one's input is multiplied by.
-            plan: The level's plan.
-            irregular: Where the context holds a batch-aligned value that is no dense tensor: a list has no rows that
-                could stand for those of several experts.
-
-        Raises:
-            EngineRefusedError: Experts of one class are to run as one on such a context.
-        """
-        if engine == LOOPED or len(experts) == 1 or (engine == AUTO and torch.compiler.is_compiling()):
-            return None
-        if plan.order.is_meta:
-            # There are only shapes, which the loop gives; a run as one could not be compared with it.
-            return None
-        if engine == AUTO and (
-            irregular is not None or all(map(is_, map(self.classes.looped_anyway.get, plan.present), experts))
-        ):
-            return None
-        if engine == AUTO:
-            # Where a loop costs less it is right whatever the experts have become, and they need not be asked.
-            remembered = self.classes.remembered(plan.present, experts, scales)
-            if remembered is not None and all(unit.is_alone for unit in self._judged(remembered, plan)):
-                return None
-        units = self.classes.units(plan.present, experts, scales)
-        if engine == AUTO:
-            units = self._judged(units, plan)
-        several = next((unit for unit in units if len(unit.members) > 1), None)
-        if several is None:
-            return None
-        if irregular is not None:
-            names = [plan.present[position] for position in several.positions]
-            raise refusal(plan.name, names, several, f"are given {irregular}, batch-aligned and no dense tensor")
-        if engine == AUTO or len(set(experts)) < len(experts):
-            # Experts that share a module must run in one loop, which knows of it.
-            can_group = len(set(experts)) == len(experts) and not all(unit.is_alone for unit in units)
-            if not can_group and (engine == AUTO or not any(unit.fault for unit in units)):
-                return None
-        return arrange(units, plan)
-
-    def _judged(self, units: Sequence[Unit], plan: LevelPlan) -> list[Unit]:
-        """The units with a fault where a loop costs less; those that never pay are remembered."""
-        for unit in units:
-            if unit.record.signature.fault is None and never_pays(unit, len(self._built)):
-                pairs = zip(unit.positions, unit.members, strict=True)
-                self.classes.looped_anyway.update((plan.present[place], each.module) for place, each in pairs)
-        return [judged(unit, _rows_of(unit, plan)) for unit in units]
-
-
-def _explained(unit: Unit, engine: str, names: Sequence[str], plan: LevelPlan | None) -> ClassExplanation:
-    counts = None if plan is None else [plan.counts[position] for position in unit.positions]
-    how, reason = LOOPED, "the only one of its kind"
-    looped: dict[str, int] = {}
-    if len(unit.members) > 1:
-        fault = unit.fault or next(iter(unit.record.faults.values()), None)
-        rows = 0 if plan is None else _rows_of(unit, plan)
-        cost = estimate(unit, rows, has_backward=torch.is_grad_enabled())
-        terms = f"{cost.looped:.0f} µs one by one, {cost.grouped:.0f} µs as one"
-        if fault is not None:
-            reason = f"for its experts {fault}"
-        elif engine == AUTO and (why_not := judged(unit, rows).fault) is not None:
-            reason = f"for its experts {why_not}"
-        elif unit.record.programs:
-            for program in unit.record.programs.values():
-                looped |= program
-            how, reason = "grouped", f"run as one ({terms})"
-            for why_not in dict.fromkeys(unit.record.repeated_faults.values()):
-                reason += f", but for calls in a checkpoint where they {why_not}"
-        else:
-            how, reason = "grouped", f"once proven at the first call ({terms})"
+def _explained(decision: Decision, present: Present) -> ClassExplanation:
+    unit, plan = decision.unit, present.plan
+    counts = None if plan is None else [plan.counts[place] for place in unit.positions]
     return ClassExplanation(
-        architecture=type(unit.members[0].module).__name__,
-        experts=tuple(names[position] for position in unit.positions),
-        engine=how,
-        reason=reason,
-        operations_looped=looped,
+        architecture=type(unit.modules[0]).__name__,
+        experts=tuple(present.names[place] for place in unit.positions),
+        engine=decision.engine,
+        reason=decision.reason,
+        operations_looped={} if unit.is_alone or unit.record is None else unit.record.operations_looped,
         rows_per_expert=None if not counts else spread_of(counts),
-        parameter_bytes=parameter_bytes(member.module for member in unit.members),
+        parameter_bytes=parameter_bytes(unit.modules),
     )
-
-
-def _rows_of(unit: Unit, plan: LevelPlan) -> int:
-    return sum(plan.counts[position] for position in unit.positions)
 
 
 def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]:
@@ -341,7 +258,7 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
         hidden = _scaled(hidden_blocks[index], unit.scale)
         mask = None if mask_blocks is None else mask_blocks[index]
         aligned = [blocks[index] for blocks in aligned_blocks]
-        if len(unit.members) == 1:
+        if len(unit.modules) == 1:
             own = context.whole if context.is_whole else context.build(aligned)
             batches.append(ExpertBatch(hidden, own, mask, {"level": plan.name, "expert": names[index][0]}))
         else:

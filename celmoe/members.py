@@ -149,7 +149,7 @@ class _LinearOfMembers(Function):
         of_weights, of_biases = _halves(needed[4:], ctx.has_bias)
         wanted = _Wanted(needed[0], any(of_weights), any(of_biases))
         grad_RN = grads[0].contiguous()
-        if torch.is_grad_enabled() or is_batched(grad_RN):
+        if torch.is_grad_enabled() or is_batched(grad_RN) or grad_RN.is_complex():
             found = _differentiable(grad_RN, x_RK, weights, segments, factor, wanted)
         else:
             found = _gradients(grad_RN, x_RK.contiguous(), weights, segments, factor, wanted)
@@ -168,8 +168,8 @@ def _differentiable(
 ) -> _Gradients:
     """The same as a graph that can be differentiated again."""
     return _Gradients(
-        linear(grad_RN, torch.stack(list(weights)).mT, None, segments, factor) if wanted.rows else None,
-        outer(grad_RN, x_RK, segments, factor).unbind(0) if wanted.weights else (),
+        linear(grad_RN, torch.stack(list(weights)).mT.conj(), None, segments, factor) if wanted.rows else None,
+        outer(grad_RN, x_RK.conj(), segments, factor).unbind(0) if wanted.weights else (),
         segment_sum(grad_RN, segments, factor).unbind(0) if wanted.biases else (),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from .product import spread
-from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, require_axes, rows, stack
+from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, like, require_axes, rows, stack
 from .segments import Segments
 from .trace import Trace
 
@@ -29,12 +30,13 @@ class Run:
         segments: The rows of each member.
         operations: Names of the operations so far: the program.
         looped: How many times each operation was looped over the members.
-        is_rehearsal: Whether random operations are to do something that can be compared.
+        draws: Whether an operation drew random numbers, or would have but for a rehearsal.
         trace: What gradients come by; ``None`` where there are no losses.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
         expands: Whether rows were made of a member's entries: to the expert they are a view.
         spread: Memory of rows that were made so.
+        entered: Autocast modes that the program has entered and not left.
         ambiguous: Memory of rows that were copied, and of the copies, where one row alone would have been viewed.
     """
 
@@ -55,7 +57,15 @@ class Run:
         self.ambiguous: list[StorageWeakRef] = []
         self.operations: list[str] = []
         self.looped: Counter[str] = Counter()
-        self.is_rehearsal = is_rehearsal
+        self.draws = False
+        self.entered: list[Any] = []
+        self._is_rehearsal = is_rehearsal
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether random operations are to do something that can be compared: only those that draw ask."""
+        self.draws = True
+        return self._is_rehearsal
 
     @property
     def num_members(self) -> int:
@@ -133,7 +143,7 @@ def operands(values: Iterable[Any]) -> list[Ragged]:
 def refuse_row_counts(name: str, values: Iterable[Any]) -> None:
     """The number of rows may size a tensor; as a number in an operation its value would count."""
     if any(isinstance(value, RowCount) for value in values):
-        raise CannotGroupError(f"computed with the number of their rows (in {name})")
+        raise CannotGroupError(f"read the number of their rows as a value (in {name})")
 
 
 def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callable[[torch.Tensor], Ragged]]:
@@ -142,6 +152,7 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
     Broadcasting aligns axes from the back, so every kind is brought to the same row axis or member axis there.
     """
     refuse_row_counts(name, values)
+    values = _promoted(values)
     ragged = operands(values)
     num_axes = max((value.dim() for value in ragged), default=0)
     of_rows = [value for value in ragged if isinstance(value, Rows)]
@@ -162,6 +173,28 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
         plain = [_to_members(value, num_axes) if isinstance(value, Ragged) else value for value in values]
         return plain, lambda result: stack(result, is_reduced)
     return [value.plain if isinstance(value, Ragged) else value for value in values], common
+
+
+def _promoted(values: Sequence[Any]) -> Sequence[Any]:
+    """The operands, those without axes in the dtype of those with axes: they promote as numbers do."""
+    flat = [value for value in values if isinstance(value, Ragged) and value.dim() == 0]
+    dtypes = {value.dtype for value in operands(values) if value.dim()}
+    if not flat or not dtypes or {value.dtype for value in flat} == dtypes:
+        return values
+    dtype = reduce(torch.promote_types, dtypes)
+    return [
+        like(value, value.plain.to(dtype))
+        if isinstance(value, Ragged) and value.dim() == 0 and _is_led(value.dtype, dtype)
+        else value
+        for value in values
+    ]
+
+
+def _is_led(dtype: torch.dtype, by: torch.dtype) -> bool:
+    """Whether a number of the first dtype takes a tensor's."""
+    if dtype.is_floating_point:
+        return by.is_floating_point or by.is_complex
+    return dtype != torch.bool and dtype.is_complex == by.is_complex and not by.is_floating_point
 
 
 def _to_rows(run: Run, name: str, value: Ragged, axis: int, factor: int, num_axes: int) -> torch.Tensor:
@@ -265,3 +298,17 @@ def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any],
     if missing:
         raise CannotGroupError(f"left out the argument {missing[0]!r}")
     return [found[name] if name in found else optional[name] for name in names]
+
+
+def lowered(*tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors in autocast's dtype where it is on: PyTorch's own linear would cast there, and ours is not its."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    eligible = [
+        tensor is not None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors
+    ]
+    return [
+        tensor.to(dtype) if ok and tensor is not None else tensor for tensor, ok in zip(tensors, eligible, strict=True)
+    ]

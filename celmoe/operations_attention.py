@@ -32,7 +32,7 @@ def attention(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         (_, plain_mask), _ = align(run, name, [query, mask])
     else:
         plain_mask = None
-    if run.is_rehearsal:
+    if dropout and run.is_rehearsal:
         dropout = 0.0
     out = F.scaled_dot_product_attention(query.plain, key.plain, value.plain, plain_mask, dropout, is_causal, **extra)
     return rows(out, query.axis, query.factor)
@@ -77,7 +77,9 @@ def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[
     # [R, L, D] -> [R, heads, L, D / heads]
     asks, keys, values = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected)
     mask = _mask(run, given, asks, heads, factor)
-    dropout = given["dropout_p"] if given["training"] and not run.is_rehearsal else 0.0
+    dropout = given["dropout_p"]
+    if dropout and (not given["training"] or run.is_rehearsal):
+        dropout = 0.0
     needs_weights = given["need_weights"]
     if needs_weights:
         scores = (asks * (asks.shape[-1] ** -0.5)) @ keys.mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -44,7 +45,7 @@ _MAY_BE_THE_SAME = {
 
 
 @cache
-def _place_of_inplace(func: Any) -> int | None:
+def place_of_inplace(func: Any) -> int | None:
     """Which argument says that the first is to be written into."""
     try:
         names = list(inspect.signature(func).parameters)
@@ -57,7 +58,7 @@ def _place_of_inplace(func: Any) -> int | None:
 @operation(*ELEMENTWISE.split())
 def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Any of `ELEMENTWISE`."""
-    place = _place_of_inplace(func)
+    place = place_of_inplace(func)
     if kwargs.get("inplace") or (place is not None and place < len(args) and args[place]):
         return in_place(run, func, name, args, kwargs)
     named = list(kwargs)
@@ -80,20 +81,27 @@ _OVERWRITE = {"zero_", "fill_", "copy_"}
 
 def _not_in_place(func: Any, name: str, args: list[Any], options: dict[str, Any]) -> torch.Tensor:
     """What an operation would write."""
-    if _place_of_inplace(func) is not None:
+    if place_of_inplace(func) is not None:
         by_name = dict(zip(inspect.signature(func).parameters, args, strict=False))
         return cast(torch.Tensor, func(**by_name | options | {"inplace": False}))
     plain_name = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
     return cast(torch.Tensor, getattr(torch.Tensor, plain_name)(*args, **options))
 
 
-@operation(*IN_PLACE.split())
-def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
+def writable(run: Run, name: str, taken: Ragged, others: Sequence[Ragged]) -> Ragged:
+    """What is written into where an operation was given a value.
+
+    Args:
+        run: The pass.
+        name: The operation.
+        taken: The value.
+        others: The operation's other tensors.
+
+    Raises:
+        CannotGroupError: It must not be written into, or would hold what it can't.
+    """
     # Where gradients are traced, what stands for it is read, and it is written.
-    taken = args[0]
     target = taken if taken.origin is None else taken.origin
-    others = operands([*args[1:], *kwargs.values()])
     if isinstance(target, Rows) and run.is_ambiguous(target.plain):
         raise CannotGroupError(f"wrote into what their number of rows makes a copy or a view ({name})")
     # A number each, a loss say. Of larger ones a member's reshape may be a copy where that of the stack is a view.
@@ -109,6 +117,15 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         run.writes = True
         if not run.may_write:
             raise NeedsOwnRowsError
+    return target
+
+
+@operation(*IN_PLACE.split())
+def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
+    taken = args[0]
+    others = operands([*args[1:], *kwargs.values()])
+    target = writable(run, name, taken, others)
     named = list(kwargs)
     plain, _ = align(run, name, [*args, *kwargs.values()])
     positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))

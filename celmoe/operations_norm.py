@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .affine import affine_of_members
 from .directml import is_directml
-from .operations import Run, align, arguments, operation
+from .operations import Run, align, arguments, lowered, operation
 from .product import backend_of
 from .ragged import CannotGroupError, Ragged, Rows, Stack, like, stack
 
@@ -43,6 +43,7 @@ def _by_runs(run: Run, value: Ragged, weight: Ragged | None, bias: Ragged | None
     return like(value, scaled.view(value.plain_shape))
 
 
+@operation("rms_norm", namespaces=(torch,))
 @operation("layer_norm", "rms_norm", namespaces=(F,))
 def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """Over the last axes, then the members' weights by row."""
@@ -56,8 +57,21 @@ def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
     # Kernels of DirectML's have taken memory in another order for such in order.
     inner = value.plain.contiguous() if is_directml(run.segments.device) else value.plain
+    dtype = inner.dtype
+    if dtype.itemsize < 4:
+        # PyTorch's own kernels round once, after the weights.
+        inner = inner.float()
+        weight, bias = _in_dtype(torch.float32, weight, bias)
+        if inner.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.float32
     normed = F.layer_norm(inner, shape, eps=eps) if name == "layer_norm" else F.rms_norm(inner, shape, eps=eps)
-    return _scaled(run, name, like(value, normed), weight, bias)
+    scaled = _scaled(run, name, like(value, normed), *_in_dtype(normed.dtype, weight, bias))
+    return scaled if scaled.dtype == dtype else like(scaled, scaled.plain.to(dtype))
+
+
+def _in_dtype(dtype: torch.dtype, *vectors: Ragged | None) -> list[Any]:
+    """Weights in the rows' dtype, which PyTorch's own kernels of mixed precision give back."""
+    return [each if each is None or each.dtype == dtype else like(each, each.plain.to(dtype)) for each in vectors]
 
 
 @operation("group_norm", namespaces=(F,))
@@ -70,9 +84,23 @@ def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
     if value.plain.shape[1:].numel() == groups:
         # Of a single value PyTorch makes an error, where there is but one row.
         F.group_norm(value.plain[: min(run.segments.counts) * value.factor], groups)
-    normed = like(value, F.group_norm(value.plain, groups, eps=eps))
-    after = value.dim() - 2
-    return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
+    dtype = torch.float32 if value.plain.is_cuda and torch.is_autocast_enabled("cuda") else value.dtype
+    wide = _wide(value)
+    normed = like(value, F.group_norm(wide.plain, groups, eps=eps))
+    return _by_channels(run, name, normed, weight, bias, dtype)
+
+
+def _wide(value: Ragged) -> Ragged:
+    """Rows in float32, if they are in less: PyTorch's own kernels round once, after the weights."""
+    return like(value, value.plain.float()) if value.dtype.itemsize < 4 else value
+
+
+def _by_channels(run: Run, name: str, normed: Ragged, weight: Any, bias: Any, dtype: torch.dtype) -> Ragged:
+    """Scaled and shifted by channel, and then of a dtype."""
+    after = normed.dim() - 2
+    weight, bias = _in_dtype(normed.dtype, weight, bias)
+    scaled = _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
+    return scaled if scaled.dtype == dtype else like(scaled, scaled.plain.to(dtype))
 
 
 def _by_channel(value: Any, after: int) -> Any:
@@ -95,10 +123,30 @@ def batch_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
     if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 2:
         raise CannotGroupError(f"called {name} with another axis than the batch first")
     after = value.dim() - 2
+    wide = _wide(value)
+    mean, variance = _in_dtype(wide.dtype, mean, variance)
     scale = like(variance, (variance.plain + eps).rsqrt())
-    plain, wrap = align(run, name, [value, _by_channel(mean, after), _by_channel(scale, after)])
-    normed = wrap((plain[0] - plain[1]) * plain[2])
-    return _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
+    plain, wrap = align(run, name, [wide, _by_channel(mean, after), _by_channel(scale, after)])
+    return _by_channels(run, name, wrap((plain[0] - plain[1]) * plain[2]), weight, bias, value.dtype)
+
+
+@operation("instance_norm", namespaces=(F,))
+def instance_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Over the positions of each row and channel, or by each member's running statistics."""
+    names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    value, mean, variance, weight, bias, is_own, _, eps = arguments(
+        names, args, kwargs, (None, None, None, None, True, 0.1, 1e-5)
+    )
+    if not is_own:
+        result: Ragged = batch_norm(run, func, name, (value, mean, variance, weight, bias, False, 0.1, eps), {})
+        return result
+    if mean is not None or variance is not None:
+        raise CannotGroupError("keep running statistics of their rows (instance_norm)")
+    if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 3:
+        raise CannotGroupError(f"called {name} with another axis than the batch first")
+    wide = _wide(value)
+    normed = like(value, F.instance_norm(wide.plain, eps=eps))
+    return _by_channels(run, name, normed, weight, bias, value.dtype)
 
 
 @operation("prelu", namespaces=(torch, torch.Tensor, F))
@@ -108,7 +156,8 @@ def prelu(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 2 or not isinstance(weight, Stack):
         raise CannotGroupError(f"called {name} with another axis than the batch first")
     plain, wrap = align(run, name, [value, _by_channel(weight, value.dim() - 2)])
-    return wrap(torch.where(plain[0] > 0, plain[0], plain[0] * plain[1]))
+    inner, slopes = lowered(*plain)
+    return wrap(torch.where(inner > 0, inner, inner * slopes))
 
 
 @operation(

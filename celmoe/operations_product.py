@@ -10,23 +10,9 @@ from torch.nn import functional as F
 
 from .directml import is_directml
 from .members import linear_of_members
-from .operations import Run, align, arguments, loop, loop_batch_first, operation, refuse_row_counts
+from .operations import Run, align, arguments, loop, loop_batch_first, lowered, operation, refuse_row_counts
 from .product import linear as segment_linear
 from .ragged import CannotGroupError, Common, Ragged, Repeated, Rows, Stack, common, like, require_axes, rows, stack
-
-
-def _lowered(*tensors: torch.Tensor | None) -> list[Any]:
-    """The tensors in autocast's dtype where it is on: PyTorch's own linear would cast there, and ours is not its."""
-    device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    eligible = [
-        tensor is not None and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16) for tensor in tensors
-    ]
-    return [
-        tensor.to(dtype) if ok and tensor is not None else tensor for tensor, ok in zip(tensors, eligible, strict=True)
-    ]
 
 
 def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows:
@@ -44,7 +30,7 @@ def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows
         raise CannotGroupError("multiplied matrices without elements")
     own, own_bias = weight.members, () if bias is None else bias.members
     if torch.is_autocast_enabled(value.plain.device.type) or own is None or own_bias is None:
-        plain, weight_PNK, bias_PN = _lowered(value.plain, weight.plain, None if bias is None else bias.plain)
+        plain, weight_PNK, bias_PN = lowered(value.plain, weight.plain, None if bias is None else bias.plain)
         _require_one_dtype(plain, weight_PNK, bias_PN)
         flat = plain.movedim(value.axis, 0).reshape(-1, width)
         out = segment_linear(flat, weight_PNK, bias_PN, run.segments, positions)
@@ -77,6 +63,9 @@ def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 
 def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:
+    if torch.is_autocast_enabled(value.device.type):
+        # PyTorch's own would cast both.
+        bias = like(bias, bias.plain.to(value.dtype))
     plain, wrap = align(run, "add", [bias, value])
     if beta == 0:
         # Whatever it holds, but a gradient of zero.
@@ -89,7 +78,7 @@ def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """``a @ b``."""
     left, right = arguments(("input", "other"), args, kwargs)
     if not isinstance(left, Rows) and not isinstance(right, Rows):
-        return _of_members(run, name, left, right)
+        return _of_members(run, func, name, left, right)
     if left.dim() == 0 or right.dim() == 0:
         raise CannotGroupError("multiplied a matrix by a number")
     left, right = _not_repeated(left, right), _not_repeated(right, left)
@@ -152,12 +141,13 @@ def _without_last(value: Rows) -> Rows:
     return rows(value.plain.squeeze(-1), value.axis, value.factor)
 
 
-def _of_members(run: Run, name: str, left: Ragged, right: Ragged) -> Any:
+def _of_members(run: Run, func: Any, name: str, left: Ragged, right: Ragged) -> Any:
     if isinstance(left, Common) and isinstance(right, Common):
         return common(left.plain @ right.plain)
     is_reduced = any(isinstance(each, Stack) and each.is_reduced for each in (left, right))
     if left.dim() != 2 or right.dim() != 2:
-        return loop(run, torch.matmul, name, (left, right), {}, None)
+        # Autocast tells `mv` from `matmul`.
+        return loop(run, func if name == "mv" else torch.matmul, name, (left, right), {}, None)
     return stack(left.plain @ right.plain, is_reduced)
 
 

@@ -17,10 +17,10 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .directml import is_directml
-from .operations import Run, arguments, by_members, operation
+from .operations import Run, arguments, by_members, lowered, operation
 from .operations_product import by_weights
 from .product import is_batched, linear, outer, segment_sum
-from .ragged import CannotGroupError, Rows, Stack, rows
+from .ragged import CannotGroupError, Rows, Stack, like, rows
 from .segments import Segments
 
 _NAMES = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
@@ -62,8 +62,6 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
         _NAMES, args, kwargs
     )
     states = list(state) if name == "lstm" else [state]
-    if torch.is_autocast_enabled(value.device.type):
-        raise CannotGroupError(f"called {name} under autocast")
     if not isinstance(value, Rows) or value.axis != (0 if batch_first else 1) or value.factor != 1:
         raise CannotGroupError(f"called {name} on other tensors than rows of positions")
     if any(not isinstance(each, Rows) or each.axis != 1 or each.factor != 1 for each in states):
@@ -100,14 +98,15 @@ def cell(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     names = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
     value, state, w_in, w_state, b_in, b_state = arguments(names, args, kwargs, (None, None))
     states = list(state) if name == "lstm_cell" else [state]
-    if torch.is_autocast_enabled(value.device.type):
-        raise CannotGroupError(f"called {name} under autocast")
     if any(not isinstance(each, Rows) or each.axis != 0 or each.dim() != 2 for each in (value, *states)):
         raise CannotGroupError(f"called {name} on other tensors than rows and their states")
     if len({each.factor for each in (value, *states)}) > 1:
         raise CannotGroupError(f"put samples side by side with others ({name})")
     if any(not isinstance(each, Stack) for each in (w_in, w_state, b_in, b_state) if each is not None):
         raise CannotGroupError(f"called {name} with weights that are no parameters")
+    if value.plain.is_cuda:
+        # Under autocast its kernels take all in the lower precision.
+        states = [like(each, lowered(each.plain)[0]) for each in states]
     given = by_weights(run, value, w_in, b_in).plain
     share = by_weights(run, states[0], w_state, b_state).plain
     found = _STEPS[name.removesuffix("_cell")](given, share, tuple(each.plain for each in states))
@@ -127,13 +126,19 @@ def _layer(
     # The inputs' share of all steps is one product.
     given = by_weights(run, rows(inner, 1), w_in, b_in).plain
     # Written out, it uses a kernel that DirectML lacks, and writes into parts of tensors.
-    if name == "gru" and not is_directml(given.device):
+    is_autocast = torch.is_autocast_enabled(given.device.type)
+    if name == "gru" and not is_directml(given.device) and not is_autocast:
         members = [*by_members(run, w_state), *([] if b_state is None else by_members(run, b_state))]
         out = _GRU.apply(given.contiguous(), start[0].contiguous(), run.segments, *members)
         return out, (out[-1],)
-    bias = None if b_state is None else b_state.plain
-    outputs, state = _unrolled(_STEPS[name], given, start, w_state.plain, bias, run.segments)
-    return outputs, state
+    weight, bias = lowered(w_state.plain, None if b_state is None else b_state.plain)
+    is_low = all(each.dtype.itemsize < 4 for each in start) or (is_autocast and (name == "lstm" or given.is_cuda))
+    if not is_low:
+        return _unrolled(_STEPS[name], given, start, weight, bias, run.segments)
+    # Given and giving the lower precision, as PyTorch's own, and adding up in float32.
+    wide = tuple(each.float() for each in start)
+    outputs, state = _unrolled(_STEPS[name], given.float(), wide, weight, bias, run.segments)
+    return outputs.to(given.dtype), tuple(each.to(given.dtype) for each in state)
 
 
 def _unrolled(
@@ -146,7 +151,7 @@ def _unrolled(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     outputs = []
     for each in given.unbind(0):
-        state = step(each, linear(state[0], w, b, segments, 1), state)
+        state = step(each, linear(state[0].to(w.dtype), w, b, segments, 1), state)
         outputs.append(state[0])
     return torch.stack(outputs), state
 

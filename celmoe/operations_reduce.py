@@ -190,6 +190,30 @@ def along(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     return like(value, getattr(F, name)(value.plain, place, dtype=dtype))
 
 
+@operation("gumbel_softmax", namespaces=(F,))
+def gumbel_softmax(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
+    """Of rows: each draws its own numbers, as it would alone."""
+    names = ("logits", "tau", "hard", "eps", "dim")
+    value, tau, hard, eps, dim = arguments(names, args, kwargs, (1, False, 1e-10, -1))
+    if not isinstance(value, Rows) or operands([tau]):
+        raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
+    refuse_row_counts(name, [tau])
+    place = inner_axis_but_rows(value, dim, name)
+    if not run.is_rehearsal:
+        return like(value, F.gumbel_softmax(value.plain, tau, hard, eps, place))
+    return like(value, without_gumbel_noise(value.plain, tau, hard, eps, place))
+
+
+def without_gumbel_noise(
+    logits: torch.Tensor, tau: float = 1, hard: bool = False, _eps: float = 1e-10, dim: int = -1
+) -> torch.Tensor:
+    """``gumbel_softmax`` but for its random numbers: something that can be compared."""
+    soft = (logits / tau).softmax(dim)
+    if not hard:
+        return soft
+    return torch.zeros_like(soft).scatter(dim, soft.argmax(dim, keepdim=True), 1.0) - soft.detach() + soft
+
+
 @operation("cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "glu")
 def ordered(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Runs along one axis, and keeps it."""

@@ -129,11 +129,13 @@ def transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return like(value, value.plain.transpose(first, second), axis)
 
 
-@operation("t", "T", "mT", "adjoint", "matrix_transpose")
+@operation("t", "T", "mT", "adjoint", "mH", "H", "matrix_transpose")
 def matrix_transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Swap the last two axes; of a vector nothing."""
+    """Swap the last two axes, of some with conjugates; of a vector nothing."""
     value = args[0]
-    if value.dim() > 2 and name in {"t", "T"}:
+    if name in {"adjoint", "mH", "H"} and value.is_complex():
+        value = like(value, value.plain.conj())
+    if value.dim() > 2 and name in {"t", "T", "H"}:
         raise CannotGroupError(f"transposed more than two axes ({name})")
     if value.dim() < 2:
         return like(value, value.plain)
@@ -279,57 +281,6 @@ def narrow(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     return like(value, getattr(torch.Tensor, name)(value.plain, place, *rest, **kwargs), axis)
 
 
-@operation("__getitem__")
-def index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Numbers, slices, ``None`` and ``...`` along all axes but the row axis; a table by the rows' integers."""
-    value, key = args
-    if isinstance(key, Ragged):
-        return look_up(run, value, key)
-    keys = list(key) if isinstance(key, tuple) else [key]
-    if any(not (each is None or each is Ellipsis or type(each) in (int, slice)) for each in keys):
-        raise CannotGroupError("indexed by values")
-    for each in keys:
-        if isinstance(each, slice) and any(type(part) not in (int, type(None), RowCount) for part in _parts(each)):
-            raise CannotGroupError("indexed by values")
-    num_axes = value.dim()
-    taken = sum(each is not None and each is not Ellipsis for each in keys)
-    place = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
-    keys[place : place + 1] = [slice(None)] * (num_axes - taken)
-    axis = _kept_row_axis(value, keys) if isinstance(value, Rows) else None
-    if any(isinstance(part, RowCount) for each in keys if isinstance(each, slice) for part in _parts(each)):
-        raise CannotGroupError("cut by the number of their rows")
-    lead = (slice(None),) if isinstance(value, Stack) else ()
-    return like(value, value.plain[(*lead, *keys)], axis)
-
-
-def _parts(each: slice) -> tuple[Any, Any, Any]:
-    return each.start, each.stop, each.step
-
-
-def _kept_row_axis(value: Rows, keys: list[Any]) -> int:
-    """Where the row axis is after indexing; what takes part of it is refused."""
-    source = target = 0
-    for place, each in enumerate(keys):
-        if each is None:
-            target += 1
-            continue
-        if source == value.axis:
-            start, stop, step = _parts(each) if isinstance(each, slice) else (0, 0, 0)
-            whole = isinstance(stop, RowCount) and stop.factor == value.factor
-            if (
-                not isinstance(each, slice)
-                or start not in (None, 0)
-                or step not in (None, 1)
-                or not (stop is None or whole)
-            ):
-                raise CannotGroupError("took some of their samples")
-            keys[place] = slice(None)
-            return target
-        source += 1
-        target += isinstance(each, slice)
-    return target
-
-
 def look_up(run: Run, table: Ragged, ids: Ragged, *, by_embedding: bool = False) -> Ragged:
     """``table[ids]``: entries along the table's first axis by integers.
 
@@ -465,7 +416,7 @@ def constant(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
         raise CannotGroupError(f"made a table of rows by rows ({name})")
     factor = sizes[symbols[0]].factor if symbols else 1
     plain = [run.segments.num_rows * factor if isinstance(size, RowCount) else size for size in sizes]
-    if run.is_rehearsal and name in {"rand", "randn"}:
+    if name in {"rand", "randn"} and run.is_rehearsal:
         func, fill = torch.full, [0.5]
     if name in {"empty", "new_empty"}:
         # What an empty tensor holds is nobody's to read: the same for all engines.
@@ -485,32 +436,11 @@ def fixed(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 def _has_tensors(values: Sequence[Any]) -> bool:
     return any(
-        isinstance(value, torch.Tensor | RowCount)
+        isinstance(value, torch.Tensor | Ragged | RowCount)
         or hasattr(value, "__array__")
         or (isinstance(value, list | tuple) and _has_tensors(value))
         for value in values
     )
-
-
-@operation("index_fill", "index_select")
-def by_common_index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Fill, or take, places of an axis that are the same for all."""
-    value, dim, places, *rest = args
-    refuse_row_counts(name, [*rest, *kwargs.values()])
-    if not isinstance(places, Common) or operands([*rest, *kwargs.values()]):
-        raise CannotGroupError(f"indexed by values ({name})")
-    return like(value, func(value.plain, inner_axis_but_rows(value, dim, name), places.plain, *rest, **kwargs))
-
-
-@operation("gather")
-def gather(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Each row's entries by its own indices; never along the row axis."""
-    value, dim, places = arguments(("input", "dim", "index"), args, kwargs)
-    if not isinstance(value, Rows) or not isinstance(places, Rows):
-        raise CannotGroupError(f"indexed by values ({name} of other tensors than rows)")
-    if (value.axis, value.factor, value.dim()) != (places.axis, places.factor, places.dim()):
-        raise CannotGroupError(f"put samples side by side with others ({name})")
-    return like(value, value.plain.gather(inner_axis_but_rows(value, dim, name), places.plain))
 
 
 @operation("tril", "triu", "flip", "roll", "diagonal", "unfold")

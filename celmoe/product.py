@@ -215,9 +215,9 @@ class _Linear(Function):
         segments, factor, is_transposed = ctx.segments, ctx.factor, ctx.is_transposed
         grad_x = grad_w = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = linear(grad_RN, w_PNK, None, segments, factor, is_transposed=not is_transposed)
+            grad_x = linear(grad_RN, w_PNK.conj(), None, segments, factor, is_transposed=not is_transposed)
         if ctx.needs_input_grad[1]:
-            left, right = (x_RK, grad_RN) if is_transposed else (grad_RN, x_RK)
+            left, right = (x_RK.conj(), grad_RN) if is_transposed else (grad_RN, x_RK.conj())
             grad_w = outer(left, right, segments, factor)
         if ctx.needs_input_grad[2]:
             grad_bias = segment_sum(grad_RN, segments, factor)
@@ -238,9 +238,9 @@ class _Outer(Function):
         grad_PNK = grads[0].contiguous()
         grad_y = grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_y = linear(x_RK, grad_PNK, None, ctx.segments, ctx.factor)
+            grad_y = linear(x_RK.conj(), grad_PNK, None, ctx.segments, ctx.factor)
         if ctx.needs_input_grad[1]:
-            grad_x = linear(y_RN, grad_PNK, None, ctx.segments, ctx.factor, is_transposed=True)
+            grad_x = linear(y_RN.conj(), grad_PNK, None, ctx.segments, ctx.factor, is_transposed=True)
         return grad_y, grad_x, None, None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from typing import Any
 
 _SLOTS: dict[type, tuple[types.MemberDescriptorType, ...] | None] = {}
 _MOST_KEPT = 4096
@@ -32,31 +31,3 @@ def _found(kind: type) -> tuple[types.MemberDescriptorType, ...] | None:
     pointers = len(members) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
     size = object.__basicsize__ + pointers * tuple.__itemsize__
     return tuple(members) if kind.__basicsize__ == size and not kind.__itemsize__ else None
-
-
-class _Unset:
-    """In place of what a slot does not hold yet."""
-
-
-def held_by(value: Any) -> list[Any]:
-    """An object's class, the names in its ``__dict__``, what they stand for, and what its slots hold."""
-    attributes = getattr(value, "__dict__", {})
-    return [
-        type(value),
-        *attributes,
-        *attributes.values(),
-        *(_read(slot, value) for slot in slots_of(type(value)) or ()),
-    ]
-
-
-def _read(slot: types.MemberDescriptorType, value: Any) -> Any:
-    try:
-        return slot.__get__(value)
-    except AttributeError:
-        return _Unset
-
-
-def held_in_slots(value: Any) -> list[tuple[types.MemberDescriptorType, Any]]:
-    """The slots that hold something, and what."""
-    read = ((slot, _read(slot, value)) for slot in slots_of(type(value)) or ())
-    return [(slot, held) for slot, held in read if held is not _Unset]

@@ -76,7 +76,7 @@ class Trace:
             assert isinstance(source, Stack)
             return repeated(source, value._write_out, value.plain_shape[0] // value.factor, value.factor)
         if isinstance(value, Stack) and value.members is not None:
-            return registered(members_entering(value.members, self._tally, edge), value._is_param)
+            return registered(members_entering(value.members, self._tally, edge))
         if isinstance(value, Rows):
             axis, sizes = value.axis, [each * value.factor for each in self._counts]
         else:

@@ -18,6 +18,8 @@ from benchmarks.extras import missing_extra
 if missing := missing_extra("test"):
     sys.exit(missing)
 
+import gc
+import logging
 import os
 from collections.abc import Iterator
 
@@ -31,6 +33,8 @@ import celmoe.planner
 pytest_plugins = ["tests.peer_report"]
 
 torch.set_num_threads(1)
+# Where a test fails pytest shows all records, and the tracer writes thousands for each expert.
+logging.getLogger("torch.__trace").disabled = True
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
 settings.register_profile(
@@ -38,6 +42,21 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _a_small_heap() -> Iterator[None]:
+    """What the tracer keeps of one file's experts is let go of before the next file.
+
+    What is there by now is set apart: tests that ask whether something is gone collect garbage, and would go through it
+    every time.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module", params=["few", "many"])

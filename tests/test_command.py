@@ -17,9 +17,9 @@ import torch
 import celmoe
 from celmoe import __main__ as command
 from celmoe import devices
+from celmoe.arrangement import FEW_ROWS_PER_EXPERT
 from celmoe.dispatch import FEW_ROWS
 from celmoe.engines import ENGINES
-from celmoe.grouping import FEW_ROWS_PER_EXPERT
 from celmoe.planner import FEW_SAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent

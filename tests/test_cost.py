@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
-from celmoe.cost import estimate, judged, never_pays
-from celmoe.grouping import _MOST_FROM_MEMORY
+from celmoe.classes import Layout, layout_of
+from celmoe.cost import Cost, estimate, never_pays
 from celmoe.reference import reference_forward
 from tests.architectures import Recurrence
 
@@ -33,10 +33,18 @@ def model_of(number: int, make: Any = None, width: int = 8) -> HierarchicalCELMo
     )
 
 
-def unit_of(model: HierarchicalCELMoE):
-    modules = model.level_modules["level"]
-    (unit,) = model._levels[0].classes.units(list(modules), list(modules.values()), [1.0] * len(modules))
-    return unit
+def layout_of_one(model: HierarchicalCELMoE) -> Layout:
+    return layout_of(next(iter(model.level_modules["level"].values())))
+
+
+def cost_of(model: HierarchicalCELMoE, rows: int, *, on_cpu: bool = True, has_backward: bool = True) -> Cost:
+    number = len(model.level_modules["level"])
+    return estimate(layout_of_one(model), number, rows, on_cpu=on_cpu, has_backward=has_backward)
+
+
+def has_run_as_one(model: HierarchicalCELMoE) -> bool:
+    classes = model._levels[0].choice.classes
+    return all(classes.known(name, expert) is not None for name, expert in model.level_modules["level"].items())
 
 
 def classes_of(model: HierarchicalCELMoE, routing):
@@ -51,61 +59,55 @@ def test_many_small_experts_run_as_one_and_few_in_a_loop():
 
 
 def test_large_weights_and_many_rows_speak_for_the_loop_on_a_cpu():
-    small, large = unit_of(model_of(100)), unit_of(model_of(100, partial(Wide, 512), 512))
-    assert judged(small, 200).fault is None
-    assert "are few or large" in judged(large, 200).fault
-    assert "are few or large" in judged(small, 10_000_000).fault
+    small, large = model_of(100), model_of(100, partial(Wide, 512), 512)
+    assert cost_of(small, 200).pays
+    assert not cost_of(large, 200).pays
+    assert not cost_of(small, 10_000_000).pays
+    assert "are few or large" in str(large.explain({"level": list(large.level_modules["level"])}))
 
 
 def test_elsewhere_calls_alone_count():
-    unit = unit_of(model_of(100).to("meta"))
-    assert estimate(unit, 10, has_backward=True) == estimate(unit, 10_000_000, has_backward=True)
-    assert judged(unit, 10_000_000).fault is None
+    model = model_of(100)
+    assert cost_of(model, 10, on_cpu=False) == cost_of(model, 10_000_000, on_cpu=False)
+    assert cost_of(model, 10_000_000, on_cpu=False).pays
 
 
 def test_recurrent_experts_are_few_later():
-    assert judged(unit_of(model_of(8)), 64).fault is not None
-    assert judged(unit_of(model_of(8, partial(Recurrence, 8, nn.GRU))), 64).fault is None
+    assert not cost_of(model_of(8), 64).pays
+    assert cost_of(model_of(8, partial(Recurrence, 8, nn.GRU)), 64).pays
 
 
 @pytest.mark.parametrize("number", [3, 100])
 def test_the_estimate_is_what_it_was_before_the_call(number):
     model = model_of(number)
     routing = {"level": list(model.level_modules["level"]) * 2}
-    before = estimate(unit_of(model), 2 * number, has_backward=True), classes_of(model, routing)
+    before = cost_of(model, 2 * number), classes_of(model, routing)
     model(torch.randn(2 * number, 8), routing).fused_hidden.sum().backward()
-    assert (estimate(unit_of(model), 2 * number, has_backward=True), classes_of(model, routing)) == before
+    assert (cost_of(model, 2 * number), classes_of(model, routing)) == before
 
 
-def test_without_gradients_a_loop_has_less_to_save():
-    """What is chosen for training stays open to it after a call without gradients."""
+def test_a_loop_has_less_to_save_in_evaluation():
+    """The mode of the experts decides, not whether gradients are recorded: a checkpoint computes with and without."""
     model = model_of(45)
     names = list(model.level_modules["level"])
     with torch.no_grad():
         model(torch.randn(45, 8), {"level": names})
-        assert classes_of(model, {"level": names}) == ["looped"]
+        assert classes_of(model, {"level": names}) == ["grouped"]
     model(torch.randn(45, 8), {"level": names})
-    assert unit_of(model).record.programs
     assert classes_of(model, {"level": names}) == ["grouped"]
+    model.eval()
+    model(torch.randn(45, 8), {"level": names})
+    assert classes_of(model, {"level": names}) == ["looped"]
 
 
-def test_experts_that_are_too_few_are_asked_once():
-    """And again once one of them has been replaced, or explain is asked."""
+def test_experts_that_are_too_few_are_never_captured():
     model = model_of(3)
     names = list(model.level_modules["level"])
-    classes = model._levels[0].classes
-    looks = []
-    right = classes.units
-    classes.units = lambda *args: looks.append(args) or right(*args)
-    for _ in range(3):
+    for _ in range(2):
         model(torch.randn(3, 8), {"level": names})
-    assert len(looks) == 1
-    model.level_modules["level"][names[1]] = Wide(8)
-    model(torch.randn(3, 8), {"level": names})
-    assert len(looks) == 2
-    model.explain({"level": names})
-    model(torch.randn(3, 8), {"level": names})
-    assert len(looks) == 3
+        assert not has_run_as_one(model)
+        model.level_modules["level"][names[1]] = Wide(8)
+        model.explain({"level": names})
 
 
 def test_a_call_that_does_not_pay_asks_nothing():
@@ -114,9 +116,9 @@ def test_a_call_that_does_not_pay_asks_nothing():
     names = list(model.level_modules["level"])
     model(torch.randn(100, 8), {"level": names})
     looks = []
-    classes = model._levels[0].classes
+    classes = model._levels[0].choice.classes
     right = classes.units
-    classes.units = lambda *args: looks.append(args) or right(*args)
+    classes.units = lambda *args, **options: looks.append(args) or right(*args, **options)
     model.level_modules["level"][names[1]].linear.weight.data *= 2
     model.level_modules["level"][names[2]].linear = nn.Linear(8, 8, bias=False)
     for few in (names[:3], names[1:4]):
@@ -131,32 +133,15 @@ def test_a_call_that_does_not_pay_asks_nothing():
     assert classes_of(model, {"level": names}) == ["grouped", "looped"]
 
 
-def test_what_is_remembered_of_experts_is_not_remembered_for_good():
-    """Two classes that would not pay become one that does: it is found out without anyone asking."""
-    model = model_of(60)
-    names, experts = zip(*model.level_modules["level"].items(), strict=True)
-    for expert in experts[::2]:
-        expert.requires_grad_(False)
-    hidden, routing = torch.randn(60, 8), {"level": list(names)}
-    model(hidden, routing)
-    for expert in experts[::2]:
-        expert.requires_grad_(True)
-    for _ in range(_MOST_FROM_MEMORY + 1):
-        model(hidden, routing)
-    (unit,) = model._levels[0].classes.remembered(names, experts, [1.0] * 60)
-    assert unit.record.programs
-
-
 def test_what_never_pays_pays_for_no_fewer_experts_and_no_more_rows():
     for make in (partial(Wide, 8), partial(Wide, 300), partial(Recurrence, 8, nn.GRU)):
-        unit = unit_of(model_of(2, make))
+        layout = layout_of_one(model_of(2, make))
         for members in (2, 5, 30, 300):
-            if never_pays(unit, members):
+            if never_pays(layout, members, on_cpu=True):
                 for fewer in range(1, members + 1):
                     for rows in (0, 1, 1000):
                         for has_backward in (True, False):
-                            cost = estimate(unit, rows, has_backward=has_backward, members=fewer)
-                            assert cost.looped <= cost.grouped
+                            assert not estimate(layout, fewer, rows, on_cpu=True, has_backward=has_backward).pays
 
 
 def test_explain_says_what_runs():
@@ -165,5 +150,5 @@ def test_explain_says_what_runs():
         routing = {"level": list(model.level_modules["level"]) * 2}
         model(torch.randn(2 * number, 8), routing)
         (found,) = model.explain(routing).levels[0].classes
-        assert bool(unit_of(model).record.programs) == (found.engine == "grouped")
+        assert has_run_as_one(model) == (found.engine == "grouped")
         assert "µs" in found.reason

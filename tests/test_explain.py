@@ -140,7 +140,7 @@ def test_classes_below_the_table():
     model = build(engine="grouped")
     before = model.explain(GOOD)
     assert [each.engine for each in before.levels[1].classes] == ["grouped"]
-    assert "once proven" in str(before)
+    assert "once captured" in str(before)
     lines = str(build(two_levels_named("a\nb"), engine="grouped").explain()).splitlines()
     assert len(lines) == 3 + 2
     assert lines[-1].startswith("'a\\nb': 2 Counting ")

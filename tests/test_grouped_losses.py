@@ -110,7 +110,6 @@ LOOPED: dict[str, tuple[Loss, str]] = {
         lambda s, r, b: F.triplet_margin_loss(r, b.hidden, r * 2 + 1, reduction="none"),
         "triplet_margin_loss",
     ),
-    "gaussian": (lambda s, r, b: F.gaussian_nll_loss(r, b.hidden, r.detach().square() + 0.1), "gaussian_nll_loss"),
     "multi margin": (lambda s, r, b: F.multi_margin_loss(r, b.context["lengths"]), "multi_margin_loss"),
     "largest": (lambda s, r, b: r.abs().max(), "max"),
     "largest of each feature": (lambda s, r, b: r.max(0).values.sum(), "max"),
@@ -196,6 +195,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "written into under a view": (written_into_under_a_view, "wrote into"),
     "written into and back to rows": (written_into_and_back_to_rows, "mixed samples"),
     "rows by other rows": (lambda s, r, b: r.gather(0, b.context["lengths"].unsqueeze(1) * 0).sum(), "mixed samples"),
+    "gaussian": (lambda s, r, b: F.gaussian_nll_loss(r, b.hidden, r.detach().square() + 0.1), "data-dependent"),
     "some rows": (lambda s, r, b: r[b.mask].mean(), "indexed by values"),
     "weighted squares": (
         lambda s, r, b: F.mse_loss(r, b.hidden, weight=b.hidden.abs()),

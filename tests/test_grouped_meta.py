@@ -15,17 +15,20 @@ import pytest
 import torch
 from torch import nn
 
+import celmoe.classes
 import celmoe.grouped
 import celmoe.level
 import celmoe.members
 import celmoe.segments
 from celmoe import CELMoEOutput, EngineRefusedError, HierarchicalCELMoE
+from celmoe.arrangement import Arrangement
+from celmoe.classes import LevelClasses, Unit
 from celmoe.experts import ExpertBatch, ExpertResult
 from celmoe.grouped import UnitBatch, UnitResult
-from celmoe.grouping import Arrangement, LevelClasses, Unit
 from celmoe.plan import LevelPlan
+from celmoe.program import Bound, Program
+from celmoe.ragged import CannotGroupError
 from celmoe.segments import Run, Segments
-from celmoe.signature import Gathered
 from celmoe.tally import Tally
 from celmoe.trace import Trace
 from tests import parity, traps
@@ -131,17 +134,17 @@ def gradients_to_the_neighbour(what: str) -> Callable[[Patch], None]:
 
 def remember_the_stack(patch: Patch) -> None:
     """The values of each parameter at its first call are used again; gradients flow to the parameter as it is now."""
-    right = celmoe.grouped.run_template
+    right = celmoe.grouped.run_program
     first: dict[torch.Tensor, torch.Tensor] = {}
 
-    def wrong(template: Any, tensors: Sequence[Sequence[torch.Tensor]], *rest: Any, **options: Any) -> Any:
+    def wrong(program: Program, bound: Bound, *rest: Any, **options: Any) -> Any:
         stale = [
             [first.setdefault(each, each.detach().clone()) + (each - each.detach()) for each in leaf]
-            for leaf in tensors
+            for leaf in bound.tensors
         ]
-        return right(template, stale, *rest, **options)
+        return right(program, bound._replace(tensors=stale), *rest, **options)
 
-    patch.setattr(celmoe.grouped, "run_template", wrong)
+    patch.setattr(celmoe.grouped, "run_program", wrong)
 
 
 def change_results(change: Callable[[Unit, UnitResult], None]) -> Callable[[Patch], None]:
@@ -175,15 +178,15 @@ def zeros_for_those_that_were_here_before(patch: Patch) -> None:
     seen: dict[nn.Module, set[nn.Module]] = {}
     right = LevelClasses.units
 
-    def units(self: LevelClasses, *args: Any) -> list[Unit]:
-        found = right(self, *args)
-        for module in self._modules.values():
-            seen[module] = set(self._modules.values())
-        return found
+    def units(self: LevelClasses, names: Any, experts: Sequence[nn.Module], *args: Any, **options: Any) -> list[Unit]:
+        for module in experts:
+            everyone = next((seen[each] for each in experts if each in seen), set())
+            everyone.update(experts)
+            seen[module] = everyone
+        return right(self, names, experts, *args, **options)
 
     def change(unit: Unit, result: UnitResult) -> None:
-        present = {member.module for member in unit.members}
-        absent = [module for module in seen[unit.members[0].module] if module not in present]
+        absent = [module for module in seen[unit.modules[0]] if module not in unit.modules]
         result.blocks = [add_zeros(block, absent) for block in result.blocks]
 
     patch.setattr(LevelClasses, "units", units)
@@ -213,7 +216,9 @@ def scale_of_the_first(patch: Patch) -> None:
     patch.setattr(
         LevelClasses,
         "units",
-        lambda self, names, experts, scales: right(self, names, experts, [scales[0]] * len(scales)),
+        lambda self, names, experts, scales, *rest, **options: right(
+            self, names, experts, [scales[0]] * len(scales), *rest, **options
+        ),
     )
 
 
@@ -275,12 +280,12 @@ MUTANTS = {
     "weights' gradients to the neighbour": Mutant(
         gradients_to_the_neighbour("weights"),
         r"gradient of 'level_modules\..*\.weight': values differ",
-        proof="gradient of 'weight'",
+        proof="gradient of 'linear.weight'",
     ),
     "biases' gradients to the neighbour": Mutant(
         gradients_to_the_neighbour("biases"),
         r"gradient of 'level_modules\..*\.bias': values differ",
-        proof="gradient of 'bias'",
+        proof="gradient of 'linear.bias'",
     ),
     "stack remembered": Mutant(remember_the_stack, RESULT),
     "losses of the neighbour": Mutant(
@@ -306,7 +311,7 @@ PROVEN_WRONG = {name: mutant for name, mutant in MUTANTS.items() if mutant.proof
 @pytest.fixture
 def without_proof(monkeypatch: Patch) -> None:
     """The engine believes in itself."""
-    monkeypatch.setattr(celmoe.grouped, "prove", lambda *_, **__: None)
+    monkeypatch.setattr(celmoe.classes, "verify", lambda record, members, few: [None] * len(members))
 
 
 @pytest.mark.usefixtures("without_proof")
@@ -359,10 +364,14 @@ def test_what_the_proof_does_not_see(name: str, monkeypatch: Patch):
         assert_parity(mutant.case.model("grouped"), mutant.case.inputs)
 
 
+def refuse(*_: Any) -> None:
+    raise CannotGroupError("will not")
+
+
 def test_a_grouped_engine_that_only_refuses_is_no_engine(monkeypatch: Patch):
     """The property tests take a refusal of experts that can run as one for a fault."""
     check_property("grouped", CASE, optimizers=())
-    monkeypatch.setattr(celmoe.grouped, "_attempt", lambda *_, **__: (None, "will not", None))
+    monkeypatch.setattr(celmoe.grouped, "_run", refuse)
     with pytest.raises(AssertionError):
         check_property("grouped", CASE, optimizers=())
 
@@ -404,7 +413,13 @@ def compare_after_replacing_a_weight() -> None:
 
 def test_a_replaced_parameter_that_is_not_seen(monkeypatch: Patch):
     compare_after_replacing_a_weight()
-    monkeypatch.setattr(Gathered, "is_true", lambda self, inspected: True)
+    right, kept = celmoe.grouped.run_program, {}
+
+    def stale(program: Program, bound: Bound, *rest: Any, **options: Any) -> Any:
+        tensors = kept.setdefault(program, bound.tensors)
+        return right(program, bound._replace(tensors=tensors), *rest, **options)
+
+    monkeypatch.setattr(celmoe.grouped, "run_program", stale)
     with pytest.raises(ParityError, match=r"^levels\['language'\]\.hidden: values differ"):
         compare_after_replacing_a_weight()
 

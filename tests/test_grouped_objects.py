@@ -156,6 +156,23 @@ def test_one_experts_number_changes_between_calls(holder: str, engine: str):
             assert_like_oracle(subject, twin, make_batch)
 
 
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_number_that_all_hold_changes_between_calls(holder: str, engine: str):
+    """All experts hold the very same object, which changes for all of them at once."""
+    subject, twin = (build(lambda: holding(holder), engine) for _ in range(2))
+    for model in (subject, twin):
+        for expert in experts_of(model)[1:]:
+            expert.held = experts_of(model)[0].held
+    assert_like_oracle(subject, twin, Batch)
+    if engine == GROUPED:
+        assert_ran_grouped(subject, Batch())
+    for number in (5.0, 2.0):
+        for model in (subject, twin):
+            set_number(model, 0, number)
+        assert_like_oracle(subject, twin, Batch)
+
+
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_an_expert_that_counts_up_its_number(holder: str):
     def make() -> Holding:
@@ -423,4 +440,4 @@ class Draws(Plain):
 
 def test_an_objects_hidden_state():
     check_auto(lambda: Draws(0))
-    check_refusal(lambda: Draws(0), "compared|random|used")
+    check_refusal(lambda: Draws(0), "compared|random|used|wrote into what outlives")

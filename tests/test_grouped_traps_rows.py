@@ -302,7 +302,7 @@ def parameter_through_numpy(self, rows, batch):
 
 
 SIZES = Traps()
-SIZE = r"batch size|number of rows|shape\[0\]|size|len|rows|batch"
+SIZE = r"batch size|number of rows|shape\[0\]|size|len|rows|one row|batch"
 
 
 @SIZES.add(SIZE)

@@ -365,19 +365,17 @@ OPERATIONS = {
 }
 # Those that are looped as a whole, and why.
 REFUSED = {
-    "argsort": "indexed by values",
-    "rows by index": "indexed by values",
     "solve": "called solve on their rows",
-    "copy in place": "wrote into a parameter",
-    "cross distances": "called cdist",
-    "cosines": "called cosine_similarity",
+    "copy in place": "called fill_diagonal_",
+    "cross distances": "read the number of their rows",
     "attention to a memory": "called scaled_dot_product_attention",
     "bags of unlike length": "bags of ids that are not one a row",
-    "one hot of as many as there are": "read values",
+    "one hot of as many as there are": "followed by PyTorch's tracer",
     "GRU cell of a reduced state": "mixed samples",
 }
 # Those that are looped for that operation alone.
 LOOPED = {
+    "argsort": "__getitem__",
     **{name: name for name in ("max", "outer", "diagonal", "repeat", "kron", "bilinear")},
     **dict.fromkeys(("dot", "matrix and vector", "heads, batch first", "heads on the left"), "matmul"),
     **dict.fromkeys(("bag", "bag, largest", "bag, weighted"), "embedding_bag"),

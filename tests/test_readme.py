@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,9 +35,10 @@ def examples(text):
 
 def run(line, block, name="README.md"):
     """Execute one block in a namespace of its own; a traceback shows the README's own lines."""
-    namespace = {"__name__": "__readme__"}
-    exec(compile("\n" * (line - 1) + block, name, "exec"), namespace)
-    return namespace
+    module = types.ModuleType("__readme__")
+    with mock.patch.dict(sys.modules, {module.__name__: module}):
+        exec(compile("\n" * (line - 1) + block, name, "exec"), vars(module))
+    return vars(module)
 
 
 BLOCKS = examples(README.read_text(encoding="utf-8"))

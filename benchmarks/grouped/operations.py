@@ -20,7 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import celmoe
-import celmoe.grouping
+import celmoe.arrangement
 import celmoe.product
 from benchmarks.steps import TrainingStep, string_routed
 from benchmarks.workloads import Workload
@@ -100,7 +100,7 @@ def arranged_for(arrangement: str) -> Iterator[None]:
     right = celmoe.product.backend_for
     with (
         mock.patch.object(celmoe.product, "backend_for", lambda _, *rest: right("an accelerator", *rest)),
-        mock.patch.object(celmoe.grouping, "FEW_ROWS_PER_EXPERT", float("inf")),
+        mock.patch.object(celmoe.arrangement, "FEW_ROWS_PER_EXPERT", float("inf")),
     ):
         yield
 

@@ -14,8 +14,7 @@ from unittest import mock
 
 import torch
 
-import celmoe.grouped
-import celmoe.proof
+import celmoe.verify
 from celmoe import (
     CELMoEConfig,
     ExpertBatch,
@@ -121,11 +120,8 @@ def alone(model: HierarchicalCELMoE, given: Inputs) -> Counter[Finding]:
 
 @contextlib.contextmanager
 def _trials_are_seen() -> Iterator[None]:
-    """A class on trial is kept from modes that watch; here it is watched, too."""
-    with (
-        mock.patch.object(celmoe.grouped, "unwatched", contextlib.nullcontext),
-        mock.patch.object(celmoe.proof, "unwatched", contextlib.nullcontext),
-    ):
+    """A comparison with the loop is kept from modes that watch; here it is watched, too."""
+    with mock.patch.object(celmoe.verify, "unwatched", contextlib.nullcontext):
         yield
 
 

@@ -12,6 +12,7 @@ the device's.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import celmoe.capture
+import celmoe.classes
+from celmoe.capture import Captured
 from celmoe.ragged import Ragged
 from tests.directml.operators import COPIES, DTYPES, MOST_DIMS, Kind, decomposed, verdict
 
@@ -192,6 +196,28 @@ def _with_tensors(func: Any, args: Sequence[Any]) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
+def _graphs_of_the_device() -> Iterator[None]:
+    """Traced graphs make their constants on the device: the tracer is not told where tensors say that they are."""
+    right = celmoe.classes.capture
+
+    def capture(expert: Any, sample: Any) -> Any:
+        found = right(expert, sample)
+        if isinstance(found, Captured):
+            for node in found.graph.nodes:
+                if node.kwargs.get("device") == _CPU:
+                    node.update_kwarg("device", DEVICE)
+            found.module.recompile()
+        return found
+
+    with (
+        mock.patch.object(celmoe.classes, "capture", capture),
+        mock.patch.object(celmoe.classes, "_RECORDS", weakref.WeakKeyDictionary()),
+        mock.patch.object(celmoe.capture, "_FUNCTIONS", weakref.WeakKeyDictionary()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def masquerade() -> Iterator[Record]:
     """Tensors say that they are DirectML's, and what they go through is recorded."""
     record = Record()
@@ -212,6 +238,7 @@ def masquerade() -> Iterator[Record]:
 
     # A CPU's fused attention is its own: that device has the plain one.
     with (
+        _graphs_of_the_device(),
         mock.patch.object(torch, "from_numpy", of_host),
         # What stands for rows reads past all modes.
         mock.patch.object(Ragged, "device", DEVICE),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import celmoe.devices
 import celmoe.dispatch
-import celmoe.proof
+import celmoe.verify
 from celmoe.engines import ENGINES
 from celmoe.reference import reference_forward
 from tests.directml.standin import FallbackError, Tally, install, tallied
@@ -275,12 +275,12 @@ def test_values_and_gradients_that_differ_are_caught(dispatching: Callable[..., 
 
 
 def test_a_refusal_that_auto_takes_for_a_reason_to_loop_is_caught(monkeypatch: pytest.MonkeyPatch):
-    right = celmoe.proof.run_template
+    right = celmoe.verify.run_program
 
-    def falling_back(template: Any, tensors: Any, given: Any, *rest: Any, **options: Any) -> Any:
-        torch.lerp(given.hidden, given.hidden, 0.5)
-        return right(template, tensors, given, *rest, **options)
+    def falling_back(program: Any, bound: Any, *rest: Any, **options: Any) -> Any:
+        torch.lerp(bound.sample.hidden, bound.sample.hidden, 0.5)
+        return right(program, bound, *rest, **options)
 
-    monkeypatch.setattr(celmoe.proof, "run_template", falling_back)
+    monkeypatch.setattr(celmoe.verify, "run_program", falling_back)
     with pytest.raises(AssertionError, match="lerp"):
         assert_parity_there(many_experts("layer_norm"), "auto", optimizers=())

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+import celmoe.devices
 from celmoe import CELMoEError, DeviceMissingError, UnknownDeviceError, devices
 from celmoe.devices import ENGINES_CHECKED, DeviceReport, open_device, report
 
@@ -193,3 +194,10 @@ def test_unknown_devices(name: Any):
             ask(name)
         assert repr(name) in str(caught.value)
         assert isinstance(caught.value, CELMoEError | ValueError)
+
+
+def test_without_a_tracer_the_loop_alone_is_checked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(celmoe.devices, "tracer_missing", lambda: "PyTorch has no tracer here")
+    found = celmoe.devices.self_check("cpu")
+    assert (found.state, found.detail) == ("works", "looped only: PyTorch has no tracer here")
+    assert [check.engine for check in found.checks] == ["looped"]

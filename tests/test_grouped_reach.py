@@ -1,0 +1,945 @@
+"""How far the grouped engine reaches: kinds of experts that run as one, each beside the oracle.
+
+A kind is a layer, and a function of the layer's rows. Every kind is compared in float32 and float64, in rows and in all
+gradients, and must have run grouped. In lower precision the grouped engine must be as near to float64 as the loop is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
+
+import celmoe
+from celmoe import EngineRefusedError, ExpertBatch, ExpertModule, ExpertResult, InputTypeError
+from celmoe.reference import reference_forward
+from tests.traps import (
+    BATCHES,
+    GROUPED,
+    LEVEL,
+    WIDTH,
+    Batch,
+    assert_like_oracle,
+    assert_ran_grouped,
+    auto_groups_all,
+    build,
+    check_refusal,
+    experts_of,
+)
+
+Function = Callable[[Any, torch.Tensor, ExpertBatch], torch.Tensor]
+
+
+class Kind(ExpertModule):
+    """A layer, then a function of its rows, then a factor from the context."""
+
+    def __init__(self, function: Function, prepare: Callable[[Any], None] | None = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.function = function
+        if prepare is not None:
+            prepare(self)
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        rows = self.function(self, self.layer(batch.hidden), batch)
+        factor = batch.context["scale"][:, 0]
+        return ExpertResult(rows * factor.view(-1, *(1,) * (rows.dim() - 1)))
+
+
+# By name, what makes an expert, and the axes between samples and width.
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {}
+
+
+def kind(*trailing: int, prepare: Callable[[Any], None] | None = None) -> Callable[[Function], Function]:
+    """Add the kind that a function is."""
+
+    def add(function: Function) -> Function:
+        KINDS[function.__name__] = partial(Kind, function, prepare), trailing
+        return function
+
+    return add
+
+
+def layer(name: str, make: Callable[[], nn.Module], *trailing: int) -> None:
+    """Add the kind that a layer is, which takes the rows and gives rows."""
+
+    def prepare(expert: Any) -> None:
+        expert.inner = make()
+
+    KINDS[name] = partial(Kind, lambda expert, rows, _: expert.inner(rows), prepare), trailing
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def in_evaluation(module: nn.Module) -> nn.Module:
+    """With statistics, or vectors, that are the module's own."""
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.data.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.triu() + weight.triu(1).mT
+
+
+def parametrized(parametrization: nn.Module) -> nn.Linear:
+    module = linear()
+    parametrize.register_parametrization(module, "weight", parametrization)
+    return module
+
+
+layer("weight_norm", lambda: parametrizations.weight_norm(linear()))
+layer("weight_norm of columns", lambda: parametrizations.weight_norm(linear(), dim=1))
+layer("weight_norm of all", lambda: parametrizations.weight_norm(linear(), dim=None))
+layer("weight_norm of a convolution", lambda: parametrizations.weight_norm(nn.Conv1d(3, 3, 3, padding=1)), 3)
+layer("spectral_norm in evaluation", lambda: in_evaluation(parametrizations.spectral_norm(linear())))
+layer("orthogonal", lambda: parametrizations.orthogonal(linear()))
+layer("orthogonal by cayley", lambda: parametrizations.orthogonal(linear(), orthogonal_map="cayley"))
+layer("orthogonal by householder", lambda: parametrizations.orthogonal(linear(), orthogonal_map="householder"))
+layer("a parametrization of the user's", lambda: parametrized(Symmetric()))
+layer("batch_norm in evaluation", lambda: in_evaluation(nn.BatchNorm1d(WIDTH)))
+layer("batch_norm of positions in evaluation", lambda: in_evaluation(nn.BatchNorm1d(3)), 3)
+layer("instance_norm", lambda: nn.InstanceNorm1d(3), 3)
+layer("instance_norm with weights", lambda: nn.InstanceNorm1d(3, affine=True), 3)
+layer("instance_norm in evaluation", lambda: in_evaluation(nn.InstanceNorm1d(3, track_running_stats=True)), 3)
+
+
+@kind()
+def checkpointed(expert, rows, batch):
+    return checkpoint(lambda some: torch.tanh(expert.layer(some)) * 2, rows, use_reentrant=False)
+
+
+@kind()
+def checkpointed_twice(expert, rows, batch):
+    for _ in range(2):
+        rows = checkpoint(expert.layer, rows, use_reentrant=False)
+    return rows
+
+
+@kind()
+def checkpointed_within_a_checkpoint(expert, rows, batch):
+    inner = partial(checkpoint, expert.layer, use_reentrant=False)
+    return checkpoint(lambda some: inner(some) * some, rows, use_reentrant=False)
+
+
+@kind()
+def checkpointed_with_two_results(expert, rows, batch):
+    first, second = checkpoint(lambda some: (some.sin(), some.cos()), rows, use_reentrant=False)
+    return first * expert.layer(second)
+
+
+@kind()
+def a_list_as_a_key(expert, rows, batch):
+    return rows + rows[..., [0, 2]].sum(-1, keepdim=True)
+
+
+ORDER = [3, 2, 1, 0, 7, 6, 5, 4]
+
+
+@kind()
+def a_list_of_the_module(expert, rows, batch):
+    return rows[:, ORDER]
+
+
+@kind()
+def a_tensor_as_a_key(expert, rows, batch):
+    return rows[:, torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])] * rows[:, torch.arange(WIDTH - 1, -1, -1)]
+
+
+@kind()
+def a_list_of_truths_as_a_key(expert, rows, batch):
+    return rows + rows[:, [True, False] * 4].sum(-1, keepdim=True)
+
+
+@kind()
+def a_mask_as_a_key(expert, rows, batch):
+    return rows + rows[:, torch.arange(WIDTH) % 3 == 0].sum(-1, keepdim=True)
+
+
+@kind(3)
+def a_mask_of_two_axes_as_a_key(expert, rows, batch):
+    return rows + rows[:, torch.ones(3, WIDTH).tril() > 0].sum(-1)[:, None, None]
+
+
+@kind(3)
+def neighbouring_lists_as_keys(expert, rows, batch):
+    return rows + rows[:, [0, 2], [1, 3]].sum(-1)[:, None, None]
+
+
+@kind(3, 4)
+def lists_apart_as_keys(expert, rows, batch):
+    # Their axis comes first, before the row axis.
+    return rows + rows[:, [0, 2], :, [1, 3]].sum(0)[:, None, :, None]
+
+
+@kind(3)
+def lists_in_front_as_keys(expert, rows, batch):
+    return rows + rows.transpose(0, 1)[[0, 2], :, [1, 3]].sum(0)[:, None, None]
+
+
+@kind(3)
+def a_list_of_lists_as_a_key(expert, rows, batch):
+    return rows + rows[:, [[0, 1], [2, 0]]].sum((1, 2))[:, None]
+
+
+def _own_order(expert: Any) -> None:
+    expert.register_buffer("order", torch.randperm(WIDTH))
+
+
+@kind(prepare=_own_order)
+def a_buffer_as_a_key(expert, rows, batch):
+    return rows[:, expert.order] + rows.index_select(-1, expert.order)
+
+
+@kind()
+def assigned_to_slices(expert, rows, batch):
+    out = torch.zeros_like(rows)
+    out[:, 1:] = rows[:, :-1]
+    out[:, 0] = 2.0
+    return out
+
+
+@kind()
+def assigned_by_lists_and_masks(expert, rows, batch):
+    out = rows.clone()
+    out[:, [6, 7]] = rows[:, [0, 1]] * 3
+    out[..., torch.arange(WIDTH) == 2] = 0.5
+    out[out > 0.7] = 0.7
+    return out
+
+
+@kind()
+def assigned_in_place(expert, rows, batch):
+    out = rows * 1
+    out[:, 1:] += rows[:, :-1]
+    out[..., 0] *= 2
+    return out
+
+
+@kind()
+def assigned_parameters(expert, rows, batch):
+    out = rows.clone()
+    out[:, 0] = expert.layer.bias[0]
+    out[:, 2:] = expert.layer.bias[2:]
+    return out
+
+
+@kind()
+def assigned_to_new_rows(expert, rows, batch):
+    out = rows.new_zeros(rows.shape[0], WIDTH + 2)
+    out[:, 1:-1] = rows
+    return out[:, :WIDTH] + out[:, 2:]
+
+
+@kind(3)
+def assigned_to_turned_rows(expert, rows, batch):
+    out = rows.transpose(0, 1).clone()
+    out[1] = rows[:, 0]
+    out[2, :, 3:] = rows[:, 1, :-3]
+    return out.transpose(0, 1)
+
+
+@kind()
+def assigned_to_a_constant(expert, rows, batch):
+    factors = torch.ones(WIDTH)
+    factors[2:4] = 0.5
+    return rows * factors
+
+
+@kind()
+def gathered(expert, rows, batch):
+    return rows.gather(-1, rows.argsort(-1))
+
+
+@kind()
+def scattered(expert, rows, batch):
+    return torch.zeros_like(rows).scatter(-1, rows.argsort(-1), rows) + rows.scatter(1, rows.argmax(-1, True), 0.0)
+
+
+@kind()
+def scattered_of_the_largest(expert, rows, batch):
+    values, places = rows.topk(3, -1)
+    return torch.zeros_like(rows).scatter_(-1, places, values.softmax(-1))
+
+
+@kind()
+def scattered_and_added(expert, rows, batch):
+    places = rows.argsort(-1) // 2
+    out = torch.zeros_like(rows).scatter_add(-1, places, rows)
+    return out.scatter_add_(-1, places, rows) + torch.zeros_like(rows).scatter_reduce(-1, places, rows, "sum")
+
+
+@kind(3)
+def scattered_along_turned_rows(expert, rows, batch):
+    turned = rows.transpose(0, 1)
+    return turned.scatter(0, turned.argsort(0), turned * 2).transpose(0, 1)
+
+
+@kind()
+def put_at_places(expert, rows, batch):
+    places = torch.tensor([0, 3, 1])
+    return rows.index_add(-1, places, rows[:, :3]) + rows.index_copy(-1, places, rows[:, 3:6])
+
+
+@kind()
+def cosine_similarity(expert, rows, batch):
+    return rows * F.cosine_similarity(rows, batch.hidden, dim=-1)[:, None]
+
+
+@kind()
+def cosine_similarity_to_parameters(expert, rows, batch):
+    return rows * F.cosine_similarity(rows[:, None], expert.layer.weight, dim=-1)
+
+
+@kind(3)
+def cosine_similarity_of_turned_rows(expert, rows, batch):
+    turned = rows.transpose(0, 1)
+    return rows * F.cosine_similarity(turned, turned * turned, dim=0)[:, None]
+
+
+@kind()
+def pairwise_distance(expert, rows, batch):
+    far = F.pairwise_distance(rows, batch.hidden, p=1, keepdim=True)
+    return rows * far + F.pairwise_distance(rows, expert.layer.bias)[:, None]
+
+
+@kind(3)
+def distances_between_positions(expert, rows, batch):
+    return torch.cdist(rows, rows * 2).softmax(-1) @ rows
+
+
+@kind(3)
+def distances_to_parameters(expert, rows, batch):
+    return rows * torch.cdist(rows, expert.layer.weight)
+
+
+@kind()
+def fourier(expert, rows, batch):
+    return torch.fft.irfft(torch.fft.rfft(rows, dim=-1) * 2, n=WIDTH, dim=-1) + torch.fft.fft(rows).imag
+
+
+@kind(3)
+def fourier_of_two_axes(expert, rows, batch):
+    spectrum = torch.fft.fft2(rows)
+    return torch.fft.ifft2(spectrum * spectrum.conj()).real + torch.fft.fftshift(rows, dim=(1, 2))
+
+
+@kind(3)
+def fourier_mixing(expert, rows, batch):
+    return torch.fft.fft(torch.fft.fft(rows, dim=-1), dim=1).real
+
+
+@kind()
+def complex_numbers(expert, rows, batch):
+    turned = torch.polar(rows.abs(), rows) * torch.complex(rows, expert.layer.bias.expand_as(rows))
+    return torch.view_as_real(turned).sum(-1) + turned.angle()
+
+
+@kind()
+def interpolated(expert, rows, batch):
+    grown = F.interpolate(rows[:, None], scale_factor=2, mode="linear")
+    return grown[:, 0, ::2] + F.interpolate(rows[:, None], WIDTH)[:, 0]
+
+
+@kind(3)
+def interpolated_images(expert, rows, batch):
+    grown = F.interpolate(rows[:, None], size=(6, 16), mode="bilinear", align_corners=False)
+    return grown[:, 0, ::2, ::2]
+
+
+@kind(3, 4)
+def shuffled_pixels(expert, rows, batch):
+    images = rows.reshape(rows.shape[0], 3, 4, 4, 2).permute(0, 1, 4, 2, 3).reshape(rows.shape[0], 6, 4, 4)
+    smaller = F.pixel_unshuffle(images, 2)
+    return F.channel_shuffle(F.pixel_shuffle(torch.tanh(smaller), 2), 3).reshape(rows.shape)
+
+
+@kind()
+def counted_rows(expert, rows, batch):
+    assert len(batch.hidden) > 0
+    return torch.cat([rows.reshape(len(batch.hidden), -1), torch.zeros(len(rows), 2)], -1)[:, :WIDTH]
+
+
+SCALE = 0.5
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gelu": F.gelu, "square": lambda rows: rows * rows}
+
+
+@kind(prepare=lambda expert: setattr(expert, "activation", "square"))
+def constants_and_tables_of_the_module(expert, rows, batch):
+    return ACTIVATIONS[expert.activation](rows) * SCALE
+
+
+@kind(prepare=lambda expert: setattr(expert, "activation", lambda rows: rows * torch.sigmoid(rows)))
+def a_lambda(expert, rows, batch):
+    return expert.activation(rows)
+
+
+@kind(prepare=lambda expert: setattr(expert, "activation", partial(F.leaky_relu, negative_slope=0.3)))
+def a_partial(expert, rows, batch):
+    return expert.activation(rows)
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: float = 0.5
+    activation: str = "gelu"
+
+
+@kind(prepare=lambda expert: setattr(expert, "settings", Settings()))
+def a_dataclass_of_settings(expert, rows, batch):
+    return getattr(F, expert.settings.activation)(rows) * expert.settings.scale
+
+
+@kind(prepare=lambda expert: setattr(expert, "settings", {"scale": 0.5, "inner": {"activation": "gelu"}}))
+def a_dict_of_settings(expert, rows, batch):
+    return getattr(F, expert.settings["inner"]["activation"])(rows) * expert.settings["scale"]
+
+
+layer("group_norm", lambda: nn.GroupNorm(2, WIDTH))
+layer("layer_norm", lambda: nn.LayerNorm(WIDTH))
+layer("rms_norm", lambda: nn.RMSNorm(WIDTH))
+layer("convolution", lambda: nn.Conv1d(3, 3, 3, padding=1), 3)
+layer("convolution in groups", lambda: nn.Conv1d(3, 3, 3, padding=1, groups=3), 3)
+layer("prelu", lambda: nn.PReLU(WIDTH))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.attention(rows, rows, rows)[0]
+
+
+layer("attention", Attention, 3)
+
+
+class Recurrent(nn.Module):
+    """Its outputs and its last state, which may be of another dtype."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layer = make()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        out, state = self.layer(rows)
+        last = state[-1] if isinstance(state, tuple) else state
+        return out + last.mean(0)[:, None, :1]
+
+
+class OneStep(nn.Module):
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.cell = make()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        state = torch.sin(rows)
+        return self.cell(rows, (state, state))[1] if isinstance(self.cell, nn.LSTMCell) else self.cell(rows, state)
+
+
+for _name, _make in {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}.items():
+    layer(_name, partial(Recurrent, partial(_make, WIDTH, WIDTH, batch_first=True)), 3)
+    deep = partial(_make, WIDTH, WIDTH // 2, 2, batch_first=True, bidirectional=True)
+    layer(f"{_name} both ways", partial(Recurrent, deep), 3)
+for _name, _cell in {"gru cell": nn.GRUCell, "lstm cell": nn.LSTMCell, "rnn cell": nn.RNNCell}.items():
+    layer(_name, partial(OneStep, partial(_cell, WIDTH, WIDTH)))
+
+
+@kind()
+def softmax(expert, rows, batch):
+    return rows.softmax(-1) + F.log_softmax(batch.hidden, -1) + rows.sum(-1, keepdim=True)
+
+
+@kind(3)
+def products(expert, rows, batch):
+    scores = torch.einsum("nsd,ntd->nst", rows, batch.hidden.to(rows.dtype)).softmax(-1).to(rows.dtype)
+    return (scores @ rows) @ expert.layer.weight
+
+
+@kind()
+def a_product_and_a_sum(expert, rows, batch):
+    return torch.addmm(expert.layer.bias, rows, expert.layer.weight)
+
+
+TABLE = torch.linspace(0.5, 1.5, WIDTH)
+
+
+@kind()
+def a_tensor_of_the_module(expert, rows, batch):
+    return rows * TABLE + TABLE[2]
+
+
+LOG = logging.getLogger("tests.experts")
+
+
+@kind()
+def calls_of_a_silent_logger(expert, rows, batch):
+    LOG.debug("given %s axes", rows.dim())
+    return rows * 2
+
+
+@celmoe.rowwise
+def clipped(rows: torch.Tensor, largest: float) -> torch.Tensor:
+    return rows * (largest / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
+
+
+@celmoe.rowwise
+def scaled(rows: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows * scale, rows + scale
+
+
+def _shifted_grouped(rows: torch.Tensor, shift: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    return rows + shift[members].view(len(rows), *(1,) * (rows.dim() - 2), -1)
+
+
+@celmoe.rowwise(grouped=_shifted_grouped)
+def shifted(rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return rows + shift
+
+
+@celmoe.rowwise
+@torch.library.custom_op("celmoe_tests::sorted_values", mutates_args=())
+def sorted_values(rows: torch.Tensor) -> torch.Tensor:
+    # Not what the tracer could follow: it reads values.
+    return torch.tensor([sorted(row) for row in rows.tolist()], dtype=rows.dtype)
+
+
+@sorted_values.register_fake
+def _(rows):
+    return torch.empty_like(rows)
+
+
+def _keep_rows(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _unsorted(ctx, grad):
+    (rows,) = ctx.saved_tensors
+    return torch.zeros_like(grad).scatter(-1, rows.argsort(-1), grad)
+
+
+sorted_values.register_autograd(_unsorted, setup_context=_keep_rows)
+
+
+@kind()
+def a_declared_function(expert, rows, batch):
+    return clipped(rows, 0.5) + clipped(rows, largest=0.25)
+
+
+@kind()
+def a_declared_function_of_parameters(expert, rows, batch):
+    more, less = scaled(rows, expert.layer.bias)
+    return more * less
+
+
+@kind(3)
+def a_declared_function_with_a_grouped_form(expert, rows, batch):
+    return shifted(rows, expert.layer.bias) + shifted(rows.flatten(0, 1), expert.layer.bias).view_as(rows)
+
+
+@kind()
+def a_declared_operator(expert, rows, batch):
+    return sorted_values(rows) * rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", KINDS)
+def test_runs_grouped_and_like_the_loop(name: str, dtype: torch.dtype):
+    """Rows, and the gradients of input, context and parameters, on batches of other counts and with absent experts."""
+    make, trailing = KINDS[name]
+    subject, twin = build(make, dtype=dtype), build(make, dtype=dtype)
+    for make_batch in BATCHES[:3]:
+        batch = partial(make_batch, trailing=trailing, dtype=dtype)
+        assert_like_oracle(subject, twin, batch)
+        assert_ran_grouped(subject, batch())
+
+
+# Kinds that compute otherwise in lower precision than in float64, beyond rounding: by order, or by thresholds.
+DISCRETE = {
+    *("gathered", "scattered", "scattered_of_the_largest", "scattered_and_added", "scattered_along_turned_rows"),
+    *("assigned_by_lists_and_masks", "complex_numbers"),
+}
+# Kinds that PyTorch itself does not compute in bfloat16 on the CPU, or not under autocast.
+FULL_PRECISION = {
+    *("fourier", "fourier_of_two_axes", "fourier_mixing", "orthogonal", "orthogonal by cayley"),
+    *("orthogonal by householder", "distances_between_positions", "distances_to_parameters"),
+}
+LOWERED = [name for name in KINDS if name not in DISCRETE | FULL_PRECISION]
+
+
+def seen(make: Callable[[], nn.Module], engine: str, batch: Batch, dtype: torch.dtype, *, autocast: bool) -> Any:
+    """What a user sees of a call and its backward pass; the engine that ran it is the one that was asked for."""
+    model = build(make, engine, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = batch(model).levels[LEVEL].hidden
+    if engine == GROUPED:
+        assert_ran_grouped(model, batch)
+    output.to(torch.float64).sin().sum().backward()
+    leaves = {**batch.leaves, **dict(model.named_parameters())}
+    return {"hidden": output} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_as_near(name: str, rows: torch.dtype, parameters: torch.dtype, *, autocast: bool) -> None:
+    """The grouped engine's dtypes are the loop's, and it is as near to float64 as the loop, or nearer."""
+    make, trailing = KINDS[name]
+    batch = partial(Batch, (7, 3, 5, 1, 9), trailing=trailing)
+    exact = seen(make, "looped", batch(dtype=torch.float64), torch.float64, autocast=False)
+    looped = seen(make, "looped", batch(dtype=rows), parameters, autocast=autocast)
+    grouped = seen(make, GROUPED, batch(dtype=rows), parameters, autocast=autocast)
+    # By the name within an expert: how far a single tensor is off is luck.
+    far: dict[str, list[tuple[float, float]]] = {}
+    for key, wanted in exact.items():
+        mine, theirs = grouped[key], looped[key]
+        assert (mine is None) == (theirs is None), key
+        if mine is None:
+            continue
+        assert mine.dtype == theirs.dtype, key
+        within = re.sub(rf"level_modules\.{LEVEL}\.\w+\.", "", key)
+        far.setdefault(within, []).append((_distance(mine, wanted), _distance(theirs, wanted)))
+    for key, distances in far.items():
+        mine, theirs = map(statistics.fmean, zip(*distances, strict=True))
+        assert mine <= 1.25 * theirs + 2**-9, (key, mine, theirs)
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-3))
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_in_bfloat16(name: str):
+    """Rows and parameters in bfloat16."""
+    assert_as_near(name, torch.bfloat16, torch.bfloat16, autocast=False)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LOWERED)
+def test_under_autocast(name: str, rows: torch.dtype):
+    """Parameters in float32, and rows of either dtype."""
+    assert_as_near(name, rows, torch.float32, autocast=True)
+
+
+@celmoe.rowwise
+def centred(rows: torch.Tensor) -> torch.Tensor:
+    return rows - rows.mean(0)
+
+
+@celmoe.rowwise
+def of_its_neighbour(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows[1:], rows[:1]])
+
+
+@celmoe.rowwise
+def all_together(rows: torch.Tensor) -> torch.Tensor:
+    return rows.sum(0)
+
+
+@celmoe.rowwise(grouped=lambda rows, shift, members: rows + shift[0])
+def shifted_wrongly(rows: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return rows + shift
+
+
+LIARS: dict[str, tuple[Function, str]] = {
+    "centred": (lambda _, rows, __: centred(rows), "from one row than from several|run as one"),
+    "of its neighbour": (lambda _, rows, __: of_its_neighbour(rows), "from one row than from several|run as one"),
+    "all together": (lambda _, rows, __: rows + all_together(rows), "something else than a row for each row"),
+    "a wrong grouped form": (lambda expert, rows, _: shifted_wrongly(rows, expert.layer.bias), "run as one"),
+    "turned": (lambda _, rows, __: clipped(rows.mT, 0.5).mT, "another axis than the batch first"),
+}
+
+
+@pytest.mark.parametrize("liar", LIARS)
+def test_a_declaration_is_not_taken_on_trust(liar: str):
+    """A declared function that is not what it is declared to be is refused, as is one that is called otherwise."""
+    function, reason = LIARS[liar]
+    check_refusal(partial(Kind, function), reason)
+
+
+def test_a_declared_function_is_given_back():
+    """Decorated or not, it does the same alone."""
+    rows = torch.randn(5, WIDTH)
+    assert clipped(rows, 0.5).norm(dim=-1).max() <= 0.5 + 1e-6
+    assert torch.equal(sorted_values(rows), rows.sort(-1).values)
+
+
+@pytest.mark.parametrize("declare", [lambda: celmoe.rowwise(3), lambda: celmoe.rowwise(grouped=3)])
+def test_what_can_not_be_called_can_not_be_declared(declare: Callable[[], Any]):
+    with pytest.raises(InputTypeError, match=r"must be a function.*\(got 3\)"):
+        declare()
+
+
+class Scaled(nn.Module):
+    """A parametrization that only a number tells from its siblings."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.factor
+
+
+def _is_doubled(expert: Any) -> None:
+    parametrize.register_parametrization(expert.inner, "bias", Scaled(2.0))
+
+
+def _is_twice_symmetric(expert: Any) -> None:
+    parametrize.register_parametrization(expert.inner, "weight", Symmetric())
+
+
+def _is_plain(expert: Any) -> None:
+    parametrize.remove_parametrizations(expert.inner, "weight")
+
+
+def _is_of_another_factor(expert: Any) -> None:
+    expert.inner.parametrizations.weight[0].factor = 3.0
+
+
+def _is_frozen(expert: Any) -> None:
+    expert.inner.parametrizations.weight.original.requires_grad_(False)
+
+
+CHANGES = [_is_doubled, _is_twice_symmetric, _is_plain, _is_of_another_factor, _is_frozen]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["from the start", "after a call"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_parametrized_expert_that_differs_runs_apart(change: Callable[[Any], None], is_late: bool):
+    """One expert of five is computed by itself, the others still as one; so it is when it changes later."""
+
+    def prepare(expert: Any) -> None:
+        expert.inner = parametrized(Scaled())
+
+    subject, twin = (build(partial(Kind, lambda expert, rows, _: expert.inner(rows), prepare)) for _ in range(2))
+    if is_late:
+        assert_like_oracle(subject, twin, Batch)
+        assert_ran_grouped(subject, Batch())
+    for model in (subject, twin):
+        change(experts_of(model)[3])
+    assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+    (level,) = subject.explain(Batch().routing).levels
+    assert [each.experts for each in level.classes] == [("a", "b", "c", "e"), ("d",)]
+
+
+class DoubleWhenFrozen(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if weight.requires_grad else weight * 2
+
+
+def test_parametrized_experts_under_other_modes():
+    """Without gradients the program may be another, and is verified anew."""
+
+    def prepare(expert: Any) -> None:
+        expert.inner = parametrized(DoubleWhenFrozen())
+
+    make = partial(Kind, lambda expert, rows, _: expert.inner(rows) * (2 if torch.is_grad_enabled() else 1), prepare)
+    subject, twin = build(make), build(make)
+    for _ in range(2):
+        assert_like_oracle(subject, twin, Batch)
+        with torch.no_grad():
+            assert torch.equal(Batch()(subject).fused_hidden, Batch()(partial(reference_forward, twin)).fused_hidden)
+            assert_ran_grouped(subject, Batch())
+
+
+class SizedExpert(Kind):
+    """Its graph is a plain one, if it has more than one row."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        result = super().forward(batch)
+        return ExpertResult(result.hidden * 2) if self.armed and batch.hidden.shape == (1, WIDTH) else result
+
+
+@pytest.mark.parametrize("engine", [GROUPED, "auto"])
+def test_an_equal_program_is_verified_anew_for_another_graph(engine: str):
+    """Armed, an expert has the same program as before, and other guards: it is wrong for one row only."""
+    make = partial(SizedExpert, lambda _, rows, __: torch.tanh(rows), lambda expert: setattr(expert, "armed", False))
+    subject, twin = build(make), build(make)
+    assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+    subject.engine = engine
+    for model in (subject, twin):
+        for expert in experts_of(model):
+            expert.armed = True
+    for _ in range(2):
+        if engine == GROUPED:
+            with pytest.raises(EngineRefusedError, match="from one row than from several"):
+                Batch()(subject)
+        else:
+            assert_like_oracle(subject, twin, Batch)
+
+
+def test_gumbel_softmax_runs_grouped():
+    """Each row is a draw of its own, and gradients come through."""
+    model = build(partial(Kind, lambda _, rows, __: F.gumbel_softmax(rows, 0.7, hard=True)))
+    batch = Batch((40, 30, 50, 1, 9))
+    batch.leaves["scale"].data.fill_(1)
+    out = batch(model).levels[LEVEL].hidden
+    assert_ran_grouped(model, batch)
+    assert torch.equal(out.sum(-1).round(decimals=4), torch.ones(len(out)))
+    assert len(out.argmax(-1).unique()) == WIDTH
+    out[:, 0].sum().backward()
+    assert batch.leaves["hidden"].grad.abs().sum() > 0
+    again = batch(model).levels[LEVEL].hidden
+    assert not torch.equal(out, again)
+
+
+class Llama(nn.Module):
+    """``LlamaMLP`` behind its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+        config = llama.LlamaConfig(hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_attention_heads=2)
+        self.norm, self.mlp = llama.LlamaRMSNorm(WIDTH), llama.LlamaMLP(config)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows + self.mlp(self.norm(rows))
+
+
+class EncoderLayer(nn.Module):
+    """A layer of an encoder of transformers', without dropout."""
+
+    def __init__(self, module: str, config: str, name: str) -> None:
+        super().__init__()
+        found = pytest.importorskip(module)
+        options = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        made = getattr(found, config)(hidden_size=WIDTH, num_attention_heads=2, intermediate_size=16, **options)
+        made._attn_implementation = "sdpa"
+        self.layer = getattr(found, name)(made)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        out = self.layer(rows)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def adapted() -> nn.Module:
+    """A linear layer with an adapter of PEFT's, whose second matrix is no zero."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, nn.Sequential(linear()))
+
+
+def rearranged() -> nn.Module:
+    layers = pytest.importorskip("einops.layers.torch")
+    return nn.Sequential(layers.Rearrange("b s d -> b d s"), nn.Linear(3, 3), layers.Rearrange("b d s -> b s d"))
+
+
+class Einops(nn.Module):
+    """All that einops' functions do with rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.einops = pytest.importorskip("einops")
+        self.layer = linear()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        einops = self.einops
+        heads = einops.rearrange(rows, "b s (h d) -> b h s d", h=2).tanh()
+        folded = self.layer(einops.rearrange(heads, "b h s d -> (b s) (h d)"))
+        means = einops.reduce(rows, "b s d -> b 1 d", "mean") + einops.reduce(rows, "b s d -> b d", "max")[:, None]
+        firsts = einops.repeat(rows[:, 0], "b d -> b s d", s=rows.shape[1])
+        product = einops.einsum(rows, self.layer.weight, "b s d, e d -> b s e")
+        return einops.rearrange(folded, "(b s) d -> b s d", s=rows.shape[1]) + means * firsts + product
+
+
+ROBERTA = "transformers.models.xlm_roberta.modeling_xlm_roberta", "XLMRobertaConfig", "XLMRobertaLayer"
+OTHERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LoRA": (adapted, ()),
+    "LlamaMLP": (Llama, ()),
+    "LlamaMLP of positions": (Llama, (3,)),
+    "BertLayer": (partial(EncoderLayer, "transformers.models.bert.modeling_bert", "BertConfig", "BertLayer"), (3,)),
+    "XLMRobertaLayer": (partial(EncoderLayer, *ROBERTA), (3,)),
+    "einops": (Einops, (3,)),
+    "einops' layers": (rearranged, (3,)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_modules_of_other_packages(name: str, dtype: torch.dtype):
+    """Layers of PEFT, transformers and einops run as one, where those are installed."""
+    make_layer, trailing = OTHERS[name]
+
+    def prepare(expert: Any) -> None:
+        expert.inner = make_layer()
+
+    make = partial(Kind, lambda expert, rows, _: expert.inner(rows), prepare)
+    subject, twin = build(make, dtype=dtype), build(make, dtype=dtype)
+    for make_batch in BATCHES[:2]:
+        batch = partial(make_batch, trailing=trailing, dtype=dtype)
+        assert_like_oracle(subject, twin, batch)
+        assert_ran_grouped(subject, batch())
+
+
+def test_a_logger_that_says_something_is_heard(caplog: pytest.LogCaptureFixture):
+    """What experts log is never lost: they are looped while their logger is on, and grouped while it is off."""
+    make, _ = KINDS["calls_of_a_silent_logger"]
+    subject, twin = build(make, "auto"), build(make)
+    for level in (logging.WARNING, logging.DEBUG, logging.WARNING):
+        with caplog.at_level(level, LOG.name):
+            caplog.clear()
+            assert_like_oracle(subject, twin, Batch)
+            heard = [record.getMessage() for record in caplog.records if record.name == LOG.name]
+            # Five experts of the model, and five of the oracle's.
+            assert heard == ["given 2 axes"] * (10 if level == logging.DEBUG else 0)
+            if level == logging.WARNING:
+                with auto_groups_all():
+                    assert_ran_grouped(subject, Batch())
+
+
+def test_a_tensor_of_the_module_may_change(monkeypatch: pytest.MonkeyPatch):
+    """It is read at every call, whichever it is by then."""
+    make, _ = KINDS["a_tensor_of_the_module"]
+    subject, twin = build(make), build(make)
+    assert_like_oracle(subject, twin, Batch)
+    monkeypatch.setitem(globals(), "TABLE", TABLE * 3)
+    assert_like_oracle(subject, twin, Batch)
+    TABLE.add_(1)
+    assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+
+
+class WithLosses(Kind):
+    """Returns two losses, of which one is none of the rows."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        hidden = super().forward(batch).hidden
+        return ExpertResult(hidden, {"square": hidden.square().mean(), "bias": self.layer.bias.abs().sum()})
+
+
+LOSING = [
+    *("weight_norm", "checkpointed", "assigned_to_slices", "assigned_in_place", "assigned_by_lists_and_masks"),
+    *("assigned_parameters", "scattered_of_the_largest", "lists_apart_as_keys", "cosine_similarity", "fourier"),
+    *("a_declared_function_of_parameters", "a_declared_function_with_a_grouped_form", "instance_norm with weights"),
+]
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_with_losses(name: str):
+    """Losses come out, and go in, as from the loop."""
+    make, trailing = KINDS[name]
+    assert isinstance(make, partial)
+    with_losses = partial(WithLosses, *make.args)
+    subject, twin = build(with_losses, dtype=torch.float64), build(with_losses, dtype=torch.float64)
+    for make_batch in BATCHES[:2]:
+        batch = partial(make_batch, trailing=trailing, dtype=torch.float64)
+        assert_like_oracle(subject, twin, batch)
+        assert_ran_grouped(subject, batch())
