@@ -236,8 +236,9 @@ class _Search:
         self._last: dict[bool, ClassRecord] = {}
         # By the id of an expert, the graph that holds for it now, which alone says whether it has been verified.
         self._own: dict[int, ClassRecord] = {}
-        # By graph, what it is asked about; empty where it is out of the question.
+        # By graph, what it is asked about (empty where it is out of the question), and whether the same inputs are rows.
         self._questions: dict[tuple[ClassRecord, bool], dict[str, Any]] = {}
+        self._fits: dict[tuple[ClassRecord, bool], bool] = {}
         self._tries: dict[tuple[Layout, bool], list[str]] = {}
         self._is_grad_enabled = is_grad_enabled
         self._is_aside = False
@@ -327,16 +328,20 @@ class _Search:
 
     def _holds(self, record: ClassRecord, expert: nn.Module, is_detached: bool) -> bool:
         """Whether a graph holds for an expert."""
-        question = self._questions.get((record, is_detached))
+        captured, key = record.captured, (record, is_detached)
+        question = self._questions.get(key)
         if question is None:
-            # The same for all experts: asked once a call.
-            captured, sample = record.captured, self._sample(is_detached)
-            is_open = captured.guard.is_alive() and captured.fits(sample)
-            question = self._questions[record, is_detached] = sample.arguments() if is_open else {}
-        if not question or record.captured.kind() is not type(expert):
+            question = self._sample(is_detached).arguments() if captured.guard.is_alive() else {}
+            self._questions[key] = question
+        if not question or captured.kind() is not type(expert):
             return False
         question["expert"] = expert
-        return record.captured.guard.holds(question)
+        if not captured.guard.holds(question):
+            return False
+        # The same for all experts, and asked behind the guard: another context may lack what the graph reads.
+        if key not in self._fits:
+            self._fits[key] = captured.fits(self._sample(is_detached))
+        return self._fits[key]
 
     def _captured(self, expert: nn.Module, sample: Sample, is_detached: bool) -> ClassRecord | str:
         tries = self._tries.setdefault((layout_of(expert), is_detached), [])

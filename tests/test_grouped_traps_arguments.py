@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap, defaultdict
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,3 +138,55 @@ def test_a_group_of_one_value_is_an_error_for_an_expert_of_one_row():
         model = build(lambda: Given(normed_by_itself), engine)
         with auto_groups_all(), pytest.raises(ValueError, match="more than 1 value per channel"):
             Batch((7, 3, 1))(model)
+
+
+class ReadsWhatThereIs(Trapped):
+    """Scales its rows by a number that it finds where the context has one."""
+
+    def forward(self, batch):
+        context = batch.context
+        if isinstance(context, Mapping):
+            inner = context["inner"] if "inner" in context else context
+            scale = inner["table"] if "table" in inner else 1.0
+        elif isinstance(context, list):
+            scale = context[0]
+        else:
+            scale = 2.0 if context is None else context.table
+        return ExpertResult(self.linear(batch.hidden) * scale)
+
+
+def _contexts() -> dict[str, Any]:
+    table = torch.tensor(3.0)
+    return {
+        "a dict": {"table": table},
+        "a dict in a dict": {"inner": {"table": table}},
+        "a chain of dicts": ChainMap({"other": table}, {}),
+        "a dict that makes what it lacks": defaultdict(lambda: torch.tensor(5.0)),
+        "such a dict in a dict": {"inner": defaultdict(lambda: torch.tensor(5.0))},
+        "a list": [table],
+        "a longer list": [table * 2, table],
+        "an object": SimpleNamespace(table=table),
+        "nothing": None,
+        "an empty dict": {},
+    }
+
+
+@pytest.mark.parametrize("engine", ["auto", "grouped"])
+@pytest.mark.parametrize("first", _contexts())
+def test_a_context_that_lacks_what_a_graph_reads(first: str, engine: str):
+    """Asking whether a graph holds for a context reads nothing that isn't there, and makes nothing there."""
+    contexts = _contexts()
+    subject, twin = (build(ReadsWhatThereIs, engine) for _ in range(2))
+    for name in (first, *contexts, first):
+
+        def make_batch(name: str = name) -> Batch:
+            batch = Batch()
+            batch.context = contexts[name]
+            return batch
+
+        try:
+            assert_like_oracle(subject, twin, make_batch)
+        except EngineRefusedError:
+            assert engine == "grouped"
+    assert not contexts["a dict that makes what it lacks"]
+    assert not contexts["such a dict in a dict"]["inner"]
