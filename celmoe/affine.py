@@ -58,13 +58,16 @@ class _Affine(Function):
     def forward(
         ctx: Any, x_RK: torch.Tensor, segments: Segments, factor: int, num_weights: int, *vectors: torch.Tensor
     ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         weights, biases = vectors[:num_weights], vectors[num_weights:]
         ctx.save_for_backward(x_RK, *weights)
         ctx.segments, ctx.factor, ctx.num_biases = segments, factor, len(biases)
         return _scale(x_RK, weights, biases, segments, factor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         x_RK, *weights = ctx.saved_tensors
         segments, factor, needed = ctx.segments, ctx.factor, ctx.needs_input_grad
         grad_RK = grads[0].contiguous()
@@ -104,4 +107,7 @@ def affine_of_members(
         segments: The rows of each member.
         factor: Positions folded into each row.
     """
-    return cast(torch.Tensor, _Affine.apply(x_RK.contiguous(), segments, factor, len(weights), *weights, *biases))
+    x_RK = x_RK.contiguous()
+    if not torch.is_grad_enabled():
+        return _scale(x_RK, weights, biases, segments, factor)
+    return cast(torch.Tensor, _Affine.apply(x_RK, segments, factor, len(weights), *weights, *biases))

@@ -236,7 +236,7 @@ class _Search:
         self._last: dict[bool, ClassRecord] = {}
         # By the id of an expert, the graph that holds for it now, which alone says whether it has been verified.
         self._own: dict[int, ClassRecord] = {}
-        # By graph, what it is asked about (empty where it is out of the question), and whether the same inputs are rows.
+        # By graph: what it is asked about, empty where it is out of the question; whether the same inputs are rows.
         self._questions: dict[tuple[ClassRecord, bool], dict[str, Any]] = {}
         self._fits: dict[tuple[ClassRecord, bool], bool] = {}
         self._tries: dict[tuple[Layout, bool], list[str]] = {}
@@ -264,16 +264,14 @@ class _Search:
         with apart():
             if not self._holds(record, experts[0], scale == 0.0):
                 return None
-            question = self._questions[record, scale == 0.0]
             for name, expert in zip(names, experts, strict=True):
                 known, found = latest.get(name), verified.get(id(expert))
                 if known is None or known[1] is not record or known[0]() is not expert:
                     return None
                 if found is None or found[0]() is not expert or found[1] is not None:
                     return None
-                question["expert"] = expert
-                if not guard.holds(question, but_for_expert=True):
-                    return None
+            if not guard.holds_for_all(self._questions[record, scale == 0.0], experts):
+                return None
         members = tuple(experts)
         tensors: Tensors = tuple(map(record.first.captured.own, members))
         fault = _shared(record.first, members, tensors)

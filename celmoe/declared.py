@@ -32,7 +32,7 @@ def rowwise(function: Any = None, *, grouped: Callable[..., Any] | None = None) 
     The grouped engine then takes it as one operation and looks no further into it: it is called once on the rows of all
     experts of a class. With parameters or buffers among its arguments it is called for each expert, unless it has a
     grouped form. Experts that call it are compared with the loop like all others, so a function that mixes rows is
-    refused. Nothing changes for the looped engine.
+    refused. So are experts that call it and return losses. Nothing changes for the looped engine.
 
     A tensor of rows has them along its first axis, ``[N, ...]``. So has each tensor that the function returns, one or a
     tuple. The function must not write into its arguments, nor draw random numbers, nor read values in Python; it
@@ -68,6 +68,11 @@ def rowwise(function: Any = None, *, grouped: Callable[..., Any] | None = None) 
         torch.compiler.allow_in_graph(function)
     OPERATIONS[operator or function] = name, partial(_call, grouped)
     return function
+
+
+def is_declared(handler: Callable[..., Any]) -> bool:
+    """Whether a handler is that of a function that was declared."""
+    return isinstance(handler, partial) and handler.func is _call
 
 
 def _call(grouped: Callable[..., Any] | None, run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:

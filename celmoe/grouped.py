@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
+from .boundary import Entered, Port, enter, leave
 from .capture import Sample, WrongResult
 from .choice import refusal
 from .classes import Unit
@@ -22,7 +24,6 @@ from .looped import run_looped
 from .program import Bound, Outcome, run_program
 from .ragged import CannotGroupError
 from .segments import Segments
-from .tally import Tally, entering
 
 # Losses and aux of an expert.
 Extras: TypeAlias = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
@@ -127,18 +128,47 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
     assert record is not None
     assert record.program is not None
     assert rows is not None
-    tally = Tally(len(batch.counts)) if record.captured.losses else None
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        if tally is not None:
-            tensor = entering(tensor, tally)
-        return tensor.clone() if record.writes else tensor
-
-    mask = None if batch.mask is None else own(batch.mask)
-    sample = Sample(own(batch.hidden), mask, rows.build([own(each) for each in batch.aligned]))
-    tensors = list(zip(*unit.tensors, strict=True))
+    mask = [] if batch.mask is None else [batch.mask]
+    given: Sequence[torch.Tensor] = [batch.hidden, *mask, *batch.aligned]
+    own: Sequence[Sequence[torch.Tensor]] = list(zip(*unit.tensors, strict=True))
+    entered: list[Entered] = []
+    if record.captured.losses:
+        given, own, entered = _entered(given, own, batch.counts)
+    if record.writes:
+        given = [each.clone() for each in given]
+    sample = Sample(given[0], given[1] if mask else None, rows.build(given[1 + len(mask) :]))
     segments = Segments(batch.counts, batch.hidden.device)
-    return run_program(record.program, Bound(sample, tensors), segments, may_write=record.writes, tally=tally)
+    outcome = run_program(record.program, Bound(sample, own), segments, may_write=record.writes)
+    return _left(outcome, entered, batch.counts) if record.captured.losses else outcome
+
+
+def _entered(
+    given: Sequence[torch.Tensor], own: Sequence[Sequence[torch.Tensor]], counts: Sequence[int]
+) -> tuple[Sequence[torch.Tensor], Sequence[Sequence[torch.Tensor]], list[Entered]]:
+    """What a run with losses takes in place of rows and of the members' own tensors, and what that is."""
+    everyone, num_given, num_members = frozenset(range(len(counts))), len(given), len(counts)
+    ports = [Port(("rows", place), everyone, is_rows=True) for place in range(num_given)]
+    ports += [Port(("own", place), frozenset([member])) for place in range(len(own)) for member in range(num_members)]
+    taken = enter([*given, *(tensor for members in own for tensor in members)])
+    pairs = zip(taken, ports, strict=True)
+    entered = [Entered(each, get_gradient_edge(each), port) for each, port in pairs if each.requires_grad]
+    by_input = [taken[start : start + num_members] for start in range(num_given, len(taken), num_members)]
+    return taken[:num_given], by_input, entered
+
+
+def _left(outcome: Outcome, entered: Sequence[Entered], counts: Sequence[int]) -> Outcome:
+    """What a run with losses gave, so that a backward pass reaches no member by losses that it leaves out."""
+    results, ports = [outcome.hidden], [Port("hidden", frozenset(range(len(counts))), is_rows=True)]
+    for name, values in outcome.losses.items():
+        results += values
+        ports += [Port(("loss", name), frozenset([member])) for member in range(len(values))]
+    # Whatever the caller's grad mode: the expert may have enabled gradients itself.
+    with torch.enable_grad():
+        hidden, *losses = leave(results, ports, entered, counts)
+        # Their own memory, which the caller may write into; and nodes of their own, for hooks on one are no other's.
+        own = iter([each.clone() for each in losses])
+    by_name = {name: [next(own) for _ in values] for name, values in outcome.losses.items()}
+    return outcome._replace(hidden=hidden, losses=by_name)
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

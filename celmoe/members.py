@@ -137,13 +137,16 @@ class _LinearOfMembers(Function):
     def forward(
         ctx: Any, x_RK: torch.Tensor, segments: Segments, factor: int, has_bias: bool, *tensors: torch.Tensor
     ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         weights, biases = _halves(tensors, has_bias)
         ctx.save_for_backward(x_RK, *weights)
         ctx.segments, ctx.factor, ctx.has_bias = segments, factor, has_bias
         return _multiply(x_RK.contiguous(), weights, biases, segments, factor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         x_RK, *weights = ctx.saved_tensors
         segments, factor, needed = ctx.segments, ctx.factor, ctx.needs_input_grad
         of_weights, of_biases = _halves(needed[4:], ctx.has_bias)
@@ -198,4 +201,7 @@ def linear_of_members(
     if backend_of(segments, x_RK, weights[0]) != "runs":
         bias = torch.stack(list(biases)) if biases else None
         return linear(x_RK, torch.stack(list(weights)), bias, segments, factor)
+    if not torch.is_grad_enabled():
+        # An autograd function looks at each of its arguments, which are many.
+        return _multiply(x_RK.contiguous(), weights, biases, segments, factor)
     return cast(torch.Tensor, _LinearOfMembers.apply(x_RK, segments, factor, bool(biases), *weights, *biases))

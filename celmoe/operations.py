@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from .product import spread
 from .ragged import CannotGroupError, Common, Ragged, RowCount, Rows, Stack, common, like, require_axes, rows, stack
 from .segments import Segments
-from .trace import Trace
 
 
 class Run:
@@ -31,7 +30,6 @@ class Run:
         operations: Names of the operations so far: the program.
         looped: How many times each operation was looped over the members.
         draws: Whether an operation drew random numbers, or would have but for a rehearsal.
-        trace: What gradients come by; ``None`` where there are no losses.
         may_write: Whether the rows that the class was given are a copy of its own.
         writes: Whether anything was written in place.
         expands: Whether rows were made of a member's entries: to the expert they are a view.
@@ -46,10 +44,8 @@ class Run:
         *,
         is_rehearsal: bool = False,
         may_write: bool = True,
-        trace: Trace | None = None,
     ) -> None:
         self.segments = segments
-        self.trace = trace
         self.may_write = may_write
         self.writes = False
         self.expands = False

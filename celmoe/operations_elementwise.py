@@ -88,20 +88,18 @@ def _not_in_place(func: Any, name: str, args: list[Any], options: dict[str, Any]
     return cast(torch.Tensor, getattr(torch.Tensor, plain_name)(*args, **options))
 
 
-def writable(run: Run, name: str, taken: Ragged, others: Sequence[Ragged]) -> Ragged:
+def writable(run: Run, name: str, target: Ragged, others: Sequence[Ragged]) -> Ragged:
     """What is written into where an operation was given a value.
 
     Args:
         run: The pass.
         name: The operation.
-        taken: The value.
+        target: The value.
         others: The operation's other tensors.
 
     Raises:
         CannotGroupError: It must not be written into, or would hold what it can't.
     """
-    # Where gradients are traced, what stands for it is read, and it is written.
-    target = taken if taken.origin is None else taken.origin
     if isinstance(target, Rows) and run.is_ambiguous(target.plain):
         raise CannotGroupError(f"wrote into what their number of rows makes a copy or a view ({name})")
     # A number each, a loss say. Of larger ones a member's reshape may be a copy where that of the stack is a view.

@@ -167,6 +167,7 @@ class _GRU(Function):
     def forward(
         ctx: Any, given_SRG: torch.Tensor, start_RH: torch.Tensor, segments: Segments, *members: torch.Tensor
     ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         w_PGH, b_PG = _stacked(members, segments)
         num_positions, num_rows, gates = given_SRG.shape
         width = gates // 3
@@ -188,10 +189,12 @@ class _GRU(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         given_SRG, start_RH, out, kept, *members = ctx.saved_tensors
         segments = ctx.segments
-        if torch.is_grad_enabled() or is_batched(*grads):
+        if torch.is_grad_enabled() or is_batched(grads[0]):
             return _again(given_SRG, start_RH, members, segments, grads[0], ctx.needs_input_grad)
         num_positions, num_rows, width = out.shape
         grad_given = torch.empty_like(given_SRG)

@@ -203,13 +203,16 @@ class _Linear(Function):
         factor: int,
         is_transposed: bool,
     ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_RK, w_PNK)
         ctx.segments, ctx.factor, ctx.is_transposed = segments, factor, is_transposed
         weights = w_PNK.transpose(1, 2) if is_transposed else w_PNK
         return _backend(segments, x_RK, weights).multiply(x_RK.contiguous(), weights, bias_PN, segments, factor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         x_RK, w_PNK = ctx.saved_tensors
         grad_RN = grads[0].contiguous()
         segments, factor, is_transposed = ctx.segments, ctx.factor, ctx.is_transposed
@@ -227,13 +230,16 @@ class _Linear(Function):
 class _Outer(Function):
     @staticmethod
     def forward(ctx: Any, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(y_RN, x_RK)
         ctx.segments, ctx.factor = segments, factor
         y_RN, x_RK = y_RN.contiguous(), x_RK.contiguous()
         return _backend(segments, y_RN, x_RK).outer(y_RN, x_RK, segments, factor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         y_RN, x_RK = ctx.saved_tensors
         grad_PNK = grads[0].contiguous()
         grad_y = grad_x = None
@@ -247,24 +253,30 @@ class _Outer(Function):
 class _SegmentSum(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         ctx.segments, ctx.factor = segments, factor
         x_RK = x.reshape(x.shape[0], x.shape[1:].numel()).contiguous()
         summed = _backend(segments, x_RK).segment_sum(x_RK, segments, factor)
         return summed.view(len(segments.counts), *x.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         return spread(grads[0], ctx.segments, ctx.factor), None, None
 
 
 class _Spread(Function):
     @staticmethod
     def forward(ctx: Any, stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
         ctx.segments, ctx.factor = segments, factor
         return stack.index_select(0, segments.member_of_row(factor))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         return segment_sum(grads[0], ctx.segments, ctx.factor), None, None
 
 

@@ -34,12 +34,11 @@ from . import (  # noqa: F401  # register
 )
 from .binding import Calls, Place, Step, bind, plain_of, wrapped
 from .capture import Captured, Sample, WrongResult
+from .declared import is_declared
 from .operations import OPERATIONS, Run
 from .ragged import CannotGroupError, Ragged, RowCount, Rows, Stack, common, registered, rows
 from .segments import Segments
-from .tally import Tally, leaving
-from .torch_internals import facts_of, sources
-from .trace import Trace
+from .torch_internals import facts_of, needs_gradient, sources
 
 
 class Outcome(NamedTuple):
@@ -171,6 +170,8 @@ def lower(captured: Captured) -> Program:
             continue
         args, kwargs = _bound(node.args, places), _bound(dict(node.kwargs), places)
         steps.append((node, _lowered(node, args, kwargs)))
+    if captured.losses:
+        _require_members_apart(captured, [step for _, step in steps])
     given: Any = next(reversed(captured.graph.nodes)).args[0]
     results = tuple(places[given[place]] if kind == "output" else place for kind, place in captured.outputs)
     last = _last_uses([node for node, _ in steps], places, results)
@@ -178,6 +179,21 @@ def lower(captured: Captured) -> Program:
     return Program(
         captured, tuple(step._replace(last_uses=last.get(node, ())) for node, step in steps), num_inputs, results
     )
+
+
+def _require_members_apart(captured: Captured, steps: Sequence[Step]) -> None:
+    """See to it that whoever leaves some losses out of a backward pass leaves their members out (`boundary`).
+
+    Raises:
+        CannotGroupError: It may not be so.
+    """
+    for node, (kind, _) in zip(captured.graph.nodes, captured.inputs, strict=False):
+        if kind == "shared" and needs_gradient(node):
+            raise CannotGroupError("return losses, and give gradients to a tensor that is shared")
+    for step in steps:
+        if is_declared(step.call):
+            # Its own backward pass may make zeros of gradients that there are none of.
+            raise CannotGroupError(f"return losses, and call {step.name}, which is not PyTorch's own")
 
 
 def _bound(value: Any, places: Mapping[fx.Node, int]) -> Any:
@@ -308,7 +324,6 @@ def run_program(
     *,
     is_rehearsal: bool = False,
     may_write: bool = True,
-    tally: Tally | None = None,
 ) -> Outcome:
     """Run a class over all rows of its members.
 
@@ -318,17 +333,15 @@ def run_program(
         segments: The rows of each member.
         is_rehearsal: Whether random operations are to do something that can be compared.
         may_write: Whether the rows are a copy that may be written into.
-        tally: Where it counts which members the losses are of that are differentiated.
 
     Raises:
         CannotGroupError: It can't be right for all. An operation's own error passes through.
     """
     captured = program.captured
-    trace = None if tally is None else Trace(tally, segments)
-    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write, trace=trace)
+    run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write)
     values = _inputs(captured, bound)
     with _modes_kept(run):
-        if program.calls is not None and trace is None:
+        if program.calls is not None:
             results = _called(program.calls, values, run, program.results)
         else:
             for step in program.steps:
@@ -350,19 +363,8 @@ def run_program(
             raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
     # Whatever the caller's grad mode: the expert may have enabled gradients itself.
     with torch.enable_grad():
-        if trace is not None:
-            losses = {name: trace.returned(loss) for name, loss in losses.items()}
         by_member = {name: _of_members(loss, segments) for name, loss in losses.items()}
-        rows_out = hidden.plain
-        if trace is not None and tally is not None:
-            named: list[tuple[str | None, Ragged]] = [(None, hidden), *losses.items()]
-            tally.reach = {name: trace.edges_behind(each) for name, each in named}
-            rows_out = leaving(rows_out, tally, None)
-            by_member = {
-                name: [leaving(value, tally, member, name) for member, value in enumerate(each)]
-                for name, each in by_member.items()
-            }
-    return Outcome(rows_out, by_member, dict(run.looped), run.writes, run.draws)
+    return Outcome(hidden.plain, by_member, dict(run.looped), run.writes, run.draws)
 
 
 def bound_to_kinds(program: Program, bound: Bound, segments: Segments) -> Program:
@@ -428,10 +430,6 @@ def _stepped(run: Run, step: Step, values: list[Any]) -> Any:
         if kwargs.get("out") is not None:
             raise CannotGroupError(f"called {step.name} with 'out'")
         kwargs.pop("out", None)
-        if run.trace is not None:
-            taken = run.trace.take(step.name, [*args, *kwargs.values()])
-            args = tuple(taken[: len(args)])
-            kwargs = dict(zip(kwargs, taken[len(args) :], strict=True))
     return step.call(run, step.func, step.name, args, kwargs)
 
 

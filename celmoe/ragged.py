@@ -73,12 +73,10 @@ class Ragged:
     Attributes:
         plain: The plain tensor behind it.
         plain_shape: Its shape.
-        origin: The value that an operation took, where this is what it was given in its place.
     """
 
     plain: torch.Tensor
     plain_shape: torch.Size
-    origin: Ragged | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:

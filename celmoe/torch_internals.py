@@ -89,15 +89,20 @@ class Guard:
         scope: Mapping[str, Any] = self._manager.global_scope["G"]
         return scope
 
-    def holds(self, arguments: dict[str, Any], *, but_for_expert: bool = False) -> bool:
-        """Whether the graph holds for arguments, by parameter name.
+    def holds(self, arguments: dict[str, Any]) -> bool:
+        """Whether the graph holds for arguments, by parameter name."""
+        return bool(self._manager.check(arguments)) and self._holds_beside(arguments)
 
-        Args:
-            arguments: By parameter name.
-            but_for_expert: Whether the graph is known to hold now for these arguments with another expert.
-        """
-        if not (self._of_expert if but_for_expert else self._manager).check(arguments):
-            return False
+    def holds_for_all(self, arguments: dict[str, Any], experts: Iterable[nn.Module]) -> bool:
+        """Whether the graph, which holds now for these arguments, does so with each of some experts."""
+        check, is_plain = self._of_expert.check, not self._contents and not self._zeros
+        for arguments["expert"] in experts:
+            if not check(arguments) or not (is_plain or self._holds_beside(arguments)):
+                return False
+        return True
+
+    def _holds_beside(self, arguments: dict[str, Any]) -> bool:
+        """What the tracer's own guards don't tell."""
         if self._contents and any(self._read(source, arguments) != value for source, value in self._contents):
             return False
         return not self._zeros or all(math.copysign(1.0, read(arguments)) == sign for read, sign in self._zeros)
@@ -265,8 +270,11 @@ def _without_fused_layers() -> Iterator[None]:
 
 
 def _asked(guards: Sequence[Any]) -> list[bool]:
-    """Which of the tracer's guards are to be asked."""
-    return [not each.name.endswith("._is_fastpath_enabled") for each in guards]
+    """Which of the tracer's guards are to be asked; not for hooks on saved tensors, which are set aside by then."""
+    return [
+        each.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" and not each.name.endswith("._is_fastpath_enabled")
+        for each in guards
+    ]
 
 
 @contextlib.contextmanager
@@ -366,6 +374,11 @@ def facts_of(node: fx.Node) -> tuple[Any, ...]:
     # One that no trace made is like no other.
     facts: tuple[Any, ...] = node.meta.get("facts", (id(node),))
     return facts
+
+
+def needs_gradient(node: fx.Node) -> bool:
+    """Whether an input wanted gradients when it was traced."""
+    return node.meta.get("facts", (False,))[-1] is True
 
 
 def _facts_in(node: fx.Node) -> tuple[Any, ...]:

@@ -26,7 +26,6 @@ from .operations_reduce import without_gumbel_noise
 from .program import Bound, Outcome, Program, bound_to_kinds, run_program
 from .ragged import CannotGroupError
 from .segments import Segments
-from .tally import Tally, entering
 from .torch_internals import unwatched
 from .waiting import told
 
@@ -157,11 +156,10 @@ def _verified(record: Verifiable, members: Sequence[nn.Module], few: Few) -> lis
     segments = Segments(counts, few.hidden.device)
     by_input = list(zip(*tensors, strict=True))
     if program.calls is None:
-        seen = bound_to_kinds(program, Bound(_private(sample, few.context, None), by_input), segments)
+        seen = bound_to_kinds(program, Bound(_private(sample, few.context), by_input), segments)
         record.program = program = seen
-    tally = Tally(len(members)) if captured.losses else None
-    given = _private(sample, few.context, tally)
-    grouped = run_program(program, Bound(given, by_input), segments, is_rehearsal=True, tally=tally)
+    given = _private(sample, few.context)
+    grouped = run_program(program, Bound(given, by_input), segments, is_rehearsal=True)
     record.operations_looped = grouped.operations_looped
     record.writes, record.draws = grouped.writes, grouped.draws
     parts = _parts(sample, few.context, counts)
@@ -224,14 +222,10 @@ def _without_zeros(values: torch.Tensor) -> torch.Tensor:
     return values.where(values != 0, torch.from_numpy(drawn).to(values.device).to(values.dtype))
 
 
-def _private(sample: Sample, context: ContextRows, tally: Tally | None) -> Sample:
+def _private(sample: Sample, context: ContextRows) -> Sample:
     """Rows that may be written into, and that are no leaves."""
-
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor if tally is None else entering(tensor, tally)).clone()
-
-    mask = None if sample.mask is None else own(sample.mask)
-    return Sample(own(sample.hidden), mask, context.build([own(each) for each in sample.context]))
+    mask = None if sample.mask is None else sample.mask.clone()
+    return Sample(sample.hidden.clone(), mask, context.build([each.clone() for each in sample.context]))
 
 
 def _parts(sample: Sample, context: ContextRows, counts: Sequence[int]) -> list[_Part]:

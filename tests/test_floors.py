@@ -18,8 +18,8 @@ FLOORS = [
     {"directml"},
     {"version", "errors", "files", "ragged", "segments", "slots", "torch_internals", "inline", "waiting"},
     {"config", "experts", "layout", "product", "containers"},
-    {"members", "affine", "tally"},
-    {"routing", "names", "context", "reference_context", "fusion", "trace"},
+    {"members", "affine", "boundary"},
+    {"routing", "names", "context", "reference_context", "fusion"},
     {"operations", "planner", "capture"},
     {
         "plan",
@@ -155,7 +155,7 @@ def test_the_street_is_used():
     reached = {file: {sibling for sibling, _ in siblings(source)} for file, source in sources().items()}
     assert {"compiler", "config", "errors"} <= reached["hierarchy"]
     assert {file for file, found in reached.items() if not found} <= {
-        *("version", "errors", "directml", "experts", "files", "names", "ragged", "segments", "slots", "tally"),
+        *("version", "errors", "directml", "experts", "files", "names", "ragged", "segments", "slots", "boundary"),
         *("torch_internals", "inline", "waiting"),
     }
 

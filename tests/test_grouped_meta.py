@@ -22,6 +22,7 @@ import celmoe.members
 import celmoe.segments
 from celmoe import CELMoEOutput, EngineRefusedError, HierarchicalCELMoE
 from celmoe.arrangement import Arrangement
+from celmoe.boundary import _Way
 from celmoe.classes import LevelClasses, Unit
 from celmoe.experts import ExpertBatch, ExpertResult
 from celmoe.grouped import UnitBatch, UnitResult
@@ -29,8 +30,6 @@ from celmoe.plan import LevelPlan
 from celmoe.program import Bound, Program
 from celmoe.ragged import CannotGroupError
 from celmoe.segments import Run, Segments
-from celmoe.tally import Tally
-from celmoe.trace import Trace
 from tests import parity, traps
 from tests.parity import ParityError, assert_parity
 from tests.strategies import Case, Expert, Level, Routes, of_siblings, pool
@@ -206,8 +205,8 @@ def zeros_for_all_others(patch: Patch) -> None:
 
 
 def zeros_for_losses_not_used(patch: Patch) -> None:
-    """No tally: a backward pass that starts from one expert's loss reaches all of its class."""
-    patch.setattr(Tally, "members_reached", lambda self, edge: [True] * self._num_members)
+    """No boundary: a backward pass that starts from one expert's loss reaches all of its class."""
+    patch.setattr(celmoe.grouped, "leave", lambda results, *_: list(results))
 
 
 def scale_of_the_first(patch: Patch) -> None:
@@ -388,12 +387,27 @@ def test_zeros_for_losses_that_were_not_used(monkeypatch: Patch):
 
 
 def test_gradients_held_back_that_flow_in_a_loop(monkeypatch: Patch):
-    """A tally that takes all edges for those of the rows, where losses are all that is differentiated."""
+    """A boundary that keeps gradients of tensors that are members' own, where losses are all that is differentiated."""
     case = of_kind("losses")
     monkeypatch.setattr(parity, "objective_of", lambda output, *_: sum(each.sum() for each in output.losses.values()))
     assert_parity(case.model("grouped"), case.inputs)
-    monkeypatch.setattr(Trace, "edges_behind", lambda self, value: frozenset() if value.dim() < 2 else range(99))
+    right = _Way.chosen
+    monkeypatch.setattr(_Way, "chosen", lambda self, grads: ([], right(self, grads)[1]))
     with pytest.raises(ParityError, match="gradient"):
+        assert_parity(case.model("grouped"), case.inputs)
+
+
+@pytest.mark.parametrize("what", ["rows", "own"])
+def test_shares_of_members_that_are_left_out(what: str, monkeypatch: Patch):
+    """A boundary that knows who is left out, and lets through what comes back of rows, or of their tensors."""
+    case = of_kind("losses")
+    monkeypatch.setattr(parity, "objective_of", lambda output, *_: next(iter(output.losses.values())).sum())
+    assert_parity(case.model("grouped"), case.inputs)
+    if what == "rows":
+        monkeypatch.setattr(_Way, "_share", lambda self, grad, members: grad + 1)
+    else:
+        monkeypatch.setattr(_Way, "members_of", lambda self, places: frozenset(range(len(self.counts))))
+    with pytest.raises(ParityError, match="gradient" if what == "rows" else f"^{ZEROS}|gradient"):
         assert_parity(case.model("grouped"), case.inputs)
 
 

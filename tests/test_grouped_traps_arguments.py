@@ -146,8 +146,8 @@ class ReadsWhatThereIs(Trapped):
     def forward(self, batch):
         context = batch.context
         if isinstance(context, Mapping):
-            inner = context["inner"] if "inner" in context else context
-            scale = inner["table"] if "table" in inner else 1.0
+            inner = context.get("inner", context)
+            scale = inner.get("table", 1.0)
         elif isinstance(context, list):
             scale = context[0]
         else:
