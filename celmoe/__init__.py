@@ -1,9 +1,7 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
 from . import reference
-from .compiler import RoutingCompiler
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
-from .declared import rowwise
 from .errors import (
     CELMoEError,
     CheckpointError,
@@ -40,6 +38,7 @@ from .experts import (
 )
 from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
+from .grouped.declared import rowwise
 from .hierarchy import HierarchicalCELMoE
 from .loss import (
     BridgeLossCallable,
@@ -52,8 +51,9 @@ from .loss import (
     LossTerm,
 )
 from .outputs import CELMoEOutput, LevelOutput
-from .plan import LevelPlan, RoutingPlan
-from .routing import LevelRoutes, LevelRouting, Routing, merge_routing, routing_constant, validate_routing_length
+from .routing.compiler import RoutingCompiler
+from .routing.plan import LevelPlan, RoutingPlan
+from .routing.routes import LevelRoutes, LevelRouting, Routing, merge_routing, routing_constant, validate_routing_length
 from .version import __version__
 
 __all__ = [

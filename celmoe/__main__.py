@@ -22,7 +22,7 @@ from .devices import (
     require_known,
     self_check,
 )
-from .engines import AUTO, ENGINES, resolve_engine
+from .engines.registry import AUTO, ENGINES, resolve_engine
 from .errors import EngineError, UnknownDeviceError
 from .version import __version__
 

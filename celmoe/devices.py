@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import tracer_missing
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
-from .engines import GROUPED, LOOPED
+from .engines.registry import GROUPED, LOOPED
 from .errors import DeviceMissingError, UnknownDeviceError, listed, nearest
 from .experts import ExpertBatch, ExpertModule, ExpertResult
+from .grouped.capture import tracer_missing
 from .hierarchy import HierarchicalCELMoE
 from .reference import reference_forward
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .names import NamedModules
-from .plan import LevelPlan
+from .routing.plan import LevelPlan
 
 _HEADINGS = {
     "level": "level",

@@ -8,20 +8,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .compiler import RoutingCompiler
 from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
-from .context import NO_CONTEXT, ContextRows
-from .engines import resolve_engine
+from .engines.registry import resolve_engine
 from .errors import ConfigError, ConfigTypeError, InputError, InputTypeError
 from .experts import ExpertContext, ExpertMetadata
 from .explain import Explanation
 from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
-from .layout import Layout
 from .level import Level, LevelInput, present_experts
 from .names import NamedModules
 from .outputs import CELMoEOutput
-from .plan import RoutingPlan
-from .routing import Routing
+from .routing.compiler import RoutingCompiler
+from .routing.layout import Layout
+from .routing.plan import RoutingPlan
+from .routing.routes import Routing
+from .rows.context import NO_CONTEXT, ContextRows
 
 # Methods of celmoe-vp's model that its subclasses override, and that nothing here would call.
 _PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")

@@ -9,22 +9,22 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
-from .arrangement import Arrangement, arrange
-from .choice import LOOPED, Decision, LevelChoice, Present
-from .classes import LevelInputLike
 from .config import ExpertConfig, HierarchyLevelConfig
-from .context import ContextRows, select
-from .dispatch import Blocks, combine, dispatch, relay
-from .engines import ENGINES
+from .engines.arrangement import Arrangement, arrange
+from .engines.choice import LOOPED, Decision, LevelChoice, Present
+from .engines.grouped import Extras, UnitBatch, UnitResult
+from .engines.registry import ENGINES
 from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped import Extras, UnitBatch, UnitResult
+from .grouped.classes import LevelInputLike
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
-from .plan import LevelPlan, RoutingPlan
+from .routing.plan import LevelPlan, RoutingPlan
+from .rows.context import ContextRows, select
+from .rows.dispatch import Blocks, combine, dispatch, relay
+from .torch_internals import is_forward_differentiated, transforms_are_active
 
 
 class LevelInput(NamedTuple):
@@ -345,11 +345,7 @@ def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
         return rows
     if scale == 0.0:
         return rows.detach()
-    if (
-        (rows.requires_grad and torch.is_grad_enabled())
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if (rows.requires_grad and torch.is_grad_enabled()) or is_forward_differentiated() or transforms_are_active():
         return cast(torch.Tensor, _ScaleGradient.apply(rows, scale))
     return rows
 

@@ -14,13 +14,13 @@ import torch
 from .config import ExpertConfig
 from .experts import ExpertBatch, ExpertContext, ExpertResult
 from .hierarchy import HierarchicalCELMoE
-from .layout import LevelLayout
 from .level import Level
 from .names import name_key
 from .outputs import CELMoEOutput, LevelOutput
-from .plan import RoutingPlan
 from .reference_context import context_of, pick, tensors_in
-from .routing import Routing
+from .routing.layout import LevelLayout
+from .routing.plan import RoutingPlan
+from .routing.routes import Routing
 
 
 def reference_forward(

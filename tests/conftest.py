@@ -27,8 +27,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import celmoe.dispatch
-import celmoe.planner
+import celmoe.routing.planner
+import celmoe.rows.dispatch
 
 pytest_plugins = ["tests.peer_report"]
 
@@ -64,6 +64,6 @@ def _as_few_and_as_many(request: pytest.FixtureRequest) -> Iterator[None]:
     """Small batches as such, and then on the paths that large ones take."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "many":
-            patch.setattr(celmoe.dispatch, "FEW_ROWS", 0)
-            patch.setattr(celmoe.planner, "FEW_SAMPLES", 0)
+            patch.setattr(celmoe.rows.dispatch, "FEW_ROWS", 0)
+            patch.setattr(celmoe.routing.planner, "FEW_SAMPLES", 0)
         yield

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from celmoe import CELMoELossAPI, CELMoEOutput, ExpertBatch, HierarchicalCELMoE
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 from celmoe.reference import reference_forward
 from tests.strategies import Inputs
 

@@ -40,7 +40,7 @@ import torch
 from torch import nn
 from torch._dynamo.symbolic_convert import _import_module
 
-import celmoe.grouped
+import celmoe.engines.grouped
 from celmoe import (
     CELMoEConfig,
     EngineRefusedError,
@@ -270,6 +270,9 @@ class Side:
         self.model = HierarchicalCELMoE(config, lambda *_: self.module.Expert(next(numbers)), engine=engine)
         if plan.is_double:
             self.model.double()
+            for parameter in self.model.parameters():
+                if parameter.is_complex():
+                    parameter.data = parameter.data.to(torch.complex128)
         self.names = names
         self.options, self.log, self.store = Options(), [], {}
         self.context: dict[str, Any] = {}
@@ -651,7 +654,7 @@ def _stepped(subject: Side, is_strict: bool, found: Found) -> dict[str, Any]:
 @contextlib.contextmanager
 def _spied() -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
-    right = celmoe.grouped.run_program
+    right = celmoe.engines.grouped.run_program
 
     def spied(*args: Any, **options: Any) -> Any:
         outcome = right(*args, **options)
@@ -659,7 +662,7 @@ def _spied() -> Iterator[Counter[str]]:
         seen["draws"] += outcome.draws
         return outcome
 
-    with mock.patch.object(celmoe.grouped, "run_program", spied):
+    with mock.patch.object(celmoe.engines.grouped, "run_program", spied):
         yield seen
 
 

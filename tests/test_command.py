@@ -17,10 +17,10 @@ import torch
 import celmoe
 from celmoe import __main__ as command
 from celmoe import devices
-from celmoe.arrangement import FEW_ROWS_PER_EXPERT
-from celmoe.dispatch import FEW_ROWS
-from celmoe.engines import ENGINES
-from celmoe.planner import FEW_SAMPLES
+from celmoe.engines.arrangement import FEW_ROWS_PER_EXPERT
+from celmoe.engines.registry import ENGINES
+from celmoe.routing.planner import FEW_SAMPLES
+from celmoe.rows.dispatch import FEW_ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, Shared
-from celmoe.context import ContextRows
+from celmoe.rows.context import ContextRows
 from tests.refusals import level
 
 pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
@@ -321,6 +321,17 @@ def test_mappings_of_other_kinds_stay_what_they_are():
     words = Words([aligned(), "x"])
     for batch in watch(words).values():
         assert type(batch.context) is Words
+
+
+@pytest.mark.parametrize("how", ["bare", "dict", "list", "deep"])
+def test_other_rows_leave_the_context_that_they_stand_in_for(how):
+    """Rows that came from other ranks are one level's; the next level reads the batch's."""
+    wrap, unwrap = WRAPPINGS[how]
+    tensor, others = aligned(2), torch.randn(B + 1, 2)
+    context = ContextRows(wrap(tensor), B, tensor.device)
+    changed = context.with_aligned([others])
+    assert unwrap(changed.build(changed.aligned)) is others
+    assert unwrap(context.build(context.aligned)) is tensor
 
 
 def test_gradients_flow_into_context():

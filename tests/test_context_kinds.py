@@ -27,7 +27,7 @@ from celmoe import (
     Rows,
     Shared,
 )
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 from celmoe.reference import reference_forward
 from tests.refusals import level
 
@@ -637,6 +637,22 @@ def test_nested_tensors_are_cut_by_samples(layout, marked):
         ]
     )
     torch.testing.assert_close(results[0][0], wanted.detach())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layout", ["nested, jagged", "nested, strided", "sparse", "strided"])
+def test_rows_keep_the_layout_of_their_tensor(layout, way):
+    parts = [torch.randn(n, 3) for n in (2, 4, 1, 3)]
+    tensor = {
+        "nested, jagged": torch.nested.as_nested_tensor(parts, layout=torch.jagged),
+        "nested, strided": torch.nested.as_nested_tensor(parts, layout=torch.strided),
+        "sparse": torch.eye(B).to_sparse(),
+        "strided": torch.eye(B),
+    }[layout]
+    for name, context in seen({"x": tensor}, way).items():
+        rows = context["x"]
+        assert (rows.layout, rows.is_nested, rows.size(0)) == (tensor.layout, tensor.is_nested, len(ROWS[name]))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
-from celmoe.classes import Layout, layout_of
-from celmoe.cost import Cost, estimate, never_pays
+from celmoe.engines.cost import Cost, estimate, never_pays
+from celmoe.grouped.classes import Layout, layout_of
 from celmoe.reference import reference_forward
 from tests.architectures import Recurrence
 

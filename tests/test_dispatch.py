@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import celmoe.dispatch
+import celmoe.rows.dispatch
 from celmoe import CELMoEConfig, ExpertConfig, HierarchicalCELMoE, HierarchyLevelConfig, RoutingCompiler
-from celmoe.dispatch import combine, dispatch, relay
-from celmoe.plan import LevelPlan
+from celmoe.reference import reference_forward
+from celmoe.routing.plan import LevelPlan
+from celmoe.rows.dispatch import combine, dispatch, relay
 from tests.experts import Linear
 
 WIDTH = 4
@@ -40,7 +41,7 @@ class Moves(TorchDispatchMode):
 
 @pytest.fixture
 def _by_functions(monkeypatch):
-    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", 0)
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", 0)
 
 
 paths = pytest.mark.parametrize("few_rows", [0, 512])
@@ -51,7 +52,7 @@ orders = pytest.mark.parametrize("routes", ROUTES.values(), ids=ROUTES)
 @orders
 @pytest.mark.parametrize("trailing", [(WIDTH,), (2, WIDTH), ()])
 def test_blocks_hold_each_experts_rows_and_come_back(routes, trailing, few_rows, monkeypatch):
-    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", few_rows)
     plan = plan_of(routes)
     rows = torch.randn(len(routes), *trailing, requires_grad=True)
     blocks = dispatch(rows, plan)
@@ -63,7 +64,7 @@ def test_blocks_hold_each_experts_rows_and_come_back(routes, trailing, few_rows,
 @paths
 @orders
 def test_gradients_of_both_orders(routes, few_rows, monkeypatch):
-    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", few_rows)
     plan = plan_of(routes)
 
     def through(rows):
@@ -77,7 +78,7 @@ def test_gradients_of_both_orders(routes, few_rows, monkeypatch):
 
 @paths
 def test_a_block_that_nobody_uses_gets_zeros(few_rows, monkeypatch):
-    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", few_rows)
     rows = torch.randn(8, WIDTH, requires_grad=True)
     dispatch(rows, plan_of(ROUTES["mixed"]))[1].sum().backward()
     assert torch.equal(rows.grad, torch.tensor([[float(each == "b")] * WIDTH for each in ROUTES["mixed"]]))
@@ -123,7 +124,7 @@ def test_the_backward_does_not_grow_with_the_experts():
 @paths
 @pytest.mark.parametrize("grad", [False, True])
 def test_levels_whose_orders_are_one_cost_no_gather_between(grad, few_rows, monkeypatch):
-    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", few_rows)
     levels = [HierarchyLevelConfig(name, {each: ExpertConfig(each) for each in "abc"}) for name in ("upper", "lower")]
     compiler = RoutingCompiler(CELMoEConfig(WIDTH, levels))
     plan = compiler({"upper": list("bacabcca"), "lower": list("bacabcca")}).levels["lower"]
@@ -142,10 +143,51 @@ def test_levels_whose_orders_are_one_cost_no_gather_between(grad, few_rows, monk
         assert all(map(torch.equal, found, wanted))
 
 
+class Other(Linear):
+    """Of another class, so that it never runs with those of the first."""
+
+
+# Routes of the lower level, whose experts' parents are their first letters, and the upper experts of another class.
+MOVES = {
+    "above, by number of rows": (["b1", "b1", "a1", "a2", "a2"], ""),
+    "above, by class": (["c1", "c1", "b1", "b1", "a1"], "b"),
+    "below": (["b1", "b1", "b2", "a1", "a1"], ""),
+    "at both": (["b1", "b1", "a1", "a1", "a1"], ""),
+    "at none": (["b1", "b1", "b1", "a1", "a1"], ""),
+}
+
+
+@paths
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("moved", MOVES)
+def test_levels_that_reorder_their_rows_hand_each_expert_its_own(moved, grad, few_rows, monkeypatch):
+    """Grouped experts run by class and by number of rows, though both levels' plans have one order."""
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", few_rows)
+    routes, others = MOVES[moved]
+    lower = {name: ExpertConfig(name, parent=name[0]) for name in sorted(set(routes))}
+    upper = {name: ExpertConfig(name) for name in sorted({name[0] for name in routes})}
+    config = CELMoEConfig(WIDTH, [HierarchyLevelConfig("upper", upper), HierarchyLevelConfig("lower", lower)])
+    model = HierarchicalCELMoE(
+        config, lambda _, name, __: (Other if name in others else Linear)(WIDTH), engine="grouped"
+    ).eval()
+    plan = model.compile_routing({"lower": routes})
+    assert plan.levels["lower"].follows_previous
+    assert not plan.levels["lower"].is_sorted
+    hidden = torch.randn(len(routes), WIDTH, requires_grad=grad)
+    with torch.set_grad_enabled(grad):
+        found, wanted = model(hidden, plan), reference_forward(model, hidden, {"lower": routes})
+    for name in ("upper", "lower"):
+        torch.testing.assert_close(found.levels[name].hidden, wanted.levels[name].hidden)
+    if grad:
+        leaves = [hidden, *model.level_modules.parameters()]
+        grads = [torch.autograd.grad(each.levels["lower"].hidden.square().sum(), leaves) for each in (found, wanted)]
+        torch.testing.assert_close(*grads)
+
+
 @paths
 @orders
 def test_work_in_place_on_a_block_reaches_nothing_else(routes, few_rows, monkeypatch):
-    monkeypatch.setattr(celmoe.dispatch, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(celmoe.rows.dispatch, "FEW_ROWS", few_rows)
     rows = torch.randn(len(routes), WIDTH, requires_grad=True)
     before = rows.detach().clone()
     first, *others = dispatch(rows, plan_of(routes))

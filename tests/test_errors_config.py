@@ -409,7 +409,7 @@ def test_a_class_is_no_fusion():
     ],
 )
 def test_unknown_engines(engine, words, monkeypatch):
-    from celmoe.engines import ENGINES
+    from celmoe.engines.registry import ENGINES
 
     monkeypatch.delenv("CELMOE_ENGINE", raising=False)
     known = ", ".join(repr(name) for name in ENGINES)
@@ -422,7 +422,7 @@ def test_unknown_engines(engine, words, monkeypatch):
 
 
 def test_an_engine_set_later_is_checked_too():
-    from celmoe.engines import ENGINES
+    from celmoe.engines.registry import ENGINES
 
     model = build()
     with pytest.raises(EngineError, match="'engine' must be one of"):
@@ -433,7 +433,7 @@ def test_an_engine_set_later_is_checked_too():
 
 
 def test_the_engine_of_the_environment(monkeypatch):
-    from celmoe.engines import ENGINES
+    from celmoe.engines.registry import ENGINES
 
     for value, engine in (("looped", "looped"), ("", None), ("auto", None)):
         monkeypatch.setenv("CELMOE_ENGINE", value)

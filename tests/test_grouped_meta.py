@@ -15,21 +15,21 @@ import pytest
 import torch
 from torch import nn
 
-import celmoe.classes
-import celmoe.grouped
+import celmoe.engines.grouped
+import celmoe.grouped.classes
+import celmoe.grouped.segments
 import celmoe.level
-import celmoe.members
-import celmoe.segments
 from celmoe import CELMoEOutput, EngineRefusedError, HierarchicalCELMoE
-from celmoe.arrangement import Arrangement
-from celmoe.boundary import _Way
-from celmoe.classes import LevelClasses, Unit
+from celmoe.engines.arrangement import Arrangement
+from celmoe.engines.grouped import UnitBatch, UnitResult
 from celmoe.experts import ExpertBatch, ExpertResult
-from celmoe.grouped import UnitBatch, UnitResult
-from celmoe.plan import LevelPlan
-from celmoe.program import Bound, Program
-from celmoe.ragged import CannotGroupError
-from celmoe.segments import Run, Segments
+from celmoe.grouped.boundary import _Way
+from celmoe.grouped.classes import LevelClasses, Unit
+from celmoe.grouped.kernels import members
+from celmoe.grouped.program import Bound, Program
+from celmoe.grouped.segments import Run, Segments
+from celmoe.grouped.values import CannotGroupError
+from celmoe.routing.plan import LevelPlan
 from tests import parity, traps
 from tests.parity import ParityError, assert_parity
 from tests.strategies import Case, Expert, Level, Routes, of_siblings, pool
@@ -81,7 +81,7 @@ SCALED = replace(
 
 def boundaries_off_by_one(patch: Patch) -> None:
     """A row of the second member is counted as the first one's, where members have different weights in one product."""
-    right = celmoe.segments._runs
+    right = celmoe.grouped.segments._runs
 
     def wrong(counts: Sequence[int]) -> list[Run]:
         moved = list(counts)
@@ -91,7 +91,7 @@ def boundaries_off_by_one(patch: Patch) -> None:
                 break
         return right(moved)
 
-    patch.setattr(celmoe.segments, "_runs", wrong)
+    patch.setattr(celmoe.grouped.segments, "_runs", wrong)
 
 
 def rows_of_the_neighbour(patch: Patch) -> None:
@@ -105,35 +105,41 @@ def turned(values: Sequence[Any]) -> Sequence[Any]:
 
 
 def bias_of_the_neighbour(patch: Patch) -> None:
-    right = celmoe.members._multiply
+    right = members._multiply
     patch.setattr(
-        celmoe.members, "_multiply", lambda x, weights, biases, *rest: right(x, weights, turned(biases), *rest)
+        members,
+        "_multiply",
+        lambda x, weights, biases, *rest: right(x, weights, turned(biases), *rest),
     )
 
 
 def weight_of_the_neighbour_in_the_backward_pass(patch: Patch) -> None:
-    right = celmoe.members._gradients
-    patch.setattr(celmoe.members, "_gradients", lambda grad, x, weights, *rest: right(grad, x, turned(weights), *rest))
+    right = members._gradients
+    patch.setattr(
+        members,
+        "_gradients",
+        lambda grad, x, weights, *rest: right(grad, x, turned(weights), *rest),
+    )
 
 
 def gradients_to_the_neighbour(what: str) -> Callable[[Patch], None]:
     """The right gradients of weights, or of biases, and each for the wrong expert."""
 
     def apply(patch: Patch) -> None:
-        right = celmoe.members._gradients
+        right = members._gradients
 
         def wrong(*args: Any) -> Any:
             found = right(*args)
             return found._replace(**{what: turned(getattr(found, what))})
 
-        patch.setattr(celmoe.members, "_gradients", wrong)
+        patch.setattr(members, "_gradients", wrong)
 
     return apply
 
 
 def remember_the_stack(patch: Patch) -> None:
     """The values of each parameter at its first call are used again; gradients flow to the parameter as it is now."""
-    right = celmoe.grouped.run_program
+    right = celmoe.engines.grouped.run_program
     first: dict[torch.Tensor, torch.Tensor] = {}
 
     def wrong(program: Program, bound: Bound, *rest: Any, **options: Any) -> Any:
@@ -143,14 +149,14 @@ def remember_the_stack(patch: Patch) -> None:
         ]
         return right(program, bound._replace(tensors=stale), *rest, **options)
 
-    patch.setattr(celmoe.grouped, "run_program", wrong)
+    patch.setattr(celmoe.engines.grouped, "run_program", wrong)
 
 
 def change_results(change: Callable[[Unit, UnitResult], None]) -> Callable[[Patch], None]:
     """A mutant that changes what a class of experts gave."""
 
     def apply(patch: Patch) -> None:
-        right = celmoe.grouped._run_unit
+        right = celmoe.engines.grouped._run_unit
 
         def wrong(unit: Unit, *rest: Any) -> ExpertResult:
             result = right(unit, *rest)
@@ -158,7 +164,7 @@ def change_results(change: Callable[[Unit, UnitResult], None]) -> Callable[[Patc
             change(unit, result)
             return result
 
-        patch.setattr(celmoe.grouped, "_run_unit", wrong)
+        patch.setattr(celmoe.engines.grouped, "_run_unit", wrong)
 
     return apply
 
@@ -206,7 +212,7 @@ def zeros_for_all_others(patch: Patch) -> None:
 
 def zeros_for_losses_not_used(patch: Patch) -> None:
     """No boundary: a backward pass that starts from one expert's loss reaches all of its class."""
-    patch.setattr(celmoe.grouped, "leave", lambda results, *_: list(results))
+    patch.setattr(celmoe.engines.grouped, "leave", lambda results, *_: list(results))
 
 
 def scale_of_the_first(patch: Patch) -> None:
@@ -310,7 +316,7 @@ PROVEN_WRONG = {name: mutant for name, mutant in MUTANTS.items() if mutant.proof
 @pytest.fixture
 def without_proof(monkeypatch: Patch) -> None:
     """The engine believes in itself."""
-    monkeypatch.setattr(celmoe.classes, "verify", lambda record, members, few: [None] * len(members))
+    monkeypatch.setattr(celmoe.grouped.classes, "verify", lambda record, members, few: [None] * len(members))
 
 
 @pytest.mark.usefixtures("without_proof")
@@ -370,7 +376,7 @@ def refuse(*_: Any) -> None:
 def test_a_grouped_engine_that_only_refuses_is_no_engine(monkeypatch: Patch):
     """The property tests take a refusal of experts that can run as one for a fault."""
     check_property("grouped", CASE, optimizers=())
-    monkeypatch.setattr(celmoe.grouped, "_run", refuse)
+    monkeypatch.setattr(celmoe.engines.grouped, "_run", refuse)
     with pytest.raises(AssertionError):
         check_property("grouped", CASE, optimizers=())
 
@@ -427,13 +433,13 @@ def compare_after_replacing_a_weight() -> None:
 
 def test_a_replaced_parameter_that_is_not_seen(monkeypatch: Patch):
     compare_after_replacing_a_weight()
-    right, kept = celmoe.grouped.run_program, {}
+    right, kept = celmoe.engines.grouped.run_program, {}
 
     def stale(program: Program, bound: Bound, *rest: Any, **options: Any) -> Any:
         tensors = kept.setdefault(program, bound.tensors)
         return right(program, bound._replace(tensors=tensors), *rest, **options)
 
-    monkeypatch.setattr(celmoe.grouped, "run_program", stale)
+    monkeypatch.setattr(celmoe.engines.grouped, "run_program", stale)
     with pytest.raises(ParityError, match=r"^levels\['language'\]\.hidden: values differ"):
         compare_after_replacing_a_weight()
 

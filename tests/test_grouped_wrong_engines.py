@@ -20,18 +20,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import celmoe.capture
-import celmoe.classes
-import celmoe.grouped
-import celmoe.members
-import celmoe.program
-import celmoe.torch_internals
-import celmoe.verify
+import celmoe.engines.grouped
+import celmoe.grouped.capture
+import celmoe.grouped.classes
+import celmoe.grouped.guard
+import celmoe.grouped.program
+import celmoe.grouped.verify
 from celmoe import ExpertModule, ExpertResult, HierarchicalCELMoE
-from celmoe.classes import ClassRecord, LevelClasses, Unit
-from celmoe.ragged import CannotGroupError
-from celmoe.segments import Segments
-from celmoe.torch_internals import Guard
+from celmoe.grouped.classes import ClassRecord, LevelClasses, Unit
+from celmoe.grouped.guard import Guard
+from celmoe.grouped.kernels import members
+from celmoe.grouped.segments import Segments
+from celmoe.grouped.values import CannotGroupError
 from tests import traps
 from tests.parity import ParityError
 from tests.traps import WIDTH, Batch, experts_of
@@ -123,35 +123,39 @@ def scaled(self: Any, batch: Any) -> Any:
 
 
 def tolerance_too_wide(patch: Patch) -> None:
-    wide = {dtype: 100 * each for dtype, each in celmoe.verify._TOLERANCES.items()}
-    patch.setattr(celmoe.verify, "_TOLERANCES", wide)
+    wide = {dtype: 100 * each for dtype, each in celmoe.grouped.verify._TOLERANCES.items()}
+    patch.setattr(celmoe.grouped.verify, "_TOLERANCES", wide)
 
 
 def gradients_by_their_sum(patch: Patch) -> None:
-    right = celmoe.verify._gradients
+    right = celmoe.grouped.verify._gradients
     patch.setattr(
-        celmoe.verify, "_gradients", lambda *args: [each if each is None else each.sum() for each in right(*args)]
+        celmoe.grouped.verify,
+        "_gradients",
+        lambda *args: [each if each is None else each.sum() for each in right(*args)],
     )
 
 
 def gradients_not_compared(patch: Patch) -> None:
-    patch.setattr(celmoe.verify, "_gradients", lambda outputs, inputs: [None] * len(inputs))
+    patch.setattr(celmoe.grouped.verify, "_gradients", lambda outputs, inputs: [None] * len(inputs))
 
 
 def losses_not_compared(patch: Patch) -> None:
-    right = celmoe.verify._Agreement.__call__
+    right = celmoe.grouped.verify._Agreement.__call__
     patch.setattr(
-        celmoe.verify._Agreement, "__call__", lambda self, mine, theirs: mine.dim() == 0 or right(self, mine, theirs)
+        celmoe.grouped.verify._Agreement,
+        "__call__",
+        lambda self, mine, theirs: mine.dim() == 0 or right(self, mine, theirs),
     )
 
 
 def complex_numbers_by_their_size(patch: Patch) -> None:
-    right = celmoe.verify._Agreement.__call__
+    right = celmoe.grouped.verify._Agreement.__call__
 
     def wrong(self: Any, mine: Any, theirs: Any) -> bool:
         return right(self, mine.abs(), theirs.abs()) if mine.is_complex() else right(self, mine, theirs)
 
-    patch.setattr(celmoe.verify._Agreement, "__call__", wrong)
+    patch.setattr(celmoe.grouped.verify._Agreement, "__call__", wrong)
 
 
 def first_kind_of_input_only(patch: Patch) -> None:
@@ -171,9 +175,9 @@ def first_kind_of_input_only(patch: Patch) -> None:
 
 
 def first_two_members_only(patch: Patch) -> None:
-    right = celmoe.classes.verify
+    right = celmoe.grouped.classes.verify
     patch.setattr(
-        celmoe.classes,
+        celmoe.grouped.classes,
         "verify",
         lambda record, members, few: right(record, members[:2], few) + [None] * (len(members) - 2),
     )
@@ -181,39 +185,41 @@ def first_two_members_only(patch: Patch) -> None:
 
 def one_row_not_verified(patch: Patch) -> None:
     def wrong(member: Any, part: Any, captured: Any, agree: Any) -> str | None:
-        result = celmoe.verify._called(member, part(slice(None)))
-        alone = celmoe.verify._alone(captured, captured.own(member), part)
+        result = celmoe.grouped.verify._called(member, part(slice(None)))
+        alone = celmoe.grouped.verify._alone(captured, captured.own(member), part)
         return None if agree(alone[0], result.hidden) else "differ"
 
-    patch.setattr(celmoe.verify, "_differs_from_expert", wrong)
+    patch.setattr(celmoe.grouped.verify, "_differs_from_expert", wrong)
 
 
 def guards_not_asked_again(patch: Patch) -> None:
-    right = Guard.holds
+    right, for_all = Guard.holds, Guard.holds_for_all
     held: set[tuple[int, int]] = set()
 
-    def wrong(self: Guard, arguments: dict[str, Any], **options: bool) -> bool:
+    def wrong(self: Guard, arguments: dict[str, Any]) -> bool:
         key = id(self), id(arguments["expert"])
-        if key not in held and right(self, arguments, **options):
+        if key not in held and right(self, arguments):
             held.add(key)
         return key in held
 
+    def wrong_for_all(self: Guard, arguments: dict[str, Any], experts: Any) -> bool:
+        keys = {(id(self), id(each)) for each in experts}
+        if not keys <= held and for_all(self, arguments, experts):
+            held.update(keys)
+        return keys <= held
+
     patch.setattr(Guard, "holds", wrong)
+    patch.setattr(Guard, "holds_for_all", wrong_for_all)
 
 
 def guards_asked_of_the_first_only(patch: Patch) -> None:
-    right = Guard.holds
-
-    def wrong(self: Guard, arguments: dict[str, Any], *, but_for_expert: bool = False) -> bool:
-        return but_for_expert or right(self, arguments)
-
-    patch.setattr(Guard, "holds", wrong)
+    patch.setattr(Guard, "holds_for_all", lambda self, arguments, experts: True)
 
 
 def state_that_comes_back(patch: Patch) -> None:
     """An expert that has been of two classes is taken to stay in the latter."""
-    patch.setattr(celmoe.classes._Search, "as_before", lambda *_: None)
-    right = celmoe.classes._Search._find
+    patch.setattr(celmoe.grouped.classes._Search, "as_before", lambda *_: None)
+    right = celmoe.grouped.classes._Search._find
     history: dict[int, list[ClassRecord]] = {}
 
     def wrong(self: Any, name: str, module: nn.Module, scale: float) -> Any:
@@ -226,7 +232,7 @@ def state_that_comes_back(patch: Patch) -> None:
             past.append(record)
         return record, fault
 
-    patch.setattr(celmoe.classes._Search, "_find", wrong)
+    patch.setattr(celmoe.grouped.classes._Search, "_find", wrong)
 
 
 def no_sign_of_zero(patch: Patch) -> None:
@@ -234,21 +240,21 @@ def no_sign_of_zero(patch: Patch) -> None:
 
 
 def replaced_method_not_seen(patch: Patch) -> None:
-    patch.setattr(celmoe.torch_internals._Methods, "are_as_before", lambda self: True)
+    patch.setattr(celmoe.grouped.guard._Methods, "are_as_before", lambda self: True)
 
 
 def stale_tensors(patch: Patch) -> None:
-    right = celmoe.capture._gatherer
+    right = celmoe.grouped.capture._gatherer
 
     def wrong(own: Any) -> Any:
         gather, kept = right(own), {}
         return lambda module: kept.setdefault(id(module), (gather(module), module))[0]
 
-    patch.setattr(celmoe.capture, "_gatherer", wrong)
+    patch.setattr(celmoe.grouped.capture, "_gatherer", wrong)
 
 
 def tensors_by_value(patch: Patch) -> None:
-    right = celmoe.capture._gatherer
+    right = celmoe.grouped.capture._gatherer
 
     def wrong(own: Any) -> Any:
         gather = right(own)
@@ -259,7 +265,7 @@ def tensors_by_value(patch: Patch) -> None:
 
         return gathered
 
-    patch.setattr(celmoe.capture, "_gatherer", wrong)
+    patch.setattr(celmoe.grouped.capture, "_gatherer", wrong)
 
 
 def tensors_left_where_they_were(patch: Patch) -> None:
@@ -268,9 +274,9 @@ def tensors_left_where_they_were(patch: Patch) -> None:
 
 
 def samples_by_shape(patch: Patch) -> None:
-    right, kept = celmoe.capture._made_few, {}
+    right, kept = celmoe.grouped.capture._made_few, {}
     patch.setattr(
-        celmoe.capture,
+        celmoe.grouped.capture,
         "_made_few",
         lambda place, shape, *rest: kept.setdefault((place, tuple(shape)), right(place, shape, *rest)),
     )
@@ -281,16 +287,16 @@ def equally_many_rows(patch: Patch) -> None:
         even = sum(counts) % len(counts) == 0
         return Segments([sum(counts) // len(counts)] * len(counts) if even else counts, device)
 
-    patch.setattr(celmoe.grouped, "Segments", wrong)
+    patch.setattr(celmoe.engines.grouped, "Segments", wrong)
 
 
 def running(change: Callable[..., Any]) -> Callable[[Patch], None]:
     """A change of what a program is run on: ``(bound) -> bound``."""
 
     def apply(patch: Patch) -> None:
-        right = celmoe.grouped.run_program
+        right = celmoe.engines.grouped.run_program
         patch.setattr(
-            celmoe.grouped,
+            celmoe.engines.grouped,
             "run_program",
             lambda program, bound, *rest, **options: right(
                 program, bound._replace(sample=change(bound.sample)), *rest, **options
@@ -304,8 +310,8 @@ def giving(change: Callable[..., Any]) -> Callable[[Patch], None]:
     """A change of what a program gives: ``(outcome, unit) -> outcome``."""
 
     def apply(patch: Patch) -> None:
-        right = celmoe.grouped._run
-        patch.setattr(celmoe.grouped, "_run", lambda unit, batch: change(right(unit, batch), unit))
+        right = celmoe.engines.grouped._run
+        patch.setattr(celmoe.engines.grouped, "_run", lambda unit, batch: change(right(unit, batch), unit))
 
     return apply
 
@@ -352,20 +358,20 @@ def draws_after(name: str) -> Callable[[Patch], None]:
     """What must leave the random stream where it is does not."""
 
     def apply(patch: Patch) -> None:
-        right = getattr(celmoe.classes, name)
+        right = getattr(celmoe.grouped.classes, name)
 
         def wrong(*args: Any) -> Any:
             found = right(*args)
             torch.rand(1)
             return found
 
-        patch.setattr(celmoe.classes, name, wrong)
+        patch.setattr(celmoe.grouped.classes, name, wrong)
 
     return apply
 
 
 def draws_before_a_refusal(patch: Patch) -> None:
-    patch.setattr(celmoe.grouped, "_set_random_state", lambda *_: None)
+    patch.setattr(celmoe.engines.grouped, "_set_random_state", lambda *_: None)
 
 
 def mixed_level_looped_later(patch: Patch) -> None:
@@ -381,13 +387,13 @@ def mixed_level_looped_later(patch: Patch) -> None:
 
 
 def hooks_not_seen(patch: Patch) -> None:
-    patch.setattr(celmoe.capture, "without_new_hooks", lambda _: contextlib.nullcontext([]))
+    patch.setattr(celmoe.grouped.capture, "without_new_hooks", lambda _: contextlib.nullcontext([]))
 
 
 # Where it shows.
 
 
-def with_a_kernel(name: str, wrong: Callable[..., Any], module: Any = celmoe.members) -> Callable[..., None]:
+def with_a_kernel(name: str, wrong: Callable[..., Any], module: Any = members) -> Callable[..., None]:
     """Calls that run while a kernel is wrong: a right engine finds out, and loops."""
 
     def scenario(make: Callable[[], nn.Module] = lambda: None, **options: Any) -> None:
@@ -446,8 +452,8 @@ def in_evaluation_with_a_wrong_operation() -> None:
         return handler(run, torch.cos, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        name, handler = celmoe.program.OPERATIONS[torch.sin]
-        patch.setitem(celmoe.program.OPERATIONS, torch.sin, (name, partial(wrong, handler)))
+        name, handler = celmoe.grouped.program.OPERATIONS[torch.sin]
+        patch.setitem(celmoe.grouped.program.OPERATIONS, torch.sin, (name, partial(wrong, handler)))
         calls(expert(softer_in_evaluation), lambda model: model.eval())
 
 
@@ -534,7 +540,7 @@ def refused_after_a_draw() -> None:
         raise CannotGroupError("will not")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(celmoe.grouped, "run_program", late)
+        patch.setattr(celmoe.engines.grouped, "run_program", late)
         calls(expert(lambda self, batch: F.dropout(self.linear(batch.hidden), 0.5)), groups=None)
 
 
@@ -545,7 +551,7 @@ def mixed() -> None:
     for model in (subject, twin):
         two_set(2.0)(model)
     for make_batch in (Batch, traps.BATCHES[3], Batch):
-        with mock.patch.object(celmoe.grouped, "run_program", wraps=celmoe.grouped.run_program) as spy:
+        with mock.patch.object(celmoe.engines.grouped, "run_program", wraps=celmoe.engines.grouped.run_program) as spy:
             traps.assert_like_oracle(subject, twin, make_batch)
         if spy.call_count != 2:
             raise ParityError(f"a mixed level: {spy.call_count} classes ran as one, should be 2")
@@ -577,7 +583,7 @@ def on(forward: Callable[..., Any], *changes: Change, prepare: Callable[[Any], A
     return lambda: calls(expert(forward, prepare), *changes, **options)
 
 
-def kernel(name: str, wrong: Any, forward: Any = plain, prepare: Any = nothing, module: Any = celmoe.members) -> Any:
+def kernel(name: str, wrong: Any, forward: Any = plain, prepare: Any = nothing, module: Any = members) -> Any:
     """A scenario with a wrong kernel."""
     return lambda: with_a_kernel(name, wrong, module)(expert(forward, prepare))
 
@@ -592,7 +598,7 @@ ENGINES = {
     "gradients not compared": Wrong(gradients_not_compared, kernel("_gradients", doubled_gradients), WEIGHTS),
     "losses not compared": Wrong(
         losses_not_compared,
-        kernel("_of_members", reversed_members, losing, module=celmoe.program),
+        kernel("_of_members", reversed_members, losing, module=celmoe.grouped.program),
         "losses.*values differ",
     ),
     "complex numbers compared by their size": Wrong(

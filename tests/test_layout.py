@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celmoe import CELMoEConfig, ExpertConfig, HierarchyLevelConfig, PlanError, RoutingCompiler, reference
-from celmoe.layout import Layout, LevelLayout
+from celmoe.routing.layout import Layout, LevelLayout
 from tests.refusals import WIDTH, build, rows
 from tests.strategies import cases, examples
 

@@ -28,7 +28,7 @@ from celmoe import (
     Rows,
     Shared,
 )
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 from celmoe.reference import reference_forward
 from tests.experts import Features, Pair
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-import celmoe.dispatch
 import celmoe.level
 import celmoe.reference
+import celmoe.rows.dispatch
 from celmoe import CELMoEOutput, ExpertBatch, ExpertConfig, ExpertResult, HierarchicalCELMoE, LevelPlan, RoutingPlan
-from celmoe.context import NO_CONTEXT, ContextRows
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 from celmoe.level import LevelInput
 from celmoe.reference import reference_forward
+from celmoe.rows.context import NO_CONTEXT, ContextRows
 from tests.parity import ParityError, assert_parity
 from tests.strategies import Case, Expert, Level, Routes, pool
 
@@ -247,25 +247,25 @@ def let_the_flag_decide(patch: Patch) -> None:
 
 
 def dispatch_back_by_order(patch: Patch) -> None:
-    patch.setattr(celmoe.dispatch, "FEW_ROWS", 0)
-    right = celmoe.dispatch._Dispatch.backward
+    patch.setattr(celmoe.rows.dispatch, "FEW_ROWS", 0)
+    right = celmoe.rows.dispatch._Dispatch.backward
 
     def wrong(ctx: Any, *grads: Any) -> Any:
         ctx.order, ctx.inverse = ctx.inverse, ctx.order
         return right(ctx, *grads)
 
-    patch.setattr(celmoe.dispatch._Dispatch, "backward", staticmethod(wrong))
+    patch.setattr(celmoe.rows.dispatch._Dispatch, "backward", staticmethod(wrong))
 
 
 def combine_back_by_inverse(patch: Patch) -> None:
-    patch.setattr(celmoe.dispatch, "FEW_ROWS", 0)
-    right = celmoe.dispatch._Combine.backward
+    patch.setattr(celmoe.rows.dispatch, "FEW_ROWS", 0)
+    right = celmoe.rows.dispatch._Combine.backward
 
     def wrong(ctx: Any, *grads: Any) -> Any:
         ctx.order, ctx.inverse = ctx.inverse, ctx.order
         return right(ctx, *grads)
 
-    patch.setattr(celmoe.dispatch._Combine, "backward", staticmethod(wrong))
+    patch.setattr(celmoe.rows.dispatch._Combine, "backward", staticmethod(wrong))
 
 
 def combine_by(index: Callable[[LevelPlan], torch.Tensor]) -> Callable[[Patch], None]:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import celmoe.members
-import celmoe.product
-from celmoe.members import linear_of_members
-from celmoe.product import backend_for, linear, outer, segment_sum, spread
-from celmoe.segments import MOST_PLACES_A_ROW, Segments
+import celmoe.grouped.kernels.members
+import celmoe.grouped.kernels.product
+from celmoe.grouped.kernels.members import linear_of_members
+from celmoe.grouped.kernels.product import backend_for, linear, outer, segment_sum, spread
+from celmoe.grouped.segments import MOST_PLACES_A_ROW, Segments
 from tests.strategies import examples
 
 # Relative to the largest value. In bfloat16 a result is rounded once as a product and once more with its bias.
@@ -57,8 +57,8 @@ def everyone() -> Iterator[Who]:
 @pytest.fixture(params=everyone(), ids=repr)
 def who(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Who:
     name = request.param.backend
-    monkeypatch.setattr(celmoe.product, "backend_of", lambda *_: name)
-    monkeypatch.setattr(celmoe.members, "backend_of", lambda *_: name)
+    monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_of", lambda *_: name)
+    monkeypatch.setattr(celmoe.grouped.kernels.members, "backend_of", lambda *_: name)
     return request.param
 
 
@@ -235,8 +235,8 @@ def test_second_derivatives(who: Who, how: str):
 @pytest.mark.parametrize("backend", ["runs", "padded"])
 @pytest.mark.parametrize("how", LINEARS)
 def test_derivatives_numerically(backend: str, how: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(celmoe.product, "backend_of", lambda *_: backend)
-    monkeypatch.setattr(celmoe.members, "backend_of", lambda *_: backend)
+    monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_of", lambda *_: backend)
+    monkeypatch.setattr(celmoe.grouped.kernels.members, "backend_of", lambda *_: backend)
     drawn = Drawn(Who(backend, torch.float64, (3, 2)), (2, 1, 1))
 
     def run(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
@@ -285,7 +285,7 @@ def test_some_gradients_alone(who: Who, how: str, asked: str):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_members_are_stacked_some_at_a_time(dtype: torch.dtype, bytes_at_a_time: int, monkeypatch: pytest.MonkeyPatch):
     """One by one, a few (with some left over), and all."""
-    monkeypatch.setattr(celmoe.members, "_BYTES_AT_A_TIME", bytes_at_a_time)
+    monkeypatch.setattr(celmoe.grouped.kernels.members, "_BYTES_AT_A_TIME", bytes_at_a_time)
     who = Who("runs", dtype)
     for counts in ((2,) * 7, COUNTS["alike"]):
         drawn = Drawn(who, counts, 3)
@@ -317,7 +317,7 @@ def test_what_is_not_finite_stays_where_it_is(who: Who):
 
 def test_what_is_computed_in_vain_is_dropped(monkeypatch: pytest.MonkeyPatch):
     """Places without a row hold something that would be seen, where only rows' results are asked for."""
-    monkeypatch.setattr(celmoe.product, "backend_of", lambda *_: "padded")
+    monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_of", lambda *_: "padded")
     who = Who("padded", torch.float64)
     drawn = Drawn(who, COUNTS["alike"], 3)
     wide = drawn.wide()
@@ -396,7 +396,7 @@ def test_a_gpus_choice_can_do_what_it_is_chosen_for(how: str, widths: tuple[int,
         chosen.append(backend_for("cuda", *rest))
         return chosen[-1]
 
-    monkeypatch.setattr(celmoe.product, "backend_for", as_on_a_gpu)
+    monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_for", as_on_a_gpu)
     who = Who("", torch.bfloat16, widths)
     drawn = Drawn(who, COUNTS["alike"])
     wide = drawn.wide()

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 
 from celmoe import EngineRefusedError
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 from tests.experts import KINDS
 from tests.parity import assert_parity
 from tests.strategies import IRREGULAR, Case, cases, examples, of_siblings

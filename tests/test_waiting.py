@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from celmoe import waiting
+from celmoe.grouped import waiting
 
 
 @pytest.mark.parametrize(("patience", "lines"), [(60.0, []), (-1.0, ["celmoe: tracing: 1 of 3"])])

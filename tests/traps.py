@@ -33,8 +33,8 @@ from celmoe import (
     ExpertResult,
     HierarchicalCELMoE,
     HierarchyLevelConfig,
-    cost,
 )
+from celmoe.engines import cost
 from celmoe.reference import reference_forward
 from tests import parity
 from tests.parity import ParityError
@@ -259,8 +259,8 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def auto_groups_all() -> Iterator[None]:
     """``"auto"`` groups what can be grouped, however few experts there are."""
     with (
-        mock.patch("celmoe.choice.estimate", return_value=cost.Cost(1.0, 0.0)),
-        mock.patch("celmoe.choice.never_pays", return_value=False),
+        mock.patch("celmoe.engines.choice.estimate", return_value=cost.Cost(1.0, 0.0)),
+        mock.patch("celmoe.engines.choice.never_pays", return_value=False),
     ):
         yield
 

@@ -17,8 +17,8 @@ from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import MOST_PADDING, StackedLinear, takes_grouped_mm
 from benchmarks.equality import Part
-from celmoe.members import linear_of_members
-from celmoe.segments import Segments
+from celmoe.grouped.kernels.members import linear_of_members
+from celmoe.grouped.segments import Segments
 
 _LEVEL = "language"
 

@@ -19,7 +19,7 @@ from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
 from benchmarks.points import PLANNED, looped_grid
 from benchmarks.setting import make_console, prepare
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 
 # What the planning of three levels of 256 experts is held to.
 MOST_BY_LOOK_UPS, LEAST_BY_PEER = 2.5, 100

@@ -55,7 +55,7 @@ from benchmarks.parts import time_parts
 from benchmarks.points import ROUTES, WORST, full_grid, short_grid
 from benchmarks.setting import make_console, prepare
 from benchmarks.workloads import Workload
-from celmoe.engines import AUTO, ENGINES, GROUPED
+from celmoe.engines.registry import AUTO, ENGINES, GROUPED
 
 NAMED, GRID, OPERATIONS = "named", "grid", "operations"
 

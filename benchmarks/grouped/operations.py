@@ -20,8 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import celmoe
-import celmoe.arrangement
-import celmoe.product
+import celmoe.engines.arrangement
+import celmoe.grouped.kernels.product
 from benchmarks.steps import TrainingStep, string_routed
 from benchmarks.workloads import Workload
 
@@ -97,10 +97,12 @@ def arranged_for(arrangement: str) -> Iterator[None]:
     if arrangement == CPU:
         yield
         return
-    right = celmoe.product.backend_for
+    right = celmoe.grouped.kernels.product.backend_for
     with (
-        mock.patch.object(celmoe.product, "backend_for", lambda _, *rest: right("an accelerator", *rest)),
-        mock.patch.object(celmoe.arrangement, "FEW_ROWS_PER_EXPERT", float("inf")),
+        mock.patch.object(
+            celmoe.grouped.kernels.product, "backend_for", lambda _, *rest: right("an accelerator", *rest)
+        ),
+        mock.patch.object(celmoe.engines.arrangement, "FEW_ROWS_PER_EXPERT", float("inf")),
     ):
         yield
 

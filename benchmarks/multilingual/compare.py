@@ -38,7 +38,7 @@ from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import Contender, make_contender, train_step, wait_for
 from benchmarks.peers import PeerUnavailableError, load_peer
 from benchmarks.setting import prepare_folder
-from celmoe.engines import AUTO, ENGINES
+from celmoe.engines.registry import AUTO, ENGINES
 from celmoe.reference import reference_forward
 
 PEER_VERSION = "1.1.4"

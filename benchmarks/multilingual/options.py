@@ -16,7 +16,7 @@ from benchmarks.arguments import OptionError, above_zero, make_parser, nearest, 
 from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.ranks import launched_ranks
 from benchmarks.multilingual.schedule import MOST_EPOCHS, WORDS_PER_MINUTE
-from celmoe.engines import AUTO, ENGINES
+from celmoe.engines.registry import AUTO, ENGINES
 
 MODULE = "benchmarks.multilingual"
 DEFAULT_REPORT = Path("celmoe-report") / "multilingual"

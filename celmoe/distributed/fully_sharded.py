@@ -17,16 +17,16 @@ from torch import nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from celmoe.config import HierarchyLevelConfig
-from celmoe.dispatch import Blocks
 from celmoe.errors import ConfigError, ConfigTypeError
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules
 from celmoe.outputs import LevelOutput
-from celmoe.plan import LevelPlan, RoutingPlan
+from celmoe.routing.plan import LevelPlan, RoutingPlan
+from celmoe.rows.dispatch import Blocks
+from celmoe.torch_internals import after_backward, tree_flatten, tree_unflatten
 
 from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
@@ -79,7 +79,7 @@ class Usage:
         if not self._is_queued:
             self._is_queued = True
             # After that of ``fully_shard``, which was queued when this backward pass reached the first level.
-            torch.autograd.Variable._execution_engine.queue_callback(self._settle)
+            after_backward(self._settle)
 
     def _settle(self) -> None:
         self._is_queued = False

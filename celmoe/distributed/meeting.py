@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from celmoe.errors import InputError
 from celmoe.level import LevelInput
-from celmoe.plan import RoutingPlan
+from celmoe.routing.plan import RoutingPlan
 
 # Kinds of rows that are known; a new one costs one more exchange.
 _MOST_KINDS = 1024

@@ -19,6 +19,7 @@ from torch import nn
 from celmoe.errors import ProcessGroupError, listed
 from celmoe.experts import ExpertBatch, ExpertModule, ExpertResult
 from celmoe.names import NamedModules
+from celmoe.torch_internals import norms_as_clipped
 
 from .gradients import all_gathered
 
@@ -210,7 +211,7 @@ def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
             values.append(grad.coalesce().values() if grad.is_sparse else grad)
     for positions, values in alike.values():
         # Not `torch.linalg.vector_norm`: on CUDA `clip_grad_norm_` runs this kernel, and the bits are to be the same.
-        norms = torch.stack(torch._foreach_norm(values)).double().cpu()
+        norms = torch.stack(list(norms_as_clipped(values))).double().cpu()
         for place in norms.isinf().nonzero().flatten().tolist():
             if values[place].isfinite().all():
                 norms[place] = _OVERFLOW

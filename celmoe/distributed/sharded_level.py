@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import nn
 
 from celmoe.config import HierarchyLevelConfig
-from celmoe.dispatch import Blocks, combine, dispatch
 from celmoe.explain import LevelExplanation
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules, modules_named
 from celmoe.outputs import CELMoEOutput, LevelOutput
-from celmoe.plan import LevelPlan, RoutingPlan
+from celmoe.routing.plan import LevelPlan, RoutingPlan
+from celmoe.rows.dispatch import Blocks, combine, dispatch
 
 from .gradients import tied
 from .meeting import Meeting, Table, coded, decoded

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import celmoe.product
+import celmoe.grouped.kernels.product
 from benchmarks.grouped.operations import (
     ACCELERATOR,
     CPU,
@@ -61,7 +61,7 @@ def test_a_loop_over_experts_grows_with_them():
 def test_one_call_for_many_members_where_calls_are_dear():
     there, here = (count_growth("linear", "uniform", "grouped", arrangement) for arrangement in (ACCELERATOR, CPU))
     assert there.ratio < 1.2 < here.ratio
-    assert celmoe.product.backend_for("cpu", torch.float32, (4,)) == "runs"
+    assert celmoe.grouped.kernels.product.backend_for("cpu", torch.float32, (4,)) == "runs"
 
 
 def test_the_ratio():

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-import celmoe.verify
+import celmoe.grouped.verify
 from celmoe import (
     CELMoEConfig,
     ExpertBatch,
@@ -121,7 +121,7 @@ def alone(model: HierarchicalCELMoE, given: Inputs) -> Counter[Finding]:
 @contextlib.contextmanager
 def _trials_are_seen() -> Iterator[None]:
     """A comparison with the loop is kept from modes that watch; here it is watched, too."""
-    with mock.patch.object(celmoe.verify, "unwatched", contextlib.nullcontext):
+    with mock.patch.object(celmoe.grouped.verify, "unwatched", contextlib.nullcontext):
         yield
 
 

@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import celmoe.capture
-import celmoe.classes
-from celmoe.capture import Captured
-from celmoe.ragged import Ragged
+import celmoe.grouped.capture
+import celmoe.grouped.classes
+from celmoe.grouped.capture import Captured
+from celmoe.grouped.values import Ragged
 from tests.directml.operators import COPIES, DTYPES, MOST_DIMS, Kind, decomposed, verdict
 
 DEVICE = torch.device("privateuseone:0")
@@ -198,7 +198,7 @@ def _with_tensors(func: Any, args: Sequence[Any]) -> tuple[Any, ...]:
 @contextlib.contextmanager
 def _graphs_of_the_device() -> Iterator[None]:
     """Traced graphs make their constants on the device: the tracer is not told where tensors say that they are."""
-    right = celmoe.classes.capture
+    right = celmoe.grouped.classes.capture
 
     def capture(expert: Any, sample: Any) -> Any:
         found = right(expert, sample)
@@ -210,9 +210,9 @@ def _graphs_of_the_device() -> Iterator[None]:
         return found
 
     with (
-        mock.patch.object(celmoe.classes, "capture", capture),
-        mock.patch.object(celmoe.classes, "_RECORDS", weakref.WeakKeyDictionary()),
-        mock.patch.object(celmoe.capture, "_FUNCTIONS", weakref.WeakKeyDictionary()),
+        mock.patch.object(celmoe.grouped.classes, "capture", capture),
+        mock.patch.object(celmoe.grouped.classes, "_RECORDS", weakref.WeakKeyDictionary()),
+        mock.patch.object(celmoe.grouped.capture, "_FUNCTIONS", weakref.WeakKeyDictionary()),
     ):
         yield
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import celmoe.devices
-import celmoe.dispatch
-import celmoe.verify
-from celmoe.engines import ENGINES
+import celmoe.grouped.verify
+import celmoe.rows.dispatch
+from celmoe.engines.registry import ENGINES
 from celmoe.reference import reference_forward
 from tests.directml.standin import FallbackError, Tally, install, tallied
 from tests.experts import KINDS
@@ -224,11 +224,11 @@ def test_nothing_is_read_back_in_a_step_with_a_plan(case: Case, engine: str):
 
 def by_plain_index_select(rows: torch.Tensor, order: torch.Tensor, inverse: Any, counts: Sequence[int]) -> Any:
     """Its backward pass is `index_add_`."""
-    return celmoe.dispatch.cut(rows.index_select(0, order), counts)
+    return celmoe.rows.dispatch.cut(rows.index_select(0, order), counts)
 
 
 def by_index(rows: torch.Tensor, order: torch.Tensor, inverse: Any, counts: Sequence[int]) -> Any:
-    return celmoe.dispatch.cut(rows[order], counts)
+    return celmoe.rows.dispatch.cut(rows[order], counts)
 
 
 def by_reading(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Any:
@@ -236,13 +236,13 @@ def by_reading(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, c
     return RIGHT(rows, order, inverse, counts)
 
 
-RIGHT = celmoe.dispatch._scatter_rows
+RIGHT = celmoe.rows.dispatch._scatter_rows
 
 
 @pytest.fixture
 def dispatching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], None]]:
     def replace_it(wrong: Callable[..., Any]) -> None:
-        monkeypatch.setattr(celmoe.dispatch, "_scatter_rows", wrong)
+        monkeypatch.setattr(celmoe.rows.dispatch, "_scatter_rows", wrong)
 
     return replace_it
 
@@ -275,12 +275,12 @@ def test_values_and_gradients_that_differ_are_caught(dispatching: Callable[..., 
 
 
 def test_a_refusal_that_auto_takes_for_a_reason_to_loop_is_caught(monkeypatch: pytest.MonkeyPatch):
-    right = celmoe.verify.run_program
+    right = celmoe.grouped.verify.run_program
 
     def falling_back(program: Any, bound: Any, *rest: Any, **options: Any) -> Any:
         torch.lerp(bound.sample.hidden, bound.sample.hidden, 0.5)
         return right(program, bound, *rest, **options)
 
-    monkeypatch.setattr(celmoe.verify, "run_program", falling_back)
+    monkeypatch.setattr(celmoe.grouped.verify, "run_program", falling_back)
     with pytest.raises(AssertionError, match="lerp"):
         assert_parity_there(many_experts("layer_norm"), "auto", optimizers=())

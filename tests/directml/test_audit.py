@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import celmoe.dispatch
 import celmoe.fusion
+import celmoe.grouped.ops.table
+import celmoe.grouped.verify
 import celmoe.hierarchy
-import celmoe.operations
-import celmoe.verify
+import celmoe.rows.dispatch
 from celmoe import (
     CELMoEConfig,
     EngineRefusedError,
@@ -25,7 +25,7 @@ from celmoe import (
     HierarchicalCELMoE,
     HierarchyLevelConfig,
 )
-from celmoe.operations_product import _patches
+from celmoe.grouped.ops.product import _patches
 from tests.directml.audit import WIDTH, Audit, audit, build, differentiated, inputs, require_clean
 from tests.directml.masquerade import DEVICE, masquerade
 from tests.experts import KINDS
@@ -188,17 +188,17 @@ def test_patches_are_those_of_unfolding(length: int, size: int, step: int):
 
 
 def _by_index_add(rows: Any, order: Any, _: Any, counts: Any) -> Any:
-    return celmoe.dispatch.cut(rows.index_select(0, order), counts)
+    return celmoe.rows.dispatch.cut(rows.index_select(0, order), counts)
 
 
 def _by_indexing(rows: Any, order: Any, _: Any, counts: Any) -> Any:
-    return celmoe.dispatch.cut(rows[order], counts)
+    return celmoe.rows.dispatch.cut(rows[order], counts)
 
 
 def _by_gather(rows: Any, order: Any, _: Any, counts: Any) -> Any:
     flat = rows.reshape(len(rows), -1)
     index = order.view(-1, 1).expand_as(flat)
-    return celmoe.dispatch.cut(flat.gather(0, index).view(rows.shape) + flat.gather(0, index * 0)[0, 0], counts)
+    return celmoe.rows.dispatch.cut(flat.gather(0, index).view(rows.shape) + flat.gather(0, index * 0)[0, 0], counts)
 
 
 def _reading(hidden: Any, *_: Any) -> None:
@@ -240,15 +240,20 @@ def _in_six_axes(tensors: Any) -> Any:
 
 
 BREAKS = {
-    "backward by index_add": (celmoe.dispatch, "_scatter_rows", _by_index_add, "index_add.out falls back"),
-    "indexing": (celmoe.dispatch, "_scatter_rows", _by_indexing, "index.Tensor_out runs on the CPU"),
-    "indexing backward": (celmoe.dispatch, "_scatter_rows", _by_indexing, "_index_put_impl_ runs on the CPU"),
-    "gather backward": (celmoe.dispatch, "_scatter_rows", _by_gather, "scatter_add.out gives wrong results"),
+    "backward by index_add": (celmoe.rows.dispatch, "_scatter_rows", _by_index_add, "index_add.out falls back"),
+    "indexing": (celmoe.rows.dispatch, "_scatter_rows", _by_indexing, "index.Tensor_out runs on the CPU"),
+    "indexing backward": (celmoe.rows.dispatch, "_scatter_rows", _by_indexing, "_index_put_impl_ runs on the CPU"),
+    "gather backward": (celmoe.rows.dispatch, "_scatter_rows", _by_gather, "scatter_add.out gives wrong results"),
     "item": (celmoe.hierarchy, "_check_hidden", _reading, "_local_scalar_dense reads values back"),
     "numpy": (celmoe.hierarchy, "_check_hidden", _asking_on_the_host, r"to\(cpu\) reads values back"),
-    "embedding": (celmoe.operations, "spread", _by_embedding, "embedding runs on the CPU"),
-    "embedding backward": (celmoe.operations, "spread", _by_embedding, "embedding_dense_backward runs on the CPU"),
-    "repeat_interleave": (celmoe.operations, "spread", _by_repeating, "repeat_interleave.Tensor falls back"),
+    "embedding": (celmoe.grouped.ops.table, "spread", _by_embedding, "embedding runs on the CPU"),
+    "embedding backward": (
+        celmoe.grouped.ops.table,
+        "spread",
+        _by_embedding,
+        "embedding_dense_backward runs on the CPU",
+    ),
+    "repeat_interleave": (celmoe.grouped.ops.table, "spread", _by_repeating, "repeat_interleave.Tensor falls back"),
     "float64": (celmoe.fusion, "_mean", _in_double, "mean.out takes or gives torch.float64"),
     "bfloat16": (celmoe.fusion, "_mean", _in_bfloat16, "mean.out takes or gives torch.bfloat16"),
     "one less": (celmoe.fusion, "_mean", _one_less, "rsub.Scalar needs float64"),
@@ -268,12 +273,12 @@ def test_a_broken_library_is_caught(monkeypatch: pytest.MonkeyPatch, way: str):
 
 
 def test_a_proof_is_audited_too(monkeypatch: pytest.MonkeyPatch):
-    right = celmoe.verify._gradients
+    right = celmoe.grouped.verify._gradients
 
     def in_double(outputs: Any, inputs: Any) -> Any:
         return right([output.double() for output in outputs], inputs)
 
-    monkeypatch.setattr(celmoe.verify, "_gradients", in_double)
+    monkeypatch.setattr(celmoe.grouped.verify, "_gradients", in_double)
     found = audit(model_of("linear", "grouped"), inputs(has_positions=True), with_plan=True)
     assert not found.later
     with pytest.raises(AssertionError, match=r"^in a first call: .*takes or gives torch.float64"):

@@ -215,6 +215,26 @@ def test_without_a_process_group(call, request):
     )
 
 
+def buffer_after_a_pass(options):
+    """A buffer that every rank has set to its number."""
+    job = Job(STEPS[:1])
+    model = jobs.make_model(job)
+    model.fusion.register_buffer("seen", torch.zeros(()))
+    parallel = prepare_ddp(model, lambda module, each: jobs.loss_sum(job, module(**each.inputs(job)), each), **options)
+    model.fusion.seen.fill_(dist.get_rank())
+    parallel(jobs.make_batches(job, 0, 0)[dist.get_rank()]).backward()
+    return model.fusion.seen.item()
+
+
+@pytest.mark.parametrize(
+    ("options", "buffers"),
+    [({}, [0, 1]), ({"forward_sync_buffers": False}, [0, 1]), ({"forward_sync_buffers": True}, [0, 0])],
+    ids=["left out", "off", "on"],
+)
+def test_the_first_ranks_buffers_are_everyones_where_the_caller_asks(two, options, buffers):
+    assert two.run(buffer_after_a_pass, options) == buffers
+
+
 def unfrozen_since(what):
     """The error of a call after something was unfrozen that was frozen when DDP was prepared."""
     job = Job(STEPS[:1])

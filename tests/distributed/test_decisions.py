@@ -330,6 +330,33 @@ def test_optimizers_take_stand_ins_along(two, name):
     assert found[0].keys() | found[1].keys() == wanted.keys()
 
 
+def penalties(name):
+    """By step, between reduction and optimizer: the squares of all parameters, and those of the weights here."""
+    model = some_model(torch.float32)
+    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))
+    sharding = shard_experts(model, mesh, levels="language")
+    optimizer = jobs.OPTIMIZERS[name](model.parameters())
+    found = []
+    for has_gradients in (True, True, False):
+        model.zero_grad()
+        if has_gradients:
+            some_gradients(model, 1.0)
+        sharding.reduce_gradients()
+        parts = model.parameters(), model.state_dict().values()
+        found.append([sum(each.detach().square().sum() for each in part).item() for part in parts])
+        optimizer.step()
+        assert any(each.any() for each in stand_ins(model)) == has_gradients
+    return found
+
+
+@pytest.mark.parametrize("name", jobs.OPTIMIZERS)
+def test_a_penalty_after_the_reduction_sees_no_stand_ins(two, name):
+    """Optimizers move them; in the last step experts elsewhere have no gradients."""
+    for found in two.run(penalties, name):
+        for everything, weights in found:
+            assert everything == weights
+
+
 def two_optimizers():
     """Each takes what it is for; the fault is in a bias, so that matrices are stepped on, on every rank."""
     job = Job([ALL])

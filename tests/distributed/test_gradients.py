@@ -1,5 +1,6 @@
 """Means over many samples in any dtype, and the reduction of sparse gradients."""
 
+import math
 from functools import partial
 
 import pytest
@@ -44,6 +45,15 @@ def test_a_mean_over_many_samples(two, dtype):
             assert value == pytest.approx(wanted, rel=tolerance, abs=spacing)
             assert slope == pytest.approx(len(counts) / total, rel=tolerance, abs=spacing)
             assert scaled_slope == pytest.approx(len(counts) / total, rel=tolerance, abs=spacing / 1024)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("counts", [[0], [0, 0]], ids=["one rank", "two ranks"])
+def test_a_mean_over_no_samples_at_all(two, dtype, counts):
+    for value, slope, scaled_value, scaled_slope in two.run(means, dtype, counts, 1.0):
+        assert value == scaled_value == 0.0
+        assert math.isfinite(slope)
+        assert math.isfinite(scaled_slope)
 
 
 def other_kinds():

@@ -13,7 +13,7 @@ from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.options import parse_options, resume_command
 from benchmarks.multilingual.ranks import Ranks
-from celmoe.engines import ENGINES
+from celmoe.engines.registry import ENGINES
 from celmoe.errors import UnknownExpertError
 
 REFUSALS = {

@@ -1,0 +1,81 @@
+"""In which order the rows of a level's experts stand: unit by unit.
+
+Axes: R rows, P experts present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from celmoe.grouped.classes import Unit
+from celmoe.routing.plan import LevelPlan
+
+# Up to so many rows an expert, on a CPU, members stand by their number of rows: those with equally many share a call.
+# Elsewhere they always do: those with about as many do.
+FEW_ROWS_PER_EXPERT = 96
+
+
+class Arrangement(NamedTuple):
+    """In which order the rows of a level's experts are to stand.
+
+    Attributes:
+        plan: The level's plan with that order, and with one count for each unit.
+        counts: By unit, the rows of each of its members.
+        names: By unit, its members' names.
+        units: The units, their members in that order.
+    """
+
+    plan: LevelPlan
+    counts: list[tuple[int, ...]]
+    names: list[tuple[str, ...]]
+    units: list[Unit]
+
+
+def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
+    """The rows unit by unit.
+
+    Args:
+        units: All of the level's.
+        plan: The level's plan.
+    """
+    arranged = [_by_count(unit, plan) if unit.fault is None else unit for unit in units]
+    names = [tuple(plan.present[position] for position in unit.positions) for unit in arranged]
+    positions = [position for unit in arranged for position in unit.positions]
+    counts = [tuple(plan.counts[position] for position in unit.positions) for unit in arranged]
+    sizes = tuple(map(sum, counts))
+    if positions == sorted(positions):
+        return Arrangement(plan._replace(counts=sizes), counts, names, arranged)
+    per_expert = np.asarray(plan.counts, dtype=np.int64)
+    starts = np.cumsum(per_expert) - per_expert
+    wanted = per_expert[positions]
+    shifts = starts[positions] - (np.cumsum(wanted) - wanted)
+    rows = np.arange(plan.order.numel(), dtype=np.int64)
+    # Which sorted row stands at each place, and where each sorted row has gone.
+    source = np.repeat(shifts, wanted) + rows
+    place = np.empty_like(source)
+    place[source] = rows
+    both = torch.from_numpy(np.concatenate([source, place])).to(plan.order.device, non_blocking=True)
+    moved = plan._replace(
+        order=plan.order.index_select(0, both[: len(rows)]),
+        inverse=both[len(rows) :].index_select(0, plan.inverse),
+        counts=sizes,
+        is_sorted=False,
+        follows_previous=False,
+    )
+    return Arrangement(moved, counts, names, arranged)
+
+
+def _by_count(unit: Unit, plan: LevelPlan) -> Unit:
+    """The unit with its members by their number of rows, where that saves calls."""
+    total = sum(plan.counts[position] for position in unit.positions)
+    if plan.order.device.type == "cpu" and total > FEW_ROWS_PER_EXPERT * len(unit.positions):
+        return unit
+    counts = [plan.counts[position] for position in unit.positions]
+    order = sorted(range(len(counts)), key=counts.__getitem__)
+    if order == list(range(len(order))):
+        return unit
+    return unit.taken(order)

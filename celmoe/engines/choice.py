@@ -1,0 +1,261 @@
+"""How the experts of a level run: decided once a call, executed by `Level.run`, printed by ``explain()``.
+
+Axes: P experts present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from celmoe.errors import EngineRefusedError, listed
+from celmoe.grouped.capture import WrongResult, is_being_traced
+from celmoe.grouped.classes import Layout, LevelClasses, LevelInputLike, Unit
+from celmoe.grouped.program import Program
+from celmoe.routing.plan import LevelPlan
+from celmoe.torch_internals import (
+    has_global_hooks,
+    is_forward_differentiated,
+    is_jit_traced,
+    is_symbolic,
+    transforms_are_active,
+)
+
+from .cost import Cost, estimate, never_pays
+
+AUTO = "auto"
+LOOPED = "looped"
+GROUPED = "grouped"
+
+
+class Decision(NamedTuple):
+    """How some experts run.
+
+    Attributes:
+        unit: They, and their class.
+        cost: What either way costs.
+    """
+
+    unit: Unit
+    cost: Cost
+
+    @property
+    def engine(self) -> str:
+        """What runs them: ``"grouped"`` or ``"looped"``."""
+        return LOOPED if self.unit.is_alone else GROUPED
+
+    @property
+    def program(self) -> Program | None:
+        """The program that they run by; ``None`` where they are looped, or captured at the first call only."""
+        return None if self.unit.is_alone or self.unit.record is None else self.unit.record.program
+
+    @property
+    def reason(self) -> str:
+        """Why they run so, in words."""
+        if len(self.unit.modules) == 1:
+            return "the only one of its kind"
+        if self.unit.fault is not None:
+            return f"for its experts {self.unit.fault}"
+        return f"{'run as one' if self.unit.record else 'once captured at the first call'} ({self.cost})"
+
+
+class Present(NamedTuple):
+    """The experts of a level that are present in a batch.
+
+    Attributes:
+        names: P names.
+        experts: Their modules.
+        scales: What the gradient into each one's input is multiplied by.
+        plan: The level's plan; ``None`` where nothing is known of their rows.
+    """
+
+    names: Sequence[str]
+    experts: Sequence[nn.Module]
+    scales: Sequence[float]
+    plan: LevelPlan | None
+
+    def taken(self, places: Sequence[int]) -> Present:
+        """Some of them."""
+        return self._replace(
+            names=[self.names[place] for place in places],
+            experts=[self.experts[place] for place in places],
+            scales=[self.scales[place] for place in places],
+        )
+
+
+class LevelChoice:
+    """Decides for one level. A copy of a model starts without anything that was found.
+
+    Args:
+        level: The level's name.
+        num_experts: Experts that it was built with.
+
+    Attributes:
+        classes: Its experts by class.
+    """
+
+    def __init__(self, level: str, num_experts: int) -> None:
+        self.classes = LevelClasses()
+        self._level = level
+        self._num_experts = num_experts
+        # Experts of classes that are too small for grouping ever to pay. They are not asked again whether they have
+        # changed, for a loop is right whatever they are.
+        self._always_looped: dict[str, nn.Module] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LevelChoice:
+        return LevelChoice(self._level, self._num_experts)
+
+    def __reduce__(self) -> tuple[type[LevelChoice], tuple[str, int]]:
+        return LevelChoice, (self._level, self._num_experts)
+
+    def decide(self, engine: str, present: Present, given: LevelInputLike) -> list[Decision]:
+        """What runs the experts of this call: one decision a class, none where all of them are looped.
+
+        Args:
+            engine: The name of what was asked for.
+            present: The experts.
+            given: What the level is given.
+
+        Raises:
+            EngineRefusedError: Experts that are alike can't run as one, and ``"grouped"`` was asked for.
+        """
+        if engine == LOOPED or len(present.experts) == 1 or (engine == AUTO and torch.compiler.is_dynamo_compiling()):
+            return []
+        # Without values, or without elements, there is nothing that could be verified.
+        if given.hidden.is_meta or not given.hidden.numel():
+            return []
+        if engine == AUTO and all(map(is_, map(self._always_looped.get, present.names), present.experts)):
+            return []
+        costed = self._costed(engine, present)
+        if (why_not := _refusal_of_all(present.experts, given)) is not None:
+            if engine != AUTO:
+                self._require_grouped(present.names, [unit._replace(fault=why_not) for unit, _ in costed])
+            return []
+        wanted = sorted(place for unit, _ in costed if unit.fault is None for place in unit.positions)
+        if not wanted:
+            return []
+        asked = present.taken(wanted)
+        found = self.classes.units(asked.names, asked.experts, asked.scales, given, retries=engine != AUTO)
+        if engine != AUTO:
+            self._require_grouped(asked.names, found)
+        elif all(unit.is_alone for unit in found):
+            return []
+        cost_of = {place: cost for unit, cost in costed for place in unit.positions}
+        decisions = [decision for decision in costed if decision.unit.fault is not None]
+        for unit in found:
+            positions = tuple(wanted[place] for place in unit.positions)
+            decisions.append(Decision(unit._replace(positions=positions), cost_of[positions[0]]))
+        return sorted(decisions, key=lambda decision: decision.unit.positions[0])
+
+    def foresee(self, engine: str, present: Present) -> list[Decision]:
+        """What will be decided, as far as it is known before a call: by what was last found of the experts."""
+        shares_module = len(set(map(id, present.experts))) < len(present.experts)
+        decisions = []
+        for unit, _ in self._costed(GROUPED, present):
+            known: dict[Any, list[int]] = {}
+            for place in unit.positions:
+                name, expert = present.names[place], present.experts[place]
+                record = self.classes.known(name, expert)
+                fault = self.classes.refusal(name, expert) if record is None else record.fault
+                if record is not None and fault is None:
+                    fault = record.fault_of(expert)[1]
+                known.setdefault((record.first if record is not None and fault is None else None, fault), []).append(
+                    place
+                )
+            for (record, fault), places in known.items():
+                modules = tuple(present.experts[place] for place in places)
+                some = unit._replace(positions=tuple(places), modules=modules, record=record)
+                cost = _cost_of(self.classes.layouts([present.names[places[0]]], modules[:1])[0], some, present.plan)
+                is_costly = fault is None and engine == AUTO and not cost.pays
+                why_not = "share a module" if shares_module else _too_costly(cost) if is_costly else fault
+                decisions.append(Decision(some._replace(fault=why_not), cost))
+        return decisions
+
+    def _costed(self, engine: str, present: Present) -> list[Decision]:
+        """The experts by all that is known of them without a capture; those that a loop serves better have a fault."""
+        groups: dict[tuple[Layout, float], list[int]] = {}
+        for place, layout in enumerate(self.classes.layouts(present.names, present.experts)):
+            groups.setdefault((layout, present.scales[place]), []).append(place)
+        decisions = []
+        for (layout, scale), places in groups.items():
+            modules = tuple(present.experts[place] for place in places)
+            unit = Unit(tuple(places), modules, None, scale, None)
+            cost = _cost_of(layout, unit, present.plan)
+            if engine == AUTO:
+                if never_pays(layout, self._num_experts, on_cpu=_is_on_cpu(modules[0])):
+                    self._always_looped.update((present.names[place], present.experts[place]) for place in places)
+                if len(places) == 1 or not cost.pays:
+                    unit = unit._replace(fault=_too_costly(cost))
+            decisions.append(Decision(unit, cost))
+        return decisions
+
+    def _require_grouped(self, names: Sequence[str], units: Sequence[Unit]) -> None:
+        """Refuse what would be looped, before anything runs.
+
+        Raises:
+            EngineRefusedError: Experts that are alike can't run as one.
+        """
+        for unit in units:
+            if unit.fault is not None and len(unit.modules) > 1 and not isinstance(unit.fault, WrongResult):
+                raise refusal(self._level, [names[place] for place in unit.positions], unit.modules[0], unit.fault)
+
+
+def refusal(level: str, names: Sequence[str], module: nn.Module, why_not: str) -> EngineRefusedError:
+    """The error that says why experts can't run as one.
+
+    Args:
+        level: The level's name.
+        names: The experts' names.
+        module: One of them.
+        why_not: The reason, in words that follow "its experts".
+    """
+    return EngineRefusedError(
+        f"'engine' must be 'auto' or 'looped' for level {level!r} (got 'grouped'; its experts {listed(names)}, "
+        f"{type(module).__name__}, {why_not})"
+    )
+
+
+def _too_costly(cost: Cost) -> str:
+    return f"are few or large ({cost})"
+
+
+def _cost_of(layout: Layout, unit: Unit, plan: LevelPlan | None) -> Cost:
+    rows = 0 if plan is None else sum(plan.counts[place] for place in unit.positions)
+    expert = unit.modules[0]
+    # Not whether gradients are recorded: a checkpoint computes once with and once without.
+    return estimate(layout, len(unit.modules), rows, on_cpu=_is_on_cpu(expert), has_backward=expert.training)
+
+
+def _is_on_cpu(expert: nn.Module) -> bool:
+    first = next(expert.parameters(), None)
+    return first is None or first.is_cpu
+
+
+def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str | None:
+    """Why no experts can run as one, whatever they are."""
+    if (passing := _passing_refusal()) is not None:
+        return passing
+    if len(set(map(id, experts))) < len(experts):
+        # One loop knows of it.
+        return "share a module"
+    if given.context.irregular is not None:
+        # A list has no rows that could stand for those of several experts.
+        return f"are given {given.context.irregular}, batch-aligned and no dense tensor"
+    return None
+
+
+def _passing_refusal() -> str | None:
+    """Why no experts can run as one for now."""
+    if transforms_are_active():
+        return "are under a transform of torch.func"
+    if is_forward_differentiated():
+        return "are differentiated forward"
+    if has_global_hooks():
+        return "are watched by global module hooks"
+    if is_jit_traced() or is_being_traced() or is_symbolic():
+        return "are being traced"
+    return None

@@ -1,0 +1,421 @@
+"""An expert as a graph: PyTorch's own tracer follows one call, and says for which calls else the graph holds.
+
+Nothing of the engine reaches the user's code but the batch itself, whose ``state`` ends a capture when it is read. A
+call that the tracer can't follow, that has a side effect, or that depends on values or on the number of rows is a
+`Refusal`, with the tracer's reason and the line of the user's code.
+"""
+
+from __future__ import annotations
+
+import numbers
+import re
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import RLock
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from celmoe.experts import ExpertBatch, ExpertResult, is_aux
+from celmoe.rows.context import ContextRows
+from celmoe.torch_internals import (
+    apart,
+    forget_classes,
+    forget_failed,
+    graph_break,
+    has_hooks,
+    mark_rows,
+    name_source,
+    quiet_tracer,
+    sources,
+    trace,
+    tracer_missing,
+    without_new_hooks,
+)
+
+from .guard import Guard, SilentLoggers
+from .inline import inline_checkpoints
+
+__all__ = ["Captured", "Refusal", "Sample", "WrongResult", "capture", "sample_of", "tracer_missing"]
+
+# One capture at a time: the tracer's settings are the process's.
+_LOCK = RLock()
+
+
+class Refusal(NamedTuple):
+    """Why an expert can't be captured, in words that follow "its experts"; see `WrongResult`."""
+
+    reason: str
+
+
+class WrongResult(str):
+    """A reason that the loop is asked about first: it has an error that names the expert."""
+
+    __slots__ = ()
+
+
+class UnreadState(dict[str, str]):
+    """In place of an expert's ``state``: reading it ends the capture, for the answer differs by expert."""
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        graph_break("read their state")
+
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse
+    __setitem__ = __delitem__ = __reversed__ = __ior__ = __bool__ = __str__ = _refuse
+    get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse
+    __hash__ = None  # as of every dict
+
+
+class Sample(NamedTuple):
+    """What an expert is shown while it is captured, and what guards are asked about.
+
+    Attributes:
+        hidden: ``[N, ...]``.
+        mask: ``[N, ...]`` or ``None``.
+        context: The context around its batch-aligned tensors' N rows.
+        aligned: Those, ``[N, ...]`` each.
+        shared: The context's other tensors, by id.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+    context: Any
+    aligned: Sequence[torch.Tensor] = ()
+    shared: Mapping[int, torch.Tensor] = types.MappingProxyType({})
+
+    def row_ids(self) -> set[int]:
+        """The ids of the tensors that are batch-aligned."""
+        return {id(each) for each in (self.hidden, self.mask, *self.aligned) if each is not None}
+
+    def arguments(self, expert: nn.Module | None = None) -> dict[str, Any]:
+        """The captured function's arguments, by name."""
+        return {
+            "expert": expert,
+            "hidden": self.hidden,
+            "mask": self.mask,
+            "context": self.context,
+        }
+
+
+def _call(expert: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, context: Any) -> Any:
+    return expert(ExpertBatch(hidden, context, mask, UnreadState()))
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One expert's forward pass as a graph.
+
+    Attributes:
+        kind: Gives the expert's Python class, which it does not keep.
+        graph: The graph, in PyTorch-level calls. Its outputs are tensors, the result's hidden first.
+        module: What runs it for one expert, with the graph's inputs in order.
+        guard: For which arguments it holds.
+        own: Reads an expert's own tensors, those of the graph's inputs that are such, in order.
+        inputs: For each of the graph's inputs its kind: ``"own"``, ``"rows"``, ``"count"`` (the number of rows),
+            ``"size"`` or ``"shared"``; and what reads it from the call's arguments.
+        outputs: Where the result's tensors are: an output's position, or an input's where an input is given back.
+        losses: Names of the losses, in the order of ``outputs`` behind the hidden states.
+        names: The paths of the own tensors.
+    """
+
+    kind: weakref.ref[type]
+    graph: fx.Graph
+    module: fx.GraphModule
+    guard: Guard
+    own: Callable[[nn.Module], list[torch.Tensor]]
+    inputs: tuple[tuple[str, Callable[[Mapping[str, Any]], Any]], ...]
+    outputs: tuple[tuple[str, int], ...]
+    losses: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether the same inputs are batch-aligned, of arguments for which the guard holds."""
+        arguments, rows = sample.arguments(), sample.row_ids()
+        return all((id(read(arguments)) in rows) == (kind == "rows") for kind, read in self.inputs if kind in _GIVEN)
+
+
+_GIVEN = ("rows", "shared")
+# By the expert's class, the function whose code object its graphs are kept by: look-ups of one class don't pass
+# the graphs of others, and both go with the class.
+_FUNCTIONS: weakref.WeakKeyDictionary[type, types.FunctionType] = weakref.WeakKeyDictionary()
+
+
+def _function_for(kind: type) -> types.FunctionType:
+    if kind not in _FUNCTIONS:
+        code = _call.__code__
+        # Globals of its own: the tracer puts modules of the user's there.
+        _FUNCTIONS[kind] = types.FunctionType(code.replace(co_name=code.co_name), dict(_call.__globals__))
+    return _FUNCTIONS[kind]
+
+
+def sample_of(hidden: torch.Tensor, mask: torch.Tensor | None, context: ContextRows) -> Sample:
+    """A few rows of the kind that a level is given, of no values.
+
+    Args:
+        hidden: ``[B, ...]``.
+        mask: ``[B, ...]`` or ``None``.
+        context: The batch's context.
+    """
+    tensors = [hidden, *([] if mask is None else [mask]), *context.aligned]
+    taken = {size for tensor in tensors for size in tensor.shape[1:]}
+    # No other axis is as long: the tracer would take both for one.
+    rows = next(number for number in range(5, 1 << 20) if number not in taken)
+    few = [_few(place, tensor, rows) for place, tensor in enumerate(tensors)]
+    mask_rows = None if mask is None else few[1]
+    aligned = few[1 + (mask is not None) :]
+    return Sample(few[0], mask_rows, context.build(aligned), aligned, context.shared)
+
+
+def _few(place: int, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    requires_grad = tensor.requires_grad and torch.is_grad_enabled()
+    return _made_few(place, (rows, *tensor.shape[1:]), tensor.dtype, tensor.device, requires_grad)
+
+
+@lru_cache(maxsize=64)
+def _made_few(
+    _place: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> torch.Tensor:
+    # By place: guards tell a tensor that is given twice from two alike.
+    with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
+        made = torch.zeros(shape, dtype=dtype, device=device)
+        # Rows are no leaves: experts may write into them.
+        made = made.requires_grad_(requires_grad).clone()
+    mark_rows(made, tuple(range(1, made.dim() - 1)))
+    return made
+
+
+def is_being_traced() -> bool:
+    """Whether the caller is traced: not by a capture that goes on in another thread, which is waited for."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    with _LOCK:
+        return torch.compiler.is_compiling()
+
+
+def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
+    """Follow one call of an expert; it leaves no trace."""
+    kept: list[tuple[fx.GraphModule, list[Any], list[torch.Tensor]]] = []
+    seen: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append(module)
+
+        def run(*inputs: Any) -> list[torch.Tensor]:
+            marks = [torch.empty(0) for _ in next(reversed(module.graph.nodes)).args[0]]
+            kept.append((module, list(inputs), marks))
+            return marks
+
+        return run
+
+    arguments, silent = sample.arguments(expert), SilentLoggers()
+    if has_hooks(expert):
+        return Refusal("have hooks")
+    rows = [each for each in (sample.hidden, sample.mask, *sample.aligned) if each is not None]
+    tensors = [*rows, *sample.shared.values(), *expert.parameters(), *expert.buffers()]
+    try:
+        with (
+            _LOCK,
+            apart(),
+            quiet_tracer(),
+            torch.random.fork_rng(devices=[]),
+            without_new_hooks(tensors) as hooked,
+        ):
+            traced = trace(_function_for(type(expert)), tuple(arguments.values()), keep, silent)
+            if traced is None:
+                # A graph that is no longer known here, or was made for a context with other batch-aligned tensors.
+                kept.clear()
+                del _FUNCTIONS[type(expert)]
+                traced = trace(_function_for(type(expert)), tuple(arguments.values()), keep, silent)
+        # A call without any operation has no graph.
+        module, inputs, marks = kept[0] if kept else (_identity(), [sample.hidden], [])
+    except Exception as error:  # noqa: BLE001  # the tracer's own reason, whatever its kind
+        forget_failed(error)
+        return Refusal(_reason(error))
+    finally:
+        # The tracer's own cache keeps `keep`, and with it what the list holds.
+        kept.clear()
+        for each in seen:
+            forget_classes(each)
+        seen.clear()
+    if hooked:
+        return Refusal("put hooks on tensors")
+    if traced is None:
+        return Refusal("can't be followed by PyTorch's tracer (it kept no graph)")
+    result, manager = traced
+    guard = Guard(manager, arguments, silent)
+    if (kind := guard.foreign) is not None:
+        return Refusal(f"use the class {kind.__name__}, for which {type(kind).__name__} may answer anything")
+    return _described(expert, sample, guard, module, inputs, marks, result)
+
+
+def _identity() -> fx.GraphModule:
+    """The graph of an expert that gives its rows back."""
+    graph = fx.Graph()
+    name_source(graph.placeholder("hidden"), "L['hidden']")
+    graph.output(())
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _described(
+    expert: nn.Module,
+    sample: Sample,
+    guard: Guard,
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    marks: Sequence[torch.Tensor],
+    result: Any,
+) -> Captured | Refusal:
+    if (fault := _fault(result)) is not None:
+        return Refusal(fault)
+    inline_checkpoints(module)
+    own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
+    for value in result.losses.values():
+        if id(value) in own_ids and not any(value is each for each in inputs):
+            # Given back as it is: the tracer has no input for it.
+            _add_input(module, _source_of(expert, value))
+            inputs = [*inputs, value]
+    rows = sample.row_ids()
+    described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
+    own: list[str] = []
+    for (_, source), value in zip(sources(module.graph).items(), inputs, strict=True):
+        read = _reader(source, guard.scope)
+        if not isinstance(value, torch.Tensor):
+            is_count = re.fullmatch(r".*\.size\(\)\[0\]", source) and value == len(sample.hidden)
+            described.append(("count" if is_count else "size", read))
+        elif id(value) in own_ids:
+            own.append(source)
+            described.append(("own", read))
+        elif id(value) in rows:
+            described.append(("rows", read))
+        elif id(value) in sample.shared or (source.startswith("G[") and "L[" not in source):
+            # Of the context, or of a module: whoever asks is given the same.
+            described.append(("shared", read))
+        else:
+            return Refusal(f"read a tensor that is not their own ({_path(source)})")
+    outputs = []
+    for name, value in [("hidden", result.hidden), *result.losses.items()]:
+        found = _place(value, marks, inputs)
+        if found is None:
+            return Refusal(f"returned {name!r}, which depends on neither rows nor parameters")
+        outputs.append(found)
+    return Captured(
+        weakref.ref(type(expert)),
+        module.graph,
+        module,
+        guard,
+        _gatherer(own),
+        tuple(described),
+        tuple(outputs),
+        tuple(result.losses),
+        tuple(map(_path, own)),
+    )
+
+
+def _source_of(expert: nn.Module, tensor: torch.Tensor) -> str:
+    """How one of an expert's own tensors is read."""
+    for path, module in expert.named_modules():
+        for store in ("_parameters", "_buffers"):
+            for name, each in getattr(module, store).items():
+                if each is tensor:
+                    parts = "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
+                    return f"L['expert']{parts}.{store}[{name!r}]"
+    raise LookupError(tensor.shape)
+
+
+def _add_input(module: fx.GraphModule, source: str) -> None:
+    """Give a graph one more input, behind those that it has."""
+    graph = module.graph
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    with graph.inserting_after(last[0]) if last else graph.inserting_before(next(iter(graph.nodes))):
+        name_source(graph.placeholder(f"given_{len(graph.nodes)}"), source)
+    module.recompile()
+
+
+def _fault(result: Any) -> str | None:
+    """Why a result can't be given for all members at once."""
+    if not isinstance(result, ExpertResult):
+        return WrongResult(f"returned a {type(result).__name__}")
+    if not isinstance(result.hidden, torch.Tensor):
+        return WrongResult(f"returned rows that are no tensor but a {type(result.hidden).__name__}")
+    if not isinstance(result.losses, Mapping):
+        return WrongResult("returned losses that are no mapping")
+    if not all(isinstance(loss, torch.Tensor | numbers.Real) for loss in result.losses.values()):
+        return WrongResult("returned losses that are no tensors")
+    if not is_aux(result.aux):
+        return WrongResult("returned aux that is no mapping")
+    if type(result) is not ExpertResult:
+        return f"returned a {type(result).__name__}"
+    if type(result.losses) is not dict:
+        return "returned losses that are no dict"
+    return "returned aux" if result.aux else None
+
+
+def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> tuple[str, int] | None:
+    for kind, values in (("output", marks), ("input", inputs)):
+        for place, each in enumerate(values):
+            if value is each:
+                return kind, place
+    return None
+
+
+def _reader(source: str, scope: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """What reads a source from the arguments, or from a scope; sources are the tracer's own expressions."""
+    names = {"__builtins__": {}, "G": scope}
+    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", names)
+    return read
+
+
+def _gatherer(own: Sequence[str]) -> Callable[[nn.Module], list[torch.Tensor]]:
+    items = ", ".join(source.replace("L['expert']", "expert", 1) for source in own)
+    gather: Callable[[nn.Module], list[torch.Tensor]] = eval(f"lambda expert: [{items}]", {"__builtins__": {}})
+    return gather
+
+
+def _path(source: str) -> str:
+    """A source as the user writes it."""
+    plain = source.removeprefix("L['expert']").removeprefix("L")
+    plain = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", plain)
+    return plain.removeprefix(".")
+
+
+def _reason(error: BaseException) -> str:
+    """The tracer's reason in one sentence, with the user's line."""
+    said = _said(error)
+    # The expert's own error, as the tracer met it.
+    return (
+        WrongResult(said)
+        if type(error).__name__ in ("TorchRuntimeError", "ObservedException") or "bserved exception" in said
+        else said
+    )
+
+
+def _said(error: BaseException) -> str:
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    detail = next((line for line in lines if line.startswith("Explanation:")), "").removeprefix("Explanation: ")
+    context = next((line for line in lines if line.startswith("Developer debug context:")), "")
+    context = context.removeprefix("Developer debug context:").strip()
+    if "Constraints violated" in text:
+        guard = re.search(r"satisfy the generated guard (.*)$", text, re.MULTILINE)
+        return f"read the number of their rows{f' ({guard[1]})' if guard else ''}{_where(error)}"
+    if "side effects" in text:
+        found = re.findall(r"\"(L\[.*?)\"", first)
+        return f"wrote into what outlives the call ({', '.join(map(_path, found)) or first}){_where(error)}"
+    said = f"{first}. {detail}" if detail else first
+    return f"can't be followed by PyTorch's tracer ({said}{f': {context}' if context else ''}){_where(error)}"
+
+
+def _where(error: BaseException) -> str:
+    stack = getattr(error, "real_stack", None) or []
+    frames = [frame for frame in stack if frame.filename != __file__]
+    if not frames:
+        return ""
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}"

@@ -1,0 +1,217 @@
+"""For which experts, inputs and surroundings a graph holds: the tracer's own guards, and what they leave out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import operator
+import re
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from .namespaces import Namespaces
+
+
+class Guard:
+    """Tells for which arguments of a captured function its graph holds.
+
+    The tracer's own guards compare numbers by their values, to which zeros of either sign are equal. They know objects
+    by their classes, whose methods may be replaced, compare a tuple that holds a list with itself, and don't tell of
+    names that were not found. All that is looked at here.
+
+    Args:
+        manager: The tracer's own guard manager.
+        arguments: What the graph was traced with, by parameter name.
+        silent: Loggers that said nothing while it was traced, though the code calls them.
+
+    Attributes:
+        foreign: A class that the code uses and another one of the user's answers for, or ``None``.
+    """
+
+    def __init__(self, manager: Any, arguments: Mapping[str, Any], silent: SilentLoggers) -> None:
+        self._manager = manager
+        self._silent = silent
+        scope = {"L": arguments, "G": self.scope}
+        parts = [part for part in manager.code_parts if isinstance(part, str)]
+        zeros = [match[1] for part in parts if (match := _ZERO.fullmatch(part))]
+        self._zeros = [(read, math.copysign(1.0, read(arguments))) for read in map(_reader, zeros)]
+        compared = [part.split(" == ")[0] for part in parts if " == " in part]
+        self._contents = [(source, copy.deepcopy(value)) for source, value in self._changeable(compared, scope)]
+        found = [_evaluated(match[1], scope) for part in parts if (match := _TYPE.match(part))]
+        self._names = Namespaces(_sources(manager.root), lambda each: _evaluated(each, scope), arguments, self.scope)
+        self.foreign = self._names.foreign
+        kinds = [*map(type, found), *self._names.classes]
+        classes = dict.fromkeys(base for each in kinds for base in each.__mro__ if base.__flags__ & _HEAP_TYPE)
+        self._code = [_Methods(each) for each in classes]
+        self._of_expert = _of_expert_alone(manager)
+
+    @property
+    def scope(self) -> Mapping[str, Any]:
+        """What the tracer's expressions call ``G``: modules that the code reads."""
+        scope: Mapping[str, Any] = self._manager.global_scope["G"]
+        return scope
+
+    def holds(self, arguments: dict[str, Any]) -> bool:
+        """Whether the graph holds for arguments, by parameter name."""
+        return (
+            bool(self._manager.check(arguments))
+            and self._holds_beside(arguments)
+            and self._names.hold_for(arguments["expert"])
+            and self._names.hold_in(arguments["context"])
+        )
+
+    def holds_for_all(self, arguments: dict[str, Any], experts: Iterable[nn.Module]) -> bool:
+        """Whether the graph, which holds now for these arguments, does so with each of some experts."""
+        check, is_plain = self._of_expert.check, not self._contents and not self._zeros
+        has_names = self._names.hold_for
+        for arguments["expert"] in experts:
+            if not check(arguments) or not has_names(arguments["expert"]):
+                return False
+            if not is_plain and not self._holds_beside(arguments):
+                return False
+        return True
+
+    def _holds_beside(self, arguments: dict[str, Any]) -> bool:
+        """What the tracer's own guards don't tell."""
+        if self._contents and any(self._read(source, arguments) != value for source, value in self._contents):
+            return False
+        return not self._zeros or all(math.copysign(1.0, read(arguments)) == sign for read, sign in self._zeros)
+
+    @staticmethod
+    def _changeable(compared: Iterable[str], scope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """What the tracer's guards hold on to and compare with, though its contents may change: a list in a tuple."""
+        for source in compared:
+            value = _evaluated(source, scope)
+            if isinstance(value, tuple):
+                try:
+                    hash(value)
+                except TypeError:
+                    yield source, value
+
+    def _read(self, source: str, arguments: Mapping[str, Any]) -> Any:
+        return _evaluated(source, {"L": arguments, "G": self.scope})
+
+    def is_alive(self) -> bool:
+        """Whether the graph is still to be asked for.
+
+        The tracer lets go of one whose guards compare an object that is gone. So does this of one that was traced
+        through code which has been replaced, or past a logger that says something by now.
+        """
+        is_kept = self._manager.cache_entry is not None and self._silent.are_as_before() and self._names.are_as_before()
+        return is_kept and all(each.are_as_before() for each in self._code)
+
+
+def _sources(node: Any) -> Iterator[str]:
+    """All that a tree of guards mentions."""
+    yield node.get_source()
+    for each in node.get_child_managers():
+        yield from _sources(each)
+
+
+_OTHERS = ("G", "L['hidden']", "L['mask']", "L['context']")
+
+
+def _of_expert_alone(manager: Any) -> Any:
+    """The guards that look at the expert, where each looks at nothing else; all of them where one does."""
+    lines = str(manager).splitlines()
+    mixed = (
+        "ALIASING" in line or ("L['expert']" in line and any(other in line for other in _OTHERS[1:])) for line in lines
+    )
+    if any(mixed):
+        return manager
+    return manager.root.clone_manager(lambda node: not node.get_source().startswith(_OTHERS)) or manager
+
+
+class SilentLoggers(set[Any]):
+    """The methods of loggers that say nothing as they are set now: for all who ask they are in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._met: dict[tuple[int, int], logging.Logger] = {}
+
+    def __contains__(self, method: object) -> bool:
+        logger = getattr(method, "__self__", None)
+        level = _LEVELS.get(getattr(method, "__name__", ""))
+        if type(logger) is not logging.Logger or level is None or logger.isEnabledFor(level):
+            return False
+        self._met[id(logger), level] = logger
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> set[Any]:
+        # The tracer's settings are copied where its own times are logged.
+        return set()
+
+    def are_as_before(self) -> bool:
+        """Whether those that were asked for say nothing still."""
+        return not any(logger.isEnabledFor(level) for (_, level), logger in self._met.items())
+
+
+_LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "warning", "error", "critical")}
+
+
+class _Methods:
+    """The functions of a class, and their code, as they are when this is made; it keeps neither class nor functions.
+
+    Classes that PyTorch makes for one module, as for weight norm, hold that module.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self._kind = weakref.ref(kind)
+        attributes = vars(kind)
+        self._number = len(attributes)
+        found = {name: _function_of(each) for name, each in attributes.items()}
+        functions = {name: each for name, each in found.items() if each is not None}
+        self._functions = [(name, type(attributes[name]), weakref.ref(each)) for name, each in functions.items()]
+        # Nobody rewrites PyTorch's own functions in place.
+        own = {} if kind.__module__.startswith("torch.") else functions
+        self._inner = [(weakref.ref(each), _INNER(each)) for each in own.values()]
+
+    def are_as_before(self) -> bool:
+        """Whether they are the same now."""
+        kind = self._kind()
+        if kind is None:
+            return False
+        attributes = vars(kind)
+        if len(attributes) != self._number:
+            return False
+        for name, wrapper, function in self._functions:
+            attribute = attributes.get(name)
+            inner = attribute if wrapper is types.FunctionType else _function_of(attribute)
+            if inner is None or inner is not function() or type(attribute) is not wrapper:
+                return False
+        return all(_INNER(function()) == inner for function, inner in self._inner)
+
+
+def _function_of(attribute: Any) -> types.FunctionType | None:
+    """What a class's attribute calls."""
+    if type(attribute) is staticmethod or type(attribute) is classmethod:
+        attribute = attribute.__func__
+    elif type(attribute) is property:
+        attribute = attribute.fget
+    return attribute if type(attribute) is types.FunctionType else None
+
+
+# What a guard says of a number that is zero, and of an object's class.
+_ZERO = re.compile(r"(L\['expert'\].*) == -?0\.0")
+_TYPE = re.compile(r"___check_type_id\((.*), \d+\)")
+# Classes that Python code can change.
+_HEAP_TYPE = 1 << 9
+_INNER = operator.attrgetter("__code__", "__defaults__")
+
+
+def _reader(source: str) -> Callable[[Mapping[str, Any]], Any]:
+    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", {})
+    return read
+
+
+def _evaluated(source: str, scope: dict[str, Any]) -> Any:
+    """What a source stands for; ``None`` for one that only the tracer can read."""
+    try:
+        return eval(source, scope)
+    except Exception:  # noqa: BLE001  # the tracer's expressions may use names of its own
+        return None

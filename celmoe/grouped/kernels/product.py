@@ -1,0 +1,342 @@
+"""Sums of products by segment: what a linear layer, its gradients, and the gradient of anything by member come down to.
+
+Three operations, each other's derivatives, so that any of them can be differentiated again and again:
+
+    multiply(x, w)[r] = w[m(r)] x[r]          spread(s)[r] = s[m(r)]
+    outer(y, x)[p]    = sum_r y[r] xᵀ[r]      segment_sum(x)[p] = sum_r x[r]       (r over the rows of member p)
+
+Axes: R rows (with positions folded in), P members, K and N widths; m(r) is row r's member.
+
+Who computes them is `backend_for`'s choice: on a CPU the members of equally many rows share a batched product, for
+there a call costs less than moving rows does. Elsewhere calls are what costs, so there is one for all members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch.autograd import Function
+
+from celmoe.grouped.segments import Segments
+from celmoe.torch_internals import is_batch_of_gradients, transforms_are_active
+
+
+class Backend(Protocol):
+    """Who computes the sums, without autograd. Rows come with ``factor`` positions each."""
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        """``[R, K]`` and ``[P, N, K]`` to ``[R, N]``, with a bias by member."""
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        """``[R, N]`` and ``[R, K]`` to ``[P, N, K]``."""
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        """``[R, K]`` to ``[P, K]``."""
+
+
+class _ByRuns:
+    """A batched product for every run of members with equally many rows: no row is moved, none is padded."""
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        width = w_PNK.shape[1]
+        out_RN = x_RK.new_empty(x_RK.shape[0], width)
+        w_PKN = w_PNK.transpose(1, 2)
+        for row, member, count, members in segments.runs:
+            first, length = row * factor, count * factor
+            if members == 1:
+                x, out = x_RK[first : first + length], out_RN[first : first + length]
+                if bias_PN is None:
+                    torch.mm(x, w_PKN[member], out=out)
+                else:
+                    torch.addmm(bias_PN[member], x, w_PKN[member], out=out)
+                continue
+            x = x_RK[first : first + length * members].view(members, length, -1)
+            out = out_RN[first : first + length * members].view(members, length, width)
+            w = w_PKN[member : member + members]
+            if bias_PN is None:
+                torch.bmm(x, w, out=out)
+            else:
+                torch.baddbmm(bias_PN[member : member + members].unsqueeze(1), x, w, out=out)
+        return out_RN
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        n, k = y_RN.shape[1], x_RK.shape[1]
+        out_PNK = x_RK.new_empty(len(segments.counts), n, k)
+        for row, member, count, members in segments.runs:
+            first, length = row * factor, count * factor
+            last = first + length * members
+            if members == 1:
+                torch.mm(y_RN[first:last].t(), x_RK[first:last], out=out_PNK[member])
+                continue
+            y = y_RN[first:last].view(members, length, n)
+            torch.bmm(
+                y.transpose(1, 2),
+                x_RK[first:last].view(members, length, k),
+                out=out_PNK[member : member + members],
+            )
+        return out_PNK
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        width = x_RK.shape[1]
+        out_PK = x_RK.new_empty(len(segments.counts), width)
+        for row, member, count, members in segments.runs:
+            first, length = row * factor, count * factor
+            x = x_RK[first : first + length * members].view(members, length, width)
+            torch.sum(x, 1, out=out_PK[member : member + members])
+        return out_PK
+
+
+class _Padded:
+    """Members of like numbers of rows are given equally many places: a few calls, however many members there are.
+
+    Places without a row hold zeros, and what is computed there is dropped.
+    """
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        w_PKN = w_PNK.transpose(1, 2)
+        parts = []
+        for x_MLK, members in self._bucketed(x_RK, segments, factor):
+            w = w_PKN[members]
+            out = torch.bmm(x_MLK, w) if bias_PN is None else torch.baddbmm(bias_PN[members].unsqueeze(1), x_MLK, w)
+            parts.append(out.flatten(0, 1))
+        return _joined(parts).index_select(0, segments.padded(factor)[1])
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        y, x = self._bucketed(y_RN, segments, factor), self._bucketed(x_RK, segments, factor)
+        return _joined([torch.bmm(left.transpose(1, 2), right) for (left, _), (right, _) in zip(y, x, strict=True)])
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        return _joined([x_MLK.sum(1) for x_MLK, _ in self._bucketed(x_RK, segments, factor)])
+
+    @staticmethod
+    def _bucketed(x_RK: torch.Tensor, segments: Segments, factor: int) -> list[tuple[torch.Tensor, slice]]:
+        """``[members, places, K]`` for each bucket, and which members those are."""
+        index, _ = segments.padded(factor)
+        placed = torch.cat([x_RK, x_RK.new_zeros(1, x_RK.shape[1])]).index_select(0, index)
+        found = []
+        for place, member, most, members in segments.buckets:
+            part = placed[place * factor : (place + most * members) * factor]
+            found.append((part.view(members, most * factor, x_RK.shape[1]), slice(member, member + members)))
+        return found
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _GroupedMM:
+    """PyTorch's own grouped product, one call for all members.
+
+    It takes no bias, and strides of multiples of 16 bytes only.
+    """
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        ends = segments.ends(factor)
+        out_RN = torch.nn.functional.grouped_mm(x_RK.contiguous(), w_PNK.transpose(1, 2), offs=ends)
+        if bias_PN is not None:
+            out_RN = out_RN + bias_PN.index_select(0, segments.member_of_row(factor))
+        return out_RN
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ends = segments.ends(factor)
+        return torch.nn.functional.grouped_mm(y_RN.contiguous().t(), x_RK.contiguous(), offs=ends)
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        # A product with ones: eight columns of them are 16 bytes in every dtype that it takes.
+        ones = x_RK.new_ones(x_RK.shape[0], 8)
+        return self.outer(x_RK, ones, segments, factor)[:, :, 0]
+
+
+BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped_mm": _GroupedMM()}
+
+
+def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
+    """The name of the backend that fits: a rule, not a measurement, so that a run repeats itself.
+
+    Args:
+        device: Its type.
+        dtype: Of rows and weights.
+        widths: Of all operands' axes, but for rows and members.
+    """
+    if device == "cpu":
+        return "runs"
+    if (
+        device == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and hasattr(torch.nn.functional, "grouped_mm")
+        and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    ):
+        return "grouped_mm"
+    return "padded"
+
+
+def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
+    """The name of the backend for these operands."""
+    # Weights may be turned: then it is their other axis that memory is laid out by.
+    widths = tuple(width for operand in operands for width in operand.shape[1:])
+    return backend_for(segments.device.type, operands[0].dtype, widths)
+
+
+def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
+    return BACKENDS[backend_of(segments, *operands)]
+
+
+class _Linear(Function):
+    """``multiply``, or with ``is_transposed`` the same by the transposed weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RK: torch.Tensor,
+        w_PNK: torch.Tensor,
+        bias_PN: torch.Tensor | None,
+        segments: Segments,
+        factor: int,
+        is_transposed: bool,
+    ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_RK, w_PNK)
+        ctx.segments, ctx.factor, ctx.is_transposed = segments, factor, is_transposed
+        weights = w_PNK.transpose(1, 2) if is_transposed else w_PNK
+        return _backend(segments, x_RK, weights).multiply(x_RK.contiguous(), weights, bias_PN, segments, factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x_RK, w_PNK = ctx.saved_tensors
+        grad_RN = grads[0].contiguous()
+        segments, factor, is_transposed = ctx.segments, ctx.factor, ctx.is_transposed
+        grad_x = grad_w = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = linear(grad_RN, w_PNK.conj(), None, segments, factor, is_transposed=not is_transposed)
+        if ctx.needs_input_grad[1]:
+            left, right = (x_RK.conj(), grad_RN) if is_transposed else (grad_RN, x_RK.conj())
+            grad_w = outer(left, right, segments, factor)
+        if ctx.needs_input_grad[2]:
+            grad_bias = segment_sum(grad_RN, segments, factor)
+        return grad_x, grad_w, grad_bias, None, None, None
+
+
+class _Outer(Function):
+    @staticmethod
+    def forward(ctx: Any, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y_RN, x_RK)
+        ctx.segments, ctx.factor = segments, factor
+        y_RN, x_RK = y_RN.contiguous(), x_RK.contiguous()
+        return _backend(segments, y_RN, x_RK).outer(y_RN, x_RK, segments, factor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        y_RN, x_RK = ctx.saved_tensors
+        grad_PNK = grads[0].contiguous()
+        grad_y = grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_y = linear(x_RK.conj(), grad_PNK, None, ctx.segments, ctx.factor)
+        if ctx.needs_input_grad[1]:
+            grad_x = linear(y_RN.conj(), grad_PNK, None, ctx.segments, ctx.factor, is_transposed=True)
+        return grad_y, grad_x, None, None
+
+
+class _SegmentSum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.segments, ctx.factor = segments, factor
+        x_RK = x.reshape(x.shape[0], x.shape[1:].numel()).contiguous()
+        summed = _backend(segments, x_RK).segment_sum(x_RK, segments, factor)
+        return summed.view(len(segments.counts), *x.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return spread(grads[0], ctx.segments, ctx.factor), None, None
+
+
+class _Spread(Function):
+    @staticmethod
+    def forward(ctx: Any, stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.segments, ctx.factor = segments, factor
+        return stack.index_select(0, segments.member_of_row(factor))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return segment_sum(grads[0], ctx.segments, ctx.factor), None, None
+
+
+def is_batched(*tensors: torch.Tensor) -> bool:
+    """Whether gradients are batches of gradients, as for ``is_grads_batched``: then plain operators must do.
+
+    A forward pass under such a transform is never grouped.
+    """
+    return transforms_are_active() or any(map(is_batch_of_gradients, tensors))
+
+
+def linear(
+    x_RK: torch.Tensor,
+    w_PNK: torch.Tensor,
+    bias_PN: torch.Tensor | None,
+    segments: Segments,
+    factor: int,
+    *,
+    is_transposed: bool = False,
+) -> torch.Tensor:
+    """``[R, N]``: each row through its member's weights, differentiable any number of times.
+
+    Args:
+        x_RK: ``[R, K]``, ``factor`` positions for each of the segments' rows.
+        w_PNK: ``[P, N, K]``.
+        bias_PN: ``[P, N]`` or ``None``.
+        segments: The rows of each member.
+        factor: Positions folded into each row.
+        is_transposed: Whether the weights are ``[P, K, N]``.
+    """
+    if is_batched(x_RK, w_PNK):
+        w_PKN = w_PNK if is_transposed else w_PNK.mT
+        out_RN = torch.cat([x @ w for x, w in zip(_cut(x_RK, segments, factor), w_PKN.unbind(0), strict=True)])
+        return out_RN if bias_PN is None else out_RN + spread(bias_PN, segments, factor)
+    return cast(torch.Tensor, _Linear.apply(x_RK, w_PNK, bias_PN, segments, factor, is_transposed))
+
+
+def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    """``[P, N, K]``: the sum over each member's rows of ``y xᵀ``."""
+    if is_batched(y_RN, x_RK):
+        pairs = zip(_cut(y_RN, segments, factor), _cut(x_RK, segments, factor), strict=True)
+        return torch.stack([y.mT @ x for y, x in pairs])
+    return cast(torch.Tensor, _Outer.apply(y_RN, x_RK, segments, factor))
+
+
+def segment_sum(x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    """``[R, ...]`` to ``[P, ...]``: the sum over each member's rows."""
+    if is_batched(x):
+        return torch.stack([each.sum(0) for each in _cut(x, segments, factor)])
+    return cast(torch.Tensor, _SegmentSum.apply(x, segments, factor))
+
+
+def spread(stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+    """``[P, ...]`` to ``[R, ...]``: each row's member's entry."""
+    if is_batched(stack):
+        return stack.index_select(0, segments.member_of_row(factor))
+    return cast(torch.Tensor, _Spread.apply(stack, segments, factor))
+
+
+def _cut(x: torch.Tensor, segments: Segments, factor: int) -> Sequence[torch.Tensor]:
+    """The rows of each member."""
+    return cast(Sequence[torch.Tensor], x.split([count * factor for count in segments.counts]))

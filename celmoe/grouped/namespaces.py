@@ -1,0 +1,125 @@
+"""Which names there are in what a traced call looked into: the tracer's guards tell of those that were found only.
+
+A call that caught an ``AttributeError`` or a ``KeyError`` is another call once the name is there.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import os
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+# Nobody adds names to these for an expert to find.
+_OTHERS = ("torch", "numpy", "celmoe", *sys.stdlib_module_names)
+# The tracer's own.
+_ROOTS = ("G['__builtins", "G['__import_torch_dot_")
+# Classes of classes that answer for them by what the tracer's guards, or those here, look at.
+_PLAIN = (type, abc.ABCMeta, enum.EnumType)
+# Functions whose results the tracer takes for constants, and what tells that those are the same.
+_FOLDED: dict[Any, Callable[[], Any]] = {
+    os.getenv: lambda: dict(os.environ),
+    sys.getrecursionlimit: sys.getrecursionlimit,
+    sys.get_int_max_str_digits: sys.get_int_max_str_digits,
+}
+if dist.is_available():
+    _FOLDED |= {
+        each: lambda: dist.is_initialized() and (dist.get_rank(), dist.get_world_size())
+        for each in (dist.is_initialized, dist.get_rank, dist.get_world_size)
+    }
+_OF_MODULES = ("__dict__", "_modules", "_parameters", "_buffers")
+
+
+class Namespaces:
+    """The namespaces that a graph's guards mention.
+
+    Args:
+        sources: What the guards mention, as the tracer's expressions.
+        read: Gives what an expression stands for; ``None`` where only the tracer can tell.
+        arguments: The traced function's, by parameter name.
+        scope: What the tracer's expressions call ``G``.
+
+    Attributes:
+        classes: Classes among them.
+        foreign: A class that another one of the user's answers for, or ``None``.
+    """
+
+    def __init__(
+        self,
+        sources: Iterable[str],
+        read: Callable[[str], Any],
+        arguments: Mapping[str, Any],
+        scope: Mapping[str, Any],
+    ) -> None:
+        self.classes: list[type] = []
+        self.foreign: type | None = None
+        self._scope = scope
+        self._folded: list[Callable[[], Any]] = []
+        groups: dict[str, list[str]] = {"expert": [], "context": [], "G": []}
+        for source in dict.fromkeys(sources):
+            group = next((name for name in groups if source.startswith((f"L['{name}']", f"{name}["))), None)
+            if group is not None and not source.startswith(_ROOTS):
+                groups[group] += self._found(source, read(source))
+        self._expert, self._context, self._shared = map(_reader, groups.values())
+        self._of_expert = self._expert(arguments["expert"], scope)
+        self._of_context = self._context(arguments["context"], scope)
+        self._of_process = self._process()
+
+    def _found(self, source: str, value: Any) -> list[str]:
+        """Expressions for the namespaces that belong to one value."""
+        if isinstance(value, type):
+            self.classes.append(value)
+            if type(value) not in _PLAIN and not type(value).__module__.startswith("torch"):
+                self.foreign = value
+            return []
+        if isinstance(value, dict):
+            return [source]
+        if isinstance(value, nn.Module):
+            return [f"{source}.{name}" for name in _OF_MODULES]
+        if isinstance(value, types.ModuleType):
+            is_root = source.count("[") == 1 and source.endswith("]")
+            return [] if is_root or value.__name__.partition(".")[0] in _OTHERS else [f"{source}.__dict__"]
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _FOLDED:
+            self._folded.append(_FOLDED[value])
+        if isinstance(value, types.FunctionType):
+            is_other = (value.__module__ or "").partition(".")[0] in _OTHERS
+            return [] if is_other else [f"{source}.__dict__", f"{source}.__annotations__"]
+        if isinstance(value, torch.Tensor) or not isinstance(getattr(value, "__dict__", None), dict):
+            return []
+        return [f"{source}.__dict__"]
+
+    def _process(self) -> tuple[Any, ...]:
+        registered = abc.get_cache_token() if any(type(each) is abc.ABCMeta for each in self.classes) else None
+        return self._shared(None, self._scope), registered, [each() for each in self._folded]
+
+    def are_as_before(self) -> bool:
+        """Whether those that are neither an expert's nor the context's hold the same names."""
+        try:
+            return self._process() == self._of_process
+        except (LookupError, AttributeError, TypeError):
+            return False
+
+    def hold_for(self, expert: nn.Module) -> bool:
+        """Whether an expert's do, for which the tracer's own guards hold."""
+        return self._expert(expert, self._scope) == self._of_expert
+
+    def hold_in(self, context: Any) -> bool:
+        """Whether the context's do, likewise."""
+        return self._context(context, self._scope) == self._of_context
+
+
+def _reader(sources: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]:
+    """For each namespace how many names it holds, and the last one: a new one comes last."""
+    plain = [source.replace("L['expert']", "L", 1).replace("L['context']", "L", 1) for source in sources]
+    parts = "".join(f"len({each}), last(reversed({each}), None), " for each in dict.fromkeys(plain))
+    read: Callable[..., tuple[Any, ...]] = eval(
+        f"lambda L, G: ({parts})", {"len": len, "last": next, "reversed": reversed}
+    )
+    return read

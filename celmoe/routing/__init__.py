@@ -1,0 +1,8 @@
+"""Routes: names to codes to a plan.
+
+- `routes`: what a routing may be, and codes for its names
+- `layout`: the part of a config that decides plans
+- `planner`: codes to index tensors
+- `plan`: the plan, a value that crosses processes
+- `compiler`: the config's routes to plans, without a model
+"""

@@ -1,0 +1,228 @@
+"""From a routing, as a user writes it, to a plan: which level is routed, broadcast or inferred from the one below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from celmoe.config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
+from celmoe.errors import (
+    MissingRouteError,
+    PlanError,
+    RouteLengthError,
+    RouteTypeError,
+    UnknownExpertError,
+    UnknownLevelError,
+    listed,
+    nearest,
+)
+
+from .layout import Layout, LevelLayout
+from .plan import RoutingPlan, make_plan
+from .routes import Codes, RouteTable, Routing, code_array
+
+_NO_PARENT = -1
+
+
+class RoutingCompiler:
+    """Turns routings into plans for one config. Picklable and free of modules: it runs in ``DataLoader`` workers.
+
+    Args:
+        config: The hierarchy. Levels, experts and parents are read now: changing them later has no effect.
+            `fallback_expert` is read at every call.
+
+    Raises:
+        ConfigError, ConfigTypeError: The config is not sound; see `config.enabled_levels`.
+
+    Attributes:
+        configs: The enabled levels' configs; a copy of a compiler, pickled or not, has their names and fallbacks only.
+
+    Example::
+
+        compiler = RoutingCompiler(config)
+        plan = compiler({"family": ["slavic", "romance"], "language": ["ru", "fr"]})
+    """
+
+    def __init__(self, config: CELMoEConfig) -> None:
+        self.configs = enabled_levels(config)
+        # Disabled levels too, whose routes are ignored.
+        self._names = frozenset(level.name for level in config.levels)
+        fallbacks = [level.fallback_expert for level in self.configs]
+        ancestors = [_ancestors(config.levels, place) for place, level in enumerate(config.levels) if level.enabled]
+        layout = Layout(
+            LevelLayout(level.name, tuple(level.experts), parents, fallback)
+            for level, parents, fallback in zip(self.configs, ancestors, fallbacks, strict=True)
+        )
+        self._tables = [RouteTable(level.name, level.experts) for level in layout.levels]
+        self._parents = [
+            _parent_codes(upper, lower, parents)
+            for upper, lower, parents in zip(self._tables, self._tables[1:], ancestors[1:], strict=False)
+        ]
+        self._fallbacks_and_layout = fallbacks, layout
+
+    @property
+    def layout(self) -> Layout:
+        """The config as plans depend on it: with the fallbacks of now, and all else as it was."""
+        fallbacks = [level.fallback_expert for level in self.configs]
+        known, layout = self._fallbacks_and_layout
+        if fallbacks != known:
+            pairs = zip(layout.levels, fallbacks, strict=True)
+            layout = Layout(level._replace(fallback=fallback) for level, fallback in pairs)
+            self._fallbacks_and_layout = fallbacks, layout
+        return layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of the configs only the fallbacks are read from now on; metadata may be anything, a lambda or a module too.
+        return {**vars(self), "configs": [replace(level, experts={}) for level in self.configs]}
+
+    def __call__(self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None) -> RoutingPlan:
+        """Compile the routing of one batch.
+
+        Args:
+            routing: Per level: a sequence of names or ids (positions in the level's experts), a NumPy array or a tensor
+                of such, one a sample; or one name for the whole batch. A level that is left out takes, for each
+                sample, the parent of its expert in the level below, else the only expert, else the fallback.
+            batch_size: Samples B; needed only where nothing in the routing has a length.
+
+        Raises:
+            UnknownLevelError, UnknownExpertError: A name that the config does not have.
+            MissingRouteError: A level that is left out can't be inferred.
+            RouteLengthError: Routes that are not one a sample, or no batch size.
+            RouteIdError, RouteTypeError: Ids out of range, or routes of the wrong kind.
+            PlanError: ``routing`` is a plan for another config or batch size.
+        """
+        if batch_size is not None:
+            batch_size = _checked_size(batch_size)
+        return self.compile(routing, batch_size, told_by="'batch_size'")
+
+    def compile(self, routing: Routing | RoutingPlan | None, batch_size: int | None, *, told_by: str) -> RoutingPlan:
+        """As calling does, for a batch size that ``told_by`` names in errors."""
+        if isinstance(routing, RoutingPlan):
+            routing.require_layout(self.layout)
+            if batch_size not in (None, routing.batch_size):
+                raise PlanError(
+                    f"'routing' must be a plan for the {batch_size} samples of {told_by} (got one for "
+                    f"{routing.batch_size})"
+                )
+            return routing
+        given: dict[str, Codes | int] = {}
+        if routing is not None:
+            self._check_levels(routing)
+            for table in self._tables:
+                if table.level in routing:
+                    routes = routing[table.level]
+                    given[table.level] = table.code(routes) if isinstance(routes, str) else table.encode(routes)
+        size = _agreed_size(given, batch_size, told_by)
+        codes: list[Codes | int] = []
+        below: Codes | int | None = None
+        # From the lowest level up, for a level that is left out asks the one below.
+        for position in reversed(range(len(self._tables))):
+            level = self._tables[position].level
+            below = given[level] if level in given else self._inferred(position, below)
+            codes.append(below)
+        return make_plan(self.layout, self._tables, codes[::-1], size)
+
+    def _check_levels(self, routing: Routing) -> None:
+        if type(routing) is not dict and not isinstance(routing, Mapping):
+            raise RouteTypeError(
+                f"'routing' must be a mapping of levels to routes, a RoutingPlan or None (got {type(routing).__name__})"
+            )
+        if unknown := [level for level in routing if level not in self._names]:
+            enabled = [table.level for table in self._tables]
+            raise UnknownLevelError(
+                f"'routing' must have levels of the config for keys (got {listed(unknown)}; "
+                f"{nearest(unknown, enabled)})"
+            )
+
+    def _inferred(self, position: int, below: Codes | int | None) -> Codes | int:
+        """The codes of a level that the routing leaves out, from those of the level below."""
+        table = self._tables[position]
+        if below is None:
+            code = self._default(position)
+            if code is None:
+                raise MissingRouteError(
+                    f"'routing' must have a key for level {table.level!r}, which has {len(table.experts)} experts and "
+                    f"no fallback (known: {listed(table.experts)})"
+                )
+            return code
+        if len(table.experts) == 1:
+            return 0
+        if not isinstance(below, int):
+            below = code_array(below)
+        parents = self._parents[position][below]
+        orphaned = parents == _NO_PARENT
+        if orphaned.any():
+            code = self._default(position)
+            if code is None:
+                lower = self._tables[position + 1]
+                orphans = np.unique(np.asarray(below)[orphaned]).tolist()
+                raise MissingRouteError(
+                    f"'routing' must have a key for level {table.level!r}, which has no fallback, or these experts of "
+                    f"level {lower.level!r} must have a parent: "
+                    f"{listed(lower.sorted_experts[each] for each in orphans)}"
+                )
+            parents = np.where(orphaned, code, parents)
+        return int(parents) if isinstance(below, int) else parents.astype(table.dtype)
+
+    def _default(self, position: int) -> int | None:
+        """The code that samples take where nothing else tells: the only expert's, else the fallback's."""
+        table, fallback = self._tables[position], self.configs[position].fallback_expert
+        if len(table.experts) == 1:
+            return 0
+        if fallback is None:
+            return None
+        if fallback not in table.code_by_name:
+            raise UnknownExpertError(
+                f"'fallback_expert' of level {table.level!r} must be one of its experts (got {fallback!r}; "
+                f"{nearest(fallback, table.experts)})"
+            )
+        return table.code_by_name[fallback]
+
+
+def _checked_size(batch_size: object) -> int:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise RouteTypeError(f"'batch_size' must be an integer (got {batch_size!r})")
+    if batch_size < 0:
+        raise RouteLengthError(f"'batch_size' must be at least 0 (got {batch_size})")
+    return int(batch_size)
+
+
+def _agreed_size(codes: Mapping[str, Codes | int], batch_size: int | None, told_by: str) -> int:
+    """The one length that all routes and the caller agree on."""
+    size = batch_size
+    for level, code in codes.items():
+        if isinstance(code, int):
+            continue  # one name for however many samples there are
+        if size is None:
+            size, told_by = len(code), f'"routing[{level!r}]"'
+        elif len(code) != size:
+            raise RouteLengthError(
+                f'"routing[{level!r}]" must have one route for each of the {size} samples of {told_by} '
+                f"(got {len(code)})"
+            )
+    if size is None:
+        raise RouteLengthError("'batch_size' must be given where no routes have a length (got None)")
+    return size
+
+
+def _ancestors(levels: Sequence[HierarchyLevelConfig], position: int) -> tuple[str | None, ...]:
+    """For each expert of a level, in order, its ancestor in the enabled level above.
+
+    Disabled levels in between are climbed by their own experts' parents.
+    """
+    found = [expert.parent for expert in levels[position].experts.values()]
+    for above in reversed(levels[:position]):
+        if above.enabled:
+            return tuple(found)
+        found = [None if name is None else above.experts[name].parent for name in found]
+    return (None,) * len(found)
+
+
+def _parent_codes(upper: RouteTable, lower: RouteTable, parents: Sequence[str | None]) -> npt.NDArray[np.int64]:
+    """For each code of the lower level, the code of its parent in the upper one, or -1."""
+    codes = [_NO_PARENT if name is None else upper.code_by_name[name] for name in parents]
+    return np.array(codes, dtype=np.int64)[lower.ids_by_code]

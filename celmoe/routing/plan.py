@@ -1,0 +1,288 @@
+"""Compiled routes: per level, which experts are present, with how many samples, and in which order those stand.
+
+Everything that the host needs to drive a forward pass is plain Python and known once a plan exists, so a pass never
+asks the device. Everything that the device needs lies in ONE int64 buffer, so that a plan travels in one transfer.
+
+Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present, E experts of a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from numbers import Integral
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from celmoe.errors import PlanError, RouteTypeError, UnknownLevelError, nearest
+
+from .layout import Layout
+from .planner import HostLevel, sort_samples
+from .routes import CodeArray, Codes, RouteTable
+
+
+class LevelPlan(NamedTuple):
+    """Where one level's samples go. `RoutingPlan.routes` gives the name for each sample, `expert_ids` the id.
+
+    Attributes:
+        name: The level's name.
+        present: The names of the P experts present, in sorted order, without repeats. No `expert_ids` index this list.
+        counts: Samples of each expert present, aligned with `present`; never zero.
+        is_sorted: Whether the batch already stands in expert order, so that `order` is the identity.
+        follows_previous: Whether `order` is the order of the level above.
+        order: ``[R]`` int64: ``order[r]`` is the batch position of sorted row r; within an expert, positions ascend.
+        inverse: ``[B]`` int64: ``inverse[b]`` is the sorted row of batch position b.
+        expert_ids: ``[B]`` int64: the position of each sample's expert in the config's order.
+        ends: ``[P]`` int64: the row after the last one of each expert.
+    """
+
+    name: str
+    present: tuple[str, ...]
+    counts: tuple[int, ...]
+    is_sorted: bool
+    follows_previous: bool
+    order: torch.Tensor
+    inverse: torch.Tensor
+    expert_ids: torch.Tensor
+    ends: torch.Tensor
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """`ends` in int32, which grouped matrix products want."""
+        return self.ends.to(torch.int32)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{name}: {count}" for name, count in zip(self.present, self.counts, strict=True))
+        return f"LevelPlan({self.name!r}, {{{groups}}})"
+
+
+class RoutingPlan:
+    """The compiled routing of one batch: picklable, and independent of any model.
+
+    A plan belongs to the config that it was compiled for: a model takes it as long as its own enabled levels, their
+    experts, order, parents and fallbacks are the same.
+
+    Attributes:
+        batch_size: Samples B.
+        layout: The levels, experts, parents and fallbacks that it was compiled for.
+        levels: One `LevelPlan` a level, in order.
+    """
+
+    __slots__ = ("_host_levels", "_packed", "_sizes", "batch_size", "layout", "levels")
+
+    def __init__(
+        self,
+        layout: Layout,
+        batch_size: int,
+        host_levels: Sequence[HostLevel],
+        packed: torch.Tensor,
+        sizes: Sequence[int],
+    ) -> None:
+        self.layout = layout
+        self.batch_size = batch_size
+        self._host_levels = host_levels
+        self._packed, parts = _cut(packed, sizes)
+        self._sizes = sizes
+        levels = {}
+        for host, (order, inverse, ids, ends) in host_levels:
+            levels[host[0]] = LevelPlan(*host, parts[order], parts[inverse], parts[ids], parts[ends])
+        self.levels: Mapping[str, LevelPlan] = MappingProxyType(levels)
+
+    def __reduce__(self) -> tuple[type[RoutingPlan], tuple[Any, ...]]:
+        return type(self), (self.layout, self.batch_size, self._host_levels, self._packed, self._sizes)
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{level.name}: {len(level.present)}" for level in self.levels.values())
+        return f"RoutingPlan(batch_size={self.batch_size}, experts present: {{{levels}}}, device='{self.device}')"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors lie."""
+        return self._packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all index tensors together."""
+        return self._packed.nbytes
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RoutingPlan:
+        """The same plan with its index tensors on ``device``, moved in one transfer.
+
+        Raises:
+            PlanError: The plan is on meta, where there are only shapes, and ``device`` is not.
+        """
+        if self._packed.is_meta and torch.device(device).type != "meta":
+            _require_readable(self, "plan")
+        packed = self._packed.to(device, non_blocking=non_blocking)
+        return self if packed is self._packed else self._with(packed)
+
+    def pin_memory(self) -> RoutingPlan:
+        """The same plan in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        with torch.inference_mode(False):
+            return self._with(self._packed.pin_memory())
+
+    def is_pinned(self) -> bool:
+        """Whether the index tensors lie in page-locked memory."""
+        return self._packed.is_pinned()
+
+    def routes(self, level: str) -> list[str]:
+        """The expert's name for each sample.
+
+        Raises:
+            UnknownLevelError: The plan has no such level.
+            PlanError: The plan is on meta.
+        """
+        if level not in self.levels:
+            raise UnknownLevelError(
+                f"'level' must be a level of the plan (got {level!r}; {nearest(level, self.levels)})"
+            )
+        plan = self.levels[level]
+        if len(plan.present) == 1:
+            return list(plan.present) * self.batch_size
+        _require_readable(self, "plan")
+        experts = next(each.experts for each in self.layout.levels if each.name == level)
+        return [experts[each] for each in plan.expert_ids.tolist()]
+
+    def slice(self, start: int, stop: int) -> RoutingPlan:
+        """The plan of the samples from ``start`` up to, but not including, ``stop``.
+
+        It equals the plan that these samples' routes are compiled to, and lies on this plan's device. The host sorts
+        the samples again, O(B): on a device the ids are read first, which waits for it, so cut plans before they move.
+
+        Args:
+            start: From 0 to ``stop``.
+            stop: Up to `batch_size`.
+
+        Raises:
+            PlanError: Out of range, or the plan is on meta.
+            RouteTypeError: Not integers.
+        """
+        for name, position in (("start", start), ("stop", stop)):
+            if isinstance(position, bool) or not isinstance(position, Integral):
+                raise RouteTypeError(f"{name!r} must be an integer (got {position!r})")
+        if not 0 <= start <= stop <= self.batch_size:
+            raise PlanError(
+                f"'start' and 'stop' must be in order, from 0 to the plan's {self.batch_size} samples (got {start} and "
+                f"{stop})"
+            )
+        return _planned_again(self, [ids[start:stop] for ids in _host_ids(self)])
+
+    @staticmethod
+    def join(plans: Iterable[RoutingPlan]) -> RoutingPlan:
+        """The plan of several batches' samples, one batch after another.
+
+        It equals the plan that their routes, end to end, are compiled to, and lies on their device. The host sorts the
+        samples again, O(B): on a device the ids are read first, which waits for it.
+
+        Args:
+            plans: At least one; of one config, on one device.
+
+        Raises:
+            PlanError: No plans, plans of several configs or devices, or plans on meta.
+            RouteTypeError: One is no plan.
+        """
+        given = list(plans)
+        if not given:
+            raise PlanError("'plans' must hold at least one plan (got none)")
+        for position, plan in enumerate(given):
+            name = f"plans[{position}]"
+            if not isinstance(plan, RoutingPlan):
+                raise RouteTypeError(f"{name!r} must be a RoutingPlan (got {type(plan).__name__})")
+            plan.require_layout(given[0].layout, name)
+            _require_readable(plan, name)
+            if plan.device != given[0].device:
+                raise PlanError(f"{name!r} must be on {given[0].device}, where the first plan is (got {plan.device})")
+        ids = map(_host_ids, given)
+        return _planned_again(given[0], [np.concatenate(each) for each in zip(*ids, strict=True)])
+
+    def require_layout(self, layout: Layout, name: str = "routing") -> None:
+        """Check that the plan was compiled for a config of this layout.
+
+        Args:
+            layout: The layout wanted.
+            name: The plan's name in errors.
+
+        Raises:
+            PlanError: It was not; the message names the first difference.
+        """
+        if self.layout.packed == layout.packed:
+            return
+        found = self.layout.difference(layout)
+        assert found is not None
+        wanted, got = found
+        raise PlanError(
+            f"{name!r} must be a plan of a config with {wanted} (got one with {got}); compile the routing again"
+        )
+
+    def _with(self, packed: torch.Tensor) -> RoutingPlan:
+        return RoutingPlan(self.layout, self.batch_size, self._host_levels, packed, self._sizes)
+
+
+def _cut(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """The buffer, and its parts in one call; `unsafe` says only that autograd does not track them as views."""
+    if torch.is_inference_mode_enabled():
+        # A plan that was made, moved or unpickled in inference mode must still be usable in training.
+        with torch.inference_mode(False):
+            return _cut(packed.clone() if packed.is_inference() else packed, sizes)
+    return packed, torch.unsafe_split_with_sizes(packed, sizes)
+
+
+def make_plan(
+    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
+) -> RoutingPlan:
+    """Plan one batch.
+
+    Args:
+        layout: What the tables' levels and experts are.
+        tables: One table a level.
+        codes: The codes ``[B]`` of each level, or one code for the whole batch.
+        batch_size: Samples B.
+
+    Returns:
+        The plan, on the CPU.
+    """
+    make = _make_plan
+    if torch.compiler.is_compiling():
+        # Nothing here is for a graph, and torch 2.4 ends in an error where it traces NumPy's counts.
+        make = torch.compiler.disable(make)
+    return make(layout, tables, codes, batch_size)
+
+
+def _make_plan(
+    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
+) -> RoutingPlan:
+    return RoutingPlan(layout, batch_size, *sort_samples(tables, codes, batch_size))
+
+
+def _planned_again(plan: RoutingPlan, ids: Sequence[CodeArray]) -> RoutingPlan:
+    """A plan of this one's config and device, for the ids ``[B]`` of each level."""
+    tables = _tables(plan.layout)
+    codes = [table.codes_by_id[each] for table, each in zip(tables, ids, strict=True)]
+    return make_plan(plan.layout, tables, codes, len(ids[0])).to(plan.device, non_blocking=True)
+
+
+@lru_cache(maxsize=16)
+def _tables(layout: Layout) -> list[RouteTable]:
+    return [RouteTable(level.name, level.experts) for level in layout.levels]
+
+
+def _host_ids(plan: RoutingPlan) -> list[CodeArray]:
+    """The ids ``[B]`` of each level, read from the device in one transfer."""
+    return [level.expert_ids.numpy() for level in plan.to("cpu").levels.values()]
+
+
+def _require_readable(plan: RoutingPlan, name: str) -> None:
+    if plan.device.type == "meta":
+        raise PlanError(f"{name!r} must lie where its ids can be read (got a plan on meta)")

@@ -1,0 +1,195 @@
+"""Moving rows: dispatch into expert order and out to the experts, combine back into batch order.
+
+Both are permutations, so each one's backward is the other: one ``index_select`` by the inverse permutation for a whole
+level. That is O(rows), deterministic, without atomic adds, native on every device, and differentiable again. (A few
+rows on a CPU are left to PyTorch's own backward, which costs a scatter-add of them, and no Python.)
+
+Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present.
+
+Blocks handed to experts are private: an expert that works in place reaches neither the caller's tensor, nor another
+expert's rows, nor anything that autograd saved. That is why rows that already stand in expert order are still copied,
+though never gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from celmoe.routing.plan import LevelPlan
+from celmoe.torch_internals import (
+    is_batch_of_gradients,
+    is_forward_differentiated,
+    is_jit_traced,
+    transforms_are_active,
+)
+
+Blocks: TypeAlias = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
+# Up to so many rows on a CPU, a Function's Python takes longer than what PyTorch's own backward does in vain.
+FEW_ROWS = 128
+
+
+class _Dispatch(torch.autograd.Function):
+    """``[B, ...]`` to P blocks of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        order: torch.Tensor,
+        inverse: torch.Tensor,
+        counts: Sequence[int],
+        sorted_rows: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.order, ctx.inverse, ctx.counts, ctx.trailing = order, inverse, counts, rows.shape[1:]
+        # The zeros for a block without a gradient are made below, where all blocks are joined anyway.
+        ctx.set_materialize_grads(False)
+        return tuple(cut(rows.index_select(0, order) if sorted_rows is None else sorted_rows, counts))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None, None]:
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None, None, None, None, None
+        blocks = [
+            some.new_zeros((count, *ctx.trailing)) if grad is None else grad
+            for grad, count in zip(grads, ctx.counts, strict=True)
+        ]
+        return _gather_blocks(blocks, ctx.order, ctx.inverse, ctx.counts), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(cut(tangents[0].index_select(0, ctx.order), ctx.counts))
+
+
+class _Combine(torch.autograd.Function):
+    """P blocks of rows to ``[B, ...]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int], *blocks: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.order, ctx.inverse, ctx.counts = order, inverse, counts
+        return _whole(blocks).index_select(0, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, None, *_scatter_rows(grads[0], ctx.order, ctx.inverse, ctx.counts)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        blocks = [tangent for tangent in tangents if tangent is not None]
+        return _whole(blocks).index_select(0, ctx.inverse)
+
+
+def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
+    """One private block of rows for each expert present.
+
+    Args:
+        rows: ``[B, ...]`` in batch order.
+        plan: The level's plan, on the rows' device.
+
+    Returns:
+        P tensors ``[counts[p], ...]``, rows in ascending batch order.
+    """
+    if rows.layout != torch.strided:
+        return [rows.index_select(0, positions) for positions in plan.order.split(list(plan.counts))]
+    if plan.is_sorted:
+        return cut(rows.clone(memory_format=torch.contiguous_format), plan.counts)
+    if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
+        return cut(rows.index_select(0, plan.order), plan.counts)
+    return _scatter_rows(rows, plan.order, plan.inverse, plan.counts)
+
+
+def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
+    """As `dispatch`, for rows that the level above had in the same order: a copy of its blocks in place of a gather.
+
+    Gradients are gathered on their way back, and so are a few rows on a CPU where gradients flow: see `FEW_ROWS`.
+
+    Args:
+        rows: ``[B, ...]``, what the level above gave. Gradients flow into them as through `dispatch`.
+        blocks: The same rows, block by block.
+        plan: The plan of the level below; `follows_previous` holds.
+
+    Returns:
+        As `dispatch`.
+    """
+    if not (torch.is_grad_enabled() and rows.requires_grad):
+        return cut(_joined(blocks), plan.counts)
+    if not _records(rows) or (plan.order.numel() <= FEW_ROWS and plan.order.is_cpu):
+        return dispatch(rows, plan)
+    sorted_rows = _joined([block.detach() for block in blocks])
+    return cast(Blocks, _Dispatch.apply(rows, plan.order, plan.inverse, plan.counts, sorted_rows))
+
+
+def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
+    """The experts' rows back in batch order.
+
+    Args:
+        blocks: Tensors ``[counts[p], ...]`` of one dtype.
+        plan: The level's plan, on the blocks' device.
+
+    Returns:
+        ``[B, ...]``, contiguous.
+    """
+    if len(blocks) == 1 and plan.is_sorted:
+        # It may be the expert's own parameter, buffer or cache: what the caller does to a level's output must not
+        # reach it. Several blocks are copied by joining them.
+        return blocks[0].clone(memory_format=torch.contiguous_format)
+    if plan.is_sorted:
+        return _joined(blocks)
+    if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
+        return _whole(blocks).index_select(0, plan.inverse)
+    return _gather_blocks(blocks, plan.order, plan.inverse, plan.counts)
+
+
+def _whole(blocks: Blocks) -> torch.Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _joined(blocks: Blocks) -> torch.Tensor:
+    # Joining keeps a memory format that all blocks have.
+    return torch.cat(blocks).contiguous()
+
+
+def cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
+    """Blocks of rows that are no views to autograd; nothing else may read the rows."""
+    if len(counts) == 1:
+        return (sorted_rows,)
+    if transforms_are_active() or is_batch_of_gradients(sorted_rows) or is_forward_differentiated():
+        # vmap has no rule for the call below, nor has the older one behind `is_grads_batched`, whose batches may be in
+        # a tangent, where they don't show.
+        return [block.clone() for block in sorted_rows.split(list(counts))]
+    # Unsafe is what PyTorch calls a split whose parts are no views to autograd and count their versions apart: with a
+    # shared counter, in-place work on one block would invalidate what autograd saved of all the others. Nothing reads
+    # `sorted_rows` but these blocks, so nothing is at risk.
+    return torch.unsafe_split_with_sizes(sorted_rows, counts)
+
+
+def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
+    if _records(rows):
+        return cast(Blocks, _Dispatch.apply(rows, order, inverse, counts, None))
+    return cut(rows.index_select(0, order), counts)
+
+
+def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    if _records(*blocks):
+        return cast(torch.Tensor, _Combine.apply(order, inverse, counts, *blocks))
+    return _whole(blocks).index_select(0, inverse)
+
+
+def _records(*inputs: torch.Tensor) -> bool:
+    """Whether one of the Functions is to stand in the autograd graph.
+
+    Function transforms (``torch.func``) and tracing take plain operators only; they get the same result with PyTorch's
+    own backward.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in inputs)
+        and not transforms_are_active()
+        and not is_jit_traced()
+    )
