@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import enum
 import os
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +35,14 @@ if dist.is_available():
         each: lambda: dist.is_initialized() and (dist.get_rank(), dist.get_world_size())
         for each in (dist.is_initialized, dist.get_rank, dist.get_world_size)
     }
-_OF_MODULES = ("__dict__", "_modules", "_parameters", "_buffers")
+# A dict's number of names, and the last one: a new one comes last.
+_NAMES = "len(d := {}), last(reversed(d), None), "
+# Most experts hold nothing but modules, and every call asks for all of them.
+_NAMES_OF_MODULE = _NAMES + "len(d['_modules']), len(d['_parameters']), len(d['_buffers']), "
+
+
+# What modules keep in dicts of their own, or are asked for with the module; hooks the tracer's own guards count.
+_OF_A_MODULE = re.compile(r"\.(?:__dict__|_modules|_parameters|_buffers|_\w*hooks\w*)$")
 
 
 class Namespaces:
@@ -75,25 +83,30 @@ class Namespaces:
     def _found(self, source: str, value: Any) -> list[str]:
         """Expressions for the namespaces that belong to one value."""
         if isinstance(value, type):
+            if value.__module__.partition(".")[0] == "celmoe":
+                return []
             self.classes.append(value)
             if type(value) not in _PLAIN and not type(value).__module__.startswith("torch"):
                 self.foreign = value
             return []
-        if isinstance(value, dict):
-            return [source]
         if isinstance(value, nn.Module):
-            return [f"{source}.{name}" for name in _OF_MODULES]
+            return [_NAMES_OF_MODULE.format(f"{source}.__dict__")]
+        if isinstance(value, dict):
+            return [] if _OF_A_MODULE.search(source) else [_NAMES.format(source)]
         if isinstance(value, types.ModuleType):
+            # The globals of a function: more of them come and go than functions look for in vain.
             is_root = source.count("[") == 1 and source.endswith("]")
-            return [] if is_root or value.__name__.partition(".")[0] in _OTHERS else [f"{source}.__dict__"]
+            is_other = value.__name__.partition(".")[0] in _OTHERS
+            return [] if is_root or is_other else [_NAMES.format(f"{source}.__dict__")]
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _FOLDED:
             self._folded.append(_FOLDED[value])
         if isinstance(value, types.FunctionType):
             is_other = (value.__module__ or "").partition(".")[0] in _OTHERS
-            return [] if is_other else [f"{source}.__dict__", f"{source}.__annotations__"]
+            names = ("__dict__", "__annotations__")
+            return [] if is_other else [_NAMES.format(f"{source}.{name}") for name in names]
         if isinstance(value, torch.Tensor) or not isinstance(getattr(value, "__dict__", None), dict):
             return []
-        return [f"{source}.__dict__"]
+        return [_NAMES.format(f"{source}.__dict__")]
 
     def _process(self) -> tuple[Any, ...]:
         registered = abc.get_cache_token() if any(type(each) is abc.ABCMeta for each in self.classes) else None
@@ -115,10 +128,9 @@ class Namespaces:
         return self._context(context, self._scope) == self._of_context
 
 
-def _reader(sources: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]:
-    """For each namespace how many names it holds, and the last one: a new one comes last."""
-    plain = [source.replace("L['expert']", "L", 1).replace("L['context']", "L", 1) for source in sources]
-    parts = "".join(f"len({each}), last(reversed({each}), None), " for each in dict.fromkeys(plain))
+def _reader(expressions: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]:
+    """Reads all namespaces, of an expert or of a context."""
+    parts = "".join(dict.fromkeys(expressions)).replace("L['expert']", "L").replace("L['context']", "L")
     read: Callable[..., tuple[Any, ...]] = eval(
         f"lambda L, G: ({parts})", {"len": len, "last": next, "reversed": reversed}
     )
