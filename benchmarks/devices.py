@@ -16,7 +16,7 @@ from celmoe.devices import DEVICES, WORKS, report
 CPU, CUDA, DIRECTML = DEVICES
 HOW_TO_GET = {
     CUDA: "install a PyTorch build with CUDA, on a machine with an NVIDIA card and its driver",
-    DIRECTML: "on Windows or WSL with Python 3.11 or 3.12: pip install celmoe[directml]",
+    DIRECTML: 'on Windows or WSL with Python 3.11 or 3.12: pip install -e ".[directml]"',
 }
 
 

@@ -294,7 +294,7 @@ def _open(name: str) -> tuple[torch.device, str]:
 
 def _open_directml(number: int) -> tuple[torch.device, str]:
     if importlib.util.find_spec("torch_directml") is None:
-        raise DeviceMissingError("torch-directml is not installed: pip install celmoe[directml]")
+        raise DeviceMissingError('torch-directml is not installed: pip install -e ".[directml]"')
     try:
         # Importing it loads drivers, so nothing else does.
         import torch_directml  # noqa: PLC0415

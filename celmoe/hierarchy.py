@@ -168,7 +168,7 @@ class HierarchicalCELMoE(nn.Module):
             hidden: ``[B, D]`` or ``[B, S, D]``, or any trailing shape that experts and fusion take.
             routing: A plan, or what `compile_routing` takes.
             context: Whatever experts want to see; batch-aligned values in it are cut to each expert's samples: see
-                `celmoe.context`, `Rows` and `Shared`.
+                `celmoe.rows.context`, `Rows` and `Shared`.
             mask: ``[B, ...]``, cut likewise.
 
         Raises:

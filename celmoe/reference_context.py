@@ -1,4 +1,4 @@
-"""The oracle's reading of a context: the rule of `celmoe.context` written once more, plainly.
+"""The oracle's reading of a context: the rule of `celmoe.rows.context` written once more, plainly.
 
 It shares no code with the engines' reading, walks a context as often as it likes, and copies by Python's own means.
 """

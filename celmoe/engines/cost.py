@@ -63,7 +63,7 @@ class Cost(NamedTuple):
         return self.grouped < self.looped
 
     def __str__(self) -> str:
-        return f"{self.looped:.0f} µs one by one, {self.grouped:.0f} µs as one"
+        return f"an estimate of {self.looped:.0f} µs one by one, {self.grouped:.0f} µs as one"
 
 
 def estimate(layout: Layout, members: int, rows: int, *, on_cpu: bool, has_backward: bool) -> Cost:

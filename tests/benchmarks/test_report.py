@@ -49,7 +49,7 @@ def report(tmp_path_factory):
     entries = [each for each in whole_run(["cpu", "cuda"]) if is_drawn(each["extra_info"])]
     old = read_suite(write(folder / "old.json", entries))
     new = read_suite(write(folder / "benchmarks.json", slowed(entries)))
-    absent = {"directml": "torch-directml is not installed: pip install celmoe[directml]"}
+    absent = {"directml": 'torch-directml is not installed: pip install -e ".[directml]"'}
     write_page(folder, Findings(new, MACHINE, absent, {"test_a": "left out"}, compare(old, new)))
     return folder
 
@@ -66,7 +66,7 @@ def test_the_page_holds_what_was_found(report):
         "Slide Rule &lt;9000&gt;",
         "1 thread",
         "geometric mean",
-        "pip install celmoe[directml]",
+        "pip install -e &#34;.[directml]&#34;",
         "celmoe-vp==3.0.0 could not be installed: no network",
         "From which batch size on the device wins against the CPU",
         "Where a step&#39;s time goes",

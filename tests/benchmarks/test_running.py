@@ -121,7 +121,7 @@ def test_an_absent_device_is_told_with_how_to_get_it(only_cpu, capsys):
     found = find_devices(["cpu", "directml"])
     assert found.present == ("cpu",)
     assert found.absent["directml"].startswith("is there and fails: no answer within 120 s (to get it: on Windows")
-    assert "pip install celmoe[directml]" in found.absent["directml"]
+    assert 'pip install -e ".[directml]"' in found.absent["directml"]
     assert set(find_devices(None).absent) == {"cuda", "directml"}
     assert main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith(

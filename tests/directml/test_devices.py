@@ -86,7 +86,7 @@ def test_a_plug_in_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: None)
     found = devices.self_check("directml")
     assert found.state == "not available"
-    assert found.detail == "torch-directml is not installed: pip install celmoe[directml]"
+    assert found.detail == 'torch-directml is not installed: pip install -e ".[directml]"'
 
 
 @pytest.mark.parametrize(
