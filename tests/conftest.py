@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, settings
 
 import celmoe.routing.planner
 import celmoe.rows.dispatch
+from celmoe.torch_internals import tracer_missing
 
 pytest_plugins = ["tests.peer_report"]
 
@@ -42,6 +43,14 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=2000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests of the grouped engine, which say so in their names, where PyTorch can't capture experts."""
+    if (missing := tracer_missing()) is not None:
+        for item in items:
+            if "grouped" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=f"experts run one by one: {missing}"))
 
 
 @pytest.fixture(autouse=True, scope="module")

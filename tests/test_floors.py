@@ -28,6 +28,7 @@ FLOORS = [
         "grouped.segments",
         "grouped.inline",
         "grouped.waiting",
+        "grouped.canonical",
         "grouped.namespaces",
         "grouped.boundary",
     },
@@ -136,7 +137,14 @@ def test_the_street_is_used():
     assert {"distributed.gradients", "hierarchy"} <= reached["distributed.data_parallel"]
     assert {file for file, found in reached.items() if not found} <= MAPS | {
         *("version", "errors", "directml", "experts", "files", "names", "rows.slots", "torch_internals"),
-        *("grouped.segments", "grouped.inline", "grouped.waiting", "grouped.namespaces", "grouped.boundary"),
+        *(
+            "grouped.segments",
+            "grouped.inline",
+            "grouped.waiting",
+            "grouped.namespaces",
+            "grouped.canonical",
+            "grouped.boundary",
+        ),
         *("distributed.placement", "distributed.transport", "distributed.versions"),
     }
 

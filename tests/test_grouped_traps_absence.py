@@ -135,6 +135,10 @@ OWN: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
         lambda s: caught(lambda: 0.0 if s.part is None else 3.0, AttributeError),
         lambda s: s.add_module("part", torch.nn.Identity()),
     ),
+    "an attribute of a parameter": (
+        lambda s: caught(lambda: s.linear.bias.scale, AttributeError),
+        lambda s: setattr(s.linear.bias, "scale", 3.0),
+    ),
     "a key": (lambda s: caught(lambda: s.table["scale"], KeyError), lambda s: s.table.update(scale=3.0)),
     "an attribute of a record": (
         lambda s: caught(lambda: s.record.scale, AttributeError),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -801,3 +802,70 @@ def test_the_first_call_may_be_under_any_mode():
             assert_like_oracle(subject, twin, make_batch)
         assert not any(value.is_inference() for value in subject.parameters())
     assert len(NAMES) > 2
+
+
+class Typed(Plain):
+    """Tells numbers apart that are equal."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, batch):
+        return ExpertResult(self.linear(batch.hidden) * told_apart(self.value))
+
+
+def told_apart(value: Any) -> float:
+    value = value[0] if isinstance(value, tuple | list) else value
+    if isinstance(value, complex):
+        value = value.real
+    if value is True:
+        return 4.0
+    return 2.0 if isinstance(value, float) and math.copysign(1.0, value) > 0 else 3.0
+
+
+EQUALS = {
+    "zeros": (0.0, -0.0),
+    "in a list": ([0.0], [-0.0]),
+    "in a tuple": ((0.0,), (-0.0,)),
+    "of a complex number": (complex(0.0, 1.0), complex(-0.0, 1.0)),
+    "a truth value in a tuple": ((1,), (True,)),
+    "an integer in a tuple": ((1.0,), (1,)),
+    "an integer in a list": ([1.0], [1]),
+    "a tuple in a tuple": ((1.0, (2, [3])), (True, (2, [3]))),
+}
+
+
+@pytest.mark.parametrize("engine", ["auto", GROUPED])
+@pytest.mark.parametrize("name", EQUALS)
+def test_a_constant_replaced_by_an_equal_one(name: str, engine: str):
+    before, after = EQUALS[name]
+    subject, twin = (build(lambda: Typed(before), engine) for _ in range(2))
+    assert_like_oracle(subject, twin, Batch)
+    for model in (subject, twin):
+        second(model).value = after
+    assert_like_oracle(subject, twin, Batch)
+    for model in (subject, twin):
+        for expert in experts_of(model):
+            expert.value = after
+    assert_like_oracle(subject, twin, Batch)
+
+
+class Tied(Plain):
+    """Asks whether two of its tensors are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, batch):
+        return ExpertResult(self.linear(batch.hidden) * (2.0 if self.other.weight is self.linear.weight else 1.0))
+
+
+@pytest.mark.parametrize("engine", ["auto", GROUPED])
+def test_tensors_that_become_one(engine: str):
+    subject, twin = (build(Tied, engine) for _ in range(2))
+    assert_like_oracle(subject, twin, Batch)
+    for model in (subject, twin):
+        second(model).other.weight = second(model).linear.weight
+    assert_like_oracle(subject, twin, Batch)

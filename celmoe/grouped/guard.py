@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 import operator
 import re
 import types
@@ -14,15 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from .canonical import canonical
 from .namespaces import Namespaces
 
 
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
-    The tracer's own guards compare numbers by their values, to which zeros of either sign are equal. They know objects
-    by their classes, whose methods may be replaced, compare a tuple that holds a list with itself, and don't tell of
-    names that were not found. All that is looked at here.
+    The tracer's own guards compare constants as Python does: 1 equals True, and 0.0 equals -0.0. They know objects by
+    their classes, whose methods may be replaced, compare a tuple that holds a list with itself, and don't tell of names
+    that were not found. All that is looked at here.
 
     Args:
         manager: The tracer's own guard manager.
@@ -38,10 +37,11 @@ class Guard:
         self._silent = silent
         scope = {"L": arguments, "G": self.scope}
         parts = [part for part in manager.code_parts if isinstance(part, str)]
-        zeros = [match[1] for part in parts if (match := _ZERO.fullmatch(part))]
-        self._zeros = [(read, math.copysign(1.0, read(arguments))) for read in map(_reader, zeros)]
-        compared = [part.split(" == ")[0] for part in parts if " == " in part]
-        self._contents = [(source, copy.deepcopy(value)) for source, value in self._changeable(compared, scope)]
+        compared = dict.fromkeys(part.split(" == ")[0] for part in parts if " == " in part)
+        constants = {source: _evaluated(source, scope) for source in compared}
+        self._constants = [
+            (_reader(source), canonical(value)) for source, value in constants.items() if not _is_exact(value)
+        ]
         found = [_evaluated(match[1], scope) for part in parts if (match := _TYPE.match(part))]
         self._names = Namespaces(_sources(manager.root), lambda each: _evaluated(each, scope), arguments, self.scope)
         self.foreign = self._names.foreign
@@ -67,7 +67,7 @@ class Guard:
 
     def holds_for_all(self, arguments: dict[str, Any], experts: Iterable[nn.Module]) -> bool:
         """Whether the graph, which holds now for these arguments, does so with each of some experts."""
-        check, is_plain = self._of_expert.check, not self._contents and not self._zeros
+        check, is_plain = self._of_expert.check, not self._constants
         has_names = self._names.hold_for
         for arguments["expert"] in experts:
             if not check(arguments) or not has_names(arguments["expert"]):
@@ -78,23 +78,7 @@ class Guard:
 
     def _holds_beside(self, arguments: dict[str, Any]) -> bool:
         """What the tracer's own guards don't tell."""
-        if self._contents and any(self._read(source, arguments) != value for source, value in self._contents):
-            return False
-        return not self._zeros or all(math.copysign(1.0, read(arguments)) == sign for read, sign in self._zeros)
-
-    @staticmethod
-    def _changeable(compared: Iterable[str], scope: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """What the tracer's guards hold on to and compare with, though its contents may change: a list in a tuple."""
-        for source in compared:
-            value = _evaluated(source, scope)
-            if isinstance(value, tuple):
-                try:
-                    hash(value)
-                except TypeError:
-                    yield source, value
-
-    def _read(self, source: str, arguments: Mapping[str, Any]) -> Any:
-        return _evaluated(source, {"L": arguments, "G": self.scope})
+        return all(canonical(read(arguments, self.scope)) == constant for read, constant in self._constants)
 
     def is_alive(self) -> bool:
         """Whether the graph is still to be asked for.
@@ -196,16 +180,20 @@ def _function_of(attribute: Any) -> types.FunctionType | None:
     return attribute if type(attribute) is types.FunctionType else None
 
 
-# What a guard says of a number that is zero, and of an object's class.
-_ZERO = re.compile(r"(L\['expert'\].*) == -?0\.0")
+# What a guard says of an object's class.
 _TYPE = re.compile(r"___check_type_id\((.*), \d+\)")
 # Classes that Python code can change.
 _HEAP_TYPE = 1 << 9
 _INNER = operator.attrgetter("__code__", "__defaults__")
 
 
-def _reader(source: str) -> Callable[[Mapping[str, Any]], Any]:
-    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", {})
+def _is_exact(value: Any) -> bool:
+    """If equal values are the same: the tracer's guards compare the type of a constant, too."""
+    return type(value) in (int, str, bytes, bool, type(None), type) or (type(value) is float and value != 0)
+
+
+def _reader(source: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] = eval(f"lambda L, G: {source}", {})
     return read
 
 

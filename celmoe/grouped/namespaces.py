@@ -66,15 +66,20 @@ class Namespaces:
         arguments: Mapping[str, Any],
         scope: Mapping[str, Any],
     ) -> None:
+        sources = list(dict.fromkeys(sources))
         self.classes: list[type] = []
         self.foreign: type | None = None
         self._scope = scope
         self._folded: list[Callable[[], Any]] = []
         groups: dict[str, list[str]] = {"expert": [], "context": [], "G": []}
-        for source in dict.fromkeys(sources):
+        for source in sources:
             group = next((name for name in groups if source.startswith((f"L['{name}']", f"{name}["))), None)
             if group is not None and not source.startswith(_ROOTS):
                 groups[group] += self._found(source, read(source))
+        tensors = [each for each in sources if isinstance(read(each), torch.Tensor)]
+        own = [each for each in tensors if each.startswith("L['expert']")]
+        # A tensor under two names is another expert's than two tensors are.
+        groups["expert"] += [f"len({{{', '.join(f'id({each})' for each in own)}}}), "] if len(own) > 1 else []
         self._expert, self._context, self._shared = map(_reader, groups.values())
         self._of_expert = self._expert(arguments["expert"], scope)
         self._of_context = self._context(arguments["context"], scope)
@@ -104,7 +109,10 @@ class Namespaces:
             is_other = (value.__module__ or "").partition(".")[0] in _OTHERS
             names = ("__dict__", "__annotations__")
             return [] if is_other else [_NAMES.format(f"{source}.{name}") for name in names]
-        if isinstance(value, torch.Tensor) or not isinstance(getattr(value, "__dict__", None), dict):
+        if isinstance(value, torch.Tensor):
+            # Rows are others at every call.
+            return [] if source in ("L['hidden']", "L['mask']") else [f"len({source}.__dict__), "]
+        if not isinstance(getattr(value, "__dict__", None), dict):
             return []
         return [_NAMES.format(f"{source}.__dict__")]
 
@@ -132,6 +140,6 @@ def _reader(expressions: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[
     """Reads all namespaces, of an expert or of a context."""
     parts = "".join(dict.fromkeys(expressions)).replace("L['expert']", "L").replace("L['context']", "L")
     read: Callable[..., tuple[Any, ...]] = eval(
-        f"lambda L, G: ({parts})", {"len": len, "last": next, "reversed": reversed}
+        f"lambda L, G: ({parts})", {"id": id, "len": len, "last": next, "reversed": reversed}
     )
     return read

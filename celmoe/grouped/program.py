@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import operator
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from celmoe.grouped.ops.table import OPERATIONS, Run
 from celmoe.torch_internals import enter_autocast, exit_autocast, facts_of, needs_gradient, set_grad_mode, sources
 
 from .binding import Calls, Place, Step, bind, plain_of, wrapped
+from .canonical import canonical
 from .capture import Captured, Sample, WrongResult
 from .declared import is_declared
 from .segments import Segments
@@ -76,7 +77,7 @@ class Program:
             (kind, source, facts_of(node))
             for (kind, _), (node, source) in zip(captured.inputs, sources(captured.graph).items(), strict=True)
         )
-        steps = tuple((step.name, step.func, _canonical(step.args), _canonical(step.kwargs)) for step in self.steps)
+        steps = tuple((step.name, step.func, canonical(step.args), canonical(step.kwargs)) for step in self.steps)
         return inputs, steps, self.results, captured.losses
 
     def __str__(self) -> str:
@@ -86,19 +87,6 @@ class Program:
             given += [f"{key}={_printed(each)}" for key, each in step.kwargs.items()]
             lines.append(f"v{place} = {step.name or getattr(step.func, '__name__', step.func)}({', '.join(given)})")
         return "\n".join(lines)
-
-
-def _canonical(value: Any) -> Any:
-    """A value that equals none but its equals: numbers by their type and sign, objects as they are."""
-    if isinstance(value, list | tuple):
-        return type(value), *map(_canonical, value)
-    if isinstance(value, slice):
-        return slice, *map(_canonical, (value.start, value.stop, value.step))
-    if isinstance(value, dict):
-        return dict, *((key, _canonical(each)) for key, each in value.items())
-    if isinstance(value, float | complex):
-        return type(value), repr(value)
-    return type(value), (value if isinstance(value, Hashable) else id(value))
 
 
 def _printed(value: Any) -> str:
