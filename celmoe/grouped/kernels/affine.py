@@ -1,9 +1,9 @@
-"""Each row scaled and shifted by its member's vectors, as a normalization ends.
+"""Scale and shift each row by its member's vectors, the last step of a normalization.
 
     affine(x, w, b)[r] = w[m(r)] x[r] + b[m(r)]
 
-Spreading the vectors over the rows first would move as many bytes as the rows have, once for each and again for its
-gradient. Members of equally many rows share a broadcast product instead.
+Spreading the vectors over the rows first would move as many bytes as the rows have, once for each vector and once for
+its gradient. Members of equally many rows share a broadcast product instead.
 
 Axes: R rows (with positions folded in), P members, K width; m(r) is row r's member.
 """
@@ -38,7 +38,7 @@ def _scale(
 
 
 def _stacked(vectors: Sequence[torch.Tensor], member: int, members: int) -> Any:
-    """``[members, 1, K]``, or ``None`` where there are no vectors."""
+    """Stack vectors to ``[members, 1, K]``; ``None`` if there are none."""
     if not vectors:
         return None
     if members == 1:
@@ -76,7 +76,7 @@ class _Affine(Function):
         grad_w: Sequence[torch.Tensor | None] = [None] * len(weights)
         grad_b: Sequence[torch.Tensor | None] = [None] * ctx.num_biases
         if torch.is_grad_enabled() or is_batched(grad_RK) or grad_RK.is_complex():
-            # The same as a graph that can be differentiated again.
+            # Build a graph that can be differentiated again.
             w_RK = spread(torch.stack(weights), segments, factor) if weights else None
             grad_x = grad_RK if w_RK is None else grad_RK * w_RK.conj()
             if of_weights:
@@ -99,7 +99,7 @@ def affine_of_members(
     segments: Segments,
     factor: int,
 ) -> torch.Tensor:
-    """``[R, K]``: each row by its member's vectors, differentiable any number of times.
+    """Scale and shift each row by its member's vectors, to ``[R, K]``; differentiable any number of times.
 
     Args:
         x_RK: ``[R, K]``, ``factor`` positions for each of the segments' rows.

@@ -1,8 +1,8 @@
-"""A linear layer of every member, with the weights where they are: in the members' own parameters.
+"""A linear layer of every member, which reads the weights from the members' own parameters.
 
-Stacking all weights first would write, and then read, as many bytes as they have, every time; and by the time that a
-product reads them the processor's caches no longer hold them. Here a few are stacked just before the product that reads
-them, small enough for the second cache; large ones are multiplied as they are.
+Stacking all weights first would write and read all their bytes at every call, and the processor's caches would lose the
+weights before a product reads them. Here a few weights are stacked just before the product that reads them, few enough
+for the second-level cache. Large weights are multiplied without stacking.
 
 Axes: R rows (with positions folded in), P members, K and N widths.
 """
@@ -19,12 +19,12 @@ from celmoe.grouped.segments import Segments
 
 from .product import backend_of, is_batched, linear, outer, segment_sum
 
-# What is stacked at a time. Measured: a quarter of it is a tenth slower, for more calls, and all at once no faster.
+# Bytes stacked at a time. Measured: a quarter is a tenth slower, because of more calls; all at once is no faster.
 _BYTES_AT_A_TIME = 1 << 20
 
 
 class _Part(NamedTuple):
-    """Neighbouring members that share a product: their rows, and how many each has."""
+    """Neighbouring members that share a product, with their rows and the number of rows of each."""
 
     first: int
     last: int
@@ -45,13 +45,13 @@ def _parts(segments: Segments, factor: int, weight: torch.Tensor) -> Iterator[_P
 
 
 class _Space:
-    """Where weights are stacked, one part's after another's: memory that is in a cache already."""
+    """Memory that each part's weights are stacked in, one part after another, so that it stays in a cache."""
 
     def __init__(self) -> None:
         self._whole: torch.Tensor | None = None
 
     def stacked(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """``[members, N, K]``, until the next call."""
+        """Stack weights to ``[members, N, K]``, valid until the next call."""
         if self._whole is None or len(self._whole) < len(weights):
             self._whole = weights[0].new_empty(len(weights), *weights[0].shape)
         return torch.stack(list(weights), out=self._whole[: len(weights)])
@@ -82,7 +82,7 @@ def _multiply(
 
 
 class _Wanted(NamedTuple):
-    """Which gradients are asked for."""
+    """The gradients that are asked for."""
 
     rows: bool
     weights: bool
@@ -90,7 +90,7 @@ class _Wanted(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of rows ``[R, K]``, and of each member's weight and bias; none where none is asked for."""
+    """The gradients of rows ``[R, K]`` and of each member's weight and bias; none unless asked for."""
 
     rows: torch.Tensor | None
     weights: Sequence[torch.Tensor]
@@ -107,8 +107,8 @@ def _gradients(
 ) -> _Gradients:
     (n, k) = weights[0].shape
     grad_x = torch.empty_like(x_RK) if wanted.rows else None
-    # As many tensors as there are parts: one for all would be fresh memory at every step, which costs more to get than
-    # to fill.
+    # Each part makes its own tensor: one tensor for all would be fresh memory at every step, and getting that memory
+    # costs more than filling it.
     grad_w: list[torch.Tensor] = []
     grad_b: list[torch.Tensor] = []
     space = _Space()
@@ -170,7 +170,7 @@ def _differentiable(
     factor: int,
     wanted: _Wanted,
 ) -> _Gradients:
-    """The same as a graph that can be differentiated again."""
+    """Compute `_gradients` as a graph that can be differentiated again."""
     return _Gradients(
         linear(grad_RN, torch.stack(list(weights)).mT.conj(), None, segments, factor) if wanted.rows else None,
         outer(grad_RN, x_RK.conj(), segments, factor).unbind(0) if wanted.weights else (),
@@ -179,7 +179,7 @@ def _differentiable(
 
 
 def _halves(values: Sequence[Any], has_bias: bool) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Weights and biases."""
+    """Split values into those of weights and those of biases."""
     return (values[: len(values) // 2], values[len(values) // 2 :]) if has_bias else (values, ())
 
 
@@ -190,7 +190,7 @@ def linear_of_members(
     segments: Segments,
     factor: int,
 ) -> torch.Tensor:
-    """``[R, N]``: each row through its member's weights, differentiable any number of times.
+    """Run each row through its member's linear layer, to ``[R, N]``; differentiable any number of times.
 
     Args:
         x_RK: ``[R, K]``, ``factor`` positions for each of the segments' rows.
@@ -203,6 +203,6 @@ def linear_of_members(
         bias = torch.stack(list(biases)) if biases else None
         return linear(x_RK, torch.stack(list(weights)), bias, segments, factor)
     if not torch.is_grad_enabled():
-        # An autograd function looks at each of its arguments, which are many.
+        # A custom Function inspects each of its many arguments.
         return _multiply(x_RK.contiguous(), weights, biases, segments, factor)
     return cast(torch.Tensor, _LinearOfMembers.apply(x_RK, segments, factor, bool(biases), *weights, *biases))

@@ -1,14 +1,14 @@
-"""Sums of products by segment: what a linear layer, its gradients, and the gradient of anything by member come down to.
+"""Sums of products by segment, which linear layers, their gradients and all gradients by member come down to.
 
-Three operations, each other's derivatives, so that any of them can be differentiated again and again:
+Four operations are each other's derivatives, so that any of them can be differentiated again and again:
 
     multiply(x, w)[r] = w[m(r)] x[r]          spread(s)[r] = s[m(r)]
     outer(y, x)[p]    = sum_r y[r] xᵀ[r]      segment_sum(x)[p] = sum_r x[r]       (r over the rows of member p)
 
 Axes: R rows (with positions folded in), P members, K and N widths; m(r) is row r's member.
 
-Who computes them is `backend_for`'s choice: on a CPU the members of equally many rows share a batched product, for
-there a call costs less than moving rows does. Elsewhere calls are what costs, so there is one for all members.
+`backend_for` chooses the backend. On a CPU a call costs less than moving rows, so members of equally many rows
+share a batched product. On other devices calls are costly, so one call, or a few, serve all members.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from celmoe.torch_internals import is_batch_of_gradients, transforms_are_active
 
 
 class Backend(Protocol):
-    """Who computes the sums, without autograd. Rows come with ``factor`` positions each."""
+    """A way to compute the sums, without autograd. Rows come with ``factor`` positions each."""
 
     def multiply(
         self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
     ) -> torch.Tensor:
-        """``[R, K]`` and ``[P, N, K]`` to ``[R, N]``, with a bias by member."""
+        """Multiply ``[R, K]`` by ``[P, N, K]`` to ``[R, N]``, with a bias by member."""
 
     def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        """``[R, N]`` and ``[R, K]`` to ``[P, N, K]``."""
+        """Multiply and sum ``[R, N]`` and ``[R, K]`` to ``[P, N, K]``."""
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        """``[R, K]`` to ``[P, K]``."""
+        """Sum ``[R, K]`` to ``[P, K]``."""
 
 
 class _ByRuns:
@@ -93,9 +93,9 @@ class _ByRuns:
 
 
 class _Padded:
-    """Members of like numbers of rows are given equally many places: a few calls, however many members there are.
+    """A few calls for any number of members: members with about equally many rows get equally many places.
 
-    Places without a row hold zeros, and what is computed there is dropped.
+    Places without a row hold zeros, and their results are dropped.
     """
 
     def multiply(
@@ -118,7 +118,7 @@ class _Padded:
 
     @staticmethod
     def _bucketed(x_RK: torch.Tensor, segments: Segments, factor: int) -> list[tuple[torch.Tensor, slice]]:
-        """``[members, places, K]`` for each bucket, and which members those are."""
+        """``[members, places, K]`` for each bucket, and the slice of its members."""
         index, _ = segments.padded(factor)
         placed = torch.cat([x_RK, x_RK.new_zeros(1, x_RK.shape[1])]).index_select(0, index)
         found = []
@@ -135,7 +135,7 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 class _GroupedMM:
     """PyTorch's own grouped product, one call for all members.
 
-    It takes no bias, and strides of multiples of 16 bytes only.
+    `grouped_mm` takes no bias, and only strides that are multiples of 16 bytes.
     """
 
     def multiply(
@@ -152,7 +152,7 @@ class _GroupedMM:
         return torch.nn.functional.grouped_mm(y_RN.contiguous().t(), x_RK.contiguous(), offs=ends)
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        # A product with ones: eight columns of them are 16 bytes in every dtype that it takes.
+        # The sum is a product with ones: eight columns are 16 bytes in every dtype of this backend.
         ones = x_RK.new_ones(x_RK.shape[0], 8)
         return self.outer(x_RK, ones, segments, factor)[:, :, 0]
 
@@ -161,12 +161,12 @@ BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped
 
 
 def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    """The name of the backend that fits: a rule, not a measurement, so that a run repeats itself.
+    """The name of the backend that fits, by a rule and not by measurement, so that a run repeats itself.
 
     Args:
-        device: Its type.
-        dtype: Of rows and weights.
-        widths: Of all operands' axes, but for rows and members.
+        device: The device's type.
+        dtype: The dtype of rows and weights.
+        widths: The lengths of all operands' axes but those of rows and members.
     """
     if device == "cpu":
         return "runs"
@@ -182,7 +182,7 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str
 
 def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
     """The name of the backend for these operands."""
-    # Weights may be turned: then it is their other axis that memory is laid out by.
+    # Transposed weights are laid out in memory by their other axis, so both axes count.
     widths = tuple(width for operand in operands for width in operand.shape[1:])
     return backend_for(segments.device.type, operands[0].dtype, widths)
 
@@ -192,7 +192,7 @@ def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
 
 
 class _Linear(Function):
-    """``multiply``, or with ``is_transposed`` the same by the transposed weights."""
+    """``multiply`` by the weights, or by the transposed weights if ``is_transposed``."""
 
     @staticmethod
     def forward(
@@ -282,7 +282,7 @@ class _Spread(Function):
 
 
 def is_batched(*tensors: torch.Tensor) -> bool:
-    """Whether gradients are batches of gradients, as for ``is_grads_batched``: then plain operators must do.
+    """Tells if gradients are batches of gradients, as for ``is_grads_batched``: then only plain operators run.
 
     A forward pass under such a transform is never grouped.
     """
@@ -298,7 +298,7 @@ def linear(
     *,
     is_transposed: bool = False,
 ) -> torch.Tensor:
-    """``[R, N]``: each row through its member's weights, differentiable any number of times.
+    """Run each row through its member's weights, to ``[R, N]``; differentiable any number of times.
 
     Args:
         x_RK: ``[R, K]``, ``factor`` positions for each of the segments' rows.
@@ -306,7 +306,7 @@ def linear(
         bias_PN: ``[P, N]`` or ``None``.
         segments: The rows of each member.
         factor: Positions folded into each row.
-        is_transposed: Whether the weights are ``[P, K, N]``.
+        is_transposed: If true, the weights are ``[P, K, N]``.
     """
     if is_batched(x_RK, w_PNK):
         w_PKN = w_PNK if is_transposed else w_PNK.mT
@@ -316,7 +316,7 @@ def linear(
 
 
 def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-    """``[P, N, K]``: the sum over each member's rows of ``y xᵀ``."""
+    """Sum ``y xᵀ`` over each member's rows, to ``[P, N, K]``."""
     if is_batched(y_RN, x_RK):
         pairs = zip(_cut(y_RN, segments, factor), _cut(x_RK, segments, factor), strict=True)
         return torch.stack([y.mT @ x for y, x in pairs])
@@ -324,14 +324,14 @@ def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: in
 
 
 def segment_sum(x: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-    """``[R, ...]`` to ``[P, ...]``: the sum over each member's rows."""
+    """Sum over each member's rows, ``[R, ...]`` to ``[P, ...]``."""
     if is_batched(x):
         return torch.stack([each.sum(0) for each in _cut(x, segments, factor)])
     return cast(torch.Tensor, _SegmentSum.apply(x, segments, factor))
 
 
 def spread(stack: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-    """``[P, ...]`` to ``[R, ...]``: each row's member's entry."""
+    """Give each row its member's entry, ``[P, ...]`` to ``[R, ...]``."""
     if is_batched(stack):
         return stack.index_select(0, segments.member_of_row(factor))
     return cast(torch.Tensor, _Spread.apply(stack, segments, factor))

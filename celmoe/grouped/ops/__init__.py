@@ -1,6 +1,6 @@
-"""The operations that programs are made of: a handler for each, registered by the function that an expert calls.
+"""The operations that programs are made of, each with a handler, registered by the function that an expert calls.
 
-`table` holds them, and what all of them need. To add one, see notes/tracer.md.
+`table` holds the registry and the helpers that all handlers share. See notes/tracer.md to add an operation.
 """
 
 from . import (

@@ -1,6 +1,6 @@
-"""Attention: of rows as it is, for each row attends to itself alone; its projections are products by member.
+"""Attention on all rows at once, because each row attends to itself alone; projections are products by member.
 
-Axes: R rows, L positions that ask, S positions that are asked, D width.
+Axes: R rows, L query positions, S key positions, D width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .table import Run, align, arguments, operation
 
 @operation("scaled_dot_product_attention", namespaces=(F,))
 def attention(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Of queries, keys and values with the row axis in the same place, in front of heads, positions and width."""
+    """Attend with queries, keys and values that have the row axis in one place, in front of positions and width."""
     options = dict(kwargs)
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     extra = {key: options.pop(key) for key in ("scale", "enable_gqa") if key in options}
@@ -29,7 +29,7 @@ def attention(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if len({(each.axis, each.factor, each.dim()) for each in ragged}) > 1:
         raise CannotGroupError(f"put samples side by side with others ({name})")
     if mask is not None:
-        # A query stands for all, so that the mask is brought to its axes.
+        # The mask is aligned with the query's axes, which keys and values share.
         (_, plain_mask), _ = align(run, name, [query, mask])
     else:
         plain_mask = None
@@ -50,7 +50,7 @@ _DEFAULTS = (True, None, True, None, False, None, None, None, None, None, True, 
 
 @operation("multi_head_attention_forward", namespaces=(F,))
 def multi_head(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Ragged, Ragged | None]:
-    """What ``nn.MultiheadAttention`` calls: positions first, rows second. As in "Attention Is All You Need", 3.2.2."""
+    """Run ``nn.MultiheadAttention``, positions first, rows second ("Attention Is All You Need", 3.2.2)."""
     given = dict(zip(_NAMES, arguments(_NAMES, args, kwargs, _DEFAULTS), strict=True))
     query, key, value = given["query"], given["key"], given["value"]
     if any(not isinstance(each, Rows) or each.axis != 1 or each.dim() != 3 for each in (query, key, value)):
@@ -107,7 +107,7 @@ def _rows_first(value: Rows) -> Rows:
 
 
 def _mask(run: Run, given: dict[str, Any], asks: torch.Tensor, heads: int, factor: int) -> torch.Tensor | None:
-    """What is added to the scores ``[R, heads, L, S]``: both masks, a boolean one being minus infinity where true."""
+    """The sum of both masks, to add to the scores ``[R, heads, L, S]``; a boolean mask's true entries are -inf."""
     found: torch.Tensor | None = None
     padding, mask = given["key_padding_mask"], given["attn_mask"]
     if given["is_causal"] and mask is not None and padding is None and not given["need_weights"]:

@@ -1,4 +1,4 @@
-"""Distances and likeness of vectors, within each row."""
+"""Distances and similarities of vectors, within each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .table import Run, align, arguments, operands, operation
 
 @operation("cosine_similarity", "pairwise_distance", namespaces=(torch, F))
 def along_one_axis(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Of two tensors along an axis, which goes."""
+    """Compare two tensors along an axis, and drop the axis unless ``keepdim``."""
     left, right, *rest = args
     num_axes = max(each.dim() for each in (left, right))
     keepdim, place = False, -1
@@ -22,7 +22,7 @@ def along_one_axis(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ra
         dim, eps = arguments(("dim", "eps"), rest, kwargs, (1, 1e-8))
         if not -num_axes <= dim < num_axes:
             raise IndexError(f"Dimension out of range (got {dim} for {num_axes} axes)")
-        # From the back, where the operands' axes are the expert's own.
+        # The axis is counted from the back: there the operands' axes are the expert's own.
         place = dim % num_axes - num_axes
         options = [place, eps]
     else:
@@ -39,7 +39,7 @@ def along_one_axis(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ra
 
 @operation("cdist", namespaces=(torch,))
 def between_all(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Between all vectors of one matrix and all of another, of each row."""
+    """Measure distances between all vectors of one matrix and all of another, within each row."""
     left, right, *_ = values = args
     if operands([*args[2:], *kwargs.values()]) or len(values) < 2:
         raise CannotGroupError(f"passed arguments that are not known here (to {name})")

@@ -1,4 +1,4 @@
-"""Operations element by element, with broadcasting, in place or not; random ones among them."""
+"""Element-wise operations with broadcasting, in place or not, and random ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ELEMENTWISE = """
     __truediv__ __div__ __neg__ __abs__ __pos__ clone contiguous float
     double half bfloat16 long int bool to type_as detach data
 """
-# The same, with their first argument written into.
+# The same operations, writing into their first argument.
 IN_PLACE = """
     add_ sub_ mul_ div_ pow_ neg_ exp_ sqrt_ rsqrt_ tanh_ sigmoid_ relu_ abs_ clamp_ clamp_min_ clamp_max_ fill_
     zero_ masked_fill_ lerp_ addcmul_ addcdiv_ copy_ floor_ ceil_ round_ square_ reciprocal_ log_ log1p_ sin_ cos_
@@ -38,7 +38,7 @@ IN_PLACE = """
 """
 
 
-# Of those, which may give the very tensor that they were given.
+# These operations may return the very tensor that they were given.
 _MAY_BE_THE_SAME = {
     *("contiguous", "float", "double", "half", "bfloat16", "long", "int", "bool", "to", "type_as", "detach", "data"),
     *("positive", "__pos__"),
@@ -47,18 +47,18 @@ _MAY_BE_THE_SAME = {
 
 @cache
 def place_of_inplace(func: Any) -> int | None:
-    """Which argument says that the first is to be written into."""
+    """The place of the argument ``inplace``, or ``None`` if there is none."""
     try:
         names = list(inspect.signature(func).parameters)
     except ValueError:
-        # Of built-in ones none does.
+        # Built-in functions take no ``inplace``.
         return None
     return names.index("inplace") if "inplace" in names else None
 
 
 @operation(*ELEMENTWISE.split())
 def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Any of `ELEMENTWISE`."""
+    """Run any of `ELEMENTWISE`."""
     place = place_of_inplace(func)
     if kwargs.get("inplace") or (place is not None and place < len(args) and args[place]):
         return in_place(run, func, name, args, kwargs)
@@ -71,17 +71,17 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if name == "contiguous":
         run.note_copy(args[0], result.plain, lambda some: bool(some.is_contiguous()))
     if isinstance(result, Common):
-        # The context's memory stays the context's.
+        # The result may be the context's own tensor, which must not be written into.
         result.is_given = isinstance(args[0], Common) and args[0].is_given
     return result
 
 
-# Nothing is left of what was there.
+# These operations overwrite all entries of the target.
 _OVERWRITE = {"zero_", "fill_", "copy_"}
 
 
 def _not_in_place(func: Any, name: str, args: list[Any], options: dict[str, Any]) -> torch.Tensor:
-    """What an operation would write."""
+    """The entries that an in-place operation would write."""
     if place_of_inplace(func) is not None:
         by_name = dict(zip(inspect.signature(func).parameters, args, strict=False))
         return cast(torch.Tensor, func(**by_name | options | {"inplace": False}))
@@ -90,7 +90,7 @@ def _not_in_place(func: Any, name: str, args: list[Any], options: dict[str, Any]
 
 
 def writable(run: Run, name: str, target: Ragged, others: Sequence[Ragged]) -> Ragged:
-    """What is written into where an operation was given a value.
+    """The value that an operation may write into.
 
     Args:
         run: The pass.
@@ -99,11 +99,11 @@ def writable(run: Run, name: str, target: Ragged, others: Sequence[Ragged]) -> R
         others: The operation's other tensors.
 
     Raises:
-        CannotGroupError: It must not be written into, or would hold what it can't.
+        CannotGroupError: The value must not be written into, or can't hold the result.
     """
     if isinstance(target, Rows) and run.is_ambiguous(target.plain):
         raise CannotGroupError(f"wrote into what their number of rows makes a copy or a view ({name})")
-    # A number each, a loss say. Of larger ones a member's reshape may be a copy where that of the stack is a view.
+    # Only a number a member, say a loss: reshaping a larger entry may copy for a member but not for the stack.
     if isinstance(target, Stack) and (not target.is_own or target.dim() or run.expands):
         raise CannotGroupError(f"wrote into a parameter or buffer, or what was made of one ({name})")
     if not isinstance(target, Rows) and any(isinstance(other, Rows) for other in others):
@@ -121,7 +121,7 @@ def writable(run: Run, name: str, target: Ragged, others: Sequence[Ragged]) -> R
 
 @operation(*IN_PLACE.split())
 def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Any of `IN_PLACE`: the memory behind rows is their own, and views of it are views for the expert as well."""
+    """Run any of `IN_PLACE`: rows own their memory, and a view of that memory is a view for the expert, too."""
     taken = args[0]
     others = operands([*args[1:], *kwargs.values()])
     target = writable(run, name, taken, others)
@@ -131,7 +131,7 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if taken is target or name in _OVERWRITE:
         func(target.plain, *positional[1:], **options)
     else:
-        # What is read must not be what is written, which it shares memory with.
+        # The target shares memory with the operand, so a clone is read.
         written = _not_in_place(func, name, [positional[0].clone(), *positional[1:]], options)
         if not torch.can_cast(written.dtype, target.dtype):
             raise RuntimeError(f"result type {written.dtype} can't be cast to {target.dtype}")
@@ -143,7 +143,7 @@ def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @operation("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", namespaces=(F,))
 def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Of rows: each draws its own numbers, as it would alone."""
+    """Run on rows only: each row draws its own numbers, as it would alone."""
     value, *options = args
     refuse_row_counts(name, [*options, *kwargs.values()])
     options_by_name = dict(zip(("p", "training", "inplace"), options, strict=False)) | kwargs
@@ -161,13 +161,13 @@ def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @operation("is_floating_point", "is_complex", "numel", namespaces=(torch,))
 def fact(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """What the expert may know of a tensor."""
+    """A fact about a tensor that the expert may know."""
     return getattr(args[0], name)()
 
 
 @operation("rand_like", "randn_like")
 def random_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """For rows only: for anything else every member would draw."""
+    """Run on rows only: for any other value, every member would draw its own numbers."""
     value = args[0]
     if not isinstance(value, Rows):
         raise CannotGroupError(f"drew random numbers that are not for rows ({name})")
@@ -176,7 +176,7 @@ def random_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
 
 @operation("zeros_like", "ones_like", "full_like")
 def constant_like(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """A constant of the same kind."""
+    """Make a constant like another value."""
     refuse_row_counts(name, [*args[1:], *kwargs.values()])
     if operands([*args[1:], *kwargs.values()]):
         raise CannotGroupError(f"filled a tensor with another ({name})")

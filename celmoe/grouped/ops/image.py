@@ -11,13 +11,13 @@ from celmoe.grouped.values import CannotGroupError, Ragged, Rows, like
 
 from .table import Run, operands, operation, refuse_row_counts
 
-# Axes that these move entries among: the last ones, in front of which any others may stand.
+# Pixel shuffles move entries among this many last axes; any axes may stand in front.
 _PIXELS = 3
 
 
 @operation("interpolate", "upsample", "channel_shuffle", namespaces=(F, torch))
 def resample(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Over positions, or channels, of rows that come first."""
+    """Resample positions, or shuffle channels, of values whose first axis is the row axis."""
     value, options = _taken(name, args, kwargs)
     if not isinstance(value, Rows) or value.axis != 0:
         raise CannotGroupError(f"called {name} with another axis than the batch first")
@@ -26,7 +26,7 @@ def resample(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("pixel_shuffle", "pixel_unshuffle", namespaces=(F, torch))
 def shuffle(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Between channels and positions, which are the last axes."""
+    """Move entries between channels and positions, which are the last axes."""
     value, options = _taken(name, args, kwargs)
     if isinstance(value, Rows) and value.axis >= value.dim() - _PIXELS:
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")

@@ -20,8 +20,8 @@ class _Keys(NamedTuple):
     """A key, spelled out.
 
     Attributes:
-        all: One for each axis of the tensor, and ``None`` for each new one: numbers, slices, or tensors of integers.
-        axis: Where rows, or members, are in what it takes.
+        all: One key for each axis: a number, a slice or a tensor of integers; and ``None`` for each new axis.
+        axis: The axis of rows, or of members, in the result.
     """
 
     all: list[Any]
@@ -29,10 +29,10 @@ class _Keys(NamedTuple):
 
 
 def _spelled(value: Ragged, key: Any) -> _Keys:
-    """A key in numbers, slices and integers that leaves rows and members whole.
+    """Spell a key out in numbers, slices and integers that leave rows and members whole.
 
     Raises:
-        CannotGroupError: It reads values, or takes some of the rows.
+        CannotGroupError: The key reads values, or takes some of the rows.
     """
     given = list(key) if isinstance(key, tuple) else [key]
     keys: list[Any] = []
@@ -53,7 +53,7 @@ def _spelled(value: Ragged, key: Any) -> _Keys:
 
 
 def _tensors_of(key: Any, value: Ragged) -> list[Any]:
-    """What stands for one part of a key: a list as a tensor, a mask as the integers where it holds."""
+    """Replace one part of a key: a list becomes a tensor, a mask becomes the integers of its true entries."""
     if key is None or key is Ellipsis or type(key) in (int, slice):
         return [key]
     if isinstance(key, list):
@@ -74,7 +74,7 @@ def _tensors_of(key: Any, value: Ragged) -> list[Any]:
     return [key]
 
 
-# Among keys: of all members, or of each one.
+# A tensor key is the same for all members, or each member's own.
 _TENSORS = (torch.Tensor, Ragged)
 
 
@@ -83,7 +83,7 @@ def _parts(each: slice) -> tuple[Any, Any, Any]:
 
 
 def _keep_rows(value: Rows, keys: list[Any]) -> None:
-    """Write out the part that takes all rows; what takes part of them is refused."""
+    """Write out the key that takes all rows; refuse a key that takes some of the rows."""
     places = [place for place, each in enumerate(keys) if each is not None]
     if len(places) != value.dim():
         raise IndexError(f"too many indices for a tensor of {value.dim()} axes")
@@ -96,9 +96,9 @@ def _keep_rows(value: Rows, keys: list[Any]) -> None:
 
 
 def _axis_behind(keys: Sequence[Any], axis: int) -> int:
-    """Where an axis that is taken whole is afterwards.
+    """The place in the result of an axis that is taken whole.
 
-    Tensors' axes stand where the tensors do if those are neighbours, else in front. Numbers are taken before all else.
+    The axes of tensor keys stand in the keys' place if the keys are neighbours, else in front. Numbers are taken first.
     """
     source, found = 0, []
     for each in keys:
@@ -121,7 +121,7 @@ def _axis_behind(keys: Sequence[Any], axis: int) -> int:
 
 @operation("__getitem__")
 def index(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Whatever is the same for all rows, along all axes but the row axis; a table by the rows' integers."""
+    """Take the same entries of all rows, along any axis but the row axis, or look the rows' integers up in a table."""
     value, key = args
     if isinstance(key, Rows | Stack):
         return look_up(run, value, key)
@@ -142,7 +142,7 @@ def _item(value: torch.Tensor, key: tuple[Any, ...]) -> torch.Tensor:
 
 @operation("__setitem__")
 def assign(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> None:
-    """Into the part of a tensor that a key takes; by a mask of its own rows a number."""
+    """Assign to the part of a tensor that a key takes; a mask of the tensor's own rows takes only a number."""
     given, key, new = args
     refuse_row_counts(name, [new])
     if isinstance(key, Rows) and key.dtype == torch.bool:
@@ -192,7 +192,7 @@ def put(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 
 def _stand_together(*values: Any) -> bool:
-    """Whether all are rows, with as many axes and the row axis among them at the same place."""
+    """Tells if all are rows, with equally many axes and the row axis in the same place."""
     found = {(each.axis, each.factor, each.dim()) if isinstance(each, Rows) else None for each in values}
     return len(found) == 1 and None not in found
 

@@ -1,6 +1,6 @@
-"""Losses over rows: one for each row or element first, then their sum or mean by segment.
+"""Losses over rows: first a loss for each row or element, then the sum or mean by segment.
 
-A mean divides by what its own expert counts: its elements, or its targets that are not left out.
+A mean divides by its own expert's number of elements, or of targets that are not ignored.
 
 Axes: R rows, P members.
 """
@@ -21,7 +21,7 @@ from .reduce import reduce
 from .table import Run, align, loop, operands, operation, refuse_row_counts
 
 _REDUCTIONS = ("none", "mean", "sum")
-# Their weights count in a mean, unlike those of other losses.
+# The weights of these losses count in a mean, unlike those of other losses.
 _WEIGHTED = {"mse_loss", "l1_loss", "huber_loss"}
 
 
@@ -50,7 +50,7 @@ def _options(func: Any, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
     namespaces=(F,),
 )
 def of_elements(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Losses of one element after another."""
+    """Run a loss that is computed element by element."""
     options = _options(func, name, args, kwargs)
     reduction = options.pop("reduction")
     if name in _WEIGHTED and options.get("weight") is not None:
@@ -77,7 +77,7 @@ def _reduced(run: Run, each: Ragged, reduction: str) -> Any:
 
 
 def _per_member(run: Run, factor: int, like: torch.Tensor) -> torch.Tensor:
-    """``[P]``: the rows of each member."""
+    """The number of rows of each member, ``[P]``."""
     return torch.tensor([count * factor for count in run.segments.counts], device=like.device, dtype=like.dtype)
 
 
@@ -87,7 +87,7 @@ def _like(total: Ragged, inner: torch.Tensor) -> Ragged:
 
 @operation("cross_entropy", "nll_loss", namespaces=(F,))
 def of_classes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Losses of each row's scores of classes, which stand along the second axis."""
+    """Run a loss of each row's class scores, which stand along the second axis."""
     options = _options(func, name, args, kwargs)
     scores, target, reduction = options["input"], options["target"], options["reduction"]
     if not isinstance(scores, Rows):
@@ -102,8 +102,8 @@ def of_classes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if not isinstance(target, Rows) or (target.axis, target.factor) != (target_axis, scores.factor):
         raise CannotGroupError(f"called {name} with targets that are not the rows' own")
     if options["weight"] is not None or (is_directml(scores.device) and reduction != "none"):
-        # A mean divides by the weights of its targets, and may find none: PyTorch's own for each. And on DirectML
-        # cross_entropy without a reduction has no gradient, with one it has.
+        # A mean divides by its targets' total weight, which may be zero, so PyTorch's own loss runs for each member.
+        # On DirectML, cross_entropy has a gradient only with a reduction.
         return _of_members(run, func, name, options, axis)
     plain = {"input": scores.plain, "target": target.plain, "reduction": "none"}
     each = rows(func(**options | plain), axis, scores.factor)
@@ -121,7 +121,7 @@ def of_classes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     namespaces=(F,),
 )
 def by_member(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Losses of each row, the batch first."""
+    """Run a loss of whole rows, one member after another; the batch is the first axis."""
     options = _options(func, name, args, kwargs)
     of_rows = [each for each in operands(options.values()) if isinstance(each, Rows)]
     if any((each.axis, each.factor) != (0, of_rows[0].factor) for each in of_rows):
@@ -130,7 +130,7 @@ def by_member(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _of_members(run: Run, func: Any, name: str, options: dict[str, Any], axis: int) -> Any:
-    """One member after another; what is not reduced has the row axis at ``axis``."""
+    """Run one member after another; a result that is not reduced has the row axis at ``axis``."""
     tensors = operands(options.values())
     if all(isinstance(each, Common) for each in tensors):
         return common(func(**options | {key: each.plain for key, each in options.items() if isinstance(each, Common)}))

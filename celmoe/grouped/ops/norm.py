@@ -28,7 +28,7 @@ def _scaled(run: Run, name: str, value: Ragged, weight: Ragged | None, bias: Rag
 
 
 def _by_runs(run: Run, value: Ragged, weight: Ragged | None, bias: Ragged | None) -> Ragged | None:
-    """The same by the members' own vectors, where rows come first and calls cost less than moving them."""
+    """Scale by the members' own vectors if rows come first and calls cost less than moving rows; else ``None``."""
     vectors = [each for each in (weight, bias) if each is not None]
     if not isinstance(value, Rows) or value.axis != 0 or not value.plain.numel():
         return None
@@ -47,7 +47,7 @@ def _by_runs(run: Run, value: Ragged, weight: Ragged | None, bias: Ragged | None
 @operation("rms_norm", namespaces=(torch,))
 @operation("layer_norm", "rms_norm", namespaces=(F,))
 def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Over the last axes, then the members' weights by row."""
+    """Normalize over the last axes, then scale and shift each row by its member's vectors."""
     if name == "layer_norm":
         names: tuple[str, ...] = ("input", "normalized_shape", "weight", "bias", "eps")
         value, shape, weight, bias, eps = arguments(names, args, kwargs, (None, None, 1e-5))
@@ -56,7 +56,7 @@ def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
         value, shape, weight, eps = arguments(names, args, kwargs, (None, None))
     if isinstance(value, Rows) and value.axis >= value.dim() - len(shape):
         raise CannotGroupError(f"mixed samples ({name} over the batch axis)")
-    # Kernels of DirectML's have taken memory in another order for such in order.
+    # Some DirectML kernels have read non-contiguous memory as contiguous.
     inner = value.plain.contiguous() if is_directml(run.segments.device) else value.plain
     dtype = inner.dtype
     if dtype.itemsize < 4:
@@ -71,19 +71,19 @@ def layer_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
 
 
 def _in_dtype(dtype: torch.dtype, *vectors: Ragged | None) -> list[Any]:
-    """Weights in the rows' dtype, which PyTorch's own kernels of mixed precision give back."""
+    """Cast vectors to the rows' dtype, which PyTorch's own mixed-precision kernels return."""
     return [each if each is None or each.dtype == dtype else like(each, each.plain.to(dtype)) for each in vectors]
 
 
 @operation("group_norm", namespaces=(F,))
 def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Over groups of channels of each row, then the members' weights."""
+    """Normalize groups of channels of each row, then scale and shift by the members' vectors."""
     names = ("input", "num_groups", "weight", "bias", "eps")
     value, groups, weight, bias, eps = arguments(names, args, kwargs, (None, None, 1e-5))
     if not isinstance(value, Rows) or value.axis != 0:
         raise CannotGroupError(f"called {name} with another axis than the batch first")
     if value.plain.shape[1:].numel() == groups:
-        # Of a single value PyTorch makes an error, where there is but one row.
+        # PyTorch refuses to normalize single values if the batch has one row; this call raises PyTorch's error.
         F.group_norm(value.plain[: min(run.segments.counts) * value.factor], groups)
     dtype = torch.float32 if value.plain.is_cuda and torch.is_autocast_enabled("cuda") else value.dtype
     wide = _wide(value)
@@ -92,12 +92,12 @@ def group_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
 
 
 def _wide(value: Ragged) -> Ragged:
-    """Rows in float32, if they are in less: PyTorch's own kernels round once, after the weights."""
+    """Cast rows of lower precision to float32: PyTorch's own kernels round once, after the weights."""
     return like(value, value.plain.float()) if value.dtype.itemsize < 4 else value
 
 
 def _by_channels(run: Run, name: str, normed: Ragged, weight: Any, bias: Any, dtype: torch.dtype) -> Ragged:
-    """Scaled and shifted by channel, and then of a dtype."""
+    """Scale and shift by channel, then cast to ``dtype``."""
     after = normed.dim() - 2
     weight, bias = _in_dtype(normed.dtype, weight, bias)
     scaled = _scaled(run, name, normed, _by_channel(weight, after), _by_channel(bias, after))
@@ -114,7 +114,7 @@ def _by_channel(value: Any, after: int) -> Any:
 
 @operation("batch_norm", namespaces=(F,))
 def batch_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """In evaluation each member's running statistics are constants; in training it mixes samples."""
+    """Normalize by each member's running statistics; refuse training, which mixes samples."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
     value, mean, variance, weight, bias, training, _, eps = arguments(
         names, args, kwargs, (None, None, False, 0.1, 1e-5)
@@ -133,7 +133,7 @@ def batch_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged
 
 @operation("instance_norm", namespaces=(F,))
 def instance_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Over the positions of each row and channel, or by each member's running statistics."""
+    """Normalize over the positions of each row and channel, or by each member's running statistics."""
     names = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
     value, mean, variance, weight, bias, is_own, _, eps = arguments(
         names, args, kwargs, (None, None, None, None, True, 0.1, 1e-5)
@@ -152,7 +152,7 @@ def instance_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Rag
 
 @operation("prelu", namespaces=(torch, torch.Tensor, F))
 def prelu(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """By channel, which is the axis behind the batch."""
+    """Scale negative entries by channel, the axis behind the batch."""
     value, weight = arguments(("input", "weight"), args, kwargs)
     if not isinstance(value, Rows) or value.axis != 0 or value.dim() < 2 or not isinstance(weight, Stack):
         raise CannotGroupError(f"called {name} with another axis than the batch first")
@@ -167,7 +167,7 @@ def prelu(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     namespaces=(F,),
 )
 def pool(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Over positions of each row and channel."""
+    """Pool the positions of each row and channel."""
     value, *rest = args
     if not isinstance(value, Rows) or value.axis != 0 or value.dim() != int(name[-2]) + 2:
         raise CannotGroupError(f"called {name} with other axes than batch, channels and positions")

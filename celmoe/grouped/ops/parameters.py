@@ -1,4 +1,4 @@
-"""Operations on parameters alone: most of them one member after another, little beside what is done to rows."""
+"""Operations on parameters alone, most of them one member after another: they cost little beside those on rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMES = """
 
 @operation(*_NAMES.split())
 def of_parameters(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """By member."""
+    """Run one member after another, constants once."""
     refuse_row_counts(name, [*args, *kwargs.values()])
     tensors = operands([*args, *kwargs.values()])
     if any(isinstance(each, Rows) for each in tensors):
@@ -36,7 +36,7 @@ def of_parameters(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any
 
 @operation("weight_norm", namespaces=(SimpleNamespace(weight_norm=weight_norm()),))
 def scaled_to_norm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """``v * g / |v|``, the norm taken over all axes but one, or over all."""
+    """Compute ``v * g / |v|``, the norm taken over all axes but one, or over all."""
     v, g, dim = arguments(("v", "g", "dim"), args, kwargs, (0,))
     if not all(isinstance(each, Stack) for each in (v, g)):
         raise CannotGroupError(f"called {name} on other tensors than parameters")

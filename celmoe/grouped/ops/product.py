@@ -29,7 +29,7 @@ from .table import Run, align, arguments, loop, loop_batch_first, lowered, opera
 
 
 def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows:
-    """The rows' last axis through each row's member's weights: ``[..., K]`` to ``[..., N]`` by ``[N, K]`` each."""
+    """Multiply each row's last axis by its member's weights: ``[..., K]`` to ``[..., N]`` by ``[N, K]`` a member."""
     if value.axis == value.dim() - 1:
         raise CannotGroupError("mixed samples (a product over the batch axis)")
     if any(each is not None and each.is_reduced for each in (weight, bias)):
@@ -49,7 +49,7 @@ def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows
         out = segment_linear(flat, weight_PNK, bias_PN, run.segments, positions)
     else:
         _require_one_dtype(value.plain, own[0], *own_bias[:1])
-        # Rows to the front, every position a row: [R · positions, K].
+        # The row axis moves to the front, and every position becomes a row: [R · positions, K].
         flat = value.plain.movedim(value.axis, 0).reshape(-1, width)
         out = linear_of_members(flat, own, own_bias, run.segments, positions)
     return rows(out.view(*shape, num_out).movedim(0, value.axis), value.axis, value.factor)
@@ -63,7 +63,7 @@ def _require_one_dtype(*tensors: torch.Tensor | None) -> None:
 
 @operation("linear", namespaces=(F,))
 def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """``x Wᵀ + b``."""
+    """Compute ``x Wᵀ + b``."""
     value, weight, bias = arguments(("input", "weight", "bias"), args, kwargs, (None,))
     if not isinstance(value, Rows) or not isinstance(weight, Stack) or weight.dim() != 2:
         product = matmul(run, func, name, (value, like(weight, weight.plain.mT)), {}) if weight.dim() == 2 else None
@@ -77,18 +77,18 @@ def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:
     if torch.is_autocast_enabled(value.device.type):
-        # PyTorch's own would cast both.
+        # PyTorch's own operations would cast both.
         bias = like(bias, bias.plain.to(value.dtype))
     plain, wrap = align(run, "add", [bias, value])
     if beta == 0:
-        # Whatever it holds, but a gradient of zero.
+        # The bias is ignored, even if it holds NaN, and gets a gradient of zero.
         return wrap(plain[1] + plain[0].masked_fill(torch.ones_like(plain[0], dtype=torch.bool), 0))
     return wrap(plain[0] * beta + plain[1] if beta != 1 else plain[1] + plain[0])
 
 
 @operation("matmul", "__matmul__", "mm", "bmm", "mv")
 def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """``a @ b``."""
+    """Compute ``a @ b``."""
     left, right = arguments(("input", "other"), args, kwargs)
     if not isinstance(left, Rows) and not isinstance(right, Rows):
         return _of_members(run, func, name, left, right)
@@ -117,7 +117,7 @@ def matmul(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _not_repeated(value: Ragged, other: Ragged) -> Ragged:
-    """A matrix for each row, for a product with each row's matrix: the same product is that with the matrix."""
+    """Replace a member's matrix repeated for its rows by the matrix itself: a product with rows' matrices is equal."""
     if isinstance(value, Repeated) and isinstance(other, Rows) and not isinstance(other, Repeated):
         fits = value.dim() == 3 and (other.dim(), other.axis, other.factor) == (3, 0, value.factor)
         return value if value.source is None or not fits else value.source
@@ -125,19 +125,19 @@ def _not_repeated(value: Ragged, other: Ragged) -> Ragged:
 
 
 def _without_ones(value: Ragged, num_axes: int) -> Ragged:
-    """A member's matrix without axes in front that are one long, where the other operand has those anyway."""
+    """Drop a stack's leading axes of length one, down to a matrix, while the other operand has as many axes."""
     while isinstance(value, Stack) and 2 < value.dim() <= num_axes and value.shape[0] == 1:
         value = stack(value.plain.squeeze(1), value.is_reduced)
     return value
 
 
 def _by_member(run: Run, name: str, left: Ragged, right: Ragged) -> Rows:
-    """Rows and matrices of each member's, as of attention heads."""
+    """Multiply rows by each member's matrices, one member after another, as for attention heads."""
     value, other = (left, right) if isinstance(left, Rows) else (right, left)
     if isinstance(other, Stack) and other.is_reduced:
         raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
     assert isinstance(value, Rows)
-    # Axes are counted from the back: so they stand one above the other.
+    # Axes are counted from the back, because broadcasting aligns the operands there.
     axis = value.axis - value.dim()
     summed, kept = (-1, -2) if value is left else (-2, -1)
     if axis == summed or value.dim() == 1:
@@ -159,20 +159,20 @@ def _of_members(run: Run, func: Any, name: str, left: Ragged, right: Ragged) -> 
         return common(left.plain @ right.plain)
     is_reduced = any(isinstance(each, Stack) and each.is_reduced for each in (left, right))
     if left.dim() != 2 or right.dim() != 2:
-        # Autocast tells `mv` from `matmul`.
+        # Autocast treats `mv` and `matmul` differently.
         return loop(run, func if name == "mv" else torch.matmul, name, (left, right), {}, None)
     return stack(left.plain @ right.plain, is_reduced)
 
 
 def _batched(run: Run, left: Ragged, right: Ragged) -> Ragged:
-    """Matrices by row: the row axis is one of the axes in front of the last two of both."""
+    """Multiply matrices row by row: the row axis stands in front of the last two axes of both operands."""
     num_axes = max(left.dim(), right.dim())
     found = set()
     for value in (left, right):
         if isinstance(value, Rows):
             found.add((value.axis - value.dim(), value.factor))
             is_left = value is left
-            # The axis that is summed, and of the right operand the last one, can't be the row axis.
+            # The row axis can't be the summed axis, nor the right operand's last axis.
             if value.axis >= value.dim() - 2 and not (
                 is_left and value.dim() >= 2 and value.axis == value.dim() - 2 and isinstance(right, Common)
             ):
@@ -199,7 +199,7 @@ _FACTORS = {
 
 @operation(*_FACTORS)
 def addmm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """``beta b + alpha x W``; in ``addbmm`` that is summed over the first axis."""
+    """Compute ``beta b + alpha x W``; ``addbmm`` sums the product over the first axis."""
     names = ("input", *_FACTORS[name], "beta", "alpha")
     bias, left, right, beta, alpha = arguments(names, args, kwargs, (1, 1))
     refuse_row_counts(name, [beta, alpha])
@@ -213,7 +213,7 @@ def addmm(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("einsum", namespaces=(torch,))
 def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Of rows and a parameter: a product where one set of letters is summed and another one new; else by member."""
+    """Run rows and a parameter as one product if some letters are summed and others are new, else by member."""
     equation, *values = args
     if len(values) == 1 and isinstance(values[0], tuple | list):
         values = list(values[0])
@@ -247,7 +247,7 @@ def einsum(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 
 def _spelled(letters: list[str], output: str, values: list[Any]) -> tuple[list[str], str]:
-    """Letters in place of the dots, which stand for the last of as many axes as the longest has."""
+    """Replace the dots by letters; shorter dots get the last letters of the longest."""
     free = [letter for letter in "ABCDEFGHIJ" if letter not in "".join(letters)]
     lengths = [value.dim() - len(each.replace("...", "")) for each, value in zip(letters, values, strict=True)]
     most = max(length for each, length in zip(letters, lengths, strict=True) if "..." in each)
@@ -261,7 +261,7 @@ def _spelled(letters: list[str], output: str, values: list[Any]) -> tuple[list[s
 
 def _einsum_of_members(equation: str, pairs: list[tuple[str, Any]], output: str) -> Ragged:
     if all(isinstance(value, Common) for _, value in pairs):
-        # Of one operand it may be a view.
+        # The result of one operand may be a view.
         is_given = any(value.is_given for _, value in pairs)
         return common(torch.einsum(equation, *(value.plain for _, value in pairs)), is_given)
     member = next(letter for letter in "ABCDEFGHIJ" if letter not in equation)
@@ -273,7 +273,7 @@ def _einsum_of_members(equation: str, pairs: list[tuple[str, Any]], output: str)
 
 
 def _einsum_as_product(run: Run, pairs: list[tuple[str, Any]], output: str, letter: str) -> torch.Tensor | None:
-    """``...k, ok -> ...o`` in whatever order and for sets of letters; ``None`` where it is something else."""
+    """Compute ``...k, ok -> ...o`` in any order and for sets of letters; ``None`` for any other equation."""
     (w, weight), (x, value) = sorted(pairs, key=lambda pair: not isinstance(pair[1], Stack))
     summed = [each for each in w if each in x and each not in output]
     new = [each for each in w if each not in x]
@@ -292,13 +292,13 @@ def _einsum_as_product(run: Run, pairs: list[tuple[str, Any]], output: str, lett
 
 @operation("bilinear", namespaces=(F,))
 def bilinear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """By member."""
+    """Run one member after another."""
     return loop_batch_first(run, func, name, args, kwargs)
 
 
 @operation("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", namespaces=(F,))
 def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """In one dimension a product with the patches; the rest by member."""
+    """Run a 1-d convolution without groups or dilation as a product with the patches, any other by member."""
     value = args[0] if args else kwargs["input"]
     if name == "conv1d" and isinstance(value, Rows) and value.axis == 0 and value.dim() == 3:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -319,10 +319,10 @@ def convolution(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragge
 
 
 def _patches(padded_RCL: torch.Tensor, size: int, step: int) -> torch.Tensor:
-    """``[R, C, L', size]``: what each place of a kernel of ``size`` sees."""
+    """The patches ``[R, C, L', size]`` that a kernel of ``size`` entries sees."""
     if not is_directml(padded_RCL.device):
         return padded_RCL.unfold(2, size, step)
-    # Without unfolding, whose gradient goes through the CPU there.
+    # The gradient of `unfold` goes through the CPU on DirectML.
     span = (padded_RCL.shape[2] - size) // step * step + 1
     return torch.stack([padded_RCL[:, :, start : start + span : step] for start in range(size)], 3)
 

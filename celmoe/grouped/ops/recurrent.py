@@ -1,8 +1,8 @@
 """Recurrent layers: all rows of all members take each step together.
 
-The loop over members runs S · P tiny steps; here S steps serve them all, each one product by member. A layer of GRU is
-an autograd Function with its backward pass written out (backpropagation through time), for a graph of S · 10 nodes
-would cost more than the products; differentiated twice, it is such a graph.
+A loop over members runs S · P tiny steps; here S steps serve all members, each step one product by member. A GRU layer
+is an autograd Function with an explicit backward pass (backpropagation through time), because a graph of S · 10 nodes
+would cost more than the products. Differentiating the layer twice builds such a graph.
 
 Axes: R rows, S positions, K input width, H hidden width, P members.
 """
@@ -53,13 +53,13 @@ def _step_rnn(activation: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..
     return step
 
 
-# From the input's share of all gates, the hidden state's, and the state to the next state.
+# Each step maps the input's share of all gates, the hidden state's share and the state to the next state.
 _STEPS = {"gru": _step_gru, "lstm": _step_lstm, "rnn_tanh": _step_rnn(torch.tanh), "rnn_relu": _step_rnn(torch.relu)}
 
 
 @operation("gru", "lstm", "rnn_tanh", "rnn_relu", namespaces=(VARIABLE_FUNCTIONS,))
 def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Rows, ...]:
-    """What ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` call: layers of one or two directions."""
+    """Run the layers of ``nn.GRU``, ``nn.LSTM`` or ``nn.RNN``, in one or two directions."""
     value, state, weights, has_biases, layers, dropout, training, both_ways, batch_first = arguments(
         _NAMES, args, kwargs
     )
@@ -96,7 +96,7 @@ def recurrent(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> tuple[R
 
 @operation("gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell", namespaces=(torch,))
 def cell(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """What ``nn.GRUCell``, ``nn.LSTMCell`` and ``nn.RNNCell`` call: one step, of two products by member."""
+    """Run one step of ``nn.GRUCell``, ``nn.LSTMCell`` or ``nn.RNNCell``: two products by member."""
     names = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
     value, state, w_in, w_state, b_in, b_state = arguments(names, args, kwargs, (None, None))
     states = list(state) if name == "lstm_cell" else [state]
@@ -107,7 +107,7 @@ def cell(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if any(not isinstance(each, Stack) for each in (w_in, w_state, b_in, b_state) if each is not None):
         raise CannotGroupError(f"called {name} with weights that are no parameters")
     if value.plain.is_cuda:
-        # Under autocast its kernels take all in the lower precision.
+        # CUDA kernels take all operands in the lower precision under autocast.
         states = [like(each, lowered(each.plain)[0]) for each in states]
     given = by_weights(run, value, w_in, b_in).plain
     share = by_weights(run, states[0], w_state, b_state).plain
@@ -123,11 +123,11 @@ def _layer(
     start: tuple[torch.Tensor, ...],
     weights: tuple[Any, ...],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """One direction of one layer: ``[S, R, K]`` to ``[S, R, H]``, and the last state."""
+    """Run one direction of one layer: ``[S, R, K]`` to ``[S, R, H]``, and the last state."""
     w_in, w_state, b_in, b_state = weights
-    # The inputs' share of all steps is one product.
+    # One product computes the inputs' share of all steps.
     given = by_weights(run, rows(inner, 1), w_in, b_in).plain
-    # Written out, it uses a kernel that DirectML lacks, and writes into parts of tensors.
+    # `_GRU` uses a kernel that DirectML lacks, and writes into parts of tensors.
     is_autocast = torch.is_autocast_enabled(given.device.type)
     if name == "gru" and not is_directml(given.device) and not is_autocast:
         members = [*by_members(run, w_state), *([] if b_state is None else by_members(run, b_state))]
@@ -137,7 +137,7 @@ def _layer(
     is_low = all(each.dtype.itemsize < 4 for each in start) or (is_autocast and (name == "lstm" or given.is_cuda))
     if not is_low:
         return _unrolled(_STEPS[name], given, start, weight, bias, run.segments)
-    # Given and giving the lower precision, as PyTorch's own, and adding up in float32.
+    # Like PyTorch's own kernels, take and return the lower precision but accumulate in float32.
     wide = tuple(each.float() for each in start)
     outputs, state = _unrolled(_STEPS[name], given.float(), wide, weight, bias, run.segments)
     return outputs.to(given.dtype), tuple(each.to(given.dtype) for each in state)
@@ -159,10 +159,10 @@ def _unrolled(
 
 
 class _GRU(Function):
-    """One layer: ``[S, R, 3H]`` of inputs' shares and ``[R, H]`` to ``[S, R, H]``.
+    """One GRU layer: inputs' shares ``[S, R, 3H]`` and first states ``[R, H]`` to all states ``[S, R, H]``.
 
-    Weights and biases come by member. They are stacked here, twice: a stack kept from one pass for the other would be
-    there all the while, as large as the weights.
+    Weights and biases come by member, and each pass stacks them anew. A stack kept from forward to backward would hold
+    as much memory as the weights.
     """
 
     @staticmethod
@@ -174,7 +174,7 @@ class _GRU(Function):
         num_positions, num_rows, gates = given_SRG.shape
         width = gates // 3
         out = given_SRG.new_empty(num_positions, num_rows, width)
-        # What the backward pass needs: both gates, and the hidden's share of the new value, which is then made again.
+        # The backward pass reads both gates and the hidden's share of the new value, and recomputes the new value.
         kept = given_SRG.new_empty(num_positions, 3, num_rows, width)
         hidden = start_RH
         for position, given in enumerate(given_SRG.unbind(0)):
@@ -200,7 +200,7 @@ class _GRU(Function):
             return _again(given_SRG, start_RH, members, segments, grads[0], ctx.needs_input_grad)
         num_positions, num_rows, width = out.shape
         grad_given = torch.empty_like(given_SRG)
-        # Of one position, and of every position of a row together, as the weights' gradients are summed.
+        # `d_share` is for one position; `shares` keeps a row's positions together, to sum the weights' gradients.
         d_share = given_SRG.new_empty(num_rows, 3 * width)
         shares = given_SRG.new_empty(num_rows, num_positions, 3 * width)
         grad_hidden = torch.zeros_like(start_RH)
@@ -220,7 +220,7 @@ class _GRU(Function):
             torch.mul(d_new, reset, out=d_share[:, 2 * width :])
             shares[:, position] = d_share
             grad_hidden = torch.addcmul(linear(d_share, w_PHG, None, segments, 1), grad, update)
-        # Before there are gradients of its size.
+        # Free the stack before gradients of its size are made.
         del w_PHG
         num_members = len(segments.counts)
         of_weights, of_biases = ctx.needs_input_grad[3 : 3 + num_members], ctx.needs_input_grad[3 + num_members :]
@@ -237,7 +237,7 @@ class _GRU(Function):
 
 
 def _stacked(members: Sequence[torch.Tensor], segments: Segments) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``[P, 3H, H]`` weights, and ``[P, 3H]`` biases where there are any."""
+    """Stack weights to ``[P, 3H, H]``, and any biases to ``[P, 3H]``."""
     num_members = len(segments.counts)
     weights, biases = list(members[:num_members]), list(members[num_members:])
     return torch.stack(weights), torch.stack(biases) if biases else None

@@ -1,7 +1,7 @@
 """Operations that reduce or normalize along an axis.
 
-Along other axes than the batch they act on each row alone. Sums and means over the batch become sums by segment: one
-number for each member, which may be a loss.
+Along other axes than the batch, they act on each row alone. A sum or mean over the batch becomes a sum by segment, with
+one entry for each member, which may be a loss.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ REDUCTIONS = [
     "nansum",
     "nanmean",
 ]
-# With the index of what they found.
+# These return the index of their result, too.
 _PAIRS = {"max", "min", "median"}
 _OF_ONE_AXIS = {*_PAIRS, "argmax", "argmin", "prod", "all", "any"}
 
 
 @operation(*REDUCTIONS)
 def reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Any of `REDUCTIONS`."""
+    """Run any of `REDUCTIONS`."""
     return owned(_reduce(run, func, name, args, kwargs))
 
 
@@ -70,7 +70,7 @@ def _reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if value.dim() == 0:
         if name not in {"sum", "mean"}:
             raise CannotGroupError(f"reduced a number ({name})")
-        # As of one: PyTorch sums truth values as integers.
+        # A number is reduced as a vector of one entry: PyTorch sums booleans as integers.
         return like(value, getattr(torch, name)(value.plain.unsqueeze(-1), -1, **options))
     if isinstance(value, Rows) and value.axis in dims:
         if name in {"sum", "mean"} and {*options} <= {"dtype"} and options.get("dtype") is not torch.bool:
@@ -96,13 +96,13 @@ def _reduce(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @operation("count_nonzero")
 def count_nonzero(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """A sum."""
+    """Count as a sum of booleans."""
     value, *rest = args
     return reduce(run, torch.Tensor.sum, "sum", (like(value, value.plain != 0), *rest), kwargs)
 
 
 def _how(name: str, rest: list[Any], kwargs: Any) -> tuple[Any, bool, dict[str, Any]]:
-    """The axes, whether they stay, and the other options."""
+    """The axes, ``keepdim`` and the other options."""
     options = dict(kwargs)
     if name == "norm":
         if rest:
@@ -132,11 +132,11 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
     if not (inner.is_floating_point() or inner.is_complex()):
         if name == "mean":
             raise CannotGroupError("took the mean of integers")
-        # PyTorch counts in the largest integers.
+        # PyTorch sums integers in int64.
         inner = inner.to(torch.int64 if wanted is None else wanted)
     dtype = inner.dtype
     if name == "mean" and dtype in (torch.float16, torch.bfloat16):
-        # A sum of many is beyond what their mean needs.
+        # The sum needs more range and precision than the mean.
         inner = inner.float()
     others = [each for each in dims if each != value.axis]
     if others:
@@ -147,9 +147,9 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
         counts = torch.tensor([count * width for count in run.segments.counts], device=total.device, dtype=total.dtype)
         total = (total / counts.view(-1, *(1,) * (total.dim() - 1))).to(dtype)
     else:
-        # What a Function gives as a view must not be written into.
+        # Autograd forbids writes into a view that a custom Function returned.
         total = total.clone()
-    # The row axis comes back one long, where it was.
+    # The row axis comes back in its place, with length one.
     total = total.unsqueeze(value.axis + 1)
     if not keepdim:
         total = total.flatten(1) if len(dims) == value.dim() else total.squeeze([each + 1 for each in dims])
@@ -159,7 +159,7 @@ def _over_rows(run: Run, name: str, value: Rows, dims: list[int], keepdim: bool,
 
 
 def _between(run: Run, name: str, args: Any, kwargs: Any) -> Ragged:
-    """``max`` and ``min`` of two tensors go element by element."""
+    """Run ``max`` or ``min`` of two tensors element by element."""
     from_two = {"max": torch.maximum, "min": torch.minimum}
     if name not in from_two or len(args) != 2 or kwargs:
         raise CannotGroupError(f"called {name} with tensors for options")
@@ -169,7 +169,7 @@ def _between(run: Run, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("softmax", "log_softmax", "softmin", "normalize", namespaces=(torch, torch.Tensor, F))
 def along(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Normalizes along one axis."""
+    """Normalize along one axis."""
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if operands([*rest, *kwargs.values()]):
@@ -193,7 +193,7 @@ def along(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("gumbel_softmax", namespaces=(F,))
 def gumbel_softmax(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Of rows: each draws its own numbers, as it would alone."""
+    """Run on rows only: each row draws its own numbers, as it would alone."""
     names = ("logits", "tau", "hard", "eps", "dim")
     value, tau, hard, eps, dim = arguments(names, args, kwargs, (1, False, 1e-10, -1))
     if not isinstance(value, Rows) or operands([tau]):
@@ -208,7 +208,7 @@ def gumbel_softmax(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ra
 def without_gumbel_noise(
     logits: torch.Tensor, tau: float = 1, hard: bool = False, _eps: float = 1e-10, dim: int = -1
 ) -> torch.Tensor:
-    """``gumbel_softmax`` but for its random numbers: something that can be compared."""
+    """Compute ``gumbel_softmax`` without its random numbers, so that results can be compared."""
     soft = (logits / tau).softmax(dim)
     if not hard:
         return soft
@@ -217,7 +217,7 @@ def without_gumbel_noise(
 
 @operation("cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk", "glu")
 def ordered(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Runs along one axis, and keeps it."""
+    """Run along one axis, and keep the axis."""
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if operands([*rest, *kwargs.values()]):

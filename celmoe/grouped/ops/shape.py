@@ -1,6 +1,6 @@
 """Operations that move or cut axes, and those that make constants.
 
-The row axis may move, and take in the axes behind it; it is never cut, and nothing is put beside it.
+The row axis may move, and absorb the axes behind it. The row axis is never cut, and nothing is joined along it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _sizes(args: Sequence[Any]) -> list[Any]:
 
 @operation("view", "reshape")
 def reshape(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Fold axes: those behind the row axis may be folded into it and out again."""
+    """Fold axes: axes behind the row axis may be folded into the row axis and out again."""
     value, *rest = args
     sizes = _sizes(rest or [kwargs["shape"]])
     if len(sizes) == 1 and isinstance(sizes[0], torch.dtype):
@@ -103,7 +103,7 @@ def _resolved(sizes: Sequence[Any], numel: int) -> list[int]:
 
 @operation("view_as", "reshape_as")
 def reshape_as(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """To the shape of another."""
+    """Reshape to the shape of another tensor."""
     return reshape(run, func, "reshape", (args[0], list(args[1].shape)), {})
 
 
@@ -144,7 +144,7 @@ def transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @operation("t", "T", "mT", "adjoint", "mH", "H", "matrix_transpose")
 def matrix_transpose(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Swap the last two axes, of some with conjugates; of a vector nothing."""
+    """Swap the last two axes, for some names with conjugates; a vector keeps its axis."""
     value = args[0]
     if name in {"adjoint", "mH", "H"} and value.is_complex():
         value = like(value, value.plain.conj())
@@ -177,7 +177,7 @@ def movedim(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @operation("unsqueeze")
 def unsqueeze(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """A new axis, one long."""
+    """Insert an axis of length one."""
     value, dim = arguments(("input", "dim"), args, kwargs)
     place = dim % (value.dim() + 1)
     axis = value.axis + (place <= value.axis) if isinstance(value, Rows) else None
@@ -186,7 +186,7 @@ def unsqueeze(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("squeeze")
 def squeeze(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Drop one axis if it is one long; never the row axis."""
+    """Drop one axis if its length is one; never the row axis."""
     value, dim = arguments(("input", "dim"), args, kwargs, (None,))
     if dim is None or not isinstance(dim, int):
         raise CannotGroupError("squeezed all axes, the batch axis if it happened to be one long")
@@ -199,7 +199,7 @@ def squeeze(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("expand", "expand_as", "broadcast_to")
 def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Repeat axes that are one long, without a copy; to the number of rows, too."""
+    """Repeat axes of length one without a copy, also to the number of rows."""
     value, *rest = args
     sizes = list(rest[0].shape) if name == "expand_as" else _sizes(rest or [next(iter(kwargs.values()))])
     num_new = len(sizes) - value.dim()
@@ -246,7 +246,7 @@ def expand(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @operation("repeat", "tile")
 def repeat(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Repeat axes with a copy; of the row axis once only."""
+    """Repeat axes with a copy; the row axis only once."""
     value, *rest = args
     times = _sizes(rest or [next(iter(kwargs.values()))])
     if not isinstance(value, Rows):
@@ -297,7 +297,7 @@ def narrow(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 def look_up(run: Run, table: Ragged, ids: Ragged, *, by_embedding: bool = False) -> Ragged:
     """``table[ids]``: entries along the table's first axis by integers.
 
-    A member's ids must not reach its neighbour's entries, so they are compared with the table's length first.
+    A member's ids must not reach its neighbour's entries, so ids are compared with the table's length first.
     """
     if ids.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16, torch.int8) or ids.dtype == torch.uint8:
         raise CannotGroupError(f"indexed by values of {ids.dtype}")
@@ -319,17 +319,17 @@ def look_up(run: Run, table: Ragged, ids: Ragged, *, by_embedding: bool = False)
         raise CannotGroupError("mixed samples (what was reduced over the batch was looked up)")
     offsets = run.segments.member_of_row(ids.factor) * length
     offsets = offsets.view(-1, *(1,) * (ids.dim() - 1 - ids.axis))
-    # On other devices an id out of range becomes one behind the last entry of all, which they refuse themselves.
+    # Other devices check indices themselves, so an id out of range becomes an index behind the last entry of all.
     reached = torch.where(places < length, places + offsets, flat.shape[0])
     if by_embedding and is_directml(flat.device):
-        # Indexing goes through the CPU there, both ways; this, as the expert's own would, one way at most.
+        # On DirectML, indexing goes through the CPU both ways; an embedding, as the expert calls it, at most one way.
         return rows(F.embedding(reached, flat), ids.axis, ids.factor)
     return rows(flat[reached], ids.axis, ids.factor)
 
 
 @operation("embedding", namespaces=(F,))
 def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Look integers up in each row's member's table."""
+    """Look integers up in the table of each row's member."""
     ids, table, padding, max_norm, _, by_frequency, sparse = arguments(
         ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
         args,
@@ -339,7 +339,7 @@ def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if max_norm is not None or by_frequency or sparse:
         raise CannotGroupError("looked embeddings up with max_norm, scale_grad_by_freq or sparse gradients")
     if ids.device.type == "cpu" and ids.plain.numel() and ids.plain.min() < 0:
-        # As an index it would count from the end.
+        # A negative index would count from the end.
         raise IndexError("index out of range in self")
     found = look_up(run, table, ids, by_embedding=True)
     if padding is None:
@@ -359,7 +359,7 @@ _BAG_DEFAULTS = (None, None, 2.0, False, "mean", False, None, False, None)
 
 @operation("embedding_bag", namespaces=(F,))
 def embedding_bag(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Bags of equally many ids, one a row: by member."""
+    """Look up one bag of ids a row, all of one length, one member after another."""
     given = dict(zip(_BAG_NAMES, arguments(_BAG_NAMES, args, kwargs, _BAG_DEFAULTS), strict=True))
     if given["max_norm"] is not None or given["scale_grad_by_freq"] or given["sparse"]:
         raise CannotGroupError("looked embeddings up with max_norm, scale_grad_by_freq or sparse gradients")
@@ -370,7 +370,7 @@ def embedding_bag(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Rag
 
 @operation("one_hot", namespaces=(F,))
 def one_hot(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """Of so many classes as are asked for."""
+    """Encode ids with a given number of classes."""
     ids, num_classes = arguments(("input", "num_classes"), args, kwargs, (-1,))
     if type(num_classes) is not int or num_classes < 0:
         raise CannotGroupError("read values (the largest id, for one_hot without 'num_classes')")
@@ -407,7 +407,7 @@ def join(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 @operation("zeros", "ones", "full", "empty", "rand", "randn", namespaces=(torch,))
 @operation("new_zeros", "new_ones", "new_full", "new_empty", namespaces=(torch.Tensor,))
 def constant(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """A constant of a size; one with the number of rows among its sizes has an entry for each sample."""
+    """Make a constant; it has an entry for each sample if the number of rows is among its sizes."""
     receiver = [args[0].plain] if name.startswith("new_") else []
     args = args[len(receiver) :]
     if operands([*args, *kwargs.values()]):
@@ -432,7 +432,7 @@ def constant(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if name in {"rand", "randn"} and run.is_rehearsal:
         func, fill = torch.full, [0.5]
     if name in {"empty", "new_empty"}:
-        # What an empty tensor holds is nobody's to read: the same for all engines.
+        # Nobody may read an empty tensor's entries; zeros are the same for all engines.
         func = torch.zeros if name == "empty" else torch.Tensor.new_zeros
     made = func(*receiver, plain, *fill, **kwargs)
     return rows(made, symbols[0], factor) if symbols else common(made)
@@ -440,7 +440,7 @@ def constant(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
 
 @operation("arange", "linspace", "eye", "tensor", "as_tensor", "scalar_tensor", "tril_indices", namespaces=(torch,))
 def fixed(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
-    """A constant made of plain numbers."""
+    """Make a constant of plain numbers."""
     refuse_row_counts(name, [*args, *kwargs.values()])
     if _has_tensors([*args, *kwargs.values()]):
         raise CannotGroupError(f"made a constant of tensors ({name})")
@@ -458,7 +458,7 @@ def _has_tensors(values: Sequence[Any]) -> bool:
 
 @operation("tril", "triu", "flip", "roll", "diagonal", "unfold")
 def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Moves entries along axes that are named, or the last two; of rows only along others than the row axis."""
+    """Move entries along the named axes, or the last two; never along the row axis."""
     value, *rest = args
     refuse_row_counts(name, [*rest, *kwargs.values()])
     if func is F.unfold:

@@ -1,7 +1,7 @@
-"""Operations that the grouped engine knows, and what all of them need.
+"""Operations that the grouped engine knows, and the helpers that all of them share.
 
-What stands in `OPERATIONS` acts on each row alone, or says that it does not. Everything else is refused: a list of what
-is known to be right is sound, one of what is known to be wrong is not.
+An operation in `OPERATIONS` acts on each row alone, or raises that it does not. Any other operation is refused: a list
+of operations known to be right is sound, a list of operations known to be wrong is not.
 
 Axes: R rows of all members, P members.
 """
@@ -40,14 +40,14 @@ class Run:
     Attributes:
         segments: The rows of each member.
         operations: Names of the operations so far: the program.
-        looped: How many times each operation was looped over the members.
-        draws: Whether an operation drew random numbers, or would have but for a rehearsal.
-        may_write: Whether the rows that the class was given are a copy of its own.
-        writes: Whether anything was written in place.
-        expands: Whether rows were made of a member's entries: to the expert they are a view.
-        spread: Memory of rows that were made so.
+        looped: The number of times that each operation was looped over the members.
+        draws: True if an operation drew random numbers, or would have outside a rehearsal.
+        may_write: True if the rows that the class was given are its own copy.
+        writes: True if anything was written in place.
+        expands: True if rows were made of a member's entries, which are a view to the expert.
+        spread: Memory of rows that were made of a member's entries.
         entered: Autocast modes that the program has entered and not left.
-        ambiguous: Memory of rows that were copied, and of the copies, where one row alone would have been viewed.
+        ambiguous: Memory of rows that were copied, and of the copies, if one row alone would have been viewed.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class Run:
 
     @property
     def is_rehearsal(self) -> bool:
-        """Whether random operations are to do something that can be compared: only those that draw ask."""
+        """True if random operations must be comparable; only operations that draw ask, and asking sets ``draws``."""
         self.draws = True
         return self._is_rehearsal
 
     @property
     def num_members(self) -> int:
-        """Members P."""
+        """The number of members, P."""
         return len(self.segments.counts)
 
     def note_copy(self, value: Ragged, copy: torch.Tensor, viewed: Callable[[torch.Tensor], bool]) -> None:
-        """Know what may be a copy of rows.
+        """Note a possible copy of rows.
 
         Args:
-            value: What it was made of.
-            copy: It.
-            viewed: Whether the expert, with these rows of the value, would be given a view.
+            value: The value that may have been copied.
+            copy: The possible copy.
+            viewed: Tells if an expert with these rows of the value would be given a view.
         """
         if not isinstance(value, Rows) or (value.plain.is_contiguous() and not self.spread):
             return
@@ -96,13 +96,13 @@ class Run:
             self.ambiguous += [memory, StorageWeakRef(copy.untyped_storage())]
 
     def is_ambiguous(self, inner: torch.Tensor) -> bool:
-        """Whether a write would be seen elsewhere by an expert of one row, and not by others."""
+        """Tells if an expert of one row would see a write elsewhere, and other experts would not."""
         return bool(self.ambiguous) and StorageWeakRef(inner.untyped_storage()) in self.ambiguous
 
 
 Handler: TypeAlias = Callable[..., Any]
 
-# By the very function or method that an expert calls.
+# The name and handler, by the very function or method that an expert calls.
 OPERATIONS: dict[Any, tuple[str, Handler]] = {}
 
 
@@ -130,12 +130,12 @@ def axis_of(value: Ragged, dim: int) -> int:
 
 
 def inner_axis(value: Ragged, dim: int) -> int:
-    """Where a dimension that the expert names is in the tensor behind the value."""
+    """The axis, in the tensor behind the value, of a dimension that the expert names."""
     return axis_of(value, dim) + isinstance(value, Stack)
 
 
 def inner_axis_but_rows(value: Ragged, dim: int, name: str) -> int:
-    """As `inner_axis`, for operations that mix what stands along the axis."""
+    """`inner_axis` for operations that mix entries along the axis: refuses the row axis."""
     axis = inner_axis(value, dim)
     if isinstance(value, Rows) and axis == value.axis:
         raise CannotGroupError(f"mixed samples ({name} along the batch axis)")
@@ -148,15 +148,15 @@ def operands(values: Iterable[Any]) -> list[Ragged]:
 
 
 def refuse_row_counts(name: str, values: Iterable[Any]) -> None:
-    """The number of rows may size a tensor; as a number in an operation its value would count."""
+    """Refuse the number of rows as a value that an operation would read; row counts may only size tensors."""
     if any(isinstance(value, RowCount) for value in values):
         raise CannotGroupError(f"read the number of their rows as a value (in {name})")
 
 
 def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callable[[torch.Tensor], Ragged]]:
-    """Operands as plain tensors that broadcast as the expert's own would, and how to wrap a result.
+    """Plain tensors that broadcast as the expert's own operands would, and a function that wraps a result.
 
-    Broadcasting aligns axes from the back, so every kind is brought to the same row axis or member axis there.
+    Broadcasting aligns axes from the back, so all operands get the same row axis or member axis, counted from there.
     """
     refuse_row_counts(name, values)
     values = _promoted(values)
@@ -183,7 +183,7 @@ def align(run: Run, name: str, values: Sequence[Any]) -> tuple[list[Any], Callab
 
 
 def _promoted(values: Sequence[Any]) -> Sequence[Any]:
-    """The operands, those without axes in the dtype of those with axes: they promote as numbers do."""
+    """Cast operands without axes to the dtype of those with axes, because they promote as numbers do."""
     flat = [value for value in values if isinstance(value, Ragged) and value.dim() == 0]
     dtypes = {value.dtype for value in operands(values) if value.dim()}
     if not flat or not dtypes or {value.dtype for value in flat} == dtypes:
@@ -198,7 +198,7 @@ def _promoted(values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _is_led(dtype: torch.dtype, by: torch.dtype) -> bool:
-    """Whether a number of the first dtype takes a tensor's."""
+    """Tells if a number of the first dtype takes the dtype of a tensor."""
     if dtype.is_floating_point:
         return by.is_floating_point or by.is_complex
     return dtype != torch.bool and dtype.is_complex == by.is_complex and not by.is_floating_point
@@ -207,7 +207,7 @@ def _is_led(dtype: torch.dtype, by: torch.dtype) -> bool:
 def _to_rows(run: Run, name: str, value: Ragged, axis: int, factor: int, num_axes: int) -> torch.Tensor:
     if isinstance(value, Rows):
         return value.plain
-    # Where the row axis would be among the value's own axes.
+    # The place of the row axis among the value's own axes.
     place = axis - (num_axes - value.dim())
     if place >= 0 and value.shape[place] != 1:
         raise CannotGroupError(f"joined a tensor of fixed length to the batch axis ({name})")
@@ -224,8 +224,8 @@ def by_row(run: Run, value: Stack, name: str, factor: int, place: int, num_after
         value: One entry for each member.
         name: The operation that asks.
         factor: Positions folded into a row.
-        place: Which of the value's axes, one long, is to be the row axis; negative where they all come after it.
-        num_after: Axes that are to follow the row axis.
+        place: The value's axis, of length one, that becomes the row axis; negative if all its axes come behind.
+        num_after: The number of axes behind the row axis.
     """
     if value.is_reduced:
         raise CannotGroupError(f"mixed samples (what was reduced over the batch came back to rows in {name})")
@@ -246,7 +246,7 @@ def _to_members(value: Ragged, num_axes: int) -> torch.Tensor:
 
 
 def by_members(run: Run, value: Any) -> list[Any]:
-    """What each member would see of an argument."""
+    """Each member's part of an argument."""
     if isinstance(value, Rows):
         counts = [count * value.factor for count in run.segments.counts]
         return list(value.plain.split(counts, value.axis))
@@ -261,15 +261,15 @@ def by_members(run: Run, value: Any) -> list[Any]:
 
 
 def loop(run: Run, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], axis: int | None) -> Any:
-    """An operation without a grouped form, one member after another.
+    """Run an operation without a grouped form, one member after another.
 
     Args:
         run: The pass.
         func: The operation.
         name: Its name.
-        args: As the expert passed them.
-        kwargs: Likewise.
-        axis: Where the result has its row axis; ``None`` where it is one entry a member. Then it may be several.
+        args: The arguments that the expert passed.
+        kwargs: The keyword arguments that the expert passed.
+        axis: The result's row axis; ``None`` if the result is one entry a member, or a tuple of such.
     """
     run.looped[name] += 1
     each_args = by_members(run, list(args))
@@ -285,7 +285,7 @@ def loop(run: Run, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, 
 
 
 def loop_batch_first(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Rows:
-    """As `loop`, of operations on rows along their first axis."""
+    """`loop` for operations on rows along their first axis."""
     refuse_row_counts(name, [*args, *kwargs.values()])
     values = operands([*args, *kwargs.values()])
     if not isinstance(values[0], Rows) or any(isinstance(each, Rows) and each.axis != 0 for each in values):
@@ -296,7 +296,7 @@ def loop_batch_first(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> 
 
 
 def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], defaults: Any = ()) -> list[Any]:
-    """Arguments by position, whichever way they were passed; ``defaults`` are those of the last names."""
+    """The arguments in the order of ``names``, passed either way; ``defaults`` belong to the last names."""
     if len(args) > len(names) or not kwargs.keys() <= set(names[len(args) :]):
         raise CannotGroupError(f"passed arguments that are not known here ({', '.join(map(str, kwargs))})")
     found = dict(zip(names, args, strict=False)) | kwargs
@@ -308,7 +308,7 @@ def arguments(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any],
 
 
 def lowered(*tensors: torch.Tensor | None) -> list[Any]:
-    """The tensors in autocast's dtype where it is on: PyTorch's own linear would cast there, and ours is not its."""
+    """Cast the tensors to autocast's dtype if autocast is on: PyTorch casts only for its own linear, not for ours."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
         return list(tensors)
