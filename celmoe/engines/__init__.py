@@ -2,7 +2,7 @@
 
 - `looped`: experts one after another
 - `grouped`: experts of a class as one
-- `cost`: what either costs; `choice`: which it is, and why
-- `arrangement`: in which order rows stand for it
+- `cost`: the cost of either; `choice`: the decision, and its reason
+- `arrangement`: the order of rows for the decision
 - `registry`: the engines by name
 """

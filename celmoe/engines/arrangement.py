@@ -1,4 +1,4 @@
-"""In which order the rows of a level's experts stand: unit by unit.
+"""The order of the rows of a level's experts: unit by unit.
 
 Axes: R rows, P experts present.
 """
@@ -14,19 +14,19 @@ import torch
 from celmoe.grouped.classes import Unit
 from celmoe.routing.plan import LevelPlan
 
-# Up to so many rows an expert, on a CPU, members stand by their number of rows: those with equally many share a call.
-# Elsewhere they always do: those with about as many do.
+# On a CPU, members are sorted by number of rows up to this many rows an expert: members with equally many share a call.
+# On other devices members are always sorted: members with about as many share a call.
 FEW_ROWS_PER_EXPERT = 96
 
 
 class Arrangement(NamedTuple):
-    """In which order the rows of a level's experts are to stand.
+    """The order of the rows of a level's experts.
 
     Attributes:
-        plan: The level's plan with that order, and with one count for each unit.
-        counts: By unit, the rows of each of its members.
-        names: By unit, its members' names.
-        units: The units, their members in that order.
+        plan: The level's plan in that order, with one count for each unit.
+        counts: By unit, the number of rows of each member.
+        names: By unit, the members' names.
+        units: The units, with their members in that order.
     """
 
     plan: LevelPlan
@@ -36,10 +36,10 @@ class Arrangement(NamedTuple):
 
 
 def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
-    """The rows unit by unit.
+    """Order the rows unit by unit.
 
     Args:
-        units: All of the level's.
+        units: All units of the level.
         plan: The level's plan.
     """
     arranged = [_by_count(unit, plan) if unit.fault is None else unit for unit in units]
@@ -54,7 +54,7 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
     wanted = per_expert[positions]
     shifts = starts[positions] - (np.cumsum(wanted) - wanted)
     rows = np.arange(plan.order.numel(), dtype=np.int64)
-    # Which sorted row stands at each place, and where each sorted row has gone.
+    # The sorted row at each place, and the place of each sorted row.
     source = np.repeat(shifts, wanted) + rows
     place = np.empty_like(source)
     place[source] = rows
@@ -70,7 +70,7 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
 
 
 def _by_count(unit: Unit, plan: LevelPlan) -> Unit:
-    """The unit with its members by their number of rows, where that saves calls."""
+    """The unit with its members sorted by their number of rows, if the order saves calls."""
     total = sum(plan.counts[position] for position in unit.positions)
     if plan.order.device.type == "cpu" and total > FEW_ROWS_PER_EXPERT * len(unit.positions):
         return unit

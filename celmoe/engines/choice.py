@@ -1,4 +1,4 @@
-"""How the experts of a level run: decided once a call, executed by `Level.run`, printed by ``explain()``.
+"""Decides the engines of a level's experts: once a call, executed by `Level.run`, printed by ``explain()``.
 
 Axes: P experts present.
 """
@@ -33,11 +33,11 @@ GROUPED = "grouped"
 
 
 class Decision(NamedTuple):
-    """How some experts run.
+    """The decision for some experts.
 
     Attributes:
-        unit: They, and their class.
-        cost: What either way costs.
+        unit: The experts, and their class.
+        cost: The cost of either way.
     """
 
     unit: Unit
@@ -45,17 +45,17 @@ class Decision(NamedTuple):
 
     @property
     def engine(self) -> str:
-        """What runs them: ``"grouped"`` or ``"looped"``."""
+        """The engine that runs the experts: ``"grouped"`` or ``"looped"``."""
         return LOOPED if self.unit.is_alone else GROUPED
 
     @property
     def program(self) -> Program | None:
-        """The program that they run by; ``None`` where they are looped, or captured at the first call only."""
+        """The experts' program; ``None`` if the experts are looped, or captured at the first call only."""
         return None if self.unit.is_alone or self.unit.record is None else self.unit.record.program
 
     @property
     def reason(self) -> str:
-        """Why they run so, in words."""
+        """The reason for the engine, in words."""
         if len(self.unit.modules) == 1:
             return "the only one of its kind"
         if self.unit.fault is not None:
@@ -69,8 +69,8 @@ class Present(NamedTuple):
     Attributes:
         names: P names.
         experts: Their modules.
-        scales: What the gradient into each one's input is multiplied by.
-        plan: The level's plan; ``None`` where nothing is known of their rows.
+        scales: For each expert the factor of the gradient into its input.
+        plan: The level's plan; ``None`` if nothing is known of the experts' rows.
     """
 
     names: Sequence[str]
@@ -79,7 +79,7 @@ class Present(NamedTuple):
     plan: LevelPlan | None
 
     def taken(self, places: Sequence[int]) -> Present:
-        """Some of them."""
+        """Some of the experts."""
         return self._replace(
             names=[self.names[place] for place in places],
             experts=[self.experts[place] for place in places],
@@ -88,22 +88,22 @@ class Present(NamedTuple):
 
 
 class LevelChoice:
-    """Decides for one level. A copy of a model starts without anything that was found.
+    """Decides for one level. A copy of a model starts without any findings.
 
     Args:
         level: The level's name.
-        num_experts: Experts that it was built with.
+        num_experts: Number of experts that the level was built with.
 
     Attributes:
-        classes: Its experts by class.
+        classes: The level's experts by class.
     """
 
     def __init__(self, level: str, num_experts: int) -> None:
         self.classes = LevelClasses()
         self._level = level
         self._num_experts = num_experts
-        # Experts of classes that are too small for grouping ever to pay. They are not asked again whether they have
-        # changed, for a loop is right whatever they are.
+        # Experts of classes that are too small for grouping ever to pay. No call checks these experts for changes,
+        # because a loop is right for any expert.
         self._always_looped: dict[str, nn.Module] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LevelChoice:
@@ -113,12 +113,12 @@ class LevelChoice:
         return LevelChoice, (self._level, self._num_experts)
 
     def decide(self, engine: str, present: Present, given: LevelInputLike) -> list[Decision]:
-        """What runs the experts of this call: one decision a class, none where all of them are looped.
+        """Decide for the experts of this call: one decision a class, none if all experts are looped.
 
         Args:
-            engine: The name of what was asked for.
+            engine: The name of the engine that was asked for.
             present: The experts.
-            given: What the level is given.
+            given: The level's input.
 
         Raises:
             EngineRefusedError: Experts that are alike can't run as one, and ``"grouped"`` was asked for.
@@ -152,7 +152,7 @@ class LevelChoice:
         return sorted(decisions, key=lambda decision: decision.unit.positions[0])
 
     def foresee(self, engine: str, present: Present) -> list[Decision]:
-        """What will be decided, as far as it is known before a call: by what was last found of the experts."""
+        """The decisions, as far as the last findings on the experts tell them before a call."""
         shares_module = len(set(map(id, present.experts))) < len(present.experts)
         decisions = []
         for unit, _ in self._costed(GROUPED, present):
@@ -176,7 +176,7 @@ class LevelChoice:
         return decisions
 
     def _costed(self, engine: str, present: Present) -> list[Decision]:
-        """The experts by all that is known of them without a capture; those that a loop serves better have a fault."""
+        """The experts by layout and scale, known without a capture; experts that a loop serves better have a fault."""
         groups: dict[tuple[Layout, float], list[int]] = {}
         for place, layout in enumerate(self.classes.layouts(present.names, present.experts)):
             groups.setdefault((layout, present.scales[place]), []).append(place)
@@ -194,7 +194,7 @@ class LevelChoice:
         return decisions
 
     def _require_grouped(self, names: Sequence[str], units: Sequence[Unit]) -> None:
-        """Refuse what would be looped, before anything runs.
+        """Refuse experts that would be looped, before anything runs.
 
         Raises:
             EngineRefusedError: Experts that are alike can't run as one.
@@ -205,12 +205,12 @@ class LevelChoice:
 
 
 def refusal(level: str, names: Sequence[str], module: nn.Module, why_not: str) -> EngineRefusedError:
-    """The error that says why experts can't run as one.
+    """The error with the reason that experts can't run as one.
 
     Args:
         level: The level's name.
         names: The experts' names.
-        module: One of them.
+        module: One of the experts.
         why_not: The reason, in words that follow "its experts".
     """
     return EngineRefusedError(
@@ -226,7 +226,7 @@ def _too_costly(cost: Cost) -> str:
 def _cost_of(layout: Layout, unit: Unit, plan: LevelPlan | None) -> Cost:
     rows = 0 if plan is None else sum(plan.counts[place] for place in unit.positions)
     expert = unit.modules[0]
-    # Not whether gradients are recorded: a checkpoint computes once with and once without.
+    # The grad mode does not matter: a checkpoint computes once with and once without gradients.
     return estimate(layout, len(unit.modules), rows, on_cpu=_is_on_cpu(expert), has_backward=expert.training)
 
 
@@ -236,11 +236,11 @@ def _is_on_cpu(expert: nn.Module) -> bool:
 
 
 def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str | None:
-    """Why no experts can run as one, whatever they are."""
+    """The reason that no experts can run as one, of whatever class, or ``None``."""
     if (passing := _passing_refusal()) is not None:
         return passing
     if len(set(map(id, experts))) < len(experts):
-        # One loop knows of it.
+        # Only a single loop over all experts sees the shared module.
         return "share a module"
     if given.context.irregular is not None:
         # A list has no rows that could stand for those of several experts.
@@ -249,7 +249,7 @@ def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str 
 
 
 def _passing_refusal() -> str | None:
-    """Why no experts can run as one for now."""
+    """The reason that no experts can run as one for now, or ``None``."""
     if transforms_are_active():
         return "are under a transform of torch.func"
     if is_forward_differentiated():

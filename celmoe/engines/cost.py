@@ -1,8 +1,8 @@
-"""When running a class as one is worth it: a few constants, no clock.
+"""Estimates when running a class as one is worth the cost: a few constants, no clock.
 
-A loop calls every operation of an expert once for each expert present. As one, each is called once, dearer. On a CPU a
-loop has the better of the caches in return: an expert's rows and weights are still there when the next operation wants
-them, while those of a whole class have to be fetched again each time.
+A loop calls every operation of an expert once for each expert present. A grouped run calls each operation once, but one
+call costs more. On a CPU a loop uses the caches better: an expert's rows and weights are still cached for the next
+operation. A grouped run fetches the rows and weights of a whole class again for each operation.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class _Within(NamedTuple):
     """Calls behind one operation.
 
     Attributes:
-        looped: In a loop.
-        fused: The same without gradients: PyTorch fuses some then.
-        grouped: As one.
-        reads: How often it reads its weights.
+        looped: Calls in a loop.
+        fused: Calls in a loop without gradients: PyTorch then fuses some calls.
+        grouped: Calls in a grouped run.
+        reads: Number of times that the operation reads its weights.
     """
 
     looped: int
@@ -37,21 +37,21 @@ _GROUPED_CALL = 90.0
 _PASS = 1500.0
 _KILOBYTE_OF_WEIGHTS = 0.13
 _ROW_OF_A_FEATURE = 0.001
-# An operation to about so many tensors; attention and recurrent layers make more calls, and are for sequences.
+# Tensors for each operation, about; attention and recurrent layers make more calls, and are for sequences.
 _TENSORS_A_CALL = 1.2
 _POSITIONS = 16
 _WITHIN = {"in_proj_weight": _Within(26, 4, 27, 1), "weight_hh_l0": _Within(140, 38, 54, _POSITIONS)}
-# What is left of either without a backward pass. Most of what runs a class as one is forward.
+# The share of either cost that is left without a backward pass. A grouped run spends most in the forward pass.
 _LOOPED_FORWARD = 0.4
 _GROUPED_FORWARD = 0.85
 
 
 class Cost(NamedTuple):
-    """The terms, in microseconds for a pass; what is the same either way is left out.
+    """The terms, in microseconds for a pass, without costs that are the same either way.
 
     Attributes:
         looped: Calling each expert's operations.
-        grouped: Calling them once, and fetching all rows and weights anew for each.
+        grouped: Calling each operation once, and fetching all rows and weights anew for each.
     """
 
     looped: float
@@ -59,7 +59,7 @@ class Cost(NamedTuple):
 
     @property
     def pays(self) -> bool:
-        """Whether running the experts as one costs less."""
+        """True if running the experts as one costs less."""
         return self.grouped < self.looped
 
     def __str__(self) -> str:
@@ -67,17 +67,17 @@ class Cost(NamedTuple):
 
 
 def estimate(layout: Layout, members: int, rows: int, *, on_cpu: bool, has_backward: bool) -> Cost:
-    """What experts cost either way.
+    """Estimate the experts' cost either way.
 
-    It is told from the tensors that an expert has and from the numbers of experts and rows, so it is the same before
-    and after a call, and in every process.
+    The estimate follows from an expert's tensors and from the numbers of experts and rows. The estimate is the same
+    before and after a call, and in every process.
 
     Args:
-        layout: Of each expert.
-        members: How many experts.
-        rows: Samples of all of them.
-        on_cpu: Whether they are on a CPU.
-        has_backward: Whether a backward pass is to come.
+        layout: The layout of each expert.
+        members: Number of experts.
+        rows: Number of samples of all experts.
+        on_cpu: If true, the experts are on a CPU.
+        has_backward: If true, a backward pass follows.
     """
     terms = _terms(layout)
     looped = members * (terms.looped if has_backward else terms.fused)
@@ -88,7 +88,7 @@ def estimate(layout: Layout, members: int, rows: int, *, on_cpu: bool, has_backw
 
 
 class _Terms(NamedTuple):
-    """Microseconds: of an expert alone, with gradients and without; of all as one, a member more and a row more."""
+    """Microseconds: an expert alone with gradients, and without; all as one, and then for each member and each row."""
 
     looped: float
     fused: float
@@ -114,6 +114,6 @@ def _terms(layout: Layout) -> _Terms:
 
 
 def never_pays(layout: Layout, members: int, *, on_cpu: bool) -> bool:
-    """Whether a loop costs less with so many experts, or fewer, and any number of rows."""
-    # Where it does not in training, it does not without gradients either.
+    """True if a loop costs less with so many experts, or fewer, and any number of rows."""
+    # Grouping that does not pay in training does not pay without gradients either.
     return not estimate(layout, members, 0, on_cpu=on_cpu, has_backward=True).pays

@@ -1,7 +1,7 @@
 """The engine that runs all experts of one class as one.
 
-Experts of one class share a program (`classes`). Whatever stands in the way of it is a reason in words; the class then
-runs looped, or is refused if ``engine="grouped"`` was asked for.
+Experts of one class share a program (`classes`). Any obstacle becomes a reason in words: the class then runs looped, or
+is refused if ``engine="grouped"`` was asked for.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class UnitBatch(ExpertBatch):
     Attributes:
         level: The level's name.
         names: The experts' names.
-        counts: Rows of each.
+        counts: Number of rows of each expert.
         aligned: The context's batch-aligned tensors, ``[R, ...]`` each.
-        context_rows: What builds an expert's context around its rows of those.
+        context_rows: Builds an expert's context around its rows of the batch-aligned tensors.
     """
 
     level: str = ""
@@ -51,11 +51,11 @@ class UnitBatch(ExpertBatch):
 
 @dataclass
 class UnitResult(ExpertResult):
-    """What the experts of a unit gave: their rows together, and the rest by expert, in the unit's order.
+    """The results of a unit's experts: their rows together, and the rest by expert, in the unit's order.
 
     Attributes:
         blocks: The rows, in as many tensors as they were computed in.
-        by_expert: Losses and aux of each; empty where none has any.
+        by_expert: Losses and aux of each expert; empty if no expert has any.
     """
 
     blocks: list[torch.Tensor] = field(default_factory=list)
@@ -68,7 +68,7 @@ def run_grouped(units: Sequence[Any], batches: Iterable[ExpertBatch], *, is_stri
     Args:
         units: The level's units; or experts, which run one after another.
         batches: A `UnitBatch` for a unit that is to run as one, an `ExpertBatch` for one expert alone.
-        is_strict: Whether a unit that can't run as one is refused; else it is looped.
+        is_strict: If true, a unit that can't run as one is refused, and else looped.
 
     Raises:
         EngineRefusedError: A unit can't run as one.
@@ -86,14 +86,14 @@ def run_grouped(units: Sequence[Any], batches: Iterable[ExpertBatch], *, is_stri
 
 
 def run_auto(units: Sequence[Any], batches: Iterable[ExpertBatch]) -> list[ExpertResult]:
-    """As `run_grouped`; what can't run as one is looped."""
+    """Run each unit like `run_grouped`, but loop a unit that can't run as one."""
     return run_grouped(units, batches, is_strict=False)
 
 
 def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     why_not = unit.fault
     if why_not is None and unit.record is not None and unit.record.captured.losses and torch.is_anomaly_enabled():
-        # What is held back of losses that are left out is NaN now and then, and nothing is wrong.
+        # Gradients that are withheld for left-out losses may be NaN, though nothing is wrong.
         why_not = "return losses while anomalies are looked for"
     if why_not is None:
         state = _random_state(batch.hidden.device) if unit.record is not None and unit.record.draws else None
@@ -113,7 +113,7 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
         if state is not None:
             _set_random_state(batch.hidden.device, state)
     is_wrong = isinstance(why_not, WrongResult)
-    # The loop has an error that names the expert, where it is the experts' own.
+    # If the fault is the experts' own, the loop raises an error that names the expert.
     if is_strict and not is_wrong:
         raise refusal(batch.level, batch.names, unit.modules[0], why_not)
     state = _random_state(batch.hidden.device) if is_strict else None
@@ -146,7 +146,7 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
 def _entered(
     given: Sequence[torch.Tensor], own: Sequence[Sequence[torch.Tensor]], counts: Sequence[int]
 ) -> tuple[Sequence[torch.Tensor], Sequence[Sequence[torch.Tensor]], list[Entered]]:
-    """What a run with losses takes in place of rows and of the members' own tensors, and what that is."""
+    """The tensors that a run with losses takes in place of rows and of the members' own, with descriptions."""
     everyone, num_given, num_members = frozenset(range(len(counts))), len(given), len(counts)
     ports = [Port(("rows", place), everyone, is_rows=True) for place in range(num_given)]
     ports += [Port(("own", place), frozenset([member])) for place in range(len(own)) for member in range(num_members)]
@@ -158,15 +158,15 @@ def _entered(
 
 
 def _left(outcome: Outcome, entered: Sequence[Entered], counts: Sequence[int]) -> Outcome:
-    """What a run with losses gave, so that a backward pass reaches no member by losses that it leaves out."""
+    """The outcome of a run with losses; a backward pass then reaches no member by losses that are left out."""
     results, ports = [outcome.hidden], [Port("hidden", frozenset(range(len(counts))), is_rows=True)]
     for name, values in outcome.losses.items():
         results += values
         ports += [Port(("loss", name), frozenset([member])) for member in range(len(values))]
-    # Whatever the caller's grad mode: the expert may have enabled gradients itself.
+    # The caller's grad mode does not matter: the expert may have enabled gradients itself.
     with torch.enable_grad():
         hidden, *losses = leave(results, ports, entered, counts)
-        # Their own memory, which the caller may write into; and nodes of their own, for hooks on one are no other's.
+        # Each loss gets its own memory, because callers may write into a loss, and its own node for hooks.
         own = iter([each.clone() for each in losses])
     by_name = {name: [next(own) for _ in values] for name, values in outcome.losses.items()}
     return outcome._replace(hidden=hidden, losses=by_name)

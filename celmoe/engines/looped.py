@@ -1,6 +1,6 @@
 """The engine that runs a level's experts one after another.
 
-It is right for any module, and reproduces celmoe-vp bit for bit, dropout's random stream included.
+This engine is right for any module, and reproduces celmoe-vp bit for bit, dropout's random stream included.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> 
 
     Args:
         experts: The P experts present.
-        batches: Their batches.
+        batches: The experts' batches.
 
     Returns:
-        P results, each checked to hold rows of the shape and device that went in.
+        P results, each checked to hold rows of the input's shape and device.
 
     Raises:
-        ResultTypeError, ResultError: What an expert returned is no such result. Anything that an expert raises passes
-            through, with a note that names the expert.
+        ResultTypeError, ResultError: An expert returned no such result. An error that an expert raises passes through,
+            with a note that names the expert.
     """
     results = []
     # A module that stands for several experts may hand out the same memory, or the same result, again.
@@ -60,7 +60,7 @@ def run_looped(experts: Sequence[nn.Module], batches: Iterable[ExpertBatch]) -> 
 def _fault(
     result: object, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str, type[CELMoEError]] | None:
-    """What is wrong with a result, the rule that it breaks, and the error to raise."""
+    """The wrong part of a result, the rule that it breaks, and the error to raise; ``None`` for a right result."""
     if not isinstance(result, ExpertResult):
         got = f"the class {result.__name__}" if isinstance(result, type) else type(result).__name__
         return "result", f"be an ExpertResult (got {got})", ResultTypeError

@@ -1,4 +1,4 @@
-"""The engines by name, and which one ``"auto"`` is.
+"""The engines by name, and the engine behind ``"auto"``.
 
 A new engine is one entry here; the property tests run over this table.
 """
@@ -18,7 +18,7 @@ from .looped import run_looped
 
 __all__ = ["AUTO", "ENGINES", "ENVIRONMENT", "GROUPED", "LOOPED", "Engine", "resolve_engine"]
 
-# What runs a level: experts one by one, or units of them.
+# A function that runs a level: experts one by one, or units of experts.
 Engine: TypeAlias = Callable[[Sequence[Any], Iterable[ExpertBatch]], list[ExpertResult]]
 
 ENVIRONMENT = "CELMOE_ENGINE"
@@ -26,7 +26,7 @@ ENGINES: dict[str, Engine] = {AUTO: run_auto, LOOPED: run_looped, GROUPED: run_g
 
 
 def resolve_engine(name: str) -> str:
-    """The engine that a name means, with `ENVIRONMENT` deciding what ``"auto"`` is.
+    """The engine that a name means; `ENVIRONMENT` decides the engine behind ``"auto"``.
 
     Raises:
         EngineError: No engine has this name.

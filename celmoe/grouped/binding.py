@@ -1,8 +1,8 @@
-"""A program's calls with all that is known of them beforehand resolved: which kernel, on which plain tensors.
+"""Resolves a program's calls beforehand: the kernel of each call, and its plain tensors.
 
-A value's kind does not depend on the rows at hand: it is seen once, in a run by the operations' handlers. From then on
-calls that are the same on the rows of all members as on those of one are made on plain tensors, and so are linear
-layers and normalizations. All others go by their handlers, as at first.
+A value's kind does not depend on the rows at hand: one run by the operations' handlers shows all kinds. Later runs use
+plain tensors for each call that treats the rows of all members like the rows of one. Linear layers and normalizations
+use plain tensors, too. All other calls go by their handlers, as at first.
 
 Axes: R rows, P members.
 """
@@ -24,12 +24,12 @@ from celmoe.grouped.ops.table import Run, arguments
 
 from .values import Common, Repeated, RowCount, Rows, Stack, common, rows
 
-# What a step is called with: values by place, and the pass.
+# A resolved call takes the values by place, and the pass.
 Call: TypeAlias = Callable[[list[Any], Run], Any]
 
 
 class Place(NamedTuple):
-    """Where a step finds a value."""
+    """A value's place among all values of a program."""
 
     number: int
 
@@ -38,11 +38,11 @@ class Step(NamedTuple):
     """One call.
 
     Attributes:
-        name: The operation's name; empty where it is plain Python on sizes or parts.
+        name: The operation's name; empty for plain Python on sizes or parts.
         call: A handler ``(run, func, name, args, kwargs)``, or the plain function.
         func: The PyTorch function that the expert called.
-        args: With `Place`s for values.
-        kwargs: Likewise.
+        args: The arguments, with `Place`s for values.
+        kwargs: The keyword arguments, likewise.
         last_uses: Places that no later step reads.
     """
 
@@ -55,7 +55,7 @@ class Step(NamedTuple):
 
 
 class RowsKind(NamedTuple):
-    """Of rows: the row axis, the positions folded into it, axes, dtype."""
+    """The kind of rows: row axis, positions folded into that axis, number of axes, dtype."""
 
     axis: int
     factor: int
@@ -64,17 +64,17 @@ class RowsKind(NamedTuple):
 
 
 class CommonKind(NamedTuple):
-    """Of a constant: whether it is the context's, and its dtype."""
+    """The kind of a constant: true if the context gave the constant, and the dtype."""
 
     is_given: bool
     dtype: torch.dtype
 
 
-# `None` of what is passed on as it is; a tuple of what is one.
+# `None` for a value that is passed on as it is; a tuple of kinds for a tuple or list.
 Kind: TypeAlias = RowsKind | CommonKind | tuple[Any, ...] | None
 
 _DRAWS = {"dropout", "alpha_dropout"}
-# What the handlers of these do to rows is what the expert's own call does.
+# The handlers of these operations do the same to rows as the expert's own call.
 _SAME_ON_ALL_ROWS = {
     *ELEMENTWISE.split(),
     *("transpose", "swapaxes", "swapdims", "t", "T", "mT", "permute", "movedim", "moveaxis", "unsqueeze", "squeeze"),
@@ -118,11 +118,11 @@ def wrapped(value: Any, kind: Kind) -> Any:
 
 
 class Calls(NamedTuple):
-    """A program's steps resolved.
+    """The resolved steps of a program.
 
     Attributes:
-        steps: For each step its call, and the places that no later one reads.
-        kinds: Of all values, by place.
+        steps: For each step its call, and the places that no later step reads.
+        kinds: The kinds of all values, by place.
     """
 
     steps: tuple[tuple[Call, tuple[int, ...]], ...]
@@ -133,11 +133,11 @@ def bind(steps: Sequence[Step], num_inputs: int, values: Sequence[Any], run: Run
     """Resolve the calls of a program.
 
     Args:
-        steps: Its steps.
-        num_inputs: Values that it begins with.
+        steps: The program's steps.
+        num_inputs: Number of values that the program begins with.
         values: All values of a run by handlers, in order.
-        run: That run.
-        are_cast: For each step whether autocast was on.
+        run: The run that gave the values.
+        are_cast: For each step, true if autocast was on.
     """
     kinds = tuple(map(kind_of, values))
     calls = []
@@ -157,7 +157,7 @@ def _by_handler(step: Step, kinds: Sequence[Kind], place: int) -> Call:
 
 
 def _taken(value: Any, values: Sequence[Any], kinds: Sequence[Kind], known: dict[int, Any]) -> Any:
-    """Arguments as a handler takes them; what is given twice is one object."""
+    """Arguments as a handler takes them; a value that is given twice stays one object."""
     kind = type(value)
     if kind is Place:
         if value.number not in known:
@@ -173,14 +173,14 @@ def _taken(value: Any, values: Sequence[Any], kinds: Sequence[Kind], known: dict
 
 
 class _Finder:
-    """Looks for what can be called on plain tensors in place of one step's handler.
+    """Finds a call on plain tensors that replaces the handler of one step.
 
     Args:
         step: The step.
-        kinds: Of all values, by place.
+        kinds: The kinds of all values, by place.
         values: All values, as handlers gave them.
-        place: Of the step's own.
-        run: The run that gave them.
+        place: The place of the step's own value.
+        run: The run that gave the values.
     """
 
     def __init__(self, step: Step, kinds: Sequence[Kind], values: Sequence[Any], place: int, run: Run) -> None:
@@ -191,9 +191,9 @@ class _Finder:
         self._run = run
 
     def find(self, *, is_cast: bool) -> Call | None:
-        """The call; ``None`` where the handler has to be asked every time."""
+        """The call; ``None`` if the step must always go by its handler."""
         step, given = self._step, self._kinds[self._place]
-        # A write may be seen through what is a view for some members, and a copy for others: handlers know.
+        # A tensor may be a view for some members and a copy for others: only handlers know if a write shows in it.
         if self._run.writes or not (isinstance(given, RowsKind) or _are_rows(given)):
             return None
         if step.name == "linear" and not is_cast:
@@ -213,7 +213,7 @@ class _Finder:
         return self._kinds[value.number] if type(value) is Place else None
 
     def _same(self) -> Call | None:
-        """The call that the expert makes, on the rows of all."""
+        """The expert's own call, on the rows of all members."""
         step = self._step
         kinds = [self._kind(each) for each in _places([step.args, step.kwargs])]
         if not kinds or not all(isinstance(kind, RowsKind) for kind in kinds):
@@ -275,19 +275,19 @@ class _Finder:
         return call
 
     def _is_own(self, value: Any, num_axes: int) -> bool:
-        """Whether it is the members' own parameters or buffers."""
+        """True if a value is the members' own parameters or buffers, with ``num_axes`` axes each."""
         found = self._values[value.number] if type(value) is Place else None
         return isinstance(found, Stack) and found.members is not None and found.dim() == num_axes
 
     def _reshape(self) -> Call | None:
-        """To sizes that are known, but for the number of rows."""
+        """The call of a reshape whose sizes are known, but for the number of rows."""
         step = self._step
         if step.kwargs or not isinstance(self._kind(step.args[0]), RowsKind):
             return None
         sizes = step.args[1:]
         sizes = tuple(sizes[0]) if len(sizes) == 1 and type(sizes[0]) in (tuple, list) else sizes
         seen = [self._values[each.number] if type(each) is Place else each for each in sizes]
-        # What else is a value may be another the next time.
+        # Any other value may differ in the next run.
         if any(type(each) is Place and not isinstance(size, RowCount) for each, size in zip(sizes, seen, strict=True)):
             return None
         func, x = step.func, step.args[0].number

@@ -1,13 +1,13 @@
-"""What goes into a run with losses, and what comes out: whom a backward pass that leaves some losses out reaches.
+"""The boundary of a run with losses: limits the members that a backward pass reaches if it leaves some losses out.
 
-An expert alone gets no gradient where nothing that it gave is differentiated. Run as one, all members are computed with
-wherever one is: a loss of one expert would send zeros to all others, which optimizers take for gradients; and where a
-zero meets a derivative that is not finite, what comes of it is no number. So there is a rule. Results of one kind, the
-losses of one name say, are differentiated for all members, and then the backward pass goes its way; or for some, and
-then they are differentiated apart, and of what comes back the share of those members alone is kept. That is exact, for
-no member has a part in another's rows or tensors.
+An expert alone gets no gradient if none of its results is differentiated. A grouped run computes with all members
+together. A loss of one expert would then send zeros to all others, and optimizers take zeros for gradients. A zero
+times a derivative that is not finite would even be NaN. Hence a rule decides for each kind of results, such as the
+losses of one name. If a kind is differentiated for all members, the backward pass runs as usual. If a kind is
+differentiated for some members only, gradients are computed apart, and only the share of these members is kept. The
+share is exact, because no member has a part in another's rows or tensors.
 
-A gradient that has a graph is a result, too: of the kind of the tensor that it is of.
+A gradient that has a graph is a result, too: its kind is the kind of its tensor.
 
 Axes: R rows of all members, one member's after the other's.
 """
@@ -23,12 +23,12 @@ from torch.autograd.graph import get_gradient_edge
 
 
 class Port(NamedTuple):
-    """What a tensor is that passes the boundary.
+    """The description of a tensor that passes the boundary.
 
     Attributes:
-        kind: Equal for all that are of one kind: there is one for each member, or one of the rows of all.
-        members: The members that have a part in it.
-        is_rows: Whether it is rows ``[R, ...]`` of all members.
+        kind: Equal for all tensors of one kind: one tensor for each member, or one with the rows of all.
+        members: The members that have a part in the tensor.
+        is_rows: True for rows ``[R, ...]`` of all members.
     """
 
     kind: Any
@@ -40,9 +40,9 @@ class Entered(NamedTuple):
     """A tensor that passes into a run.
 
     Attributes:
-        tensor: It.
-        start: Where gradients of what stands for it inside come out.
-        port: What it is.
+        tensor: The tensor.
+        start: The gradient edge at which gradients of its stand-in inside the run come out.
+        port: The tensor's description.
     """
 
     tensor: torch.Tensor
@@ -51,7 +51,7 @@ class Entered(NamedTuple):
 
 
 class _Enter(Function):
-    """Tensors, each as another one, at which a backward pass through what is made of them can end."""
+    """Stand-ins for tensors: a backward pass through the results made of them can end there."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -64,7 +64,7 @@ class _Enter(Function):
 
 
 class _Leave(Function):
-    """Results, and with them what they were made of, for whose gradients this speaks where some are left out."""
+    """Passes results on, and gives the entered tensors' gradients if a backward pass leaves results out."""
 
     @staticmethod
     def forward(ctx: Any, way: _Way, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -103,20 +103,20 @@ class _Leave(Function):
 
 
 def _cut(grad: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient without its graph: what is behind it may lead back into the run."""
+    """A gradient without its graph, because the graph may lead back into the run."""
     return None if grad is None else grad.detach().requires_grad_(grad.requires_grad)
 
 
 class _Way(NamedTuple):
-    """From some tensors to the results that were made of them.
+    """The way from some tensors to the results that were made of them.
 
     Attributes:
-        counts: Rows of each member.
-        results: What the results are.
-        ends: Where gradients of the results go in.
-        entered: What the tensors are.
-        starts: Where their gradients come out.
-        is_cut: Whether PyTorch's graph of the results leads to some of the tensors only by this.
+        counts: Number of rows of each member.
+        results: The results' descriptions.
+        ends: The gradient edges at which gradients of the results go in.
+        entered: The tensors' descriptions.
+        starts: The gradient edges at which gradients of the tensors come out.
+        is_cut: True if PyTorch's graph of the results leads to some of the tensors only through this way.
     """
 
     counts: Sequence[int]
@@ -127,7 +127,7 @@ class _Way(NamedTuple):
     is_cut: bool
 
     def chosen(self, grads: Sequence[torch.Tensor | None]) -> tuple[list[int], list[list[int]]]:
-        """The places of results that are differentiated: of kinds that are so for all; and by kind, of all others."""
+        """The places of differentiated results: those of kinds that cover all members; and the others, by kind."""
         by_kind: dict[Any, list[int]] = {}
         for place, port in enumerate(self.results):
             by_kind.setdefault(port.kind, []).append(place)
@@ -148,10 +148,10 @@ class _Way(NamedTuple):
     def gradients_apart(
         self, parts: Sequence[Sequence[int]], grads: Sequence[torch.Tensor | None]
     ) -> tuple[list[torch.Tensor], list[Port], list[int]]:
-        """Gradients of some results at a time: the share of the members that have a part in those.
+        """The gradients of one group of results at a time: only the share of the members in that group.
 
         Returns:
-            The gradients, what they are, and of which of the tensors that were entered.
+            The gradients, their descriptions, and the places of their tensors among the entered ones.
         """
         found, ports, where = [], [], []
         for number, places in enumerate(parts):
@@ -175,7 +175,7 @@ class _Way(NamedTuple):
         )
 
     def _share(self, grad: torch.Tensor, members: frozenset[int]) -> torch.Tensor:
-        """Rows of the members, and zeros for all others."""
+        """A gradient's rows for some members, and zeros for all others."""
         if len(members) == len(self.counts):
             return grad
         blocks = enumerate(grad.split(list(self.counts)))
@@ -183,9 +183,9 @@ class _Way(NamedTuple):
 
 
 def enter(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """What a run is to be given in place of tensors; those without gradients as they are.
+    """The tensors that a run is given in place of the caller's; tensors without gradients stay as they are.
 
-    Whatever the caller's grad mode: an expert may enable gradients itself.
+    The caller's grad mode does not matter: an expert may enable gradients itself.
     """
     places = [place for place, each in enumerate(tensors) if each.requires_grad]
     if not places or torch.is_inference_mode_enabled():
@@ -203,14 +203,14 @@ def leave(
     *,
     is_cut: bool = False,
 ) -> list[Any]:
-    """What a run gives in place of its results; those that are none, or without gradients, as they are.
+    """The results as a run gives them to its caller; ``None`` and results without gradients stay as they are.
 
     Args:
         results: The results, or ``None``.
-        ports: What they are.
-        entered: What they were made of.
-        counts: Rows of each member.
-        is_cut: Whether gradients come back to some of that by this alone.
+        ports: The results' descriptions.
+        entered: The tensors that the results were made of.
+        counts: Number of rows of each member.
+        is_cut: If true, some of those tensors get gradients through this function alone.
     """
     if torch.is_inference_mode_enabled():
         return list(results)

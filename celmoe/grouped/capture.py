@@ -1,8 +1,8 @@
-"""An expert as a graph: PyTorch's own tracer follows one call, and says for which calls else the graph holds.
+"""An expert as a graph: PyTorch's own tracer follows one call, and tells for which other calls the graph holds.
 
-Nothing of the engine reaches the user's code but the batch itself, whose ``state`` ends a capture when it is read. A
-call that the tracer can't follow, that has a side effect, or that depends on values or on the number of rows is a
-`Refusal`, with the tracer's reason and the line of the user's code.
+The user's code sees nothing of the engine but the batch, and reading the batch's ``state`` ends a capture. Calls that
+the tracer can't follow, and calls with a side effect, are refused. Calls that depend on values or on the number of rows
+are refused, too. The `Refusal` gives the tracer's reason and the line of the user's code.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ from .inline import inline_checkpoints
 
 __all__ = ["Captured", "Refusal", "Sample", "WrongResult", "capture", "sample_of", "tracer_missing"]
 
-# One capture at a time: the tracer's settings are the process's.
+# One capture at a time: all threads of the process share the tracer's settings.
 _LOCK = RLock()
 
 
 class Refusal(NamedTuple):
-    """Why an expert can't be captured, in words that follow "its experts"; see `WrongResult`."""
+    """The reason that an expert can't be captured, in words that follow "its experts"; see `WrongResult`."""
 
     reason: str
 
 
 class WrongResult(str):
-    """A reason that the loop is asked about first: it has an error that names the expert."""
+    """A reason after which the loop runs first: the loop's own error names the expert."""
 
     __slots__ = ()
 
 
 class UnreadState(dict[str, str]):
-    """In place of an expert's ``state``: reading it ends the capture, for the answer differs by expert."""
+    """Stands in for an expert's ``state``: a read ends the capture, because the answer differs by expert."""
 
     def _refuse(self, *_: object, **__: object) -> Any:
         graph_break("read their state")
@@ -68,17 +68,17 @@ class UnreadState(dict[str, str]):
     __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse
     __setitem__ = __delitem__ = __reversed__ = __ior__ = __bool__ = __str__ = _refuse
     get = items = keys = values = copy = pop = popitem = setdefault = update = clear = _refuse
-    __hash__ = None  # as of every dict
+    __hash__ = None  # like every dict
 
 
 class Sample(NamedTuple):
-    """What an expert is shown while it is captured, and what guards are asked about.
+    """The input that an expert gets during a capture, and that guards are evaluated on.
 
     Attributes:
-        hidden: ``[N, ...]``.
-        mask: ``[N, ...]`` or ``None``.
+        hidden: The hidden states, ``[N, ...]``.
+        mask: The mask, ``[N, ...]``, or ``None``.
         context: The context around its batch-aligned tensors' N rows.
-        aligned: Those, ``[N, ...]`` each.
+        aligned: The batch-aligned tensors, ``[N, ...]`` each.
         shared: The context's other tensors, by id.
     """
 
@@ -111,14 +111,14 @@ class Captured:
     """One expert's forward pass as a graph.
 
     Attributes:
-        kind: Gives the expert's Python class, which it does not keep.
+        kind: A weak reference to the expert's Python class.
         graph: The graph, in PyTorch-level calls. Its outputs are tensors, the result's hidden first.
-        module: What runs it for one expert, with the graph's inputs in order.
-        guard: For which arguments it holds.
-        own: Reads an expert's own tensors, those of the graph's inputs that are such, in order.
+        module: Runs the graph for one expert, with the graph's inputs in order.
+        guard: Tells for which arguments the graph holds.
+        own: Reads an expert's own tensors among the graph's inputs, in order.
         inputs: For each of the graph's inputs its kind: ``"own"``, ``"rows"``, ``"count"`` (the number of rows),
-            ``"size"`` or ``"shared"``; and what reads it from the call's arguments.
-        outputs: Where the result's tensors are: an output's position, or an input's where an input is given back.
+            ``"size"`` or ``"shared"``; and a function that reads the input from the call's arguments.
+        outputs: For each of the result's tensors an output's position, or an input's if an input is given back.
         losses: Names of the losses, in the order of ``outputs`` behind the hidden states.
         names: The paths of the own tensors.
     """
@@ -134,36 +134,36 @@ class Captured:
     names: tuple[str, ...]
 
     def fits(self, sample: Sample) -> bool:
-        """Whether the same inputs are batch-aligned, of arguments for which the guard holds."""
+        """True if the same inputs are batch-aligned; the guard must hold for the arguments."""
         arguments, rows = sample.arguments(), sample.row_ids()
         return all((id(read(arguments)) in rows) == (kind == "rows") for kind, read in self.inputs if kind in _GIVEN)
 
 
 _GIVEN = ("rows", "shared")
-# By the expert's class, the function whose code object its graphs are kept by: look-ups of one class don't pass
-# the graphs of others, and both go with the class.
+# A function for each class of experts: the tracer keeps the class's graphs by the function's code object. Look-ups for
+# one class don't pass the graphs of others, and function and graphs go with the class.
 _FUNCTIONS: weakref.WeakKeyDictionary[type, types.FunctionType] = weakref.WeakKeyDictionary()
 
 
 def _function_for(kind: type) -> types.FunctionType:
     if kind not in _FUNCTIONS:
         code = _call.__code__
-        # Globals of its own: the tracer puts modules of the user's there.
+        # A copy of the globals, because the tracer adds the user's modules to a function's globals.
         _FUNCTIONS[kind] = types.FunctionType(code.replace(co_name=code.co_name), dict(_call.__globals__))
     return _FUNCTIONS[kind]
 
 
 def sample_of(hidden: torch.Tensor, mask: torch.Tensor | None, context: ContextRows) -> Sample:
-    """A few rows of the kind that a level is given, of no values.
+    """A few rows of zeros, of the kind that a level is given.
 
     Args:
-        hidden: ``[B, ...]``.
-        mask: ``[B, ...]`` or ``None``.
+        hidden: The hidden states, ``[B, ...]``.
+        mask: The mask, ``[B, ...]``, or ``None``.
         context: The batch's context.
     """
     tensors = [hidden, *([] if mask is None else [mask]), *context.aligned]
     taken = {size for tensor in tensors for size in tensor.shape[1:]}
-    # No other axis is as long: the tracer would take both for one.
+    # No other axis has this length: the tracer would take two axes of one length for the same.
     rows = next(number for number in range(5, 1 << 20) if number not in taken)
     few = [_few(place, tensor, rows) for place, tensor in enumerate(tensors)]
     mask_rows = None if mask is None else few[1]
@@ -180,17 +180,17 @@ def _few(place: int, tensor: torch.Tensor, rows: int) -> torch.Tensor:
 def _made_few(
     _place: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
 ) -> torch.Tensor:
-    # By place: guards tell a tensor that is given twice from two alike.
+    # One tensor for each place: guards tell a tensor that is given twice from two equal ones.
     with torch.inference_mode(False), torch.set_grad_enabled(requires_grad):
         made = torch.zeros(shape, dtype=dtype, device=device)
-        # Rows are no leaves: experts may write into them.
+        # Rows must not be leaves, because experts may write into rows.
         made = made.requires_grad_(requires_grad).clone()
     mark_rows(made, tuple(range(1, made.dim() - 1)))
     return made
 
 
 def is_being_traced() -> bool:
-    """Whether the caller is traced: not by a capture that goes on in another thread, which is waited for."""
+    """True if the caller is traced. A capture in another thread does not count, and is waited for."""
     if torch.compiler.is_dynamo_compiling():
         return True
     if not torch.compiler.is_compiling():
@@ -200,7 +200,7 @@ def is_being_traced() -> bool:
 
 
 def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
-    """Follow one call of an expert; it leaves no trace."""
+    """Capture one call of an expert, which has no lasting effect."""
     kept: list[tuple[fx.GraphModule, list[Any], list[torch.Tensor]]] = []
     seen: list[fx.GraphModule] = []
 
@@ -229,7 +229,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
         ):
             traced = trace(_function_for(type(expert)), tuple(arguments.values()), keep, silent)
             if traced is None:
-                # A graph that is no longer known here, or was made for a context with other batch-aligned tensors.
+                # The tracer ran an old graph, which is unknown here or fits other batch-aligned tensors.
                 kept.clear()
                 del _FUNCTIONS[type(expert)]
                 traced = trace(_function_for(type(expert)), tuple(arguments.values()), keep, silent)
@@ -239,7 +239,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
         forget_failed(error)
         return Refusal(_reason(error))
     finally:
-        # The tracer's own cache keeps `keep`, and with it what the list holds.
+        # The tracer's own cache keeps `keep`, and with `keep` the lists' contents.
         kept.clear()
         for each in seen:
             forget_classes(each)
@@ -256,7 +256,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
 
 
 def _identity() -> fx.GraphModule:
-    """The graph of an expert that gives its rows back."""
+    """The graph of an expert that returns its rows unchanged."""
     graph = fx.Graph()
     name_source(graph.placeholder("hidden"), "L['hidden']")
     graph.output(())
@@ -278,7 +278,7 @@ def _described(
     own_ids = {id(each) for each in (*expert.parameters(), *expert.buffers())}
     for value in result.losses.values():
         if id(value) in own_ids and not any(value is each for each in inputs):
-            # Given back as it is: the tracer has no input for it.
+            # The expert returns its own tensor unchanged, and the tracer made no input for this tensor.
             _add_input(module, _source_of(expert, value))
             inputs = [*inputs, value]
     rows = sample.row_ids()
@@ -295,7 +295,7 @@ def _described(
         elif id(value) in rows:
             described.append(("rows", read))
         elif id(value) in sample.shared or (source.startswith("G[") and "L[" not in source):
-            # Of the context, or of a module: whoever asks is given the same.
+            # A tensor of the context, or of a Python module, is the same for all experts.
             described.append(("shared", read))
         else:
             return Refusal(f"read a tensor that is not their own ({_path(source)})")
@@ -319,7 +319,7 @@ def _described(
 
 
 def _source_of(expert: nn.Module, tensor: torch.Tensor) -> str:
-    """How one of an expert's own tensors is read."""
+    """The tracer's expression for one of an expert's own tensors."""
     for path, module in expert.named_modules():
         for store in ("_parameters", "_buffers"):
             for name, each in getattr(module, store).items():
@@ -330,7 +330,7 @@ def _source_of(expert: nn.Module, tensor: torch.Tensor) -> str:
 
 
 def _add_input(module: fx.GraphModule, source: str) -> None:
-    """Give a graph one more input, behind those that it has."""
+    """Give a graph one more input, behind the existing ones."""
     graph = module.graph
     last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
     with graph.inserting_after(last[0]) if last else graph.inserting_before(next(iter(graph.nodes))):
@@ -339,7 +339,7 @@ def _add_input(module: fx.GraphModule, source: str) -> None:
 
 
 def _fault(result: Any) -> str | None:
-    """Why a result can't be given for all members at once."""
+    """The reason that a result can't be given for all members at once, or ``None``."""
     if not isinstance(result, ExpertResult):
         return WrongResult(f"returned a {type(result).__name__}")
     if not isinstance(result.hidden, torch.Tensor):
@@ -366,7 +366,7 @@ def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> 
 
 
 def _reader(source: str, scope: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """What reads a source from the arguments, or from a scope; sources are the tracer's own expressions."""
+    """A function that reads a source, an expression of the tracer's, from the arguments or from a scope."""
     names = {"__builtins__": {}, "G": scope}
     read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", names)
     return read
@@ -388,7 +388,7 @@ def _path(source: str) -> str:
 def _reason(error: BaseException) -> str:
     """The tracer's reason in one sentence, with the user's line."""
     said = _said(error)
-    # The expert's own error, as the tracer met it.
+    # Errors of these types or words are the expert's own, met by the tracer.
     return (
         WrongResult(said)
         if type(error).__name__ in ("TorchRuntimeError", "ObservedException") or "bserved exception" in said

@@ -1,8 +1,8 @@
-"""The experts present at a level, put in classes: those of one class share a program, and run as one.
+"""Puts the experts present at a level in classes: experts of one class share a program, and run as one.
 
-Two experts are of one class where the guards of one captured graph hold for both (`capture`), or where those of two
-graphs do that were lowered to equal programs. They are asked at every call, so that a change of anything that the graph
-depends on is seen. Captures are kept by the experts' Python class, for all models of a process.
+Two experts are of one class if the guards of one captured graph hold for both (`capture`). Two graphs that were lowered
+to equal programs count as one. Every call evaluates the guards, which see a change of anything that the graph depends
+on. Captures are kept by the experts' Python class, for all models of a process.
 
 Axes: R rows, P experts present.
 """
@@ -28,15 +28,15 @@ from .values import CannotGroupError
 from .verify import Few, verify
 from .waiting import told
 
-# Graphs of one Python class that are kept; the least recently used ones go.
+# Number of graphs kept for one Python class; the least recently used ones go.
 _MOST_CAPTURES = 256
-# Siblings that are tried before the rest is taken to be refused alike.
+# After this many refused captures of one layout, a call refuses the layout's other experts alike.
 _MOST_TRIES = 2
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What the choice of an engine looks at: the tensors of an expert. There is one for each kind of expert.
+    """The tensors of an expert, for the choice of an engine. Experts of one kind share a layout.
 
     Attributes:
         tensors: The name, shape and dtype of each parameter and buffer.
@@ -50,19 +50,19 @@ _LAYOUTS: weakref.WeakKeyDictionary[type, dict[Any, Layout]] = weakref.WeakKeyDi
 
 @dataclass(eq=False)
 class ClassRecord:
-    """What is known of a class.
+    """The findings on a class.
 
     Attributes:
         captured: The graph.
-        program: It, lowered; ``None`` where it can't be.
-        fault: Why its experts can't run as one, in words that follow "its experts".
+        program: The lowered graph; ``None`` if the graph can't be lowered, or with ``same_as``.
+        fault: The reason that the class's experts can't run as one, in words that follow "its experts".
         operations_looped: Operations without a grouped form, which run member by member, and how often.
-        writes: Whether its experts write into their rows.
-        draws: Whether its experts draw random numbers.
+        writes: True if the class's experts write into their rows.
+        draws: True if the class's experts draw random numbers.
         verified: By the id of an expert that was compared with the loop: the expert, and the difference if any.
-        same_as: The record that was there first for an equal program, which is run for all: this one says for whom its
-            own graph holds, and who has been verified with it. PyTorch makes a Python class for each module with
-            parametrizations, so that one graph's guards never hold for two of them.
+        same_as: The first record with an equal program, which runs for all. This record only tells for which experts
+            its own graph holds, and which were verified with the graph. PyTorch makes a Python class for each module
+            with parametrizations, and one graph's guards never hold for two such modules.
     """
 
     captured: Captured
@@ -76,19 +76,19 @@ class ClassRecord:
 
     @property
     def first(self) -> ClassRecord:
-        """The record of its class."""
+        """The record of the class: ``same_as``, or this one."""
         return self.same_as or self
 
     def note(self, expert: nn.Module, fault: str | None) -> None:
-        """Keep what the comparison of an expert with the loop found."""
+        """Keep the finding of an expert's comparison with the loop."""
         self.verified[id(expert)] = weakref.ref(expert), fault
 
     def forget_gone(self) -> None:
-        """Let go of experts that are no more."""
+        """Drop experts that no longer exist."""
         self.verified = {key: known for key, known in self.verified.items() if known[0]() is not None}
 
     def fault_of(self, expert: nn.Module) -> tuple[bool, str | None]:
-        """Whether the expert has been verified, and what was found."""
+        """True if the expert has been verified, and the difference if any."""
         known = self.verified.get(id(expert))
         if known is None or known[0]() is not expert:
             return False, None
@@ -103,11 +103,11 @@ class Unit(NamedTuple):
     """Experts that run together.
 
     Attributes:
-        positions: Their places among the experts present.
-        modules: They.
-        record: What is known of their class; ``None`` where they have none.
-        scale: What the gradient into their input is multiplied by.
-        fault: Why they can't run as one, or why a loop is better.
+        positions: The experts' places among the experts present.
+        modules: The experts.
+        record: The record of the experts' class; ``None`` if the experts have none.
+        scale: The factor of the gradient into the experts' input.
+        fault: The reason that the experts can't run as one, or that a loop is better.
         tensors: By member its own tensors, in the graph's order.
     """
 
@@ -119,7 +119,7 @@ class Unit(NamedTuple):
     tensors: Tensors = ()
 
     def taken(self, places: Sequence[int]) -> Unit:
-        """Some of its members, in an order of their own."""
+        """A unit of some of the members, in the given order."""
         return self._replace(
             positions=tuple(self.positions[place] for place in places),
             modules=tuple(self.modules[place] for place in places),
@@ -128,16 +128,16 @@ class Unit(NamedTuple):
 
     @property
     def is_alone(self) -> bool:
-        """Whether its experts run one by one."""
+        """True if the experts run one by one."""
         return self.fault is not None or len(self.modules) == 1
 
 
 class LevelInputLike(NamedTuple):
-    """What the experts of a level are given, in batch order.
+    """The input of a level's experts, in batch order.
 
     Attributes:
-        hidden: ``[B, ...]``.
-        mask: ``[B, ...]`` or ``None``.
+        hidden: The hidden states, ``[B, ...]``.
+        mask: The mask, ``[B, ...]``, or ``None``.
         context: The batch's context.
     """
 
@@ -157,12 +157,12 @@ class LevelClasses:
 
     def __init__(self) -> None:
         self._layouts: dict[str, tuple[nn.Module, Layout]] = {}
-        # By name and kind of input, what was last found for the expert.
+        # By name and kind of input the expert's last refusal, and by name the record that the expert last fitted.
         self._refused: dict[tuple[str, Any], tuple[weakref.ref[nn.Module], str]] = {}
         self._latest: dict[str, tuple[weakref.ref[nn.Module], ClassRecord]] = {}
 
     def layouts(self, names: Sequence[str], experts: Sequence[nn.Module]) -> list[Layout]:
-        """What the choice of an engine looks at, of each expert: as it was when it was first seen."""
+        """Each expert's layout, as it was when the expert was first seen."""
         found = []
         for name, expert in zip(names, experts, strict=True):
             known = self._layouts.get(name)
@@ -172,12 +172,12 @@ class LevelClasses:
         return found
 
     def known(self, name: str, expert: nn.Module) -> ClassRecord | None:
-        """The graph that an expert was last found to fit: its `first` is that of its class."""
+        """The record of the graph that an expert last fitted: its `first` is the record of the class."""
         latest = self._latest.get(name)
         return latest[1] if latest is not None and latest[0]() is expert else None
 
     def refusal(self, name: str, expert: nn.Module) -> str | None:
-        """Why an expert was last refused, whatever it was given."""
+        """The reason that an expert was refused, for any kind of input."""
         if (missing := tracer_missing()) is not None:
             return f"can't be captured ({missing})"
         for (of, _), (refused, reason) in self._refused.items():
@@ -194,14 +194,14 @@ class LevelClasses:
         *,
         retries: bool = False,
     ) -> list[Unit]:
-        """The experts by class, in the order of their first members; those of no class have a fault.
+        """The experts by class, in the order of the classes' first members; experts of no class have a fault.
 
         Args:
-            names: Of the experts, P.
-            experts: They.
-            scales: What the gradient into each one's input is multiplied by.
-            given: What the level is given.
-            retries: Whether experts that were refused before are captured again.
+            names: The P experts' names.
+            experts: The experts.
+            scales: For each expert the factor of the gradient into its input.
+            given: The level's input.
+            retries: If true, experts that were refused before are captured again.
         """
         search = _Search(self, given, retries, torch.is_grad_enabled())
         if (unit := search.as_before(names, experts, scales)) is not None:
@@ -235,9 +235,9 @@ class _Search:
         self._retries = retries
         self._samples: dict[bool, Sample] = {}
         self._last: dict[bool, ClassRecord] = {}
-        # By the id of an expert, the graph that holds for it now, which alone says whether it has been verified.
+        # By an expert's id, the graph that holds now: only that graph's record tells if the expert was verified.
         self._own: dict[int, ClassRecord] = {}
-        # By graph: what it is asked about, empty where it is out of the question; whether the same inputs are rows.
+        # By graph: the arguments of its guard, empty if the graph is no longer alive; and the answer of `fits`.
         self._questions: dict[tuple[ClassRecord, bool], dict[str, Any]] = {}
         self._fits: dict[tuple[ClassRecord, bool], bool] = {}
         self._tries: dict[tuple[Layout, bool], list[str]] = {}
@@ -255,7 +255,7 @@ class _Search:
         return self._samples[is_detached]
 
     def as_before(self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float]) -> Unit | None:
-        """All experts as one unit, where they were that before and nothing has changed: the usual case, asked first."""
+        """All experts as one unit if they were one before and nothing has changed: the usual case, tried first."""
         scale, latest = scales[0], self._classes._latest
         record = self._classes.known(names[0], experts[0])
         if record is None or record.first.program is None or scales.count(scale) < len(scales) or tracer_missing():
@@ -281,13 +281,13 @@ class _Search:
     def find_all(
         self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float]
     ) -> list[tuple[ClassRecord | None, str | None]]:
-        """Each expert's class, or why it has none."""
+        """Each expert's class, or the reason that the expert has none."""
         if (missing := tracer_missing()) is not None:
             return [(None, f"can't be captured ({missing})")] * len(names)
         are_detached = [scale == 0.0 for scale in scales]
         for each in set(are_detached):
             self._sample(each)
-        # Guards ask about the caller's modes and hooks, too, which change nothing here.
+        # Guards also look at the caller's modes and hooks, which change nothing here.
         with apart():
             asked = told(zip(names, experts, are_detached, strict=True), len(names), "tracing experts")
             return [self._find(*each) for each in asked]
@@ -313,7 +313,7 @@ class _Search:
         return record.first, record.fault
 
     def _held(self, expert: nn.Module, is_detached: bool) -> ClassRecord | None:
-        """The class that one of the graphs that are there puts the expert in."""
+        """The record of a known graph that holds for the expert."""
         last = self._last.get(is_detached)
         if last is not None and self._holds(last, expert, is_detached):
             return last
@@ -326,7 +326,7 @@ class _Search:
         return None
 
     def _holds(self, record: ClassRecord, expert: nn.Module, is_detached: bool) -> bool:
-        """Whether a graph holds for an expert."""
+        """True if a graph holds for an expert."""
         captured, key = record.captured, (record, is_detached)
         question = self._questions.get(key)
         if question is None:
@@ -337,7 +337,7 @@ class _Search:
         question["expert"] = expert
         if not captured.guard.holds(question):
             return False
-        # The same for all experts, and asked behind the guard: another context may lack what the graph reads.
+        # The answer is the same for all experts. The guard comes first: another context may lack the graph's inputs.
         if key not in self._fits:
             self._fits[key] = captured.fits(self._sample(is_detached))
         return self._fits[key]
@@ -356,7 +356,7 @@ class _Search:
         except CannotGroupError as error:
             record.fault = error.args[0]
         else:
-            # A program was verified in the modes that it was captured in.
+            # A program was verified in the modes of its capture, and other modes need a record of their own.
             of_class = _FIRST.setdefault(type_before_parametrizations(expert), weakref.WeakValueDictionary())
             first = of_class.setdefault((self._kind, record.program.key), record)
             if first is not record:
@@ -367,7 +367,7 @@ class _Search:
         return record
 
     def verified(self, names: Sequence[Sequence[str]], units: Sequence[Unit]) -> list[Unit]:
-        """The units without the experts that differ from their class's program."""
+        """The units, apart from the experts that differ from their class's program."""
         found = []
         for of_unit, unit in zip(names, units, strict=True):
             if unit.is_alone or unit.record is None or unit.record.program is None:
@@ -388,14 +388,14 @@ class _Search:
                 self._own[id(expert)].note(expert, fault)
 
     def _fault_of(self, expert: nn.Module) -> tuple[bool, str | None]:
-        """Whether the expert has been verified as it is, and what was found."""
+        """True if the expert has been verified as it is, and the difference if any."""
         return self._own[id(expert)].fault_of(expert)
 
     def _compare(self, record: ClassRecord, members: Sequence[nn.Module]) -> bool:
-        """Compare members with the loop that have not been yet; whether there are any."""
+        """Compare the members that are not verified yet with the loop; true if there are any."""
         new = [each for each in members if not self._fault_of(each)[0]]
         if new:
-            # Two at least: with one there is nothing to keep apart.
+            # Two members at least: the program has nothing to keep apart with one.
             asked = new if len(new) > 1 else [*new, next(each for each in members if each is not new[0])]
             for expert, fault in zip(asked, verify(record, asked, Few(*self._given)), strict=True):
                 self._own[id(expert)].note(expert, fault)
@@ -403,9 +403,9 @@ class _Search:
         return bool(new)
 
     def _otherwise(self, names: Sequence[str], members: Sequence[nn.Module], scale: float) -> list[str | None]:
-        """Why experts that draw random numbers can't run as one in the other grad mode.
+        """The reasons that experts that draw random numbers can't run as one in the other grad mode.
 
-        A checkpoint computes once with and once without gradients, and must draw the same both times.
+        A checkpoint computes once with and once without gradients, and must draw the same numbers both times.
         """
         is_grad_enabled = not self._is_grad_enabled
         faults: list[str | None] = []
@@ -431,7 +431,7 @@ class _Search:
         return [fault or found.get(id(each)) for each, fault in zip(members, faults, strict=True)]
 
     def _parted(self, unit: Unit) -> list[Unit]:
-        """The unit's experts that equal their program, and those that don't."""
+        """The unit split into experts that equal their program, and experts that don't, by fault."""
         faults = [self._fault_of(each)[1] for each in unit.modules]
         if not any(faults):
             return [unit]
@@ -442,7 +442,7 @@ class _Search:
 
 
 def layout_of(expert: nn.Module) -> Layout:
-    """The one `Layout` of experts of this Python class with such tensors."""
+    """The `Layout` that all experts of this Python class with such tensors share."""
     named = [*expert.named_parameters(), *expert.named_buffers()]
     tensors = tuple((name, _shape(tensor), tensor.dtype) for name, tensor in named)
     known = _LAYOUTS.setdefault(type_before_parametrizations(expert), {})
@@ -454,7 +454,7 @@ def _shape(tensor: torch.Tensor) -> torch.Size:
 
 
 def _shared(record: ClassRecord, members: Sequence[nn.Module], tensors: Tensors) -> str | None:
-    """What two of the experts share, in words."""
+    """The module or tensor that two of the experts share, in words, or ``None``."""
     if len(set(map(id, members))) < len(members):
         return "share a module"
     ids = [id(tensor) for own in tensors for tensor in own]
@@ -469,7 +469,7 @@ def _shared(record: ClassRecord, members: Sequence[nn.Module], tensors: Tensors)
 
 
 def _kind_of(given: LevelInputLike) -> tuple[Any, ...]:
-    """What of an input a refusal may depend on, beside its sizes."""
+    """The properties of an input that a refusal may depend on, beside the sizes."""
     hidden, mask, context = given
     device = hidden.device.type
     return (

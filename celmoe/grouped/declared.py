@@ -30,15 +30,15 @@ def rowwise(*, grouped: Callable[..., Any]) -> Callable[[_Function], _Function]:
 def rowwise(function: Any = None, *, grouped: Callable[..., Any] | None = None) -> Any:
     """Declare that a function, or a custom operator, acts on each row alone.
 
-    The grouped engine then takes it as one operation and looks no further into it: it is called once on the rows of all
-    experts of a class. With parameters or buffers among its arguments it is called for each expert, unless it has a
-    grouped form. Experts that call it are compared with the loop like all others, so a function that mixes rows is
-    refused. So are experts that call it and return losses. Nothing changes for the looped engine.
+    The grouped engine then treats the function as one operation: the rows of all experts of a class go through a single
+    call. With parameters or buffers among the arguments, each expert gets a call, unless there is a grouped form.
+    Experts that call the function are compared with the loop like all others: a function that mixes rows is refused.
+    Experts that call the function and return losses are refused, too. Nothing changes for the looped engine.
 
-    A tensor of rows has them along its first axis, ``[N, ...]``. So has each tensor that the function returns, one or a
-    tuple. The function must not write into its arguments, nor draw random numbers, nor read values in Python; it
-    is given tensors without values while experts are captured. An operator of `torch.library.custom_op` may read them,
-    and needs what that asks for: ``register_fake``, and ``register_autograd`` for gradients.
+    A tensor of rows has the rows along its first axis, ``[N, ...]``. The function returns one such tensor, or a tuple.
+    The function must not write into its arguments, draw random numbers, or read values in Python: during a capture,
+    tensors have no values. An operator of `torch.library.custom_op` may read values. Such an operator needs
+    ``register_fake``, and ``register_autograd`` for gradients.
 
     Example:
         >>> @celmoe.rowwise
@@ -46,16 +46,16 @@ def rowwise(function: Any = None, *, grouped: Callable[..., Any] | None = None) 
         ...     return rows * (largest / rows.norm(dim=-1, keepdim=True)).clamp(max=1)
 
     Args:
-        function: The function, or what `torch.library.custom_op` gives.
-        grouped: Its grouped form, which takes the same arguments for all experts at once and one more: rows are
-            ``[R, ...]``, parameters and buffers ``[P, ...]`` for P experts, and ``members`` says whose each row is,
-            ``[R]`` int64, in rising order. It returns ``[R, ...]``.
+        function: The function, or a result of `torch.library.custom_op`.
+        grouped: The grouped form, which takes the same arguments for all experts at once, and ``members``. Rows are
+            ``[R, ...]``, parameters and buffers ``[P, ...]`` for P experts. ``members`` gives each row's expert,
+            ``[R]`` int64, in rising order. The grouped form returns ``[R, ...]``.
 
     Returns:
         The function itself.
 
     Raises:
-        InputTypeError: One of them can't be called.
+        InputTypeError: ``function`` or ``grouped`` can't be called.
     """
     if grouped is not None and not callable(grouped):
         raise InputTypeError(f"'grouped' must be a function (got {grouped!r})")
@@ -72,7 +72,7 @@ def rowwise(function: Any = None, *, grouped: Callable[..., Any] | None = None) 
 
 
 def is_declared(handler: Callable[..., Any]) -> bool:
-    """Whether a handler is that of a function that was declared."""
+    """True for the handler of a declared function."""
     return isinstance(handler, partial) and handler.func is _call
 
 

@@ -1,4 +1,4 @@
-"""For which experts, inputs and surroundings a graph holds: the tracer's own guards, and what they leave out."""
+"""Guards tell for which experts, inputs and surroundings a graph holds: the tracer's own guards, and additions."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .namespaces import Namespaces
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
-    The tracer's own guards compare constants as Python does: 1 equals True, and 0.0 equals -0.0. They know objects by
-    their classes, whose methods may be replaced, compare a tuple that holds a list with itself, and don't tell of names
-    that were not found. All that is looked at here.
+    This class closes four gaps of the tracer's own guards. Constants are compared as Python does: 1 equals True, and 0.0
+    equals -0.0. Objects are known by class, though methods may be replaced. A tuple that holds a list is compared with
+    itself. Names that were not found during the trace have no guards.
 
     Args:
         manager: The tracer's own guard manager.
-        arguments: What the graph was traced with, by parameter name.
-        silent: Loggers that said nothing while it was traced, though the code calls them.
+        arguments: The arguments that the graph was traced with, by parameter name.
+        silent: Loggers that said nothing during the trace, though the code calls them.
 
     Attributes:
-        foreign: A class that the code uses and another one of the user's answers for, or ``None``.
+        foreign: A class that the code uses and that has a metaclass of the user's, or ``None``.
     """
 
     def __init__(self, manager: Any, arguments: Mapping[str, Any], silent: SilentLoggers) -> None:
@@ -52,12 +52,12 @@ class Guard:
 
     @property
     def scope(self) -> Mapping[str, Any]:
-        """What the tracer's expressions call ``G``: modules that the code reads."""
+        """The names behind ``G`` in the tracer's expressions: modules that the code reads."""
         scope: Mapping[str, Any] = self._manager.global_scope["G"]
         return scope
 
     def holds(self, arguments: dict[str, Any]) -> bool:
-        """Whether the graph holds for arguments, by parameter name."""
+        """True if the graph holds for arguments, by parameter name."""
         return (
             bool(self._manager.check(arguments))
             and self._holds_beside(arguments)
@@ -66,7 +66,7 @@ class Guard:
         )
 
     def holds_for_all(self, arguments: dict[str, Any], experts: Iterable[nn.Module]) -> bool:
-        """Whether the graph, which holds now for these arguments, does so with each of some experts."""
+        """True if the graph, which holds for these arguments now, also holds with each of some experts."""
         check, is_plain = self._of_expert.check, not self._constants
         has_names = self._names.hold_for
         for arguments["expert"] in experts:
@@ -77,21 +77,21 @@ class Guard:
         return True
 
     def _holds_beside(self, arguments: dict[str, Any]) -> bool:
-        """What the tracer's own guards don't tell."""
+        """True if all constants have the types and signs of the trace."""
         return all(canonical(read(arguments, self.scope)) == constant for read, constant in self._constants)
 
     def is_alive(self) -> bool:
-        """Whether the graph is still to be asked for.
+        """True if the graph may still be used.
 
-        The tracer lets go of one whose guards compare an object that is gone. So does this of one that was traced
-        through code which has been replaced, or past a logger that says something by now.
+        The tracer drops a graph whose guards compare an object that is gone. This class also drops a graph once traced
+        code was replaced, names appeared, or a silent logger says something.
         """
         is_kept = self._manager.cache_entry is not None and self._silent.are_as_before() and self._names.are_as_before()
         return is_kept and all(each.are_as_before() for each in self._code)
 
 
 def _sources(node: Any) -> Iterator[str]:
-    """All that a tree of guards mentions."""
+    """The sources that a tree of guards mentions."""
     yield node.get_source()
     for each in node.get_child_managers():
         yield from _sources(each)
@@ -101,7 +101,7 @@ _OTHERS = ("G", "L['hidden']", "L['mask']", "L['context']")
 
 
 def _of_expert_alone(manager: Any) -> Any:
-    """The guards that look at the expert, where each looks at nothing else; all of them where one does."""
+    """The guards that look at the expert; all guards if one of them also looks at something else."""
     lines = str(manager).splitlines()
     mixed = (
         "ALIASING" in line or ("L['expert']" in line and any(other in line for other in _OTHERS[1:])) for line in lines
@@ -112,7 +112,7 @@ def _of_expert_alone(manager: Any) -> Any:
 
 
 class SilentLoggers(set[Any]):
-    """The methods of loggers that say nothing as they are set now: for all who ask they are in here."""
+    """A set that contains each method of a logger that says nothing at the logger's present level."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,11 +127,11 @@ class SilentLoggers(set[Any]):
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> set[Any]:
-        # The tracer's settings are copied where its own times are logged.
+        # The tracer copies its settings when it logs its own times.
         return set()
 
     def are_as_before(self) -> bool:
-        """Whether those that were asked for say nothing still."""
+        """True if the loggers that were looked up still say nothing."""
         return not any(logger.isEnabledFor(level) for (_, level), logger in self._met.items())
 
 
@@ -139,9 +139,9 @@ _LEVELS = {name: getattr(logging, name.upper()) for name in ("debug", "info", "w
 
 
 class _Methods:
-    """The functions of a class, and their code, as they are when this is made; it keeps neither class nor functions.
+    """A snapshot of a class's functions and their code, which keeps neither class nor functions alive.
 
-    Classes that PyTorch makes for one module, as for weight norm, hold that module.
+    A class that PyTorch makes for one module, as for weight norm, holds that module.
     """
 
     def __init__(self, kind: type) -> None:
@@ -156,7 +156,7 @@ class _Methods:
         self._inner = [(weakref.ref(each), _INNER(each)) for each in own.values()]
 
     def are_as_before(self) -> bool:
-        """Whether they are the same now."""
+        """True if the class's functions and their code are unchanged."""
         kind = self._kind()
         if kind is None:
             return False
@@ -172,7 +172,7 @@ class _Methods:
 
 
 def _function_of(attribute: Any) -> types.FunctionType | None:
-    """What a class's attribute calls."""
+    """The Python function that a class's attribute calls, or ``None``."""
     if type(attribute) is staticmethod or type(attribute) is classmethod:
         attribute = attribute.__func__
     elif type(attribute) is property:
@@ -180,7 +180,7 @@ def _function_of(attribute: Any) -> types.FunctionType | None:
     return attribute if type(attribute) is types.FunctionType else None
 
 
-# What a guard says of an object's class.
+# The guard of an object's class.
 _TYPE = re.compile(r"___check_type_id\((.*), \d+\)")
 # Classes that Python code can change.
 _HEAP_TYPE = 1 << 9
@@ -198,7 +198,7 @@ def _reader(source: str) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any
 
 
 def _evaluated(source: str, scope: dict[str, Any]) -> Any:
-    """What a source stands for; ``None`` for one that only the tracer can read."""
+    """The value of a source; ``None`` if only the tracer can read the source."""
     try:
         return eval(source, scope)
     except Exception:  # noqa: BLE001  # the tracer's expressions may use names of its own

@@ -11,9 +11,9 @@ __all__ = ["inline_checkpoints"]
 
 
 def inline_checkpoints(module: fx.GraphModule) -> None:
-    """Have a traced graph call what it would call without `torch.utils.checkpoint.checkpoint`.
+    """Have a traced graph make the calls inside `torch.utils.checkpoint.checkpoint` itself.
 
-    The results are the same. What checkpoints compute again in the backward pass is kept for it instead.
+    The results are the same. The graph keeps values that checkpoints would compute again in the backward pass.
     """
     graph, is_changed = module.graph, False
     for node in list(graph.nodes):
@@ -27,7 +27,7 @@ def inline_checkpoints(module: fx.GraphModule) -> None:
         with graph.inserting_before(node):
             outputs: Any = graph.graph_copy(inner.graph, names)
         for user in list(node.users):
-            # The call gives a tuple, and whoever uses it takes it apart.
+            # The call gives a tuple, and each user of the call picks one item.
             user.replace_all_uses_with(outputs[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(node)

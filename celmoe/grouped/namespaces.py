@@ -1,6 +1,6 @@
-"""Which names there are in what a traced call looked into: the tracer's guards tell of those that were found only.
+"""The names in the namespaces that a traced call looked into; the tracer's guards only know names that were found.
 
-A call that caught an ``AttributeError`` or a ``KeyError`` is another call once the name is there.
+A call that caught an ``AttributeError`` or a ``KeyError`` runs differently once the missing name is there.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Nobody adds names to these for an expert to find.
+# Nobody adds names to these modules for an expert to find.
 _OTHERS = ("torch", "numpy", "celmoe", *sys.stdlib_module_names)
 # The tracer's own.
 _ROOTS = ("G['__builtins", "G['__import_torch_dot_")
-# Classes of classes that answer for them by what the tracer's guards, or those here, look at.
+# Metaclasses whose answers depend only on state that the tracer's guards, or the guards here, look at.
 _PLAIN = (type, abc.ABCMeta, enum.EnumType)
-# Functions whose results the tracer takes for constants, and what tells that those are the same.
+# Functions whose results the tracer takes for constants; each has a function that shows changes of the results.
 _FOLDED: dict[Any, Callable[[], Any]] = {
     os.getenv: lambda: dict(os.environ),
     sys.getrecursionlimit: sys.getrecursionlimit,
@@ -35,13 +35,13 @@ if dist.is_available():
         each: lambda: dist.is_initialized() and (dist.get_rank(), dist.get_world_size())
         for each in (dist.is_initialized, dist.get_rank, dist.get_world_size)
     }
-# A dict's number of names, and the last one: a new one comes last.
+# A dict's number of names, and its last name: a new name comes last.
 _NAMES = "len(d := {}), last(reversed(d), None), "
-# Most experts hold nothing but modules, and every call asks for all of them.
+# Most experts hold nothing but modules, and every call checks all modules.
 _NAMES_OF_MODULE = _NAMES + "len(d['_modules']), len(d['_parameters']), len(d['_buffers']), "
 
 
-# What modules keep in dicts of their own, or are asked for with the module; hooks the tracer's own guards count.
+# Dicts of a module, which are checked together with the module; the tracer's own guards count hooks.
 _OF_A_MODULE = re.compile(r"\.(?:__dict__|_modules|_parameters|_buffers|_\w*hooks\w*)$")
 
 
@@ -49,14 +49,14 @@ class Namespaces:
     """The namespaces that a graph's guards mention.
 
     Args:
-        sources: What the guards mention, as the tracer's expressions.
-        read: Gives what an expression stands for; ``None`` where only the tracer can tell.
-        arguments: The traced function's, by parameter name.
-        scope: What the tracer's expressions call ``G``.
+        sources: The tracer's expressions that the guards mention.
+        read: Gives an expression's value; ``None`` if only the tracer can tell.
+        arguments: The traced function's arguments, by parameter name.
+        scope: The names behind ``G`` in the tracer's expressions.
 
     Attributes:
-        classes: Classes among them.
-        foreign: A class that another one of the user's answers for, or ``None``.
+        classes: The classes among the values.
+        foreign: A class that has a metaclass of the user's, or ``None``.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Namespaces:
         if isinstance(value, dict):
             return [] if _OF_A_MODULE.search(source) else [_NAMES.format(source)]
         if isinstance(value, types.ModuleType):
-            # The globals of a function: more of them come and go than functions look for in vain.
+            # Globals of a function come and go too often: functions rarely look for missing ones.
             is_root = source.count("[") == 1 and source.endswith("]")
             is_other = value.__name__.partition(".")[0] in _OTHERS
             return [] if is_root or is_other else [_NAMES.format(f"{source}.__dict__")]
@@ -121,23 +121,23 @@ class Namespaces:
         return self._shared(None, self._scope), registered, [each() for each in self._folded]
 
     def are_as_before(self) -> bool:
-        """Whether those that are neither an expert's nor the context's hold the same names."""
+        """True if all namespaces but those of experts and of the context hold the same names."""
         try:
             return self._process() == self._of_process
         except (LookupError, AttributeError, TypeError):
             return False
 
     def hold_for(self, expert: nn.Module) -> bool:
-        """Whether an expert's do, for which the tracer's own guards hold."""
+        """True if an expert's namespaces hold the same names; the tracer's own guards must hold."""
         return self._expert(expert, self._scope) == self._of_expert
 
     def hold_in(self, context: Any) -> bool:
-        """Whether the context's do, likewise."""
+        """True if the context's namespaces hold the same names, likewise."""
         return self._context(context, self._scope) == self._of_context
 
 
 def _reader(expressions: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]:
-    """Reads all namespaces, of an expert or of a context."""
+    """A function that reads all namespaces of an expert or of a context."""
     parts = "".join(dict.fromkeys(expressions)).replace("L['expert']", "L").replace("L['context']", "L")
     read: Callable[..., tuple[Any, ...]] = eval(
         f"lambda L, G: ({parts})", {"id": id, "len": len, "last": next, "reversed": reversed}

@@ -1,7 +1,7 @@
 """A captured graph lowered to a flat list of calls, which runs for all experts of a class at once.
 
-Every value is per-row, per-expert or constant (`ragged`). Each call of the graph is given, once, the handler that does
-it for all (`operations`); a call that is not known to act on each row alone is a `CannotGroupError`.
+Every value is per-row, per-expert or constant (`values`). Each call of the graph gets, once, a handler that does the
+call for all experts (`ops`). A call that is not known to act on each row alone is a `CannotGroupError`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .values import CannotGroupError, Ragged, RowCount, Rows, Stack, common, reg
 
 
 class Outcome(NamedTuple):
-    """What a run gave.
+    """The results of a run.
 
     Attributes:
-        hidden: ``[R, ...]``.
-        losses: By name, one for each member.
+        hidden: The hidden states, ``[R, ...]``.
+        losses: By name, one tensor for each member.
         operations_looped: Operations that ran member by member, and how often.
-        writes: Whether rows were written in place.
-        draws: Whether random numbers were drawn, or would have been but for a rehearsal.
+        writes: True if rows were written in place.
+        draws: True if random numbers were drawn, or would have been outside a rehearsal.
     """
 
     hidden: torch.Tensor
@@ -51,11 +51,11 @@ class Program:
     """The lowered graph; ``str()`` prints it as code.
 
     Attributes:
-        captured: The graph that it was lowered from.
+        captured: The captured graph.
         steps: The calls, in order.
-        num_inputs: Values that it begins with.
+        num_inputs: Number of values that the program begins with.
         results: Places of the result's hidden states and losses.
-        calls: The steps resolved; ``None`` before a rehearsal, which sees of what kinds the values are.
+        calls: The resolved steps; ``None`` before a rehearsal, which shows the kinds of the values.
     """
 
     captured: Captured
@@ -71,7 +71,7 @@ class Program:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """What equal programs have in common: inputs of equal names and kinds, equal calls, equal results."""
+        """The key that equal programs share: names and kinds of the inputs, calls, results."""
         captured = self.captured
         inputs = tuple(
             (kind, source, facts_of(node))
@@ -97,7 +97,7 @@ def _printed(value: Any) -> str:
     return repr(value)
 
 
-# Dynamo writes an operator for what the expert wrote; the table knows tensors' methods.
+# Dynamo puts Python's operators into the graph; the table knows tensors' methods.
 _DUNDERS = {
     **{getattr(operator, name): f"__{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")},
     **{getattr(operator, name): f"__{name}__" for name in ("neg", "pos", "abs", "eq", "ne", "lt", "le")},
@@ -117,10 +117,10 @@ _REFLECTED = {
     "__le__": "__ge__",
     "__ge__": "__le__",
 }
-# Methods that look at a tensor's axes only, and those that look at what is in it.
+# Methods that read only a tensor's shape, and methods that read its elements.
 _ON_SHAPES = {"size", "dim", "numel"}
 _READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"}
-# Calls that change how those after them run, and are undone when the run ends.
+# Calls that change the modes of later calls; the end of the run undoes the changes.
 _MODES = {
     set_grad_mode,
     enter_autocast,
@@ -156,17 +156,17 @@ def lower(captured: Captured) -> Program:
 
 
 def _require_members_apart(captured: Captured, steps: Sequence[Step]) -> None:
-    """See to it that whoever leaves some losses out of a backward pass leaves their members out (`boundary`).
+    """Require that a backward pass that leaves some losses out can leave their members out (`boundary`).
 
     Raises:
-        CannotGroupError: It may not be so.
+        CannotGroupError: The backward pass might reach members whose losses are left out.
     """
     for node, (kind, _) in zip(captured.graph.nodes, captured.inputs, strict=False):
         if kind == "shared" and needs_gradient(node):
             raise CannotGroupError("return losses, and give gradients to a tensor that is shared")
     for step in steps:
         if is_declared(step.call):
-            # Its own backward pass may make zeros of gradients that there are none of.
+            # A declared function's own backward pass may turn missing gradients into zeros.
             raise CannotGroupError(f"return losses, and call {step.name}, which is not PyTorch's own")
 
 
@@ -174,7 +174,7 @@ def _bound(value: Any, places: Mapping[fx.Node, int]) -> Any:
     if isinstance(value, fx.Node):
         return Place(places[value])
     if isinstance(value, list | tuple):
-        # Plain ones: a graph's own can't be changed.
+        # Plain lists and tuples: a graph's own can't be changed.
         return (list if isinstance(value, list) else tuple)(_bound(each, places) for each in value)
     if isinstance(value, slice):
         return slice(*(_bound(each, places) for each in (value.start, value.stop, value.step)))
@@ -217,7 +217,7 @@ def _lowered(node: fx.Node, args: Any, kwargs: Any) -> Step:
 def _last_uses(
     nodes: Sequence[fx.Node], places: Mapping[fx.Node, int], results: Sequence[int]
 ) -> dict[fx.Node, tuple[int, ...]]:
-    """For each node the values that are read for the last time there."""
+    """For each node, the places of the values that no later node reads."""
     seen = {node for node, place in places.items() if place in results}
     found: dict[fx.Node, tuple[int, ...]] = {}
     for node in reversed(nodes):
@@ -242,7 +242,7 @@ def _size(_run: Run, func: Any, _name: str, args: Any, _kwargs: Any) -> Any:
 
 
 def _assertion(_run: Run, _func: Any, _name: str, args: Any, _kwargs: Any) -> None:
-    """The tracer puts one beside a size that values decide: those of a constant mask are known."""
+    """Check the tracer's assertion beside a size that depends on values; a constant mask's sizes are known."""
     if args[0] is not True:
         raise CannotGroupError("indexed by values, or made tensors as long as values say")
 
@@ -264,7 +264,7 @@ def _attribute(run: Run, _func: Any, _name: str, args: Any, _kwargs: Any) -> Any
 
 
 def _python(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """An operator: on tensors their method's operation, on sizes and parts Python's own."""
+    """Call an operator: the method's operation on tensors, Python's own operator on sizes and parts."""
     if not any(isinstance(each, Ragged) for each in args):
         return func(*args, **kwargs)
     if not name:
@@ -280,11 +280,11 @@ def _python(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 class Bound(NamedTuple):
-    """What a program is run on.
+    """The inputs of a program's run.
 
     Attributes:
         sample: Hidden states, mask and context with the rows of all members.
-        tensors: For each of the members' own tensors, in the graph's order, those of all members.
+        tensors: For each own tensor of a member, in the graph's order, the tensors of all members.
     """
 
     sample: Sample
@@ -302,14 +302,14 @@ def run_program(
     """Run a class over all rows of its members.
 
     Args:
-        program: The class's.
+        program: The class's program.
         bound: The rows, and the members' tensors.
         segments: The rows of each member.
-        is_rehearsal: Whether random operations are to do something that can be compared.
-        may_write: Whether the rows are a copy that may be written into.
+        is_rehearsal: If true, random operations give results that can be compared.
+        may_write: If true, the rows are a copy that may be written into.
 
     Raises:
-        CannotGroupError: It can't be right for all. An operation's own error passes through.
+        CannotGroupError: The run can't be right for all members. An operation's own error passes through.
     """
     captured = program.captured
     run = Run(segments, is_rehearsal=is_rehearsal, may_write=may_write)
@@ -335,14 +335,14 @@ def run_program(
     for name, loss in losses.items():
         if not isinstance(loss, Rows | Stack):
             raise CannotGroupError(f"returned the loss {name!r}, which depends on neither rows nor parameters")
-    # Whatever the caller's grad mode: the expert may have enabled gradients itself.
+    # The caller's grad mode does not matter: the expert may have enabled gradients itself.
     with torch.enable_grad():
         by_member = {name: _of_members(loss, segments) for name, loss in losses.items()}
     return Outcome(hidden.plain, by_member, dict(run.looped), run.writes, run.draws)
 
 
 def bound_to_kinds(program: Program, bound: Bound, segments: Segments) -> Program:
-    """The program with its calls resolved, by the kinds of the values in a rehearsal.
+    """The program with its calls resolved by the kinds of values that a rehearsal gives.
 
     Raises:
         CannotGroupError: As for `run_program`.
@@ -358,7 +358,7 @@ def bound_to_kinds(program: Program, bound: Bound, segments: Segments) -> Progra
 
 
 def _called(calls: Calls, values: list[Any], run: Run, results: Sequence[int]) -> list[Any]:
-    """The results, as handlers take them."""
+    """Run resolved calls, and give the results as handlers take them."""
     values = [plain_of(value, kind) for value, kind in zip(values, calls.kinds, strict=False)]
     for call, last_uses in calls.steps:
         values.append(call(values, run))
@@ -369,7 +369,7 @@ def _called(calls: Calls, values: list[Any], run: Run, results: Sequence[int]) -
 
 @contextlib.contextmanager
 def _modes_kept(run: Run) -> Iterator[None]:
-    """The caller's grad and autocast modes are as they were in the end, wherever that is."""
+    """Restore the caller's grad and autocast modes at the end, after an error too."""
     grad_mode = torch.is_grad_enabled()
     try:
         yield

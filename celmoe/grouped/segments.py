@@ -1,4 +1,4 @@
-"""Which rows belong to which member of a class, as the host and as the device want to know it.
+"""The rows of each member of a class, in forms for the host and for the device.
 
 Axes: R rows of all members, one member's after the other's; P members.
 """
@@ -14,13 +14,13 @@ import torch
 
 
 class Run(NamedTuple):
-    """Neighbouring members with equally many rows: one batched product serves them all.
+    """Neighbouring members with equally many rows: one batched product serves all of these members.
 
     Attributes:
         row: The first row.
         member: The first member.
-        length: Rows of each.
-        members: How many members.
+        length: Number of rows of each member.
+        members: Number of members.
     """
 
     row: int
@@ -30,13 +30,13 @@ class Run(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Neighbouring members with about equally many rows, each given the places of the largest of them.
+    """Neighbouring members with about equally many rows: each member gets as many places as the largest has rows.
 
     Attributes:
         place: The first place.
         member: The first member.
-        most: Places of each: the most rows of a member.
-        members: How many members.
+        most: Number of places of each member: the largest member's number of rows.
+        members: Number of members.
     """
 
     place: int
@@ -45,7 +45,7 @@ class Bucket(NamedTuple):
     members: int
 
 
-# So many places for a row, at the most: more members a bucket are fewer calls, and more that is computed in vain.
+# Most places per row in a bucket: larger buckets save calls, but waste computation on empty places.
 MOST_PLACES_A_ROW = 1.25
 
 
@@ -53,11 +53,11 @@ class Segments:
     """The rows of P members.
 
     Attributes:
-        counts: Rows of each member; never zero.
-        num_rows: Rows R.
+        counts: Number of rows of each member; never zero.
+        num_rows: Number of rows R.
         runs: The members by equal counts, in order.
-        buckets: The members by like counts, in order.
-        device: Where index tensors are made.
+        buckets: The members by similar counts, in order.
+        device: The device of index tensors.
     """
 
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
@@ -79,7 +79,7 @@ class Segments:
         return self._members[factor]
 
     def row_runs(self, factor: int = 1) -> list[tuple[int, int, int, int]]:
-        """For each run its first row, the row after its last, its first member and how many members it has."""
+        """For each run its first row, the row after its last row, its first member and its number of members."""
         return [
             (row * factor, (row + length * members) * factor, member, members)
             for row, member, length, members in self.runs
@@ -93,11 +93,11 @@ class Segments:
         return self._ends[factor]
 
     def padded(self, factor: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices from rows, with one row of zeros behind them, to places, and back.
+        """Indices from rows, with one row of zeros behind the last, to places, and back.
 
         Returns:
-            int64: for each place of all buckets its row, R · factor where there is none; and for each of the R · factor
-            rows its place.
+            Two int64 tensors. The first gives the row of each place of all buckets, R · factor for an empty place. The
+            second gives the place of each of the R · factor rows.
         """
         if factor not in self._padded:
             total = self.num_rows * factor
@@ -105,7 +105,7 @@ class Segments:
             firsts = np.concatenate(
                 [(each.place + np.arange(each.members) * each.most) * factor for each in self.buckets]
             )
-            # Each row's place: its member's first one, and as far behind it as the row is behind the member's first.
+            # A row's place is its member's first place, plus the row's distance from the member's first row.
             places = np.arange(total) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
             index = np.full(self.num_places * factor, total, dtype=np.int64)
             index[places] = np.arange(total)
@@ -117,13 +117,13 @@ class Segments:
 
     @property
     def num_places(self) -> int:
-        """Places of all buckets."""
+        """Number of places in all buckets."""
         last = self.buckets[-1]
         return last.place + last.most * last.members
 
 
 def _buckets(runs: Sequence[Run]) -> list[Bucket]:
-    """Runs joined while their places are at most so many a row."""
+    """Runs joined as long as their places are at most `MOST_PLACES_A_ROW` a row."""
     buckets: list[Bucket] = []
     rows = 0
     for run in runs:

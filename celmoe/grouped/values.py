@@ -1,11 +1,11 @@
 """The three kinds of values that a program computes with for all experts of a class.
 
-- `Rows`: one entry for each sample: the hidden states and what is made of them. Its row axis holds the rows of all
+- `Rows`: one entry for each sample: the hidden states and values made of them. The row axis holds the rows of all
   members, one member's after the other's.
-- `Stack`: one entry for each member: parameters, buffers and what is made of them alone.
-- `Common`: the same for all: constants that the forward pass makes, and what the context shares.
+- `Stack`: one entry for each member: parameters, buffers and values made of these alone.
+- `Common`: the same for all members: constants that the forward pass makes, and the context's shared tensors.
 
-Each has the axes of the tensor that an expert would compute with alone, but for one thing: the number of rows is a
+Each value has the axes of the tensor that an expert alone would compute with. Only the number of rows differs: it is a
 symbol, `RowCount`, that may size tensors and nothing else.
 
 Axes: R rows of all members, P members.
@@ -23,15 +23,15 @@ from celmoe.directml import takes
 
 
 class CannotGroupError(Exception):
-    """Why experts can't run as one, in words that complete "looped, for its experts …"."""
+    """Experts can't run as one; the message completes "looped, for its experts …"."""
 
 
 class NeedsOwnRowsError(CannotGroupError):
-    """They write into rows that are not theirs alone this time."""
+    """Experts write into rows that are not a copy of their own in this run."""
 
 
 class RowCount:
-    """The number of rows of an expert, times ``factor`` positions: a size, of which only products are known."""
+    """The number of an expert's rows, times ``factor`` positions: a size that knows only products."""
 
     __slots__ = ("factor",)
 
@@ -51,7 +51,7 @@ class RowCount:
         return RowCount(self.factor // other)
 
     def __eq__(self, other: object) -> bool:
-        # Experts without rows don't run: no number that is known to be less equals it.
+        # Experts without rows don't run, so no number below 1 equals the number of rows.
         if not isinstance(other, RowCount) and (type(other) is not int or other > 0):
             self._refuse()
         return isinstance(other, RowCount) and self.factor == other.factor
@@ -68,11 +68,11 @@ class RowCount:
 
 
 class Ragged:
-    """Base of the three.
+    """Base class of the three kinds of values.
 
     Attributes:
-        plain: The plain tensor behind it.
-        plain_shape: Its shape.
+        plain: The plain tensor behind the value.
+        plain_shape: The plain tensor's shape.
     """
 
     plain: torch.Tensor
@@ -97,30 +97,30 @@ class Ragged:
 
     @property
     def a_tensor(self) -> torch.Tensor:
-        """One of its dtype and device that is there: a stack that has not been made stays so."""
+        """An existing tensor of the value's dtype and device; builds no stack."""
         return self.plain
 
     @property
     def dtype(self) -> torch.dtype:
-        """As of the tensor behind it."""
+        """The dtype of the plain tensor."""
         return self.a_tensor.dtype
 
     @property
     def device(self) -> torch.device:
-        """As of the tensor behind it."""
+        """The device of the plain tensor."""
         return self.a_tensor.device
 
     @property
     def requires_grad(self) -> bool:
-        """As of the tensor behind it."""
+        """True if the plain tensor requires gradients."""
         return self.a_tensor.requires_grad
 
     def is_floating_point(self) -> bool:
-        """As of the tensor behind it."""
+        """True if the plain tensor is floating-point."""
         return self.dtype.is_floating_point
 
     def is_complex(self) -> bool:
-        """As of the tensor behind it."""
+        """True if the plain tensor is complex."""
         return self.dtype.is_complex
 
 
@@ -129,7 +129,7 @@ class Rows(Ragged):
 
     Attributes:
         axis: The row axis.
-        factor: Positions folded into it: it is R · factor long, and each row's positions stand together.
+        factor: Positions folded into the row axis, which is R · factor long: each row's positions stand together.
     """
 
     axis: int
@@ -137,7 +137,7 @@ class Rows(Ragged):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """The shape that the expert sees: the row axis is a `RowCount` long."""
+        """The shape that the expert sees: the row axis has a `RowCount` as size."""
         sizes = self.plain_shape
         return (*sizes[: self.axis], RowCount(self.factor), *sizes[self.axis + 1 :])
 
@@ -146,16 +146,16 @@ class Stack(Ragged):
     """One entry for each member: ``plain`` is ``[P, *shape]``.
 
     Attributes:
-        is_reduced: Whether it was made of rows: then it may be a loss, but must not reach rows again.
-        is_own: Whether its memory is a result's own, which the expert may write into: no parameter's, nor a view.
-        members: The members' own tensors, where it is nothing but those: stacked only when something asks for all.
+        is_reduced: True if the stack was made of rows: it may be a loss, but must not reach rows again.
+        is_own: True if the memory is a result's own, which the expert may write into: no parameter's, nor a view.
+        members: The members' own tensors if the stack holds nothing else: stacked only when something asks for all.
     """
 
     is_reduced: bool
     is_own: bool
     members: Sequence[torch.Tensor] | None
     _stacked: torch.Tensor | None
-    # Not where it was first asked for under `no_grad`: then it is stacked again for who wants gradients.
+    # False if first stacked under `no_grad`: the members are then stacked again once gradients are enabled.
     _has_graph: bool
 
     @property
@@ -165,7 +165,7 @@ class Stack(Ragged):
 
     @property
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
-        """The plain tensor behind it."""
+        """The plain tensor behind the stack."""
         if self._stacked is None or (not self._has_graph and torch.is_grad_enabled()):
             members = list(self.members or ())
             require_axes(members[0].device, members[0].dim() + 1)
@@ -174,7 +174,7 @@ class Stack(Ragged):
 
     @property
     def a_tensor(self) -> torch.Tensor:
-        """One of the members' own, or the stack."""
+        """One of the members' own tensors, or the stack."""
         return self.plain if self.members is None else self.members[0]
 
     def dim(self) -> int:
@@ -183,11 +183,11 @@ class Stack(Ragged):
 
 
 class Repeated(Rows):
-    """A stack that each row has its member's entry of: written out only when something asks for that.
+    """Rows that hold their member's entry of a stack: written out only when something asks for the plain tensor.
 
     Attributes:
-        source: The stack, whose entries' axes are those behind the row axis, while it says all: once written out, the
-            rows may have been written into; and what was made without gradients stays without.
+        source: The stack, while the stack says all. The entries' axes are the axes behind the row axis. Once written
+            out, rows may have been changed in place. Rows made without gradients stay without gradients.
     """
 
     _source: Stack
@@ -203,12 +203,12 @@ class Repeated(Rows):
 
     @property
     def a_tensor(self) -> torch.Tensor:
-        """Of the stack, while that says all."""
+        """The stack's tensor, as long as the stack says all."""
         return self.plain if self.source is None else self._source.a_tensor
 
     @property
     def plain(self) -> torch.Tensor:  # type: ignore[override]  # made when it is first asked for
-        """The plain tensor behind it."""
+        """The plain tensor behind the rows."""
         if self._written is None:
             with torch.set_grad_enabled(self._has_graph):
                 self._written = self._write_out(self._source)
@@ -216,10 +216,10 @@ class Repeated(Rows):
 
 
 class Common(Ragged):
-    """The same for all members.
+    """A value that is the same for all members.
 
     Attributes:
-        is_given: Whether it is the context's, and not the run's own.
+        is_given: True for the context's tensors, false for the run's own.
     """
 
     is_given: bool
@@ -239,14 +239,14 @@ def rows(inner: torch.Tensor, axis: int = 0, factor: int = 1) -> Rows:
 
 
 def owned(value: Any) -> Any:
-    """A new result, and its memory its own."""
+    """A new result, marked as the owner of its memory."""
     if isinstance(value, Stack):
         value.is_own = True
     return value
 
 
 def repeated(source: Stack, write_out: Callable[[Stack], torch.Tensor], num_rows: int, factor: int) -> Repeated:
-    """A stack for each row, the row axis in front of its entries' axes."""
+    """A stack's entry for each row, with the row axis in front of the entries' axes."""
     value = Repeated()
     value._source, value._write_out, value._written = source, write_out, None
     value.plain_shape = torch.Size((num_rows * factor, *source.shape))
@@ -263,7 +263,7 @@ def stack(inner: torch.Tensor, is_reduced: bool = False) -> Stack:
 
 
 def registered(members: Sequence[torch.Tensor]) -> Stack:
-    """The members' own parameters, or buffers."""
+    """A stack of the members' own parameters, or buffers."""
     value = Stack()
     value._stacked, value.is_reduced, value.is_own = None, False, False
     value.members = members

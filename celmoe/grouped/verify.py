@@ -1,10 +1,10 @@
-"""A program beside the loop, on a few rows of every member, before its experts run as one for the first time.
+"""Compares a program with the loop, on a few rows of every member, before its experts first run as one.
 
-Two comparisons must agree for each member. The expert itself and its traced graph give the same: the trace is true for
-this very member. The graph of each member alone and the program of all members give the same, gradients too. There the
-members' tensors are copies in which no element is zero: behind a zero, wrong gradients would look like right ones.
-Nothing is left behind: rows and tensors are copies, random operations do the same on all sides, and the random state is
-put back.
+Two comparisons must agree for each member. First, the expert itself and its traced graph give the same: the trace is
+true for this very member. Second, the graph of each member alone and the program of all members give the same,
+gradients too. In the second, the members' tensors are copies in which no element is zero: behind a zero, wrong
+gradients would look right. Nothing is left behind: rows and tensors are copies, and the random state is restored.
+Random operations do the same on all sides.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .segments import Segments
 from .values import CannotGroupError
 from .waiting import told
 
-# Rows of the members, by turns.
+# Numbers of rows that the members get in turn.
 COUNTS = (2, 3)
-# Its multiples' fractions are all apart, those of neighbours by far.
+# The fractional parts of its multiples all differ, and neighbours differ much.
 _GOLDEN = 0.6180339887498949
-# Members whose tensors are copied at a time.
+# Number of members whose tensors are copied at a time.
 _AT_A_TIME = 16
-# Relative to the largest value, by the lowest precision that is computed in; sums are taken in another order.
+# Relative to the largest value, by the lowest precision in use: a grouped run sums in another order.
 _TOLERANCES = {
     torch.float64: 1e-10,
     torch.complex128: 1e-10,
@@ -48,11 +48,11 @@ _TOLERANCES = {
 
 
 class Few(NamedTuple):
-    """Where the rows that members are compared on come from.
+    """The source of the rows that members are compared on.
 
     Attributes:
-        hidden: ``[N, ...]``, any N rows that the level is given.
-        mask: ``[N, ...]`` or ``None``.
+        hidden: The hidden states, ``[N, ...]``, of any N rows that the level is given.
+        mask: The mask, ``[N, ...]``, or ``None``.
         context: The batch's context.
     """
 
@@ -62,7 +62,7 @@ class Few(NamedTuple):
 
 
 class Verifiable(Protocol):
-    """A class, as far as `verify` knows of it."""
+    """The parts of a class's record that `verify` uses."""
 
     program: Program | None
     operations_looped: dict[str, int]
@@ -71,7 +71,7 @@ class Verifiable(Protocol):
 
 
 class _Rehearsal(TorchFunctionMode):
-    """Does in place of random operations what a rehearsed program does."""
+    """Replaces random operations as a rehearsed program does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -96,7 +96,7 @@ class _Rehearsal(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Where functions that drop out inside take their rate.
+# The position of the dropout rate among a function's arguments.
 _DROPOUT_PLACES = {"multi_head_attention_forward": 10, "gru": 5, "lstm": 5, "rnn_tanh": 5, "rnn_relu": 5}
 _DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 
@@ -105,19 +105,19 @@ _Part: TypeAlias = Callable[[slice], Sample]
 
 
 class _Leaf(NamedTuple):
-    """A tensor whose gradient is compared, and what it is called."""
+    """A tensor whose gradient is compared, and the tensor's name in messages."""
 
     tensor: torch.Tensor
     name: str
 
 
 def verify(record: Verifiable, members: Sequence[nn.Module], few: Few) -> list[str | None]:
-    """Whether grouped equals looped, for each member.
+    """Compare a grouped run with the loop, for each member.
 
     Args:
-        record: The members' class: its program, and where is noted what is found of it.
-        members: Any number of them.
-        few: Rows.
+        record: The members' class: gives the program, and takes notes on the program's run.
+        members: Any number of members.
+        few: The source of rows.
 
     Returns:
         For each member the difference, in words that follow "its experts", or ``None``.
@@ -172,7 +172,7 @@ def _verified(record: Verifiable, members: Sequence[nn.Module], few: Few) -> lis
     found: list[str | None] = [None] * len(members)
     for place, (member, part) in enumerate(zip(members, parts, strict=True)):
         found[place] = _differs_from_expert(member, part, captured, agree)
-    # A program that is wrong for one member is trusted with none.
+    # A program that is wrong for one member runs for none.
     if all(map(agree, grouped.hidden.split(counts), [each[0] for each in alone])):
         shared = _difference(grouped, hidden, alone, captured, leaves, tensors, agree)
     else:
@@ -183,12 +183,12 @@ def _verified(record: Verifiable, members: Sequence[nn.Module], few: Few) -> lis
 
 
 def _rows(few: Few, number: int) -> tuple[list[_Leaf], Sample]:
-    """Copies of some rows: as leaves, and as what a call is given."""
+    """Copies of some rows: as leaves, and as the input of a call."""
     index = (torch.arange(number) % few.hidden.shape[0]).to(few.hidden.device)
 
     def taken(tensor: torch.Tensor) -> torch.Tensor:
         some = tensor.detach().index_select(0, index)
-        # Every other row as it is given.
+        # Every other row stays as it is given.
         some[1::2] = _without_zeros(some[1::2])
         return _copy(some, tensor.requires_grad and torch.is_grad_enabled())
 
@@ -213,24 +213,24 @@ def _stirred(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _without_zeros(values: torch.Tensor) -> torch.Tensor:
-    """Small positive numbers in place of zeros, those of the imaginary parts included."""
+    """Values with small positive numbers in place of zeros, in imaginary parts too."""
     if values.is_complex():
         return torch.view_as_complex(_without_zeros(torch.view_as_real(values.resolve_conj()).contiguous()))
     if not values.is_floating_point():
         return values
-    # Drawn on the host, and not from the caller's numbers.
+    # Drawn on the host, without the caller's random state.
     drawn = np.random.default_rng(0).uniform(0.05, 0.15, tuple(values.shape)).astype(np.float32)
     return values.where(values != 0, torch.from_numpy(drawn).to(values.device).to(values.dtype))
 
 
 def _private(sample: Sample, context: ContextRows) -> Sample:
-    """Rows that may be written into, and that are no leaves."""
+    """A copy of a sample whose rows may be written into, and are no leaves."""
     mask = None if sample.mask is None else sample.mask.clone()
     return Sample(sample.hidden.clone(), mask, context.build([each.clone() for each in sample.context]))
 
 
 def _parts(sample: Sample, context: ContextRows, counts: Sequence[int]) -> list[_Part]:
-    """For each member what makes some of its rows, anew every time: an expert may write into them."""
+    """For each member a function that copies some of its rows anew, because an expert may write into rows."""
     hidden = sample.hidden.split(list(counts))
     masks = None if sample.mask is None else sample.mask.split(list(counts))
     aligned = [each.split(list(counts)) for each in sample.context]
@@ -307,9 +307,9 @@ def _difference(
 
 
 def _gradients(outputs: Sequence[torch.Tensor], inputs: Sequence[_Leaf]) -> Sequence[torch.Tensor | None]:
-    """Of a weighted sum of all outputs, so that no two elements count alike.
+    """The gradients of a weighted sum of all outputs, in which no two elements have equal weights.
 
-    Neighbours differ much: norms give little for weights that are nearly equal, and in low precision nothing but noise.
+    Neighbouring weights differ much: nearly equal ones give norms small gradients, in low precision nothing but noise.
     """
     outputs = [output for output in outputs if output.requires_grad]
     if not outputs or not inputs:
@@ -326,15 +326,15 @@ def _gradients(outputs: Sequence[torch.Tensor], inputs: Sequence[_Leaf]) -> Sequ
 def _autocast_of(device: str) -> contextlib.AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
-    # Its cache of casts would outlive the comparison.
+    # Autocast's cache of casts would outlive the comparison.
     return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)
 
 
 class _Agreement:
-    """Whether two tensors agree, as closely as the lowest precision of a computation lets them.
+    """Tells if two tensors agree as closely as the lowest precision of a computation allows.
 
     Args:
-        tensors: What it computes with and gives.
+        tensors: The tensors that the computation takes and gives.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -345,7 +345,7 @@ class _Agreement:
         self._tolerance = max((_TOLERANCES[each] for each in dtypes), default=0.0)
 
     def __call__(self, mine: torch.Tensor, theirs: torch.Tensor) -> bool:
-        # On the host, where whatever reads values can be asked.
+        # Compared on the host, which supports all operations that read values.
         mine, theirs = mine.detach().cpu(), theirs.detach().cpu()
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             return False

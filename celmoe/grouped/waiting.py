@@ -9,17 +9,17 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-# So many seconds pass in silence.
+# Seconds that pass before the line appears.
 PATIENCE = 2.0
 
 
 def told(items: Iterable[Item], total: int, doing: str) -> Iterator[Item]:
-    """The items, and a line on standard error once they have taken longer than `PATIENCE`.
+    """Yield the items, and print a line on standard error once the items have taken longer than `PATIENCE`.
 
     Args:
-        items: Whatever takes long.
-        total: How many they are.
-        doing: What is done to them, in words.
+        items: Items that may take long.
+        total: Number of items.
+        doing: The work on the items, in words.
     """
     start = time.monotonic()
     is_told = False
