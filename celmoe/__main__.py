@@ -1,4 +1,4 @@
-"""``python -m celmoe``: what is installed, which devices work, and a self-check on each."""
+"""``python -m celmoe``: the installed versions, the devices that work, and a self-check on each."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the report.
 
     Returns:
-        The exit code. Of the devices that were asked for all must work. Where none was, the CPU must, and no other may
-        fail: it may be absent.
+        The exit code: 0 if all devices that were asked for work. If none was asked for, the CPU must work, and every
+        other device must work or be absent.
     """
     parser = argparse.ArgumentParser(prog="python -m celmoe", description=__doc__)
     parser.add_argument("--device", nargs="+", metavar="NAME", help="report on these alone; each must work")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _report(asked: list[str] | None) -> int:
     for device in asked or ():
-        # Before the first one takes its time.
+        # Refuse an unknown name before the first device takes its time.
         require_known(device)
 
     try:
@@ -58,7 +58,7 @@ def _report(asked: list[str] | None) -> int:
         return 2
     print(f"celmoe         {__version__}")
     print(f"python         {platform.python_version()} on {platform.system()} {platform.machine()}")
-    # In its own words, which name the build where the metadata of its wheel do not.
+    # torch's own version names the build; the metadata of its wheel may not.
     print(f"torch          {torch.__version__}")
     for package in ("numpy", "torch-directml"):
         print(f"{package:14} {_version(package)}")
@@ -69,7 +69,7 @@ def _report(asked: list[str] | None) -> int:
     is_fine = True
     for device in asked or DEVICES:
         found = report(device)
-        # Each as soon as it is known: a device may take its time.
+        # Print each device at once: the next device may take its time.
         print("\n".join(_rows(found)), flush=True)
         may_be_absent = asked is None and device != CPU
         is_fine &= found.state == WORKS or (found.state == MISSING and may_be_absent)
@@ -77,7 +77,7 @@ def _report(asked: list[str] | None) -> int:
 
 
 def _rows(found: DeviceReport) -> list[str]:
-    """A device's part of the table: a row for each engine, or one without."""
+    """A device's part of the table: a row for each engine, or one row if no engine was checked."""
     if not found.checks:
         return [_row(found.device, found.state, "", "", found.detail)]
     return [

@@ -1,7 +1,7 @@
-"""What a user declares: experts, levels, and the hierarchy they make.
+"""The config that a user declares: experts, levels, and the hierarchy of both.
 
-Fields are checked whenever they are set; how levels and experts fit together is checked when a model or a compiler is
-built from the config (`enabled_levels`), so that an empty config may still be filled first.
+Setting a field checks its value. Building a model or a compiler checks that levels and experts fit together
+(`enabled_levels`). A user may therefore start from an empty config and fill it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FUSION_TYPES = ("learned", "position_aware")
 
 
 def require_finite(name: str, value: object) -> None:
-    """Refuse what is no finite number.
+    """Refuse a value that is no finite number.
 
     Raises:
-        ConfigTypeError, ConfigError: It is no number, or not finite.
+        ConfigTypeError, ConfigError: The value is no number, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ConfigTypeError(f"{name!r} must be a number (got {value!r})")
@@ -59,14 +59,15 @@ class ExpertConfig:
     """One expert of a level.
 
     Attributes:
-        name: A label; the key in `HierarchyLevelConfig.experts` is what routes and checkpoints use.
-        loss_weight: Weighs the losses that this expert returns, in `LossBundle.total`.
-        stop_gradient_from_parent: Detaches the expert's input. Read at every call.
-        metadata: Handed to the expert factory.
-        gradient_scale: Scales the gradient that flows from this expert into its input: 0 or below detaches, 1 or above
-            passes. ``None``, which is not given, leaves it to `stop_gradient_from_parent`; a number decides over the
-            flag. Read at every call.
-        parent: The expert of the level directly above, for samples whose upper route is left out.
+        name: A label. Routes and checkpoints use the key in `HierarchyLevelConfig.experts`.
+        loss_weight: The weight of this expert's losses in `LossBundle.total`.
+        stop_gradient_from_parent: If true, the expert's input is detached. Read at every call.
+        metadata: Passed to the expert factory.
+        gradient_scale: Scales the gradient from this expert into its input. 0 or below detaches the input, 1 or above
+            changes nothing. A number overrides `stop_gradient_from_parent`; ``None``, the default, leaves the decision
+            to that flag. Read at every call.
+        parent: An expert of the level directly above. This expert's samples take the parent if the routing leaves that
+            level out.
     """
 
     name: str
@@ -102,7 +103,7 @@ class ExpertConfig:
 
     @property
     def input_gradient_scale(self) -> float:
-        """What the gradient into the expert's input is multiplied by, from 0.0 (detached) to 1.0 (untouched)."""
+        """The factor on the gradient into the expert's input, from 0.0 (detached) to 1.0 (unchanged)."""
         scale = self.gradient_scale
         if scale is None:
             return 0.0 if self.stop_gradient_from_parent else 1.0
@@ -116,8 +117,9 @@ class HierarchyLevelConfig:
     Attributes:
         name: The level's name in routes, outputs and checkpoints.
         experts: The experts by name.
-        fallback_expert: Takes the samples of a level that the routing leaves out. Read at every call.
-        enabled: Whether models and compilers built from now on have this level.
+        fallback_expert: The expert that takes the level's samples if the routing leaves the level out. Read at every
+            call.
+        enabled: If true, models and compilers built from now on have this level.
     """
 
     name: str
@@ -146,10 +148,10 @@ class CELMoEConfig:
     Attributes:
         hidden_size: Width D of the last axis of the hidden states.
         levels: The levels in order.
-        use_learned_fusion: ``False`` fuses by the plain mean of the levels, without parameters.
+        use_learned_fusion: If false, the fusion is the plain mean of the levels, without parameters.
         fusion_dropout: Dropout rate of the built-in fusions.
         fusion_type: ``"learned"`` or ``"position_aware"``.
-        fusion_max_positions: Positions that the position-aware fusion has a bias for.
+        fusion_max_positions: The number of positions with a bias of their own in the position-aware fusion.
     """
 
     hidden_size: int
@@ -186,10 +188,10 @@ class CELMoEConfig:
 
 
 def enabled_levels(config: CELMoEConfig) -> list[HierarchyLevelConfig]:
-    """The enabled levels, once it is certain that levels, experts and parents fit together.
+    """The enabled levels, after a check that levels, experts and parents fit together.
 
     Raises:
-        ConfigTypeError: A level is no `HierarchyLevelConfig`, an expert no `ExpertConfig`, a name no string.
+        ConfigTypeError: A level is no `HierarchyLevelConfig`, an expert is no `ExpertConfig`, or a name is no string.
         ConfigError: No enabled level, a level without experts, an empty name, two enabled levels of one name, or a
             parent that the level above does not have.
     """

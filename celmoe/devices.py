@@ -1,6 +1,6 @@
-"""Which devices work here, found out in child processes: a broken driver stack ends the process that asks it.
+"""Find out which devices work, in child processes: a broken driver stack ends the process that asks it.
 
-`open_device` is for programs that take a device's name; `report` is what ``python -m celmoe`` prints.
+`open_device` serves programs that take a device's name; ``python -m celmoe`` prints each `report`.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from .reference import reference_forward
 DEVICES = CPU, CUDA, DIRECTML = ("cpu", "cuda", "directml")
 ENGINES_CHECKED = (LOOPED, GROUPED)
 TIME_LIMIT_SECONDS = 120
-# The larger batch has more rows, also for each expert, than those that take short cuts on a CPU; the smaller one takes
-# them all. Both are nothing to any device.
+# On a CPU, few rows take short cuts. The larger batch takes none of the short cuts, not even for one expert; the
+# smaller batch takes all. Both batches are cheap on any device.
 _BATCH_SIZES = _LARGE, _SMALL = (512, 24)
 _WIDTH, _EXPERTS = 16, 5
-# Relative to each tensor's largest value. Devices sum in other orders, and some multiply with fewer bits.
+# Relative to each tensor's largest value: devices sum in other orders, and some multiply with fewer bits.
 _TOLERANCE = 1e-3
 
 
 WORKS, FAILS, MISSING = "works", "fails", "not available"
-# The exit codes of a child process that looked: any other is a failure.
+# The exit codes of a child process that finished its check; any other code is a failure.
 STATE_BY_EXIT_CODE = {0: WORKS, 1: FAILS, 3: MISSING}
 
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """One engine on one device, held against the oracle on the CPU.
+    """One engine on one device, compared with the oracle on the CPU.
 
     Attributes:
-        engine: Its name.
-        largest_difference: Over the fused hidden states and all gradients of a large and a small batch, each relative
-            to its largest value; ``None`` where it did not come so far.
-        fault: Why it does not agree; empty where it does.
+        engine: The engine's name.
+        largest_difference: The largest difference in the fused hidden states and all gradients of a large and a small
+            batch, each relative to its tensor's largest value; ``None`` if the engine raised before.
+        fault: The reason why the engine disagrees; empty if the engine agrees.
     """
 
     engine: str
@@ -59,14 +59,14 @@ class EngineCheck:
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What became of the self-check on one device.
+    """The result of the self-check on one device.
 
     Attributes:
-        device: Its name.
-        state: `WORKS` where a forward and backward pass of every engine agreed with the oracle on the CPU, `MISSING`
-            where there is no such device, else `FAILS`.
-        detail: What the hardware is called where it works, else why it does not.
-        checks: By engine; empty where none was reached.
+        device: The device's name.
+        state: `WORKS` if a forward and backward pass of every engine agreed with the oracle on the CPU, `MISSING` if
+            there is no such device, else `FAILS`.
+        detail: The hardware's name if the device works, else the reason why not.
+        checks: One check for each engine; empty if no engine was reached.
     """
 
     device: str
@@ -76,17 +76,17 @@ class DeviceReport:
 
 
 def open_device(name: str) -> torch.device:
-    """The device of a name, once it is known to work.
+    """The device of a name, after a check of the device.
 
-    DirectML is tried in a child process first, which takes some seconds: where its drivers are broken, even asking for
-    it can end a process.
+    A child process tries DirectML first, which takes some seconds: with broken drivers, even asking for DirectML can
+    end a process.
 
     Args:
         name: ``"cpu"``, ``"cuda"``, ``"directml"``; or one of several: ``"cuda:1"``, ``"directml:1"``.
 
     Raises:
         UnknownDeviceError: No device has this name.
-        DeviceMissingError: It is not there, or gives wrong results.
+        DeviceMissingError: The device is not there, or gives wrong results.
     """
     kind, _ = _parsed(name)
     if kind == "directml" and (found := report(name)).state != WORKS:
@@ -135,11 +135,11 @@ def _last_line(output: str | bytes | None) -> str:
 def self_check(device: str, tell: Callable[[str], object] = lambda _: None) -> DeviceReport:
     """Train one step with every engine on a device and compare it with the oracle on the CPU.
 
-    It runs in this process, which a broken driver stack may end.
+    The check runs in this process, which a broken driver stack may end.
 
     Args:
-        device: Its name.
-        tell: Called with what is about to be done.
+        device: The device's name.
+        tell: Called with each next step, in words.
 
     Raises:
         UnknownDeviceError: No device has this name.
@@ -169,7 +169,7 @@ def self_check(device: str, tell: Callable[[str], object] = lambda _: None) -> D
 
 
 def as_json(found: DeviceReport) -> str:
-    """A report on one line, as `report` reads it."""
+    """A report as one line of JSON, for `report` to read."""
     return json.dumps({"detail": found.detail, "checks": [asdict(check) for check in found.checks]})
 
 
@@ -218,9 +218,9 @@ def _difference_of_a_step(engine: str, device: torch.device, batch_size: int) ->
     )
     on_cpu = HierarchicalCELMoE(config, lambda *_: _Block(), engine=engine)
     on_device = copy.deepcopy(on_cpu).to(device)
-    # A norm stands last, so that a sum of squares would have no gradient.
+    # The fusion ends in a norm, so a sum of squares would have no gradient; random weights give one.
     hidden, weights = torch.randn(batch_size, _WIDTH).requires_grad_(), torch.randn(batch_size, _WIDTH)
-    # Squares modulo 7 are 0, 1, 2 and 4, the first of them less often: one expert is left out.
+    # Squares modulo 7 are 0, 1, 2 and 4, with 0 less often than the others: expert 3 is left out.
     routing = {"second": [names[index * index % 7] for index in range(batch_size)]}
 
     expected = reference_forward(on_cpu, hidden, routing).fused_hidden
@@ -235,7 +235,7 @@ def _difference_of_a_step(engine: str, device: torch.device, batch_size: int) ->
 
 
 def _largest(expected: list[torch.Tensor | None], found: list[torch.Tensor | None]) -> float:
-    """The largest relative difference; infinite where there is no number, or a tensor is on one side only."""
+    """The largest relative difference; infinite if one is NaN, or if a tensor is on one side only."""
     largest = 0.0
     for theirs, mine in zip(expected, found, strict=True):
         if (theirs is None) != (mine is None):
@@ -258,7 +258,7 @@ class _Block(ExpertModule):
 
 
 def require_known(name: str) -> None:
-    """Refuse what is no device's name.
+    """Refuse a name that no device has.
 
     Raises:
         UnknownDeviceError: No device has this name.
@@ -267,7 +267,7 @@ def require_known(name: str) -> None:
 
 
 def _parsed(name: str) -> tuple[str, int | None]:
-    """What kind of device it is, and which of them."""
+    """The kind of device, and its number or ``None``."""
     kind, colon, number = str(name).partition(":")
     if kind not in DEVICES or (colon and not number.isdecimal()) or (kind == "cpu" and colon):
         raise UnknownDeviceError(
@@ -278,7 +278,7 @@ def _parsed(name: str) -> tuple[str, int | None]:
 
 
 def _open(name: str) -> tuple[torch.device, str]:
-    """The device, and what the hardware is called."""
+    """The device, and the hardware's name."""
     kind, number = _parsed(name)
     if kind == "cpu":
         return torch.device("cpu"), ""
@@ -296,10 +296,10 @@ def _open_directml(number: int) -> tuple[torch.device, str]:
     if importlib.util.find_spec("torch_directml") is None:
         raise DeviceMissingError('torch-directml is not installed: pip install -e ".[directml]"')
     try:
-        # Importing it loads drivers, so nothing else does.
+        # The import loads drivers, so no other place imports torch_directml.
         import torch_directml  # noqa: PLC0415
     except (ImportError, OSError) as error:
-        # The second is what it raises on Linux outside of WSL, the first with another torch than its own.
+        # torch_directml raises OSError on Linux outside of WSL, and ImportError with another torch than its own.
         raise DeviceMissingError(f"torch-directml does not load here ({_in_words(error)})") from error
     # Without an adapter, device() still answers, and the first tensor moved there ends the process.
     count = torch_directml.device_count()

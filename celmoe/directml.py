@@ -1,24 +1,24 @@
-"""The device that is Windows' graphics cards through torch-directml: what it is called, and what it does not take.
+"""DirectML, the device of Windows' graphics cards through torch-directml: its name and its limits.
 
-Its kernels differ in what they can do; see notes/directml.md for all that is known. The few places that choose by it
-ask here. A tensor that says it is there needs no plug-in to be asked.
+Its kernels have limits of their own; notes/directml.md lists all known ones. The few places that depend on DirectML ask
+here. A tensor tells its device, so the answer needs no plug-in.
 """
 
 from __future__ import annotations
 
 import torch
 
-# The plug-in does not rename what PyTorch calls a backend of somebody else's.
+# PyTorch's name for a third-party backend, which the plug-in does not rename.
 DEVICE_TYPE = "privateuseone"
-# With one axis more it ends the process.
+# A tensor with one axis more ends the process.
 _MOST_AXES = 5
 
 
 def is_directml(device: torch.device) -> bool:
-    """Whether a device is DirectML's."""
+    """True if a device is DirectML's."""
     return device.type == DEVICE_TYPE
 
 
 def takes(device: torch.device, num_axes: int) -> bool:
-    """Whether a device takes tensors of so many axes."""
+    """True if a device takes tensors of ``num_axes`` axes."""
     return num_axes <= _MOST_AXES or not is_directml(device)

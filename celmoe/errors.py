@@ -1,8 +1,8 @@
-"""What celmoe raises: every class is a `CELMoEError` and the builtin that celmoe-vp's callers catch.
+"""The errors of celmoe: every class is a `CELMoEError` and the builtin that celmoe-vp's callers catch.
 
 CELMoEError
 |- ConfigError        ValueError    a value or the structure of a config
-|- ConfigTypeError    TypeError     a config field, or what a factory returned, of the wrong kind
+|- ConfigTypeError    TypeError     a config field, or a factory's result, of the wrong kind
 |- EngineError        ValueError    an engine that does not exist
 |- EngineRefusedError RuntimeError  an engine asked for by name that can't run these experts
 |- UnknownLevelError  KeyError      a level that the config does not have
@@ -14,8 +14,8 @@ CELMoEError
 |- PlanError          ValueError    a plan of another config or batch, or parts that a plan does not have
 |- InputError         ValueError    a tensor of the wrong shape or device
 |- InputTypeError     TypeError     an argument that is no tensor, or marked as rows and has none
-|- ResultError        ValueError    what an expert returned has the wrong shape, dtype or device
-|- ResultTypeError    TypeError     what an expert returned is no ExpertResult
+|- ResultError        ValueError    an expert's result has the wrong shape, dtype or device
+|- ResultTypeError    TypeError     an expert's result is no ExpertResult
 |- UnknownDeviceError ValueError    a device that does not exist
 |- DeviceMissingError RuntimeError  a device that is not there, or does not work
 |- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
@@ -40,7 +40,7 @@ class ConfigError(CELMoEError, ValueError):
 
 
 class ConfigTypeError(CELMoEError, TypeError):
-    """A config field, or what the expert factory returned, is of the wrong kind."""
+    """A config field, or the expert factory's result, is of the wrong kind."""
 
 
 class EngineError(CELMoEError, ValueError):
@@ -58,19 +58,19 @@ class _LookupError(CELMoEError, KeyError):
 
 
 class UnknownLevelError(_LookupError):
-    """A level was named that the config does not have."""
+    """The config has no level of the given name."""
 
 
 class UnknownExpertError(_LookupError):
-    """An expert was named that its level does not have."""
+    """The level has no expert of the given name."""
 
 
 class MissingRouteError(_LookupError):
-    """A level was left out of the routing, and nothing says which expert its samples take."""
+    """The routing leaves a level out, and nothing tells which expert the level's samples take."""
 
 
 class RouteLengthError(CELMoEError, ValueError):
-    """Routes that are not one a sample, or a batch whose size nothing tells."""
+    """The number of routes is not the number of samples, or nothing tells the batch's size."""
 
 
 class RouteIdError(CELMoEError, ValueError):
@@ -86,7 +86,7 @@ class PlanError(CELMoEError, ValueError):
 
 
 class InputError(CELMoEError, ValueError):
-    """Hidden, mask, context or fusion input has the wrong shape or device, or a context's rows can't be told."""
+    """Hidden, mask, context or fusion input has the wrong shape or device, or a context's rows are unclear."""
 
 
 class InputTypeError(CELMoEError, TypeError):
@@ -98,7 +98,7 @@ class ResultError(CELMoEError, ValueError):
 
 
 class ResultTypeError(CELMoEError, TypeError):
-    """An expert returned something else than an `ExpertResult` that holds a tensor."""
+    """An expert returned something other than an `ExpertResult` that holds a tensor."""
 
 
 class UnknownDeviceError(CELMoEError, ValueError):
@@ -114,7 +114,7 @@ class ProcessGroupError(CELMoEError, RuntimeError):
 
 
 class MeshError(CELMoEError, ValueError):
-    """A device mesh has another size, or other dimensions, than what it is to be used for."""
+    """A device mesh has another size, or other dimensions, than its use requires."""
 
 
 class CheckpointError(CELMoEError, ValueError):
@@ -130,10 +130,10 @@ def listed(names: Iterable[object]) -> str:
 
 
 def nearest(names: object, known: Iterable[str]) -> str:
-    """For each of some unknown names the known ones that look like it, as half-sentences; all known where none does.
+    """The known names that look like each unknown name, as half-sentences; all known names if a name has none.
 
     Args:
-        names: The unknown name, or a list of several; as many as `listed` shows are answered.
+        names: The unknown name, or a list of several, of which as many get an answer as `listed` shows.
         known: The names that would be right.
     """
     all_known = list(known)

@@ -1,4 +1,4 @@
-"""The contract between the library and a user's experts: what an expert is given, and what it gives back."""
+"""The contract between the library and a user's experts: an expert's input and its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Shared(Generic[Value]):
-    """A context value that every expert sees whole, even where its first axis has the batch's length by chance.
+    """A context value that every expert sees whole, even if its first axis has the batch's length by chance.
 
     Experts see the bare value. Example: ``context={"table": Shared(table), "lengths": lengths}``.
     """
@@ -37,18 +37,19 @@ class Rows(Generic[Value]):
 
 ExpertMetadata: TypeAlias = Mapping[str, object]
 ExpertContextMap: TypeAlias = Mapping[str, object]
-# Any value is legal at run time; the names are those that celmoe-vp's callers annotate with.
+# Any value is legal at run time; celmoe-vp's callers annotate with these names.
 ExpertContext: TypeAlias = torch.Tensor | ExpertContextMap | Shared[object] | Rows[object] | None
 ExpertAux: TypeAlias = dict[str, object]
 
 
 @dataclass
 class ExpertBatch:
-    """What one expert is given: its own samples, in ascending batch order.
+    """One expert's input: its own samples, in ascending batch order.
 
     Attributes:
-        hidden: ``[N, ...]``, the rows of its N samples. They are the expert's own memory: working in place is allowed.
-        context: The context with its batch-aligned values cut to these samples, the rest as it was passed.
+        hidden: ``[N, ...]``, the rows of the expert's N samples. The memory is the expert's own: in-place work is
+            allowed.
+        context: The context. Batch-aligned values are cut to these samples; all others are as passed.
         mask: ``[N, ...]``, the mask's rows, or ``None``.
         state: ``{"level": ..., "expert": ...}``.
     """
@@ -61,12 +62,12 @@ class ExpertBatch:
 
 @dataclass
 class ExpertResult:
-    """What one expert gives back.
+    """One expert's result.
 
     Attributes:
-        hidden: The samples' new rows, of the shape that they came in.
+        hidden: The samples' new rows, in the shape of `ExpertBatch.hidden`.
         losses: Losses by name, any number of them.
-        aux: Anything else the expert wants to hand to the caller.
+        aux: Anything else that the expert hands to the caller.
     """
 
     hidden: torch.Tensor
@@ -75,7 +76,7 @@ class ExpertResult:
 
 
 def is_aux(aux: object) -> bool:
-    """Whether an expert may return this as `ExpertResult.aux`: a mapping, or, as in celmoe-vp, nothing of any kind."""
+    """True if valid as `ExpertResult.aux`: a mapping, or, as in celmoe-vp, ``None`` or an empty sequence."""
     return aux is None or isinstance(aux, Mapping) or (isinstance(aux, Sequence) and len(aux) == 0)
 
 

@@ -1,4 +1,4 @@
-"""How each level runs and why, as a table for people and as a dict for programs."""
+"""The engine of each level and the reason, as a table for people and as a dict for programs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _HEADINGS = {
 
 @dataclass(frozen=True)
 class ClassExplanation:
-    """Experts of one structure among those present.
+    """The present experts of one structure.
 
     Attributes:
-        architecture: The name of their Python class.
-        experts: Their names.
-        engine: ``"grouped"`` where they run as one, else ``"looped"``.
-        reason: Why, in words.
-        operations_looped: Operations without a grouped form, which run member by member, and how often.
+        architecture: The name of the experts' Python class.
+        experts: The experts' names.
+        engine: ``"grouped"`` if the experts run as one, else ``"looped"``.
+        reason: The reason for the engine, in words.
+        operations_looped: Operations without a grouped form, which run member by member, and their counts.
         rows_per_expert: Least, median and most samples of an expert, or ``None`` without a plan.
-        parameter_bytes: Bytes of their parameters.
+        parameter_bytes: Bytes of the experts' parameters.
     """
 
     architecture: str
@@ -54,14 +54,14 @@ class LevelExplanation:
 
     Attributes:
         level: The level's name.
-        engine: The engine that runs its experts; ``"mixed"`` where some classes are grouped and some looped.
+        engine: The engine that runs its experts; ``"mixed"`` if some classes are grouped and some looped.
         num_experts: Experts E of the level.
-        num_present: Experts P in the plan, or ``None`` without one.
+        num_present: Experts P in the plan, or ``None`` without a plan.
         rows_per_expert: Least, median and most samples of a present expert, or ``None``.
         num_parameters: Parameters of all the level's experts, shared ones counted once.
-        parameter_bytes: Bytes of the parameters of the experts present; of all experts' without a plan.
-        why: Why this engine, and which copies of rows the plan saves.
-        classes: The experts present by structure, of which each runs in one way.
+        parameter_bytes: Bytes of the present experts' parameters; without a plan, of all experts' parameters.
+        why: The reason for the engine, and the copies of rows that the plan saves.
+        classes: The present experts by structure; the experts of one structure run in one way.
     """
 
     level: str
@@ -96,7 +96,7 @@ class Explanation:
         return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *self._class_lines()])
 
     def _class_lines(self) -> list[str]:
-        """The classes of levels where there is more to say than that experts are looped."""
+        """A line for each class of each level; levels of the looped engine have no classes."""
         lines = []
         for line in self.levels:
             for each in line.classes:
@@ -123,11 +123,11 @@ def explain_level(
 
     Args:
         level: The level's name.
-        modules: All its experts.
-        engine: The engine that runs them.
-        present: The experts in the plan; all of them without one.
+        modules: All the level's experts.
+        engine: The engine that runs the experts.
+        present: The experts in the plan; without a plan, all experts.
         plan: The level's plan.
-        classes: The experts present by structure; none where the engine does not ask.
+        classes: The present experts by structure; empty if the engine does not ask.
     """
     why = "runs any module, one present expert after another"
     several = [each for each in classes if len(each.experts) > 1]
@@ -175,7 +175,7 @@ def _movement(plan: LevelPlan) -> str:
 
 
 def _initialized(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The modules' parameters, each once; those of a lazy module have no size before its first call."""
+    """The modules' parameters, each once, without those that a lazy module has not sized yet."""
     found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
     return [parameter for parameter in found.values() if not is_lazy(parameter)]
 

@@ -12,12 +12,12 @@ from typing import IO
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of ``path`` when the block ends; an error leaves ``path`` as it was.
+    """A file to write. The file replaces ``path`` when the block ends; an error leaves ``path`` as it was.
 
-    [Note: Replaced whole] The new content is written beside, flushed to the disk, and renamed. POSIX file systems and
-    NFS rename in one step, and so does Windows unless another process has ``path`` open: that is an ``OSError``, and
-    ``path`` stays. Buckets mounted as folders copy instead of renaming, and give no such promise. A killed process
-    leaves the file beside, which the next write takes over.
+    [Note: Replaced whole] The new content goes into a file beside ``path``, is flushed to the disk, and renamed. POSIX
+    file systems, NFS and Windows rename in one step. If another process on Windows has ``path`` open, the rename is an
+    ``OSError`` and ``path`` stays. Buckets mounted as folders copy instead of renaming, and give no such promise. A
+    killed process leaves the file beside ``path``, and the next write takes over that file.
 
     Raises:
         OSError: The file could not be written, flushed or renamed.
@@ -31,22 +31,22 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            # torch.save says "unexpected pos" where its file has said why.
+            # torch.save says "unexpected pos"; the error of its file says why.
             raise error.__context__ from None
         raise
     flush_folder(path.parent)
 
 
 def verify_archive(path: Path, first: int = 0, step: int = 1) -> None:
-    """Verify the checksums that ``torch.save`` wrote into a file, and that ``torch.load`` passes over.
+    """Verify the checksums in a file of ``torch.save``, which ``torch.load`` does not verify.
 
     Args:
-        path: A file of ``torch.save``; one that is no archive (as it wrote before 1.6) has none.
+        path: A file of ``torch.save``. A file that is no archive (as before PyTorch 1.6) has no checksums.
         first: The first record to verify.
-        step: Every how many records: several processes share the reading.
+        step: Verify every ``step``-th record, so that several processes share the reading.
 
     Raises:
-        OSError, zipfile.BadZipFile: It can't be read; it is damaged.
+        OSError, zipfile.BadZipFile: The file can't be read; the file is damaged.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -57,13 +57,13 @@ def verify_archive(path: Path, first: int = 0, step: int = 1) -> None:
 
 
 def flush(file: IO[bytes]) -> None:
-    """Wait until the disk has what was written."""
+    """Wait until the disk has the file's content."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder. Windows opens no folder, and keeps names in its own journal."""
+    """Wait until the disk has the names in a folder. Windows opens no folder, and journals names on its own."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

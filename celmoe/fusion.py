@@ -1,4 +1,4 @@
-"""How the levels' hidden states become one. Parameter names and order are those of celmoe-vp's checkpoints.
+"""Fusions of the levels' hidden states into one. Parameter names and order are those of celmoe-vp's checkpoints.
 
 Axes: B samples, S positions, D hidden size, L levels.
 """
@@ -35,7 +35,7 @@ class LearnedFusion(nn.Module):
         """Fuse L tensors ``[..., D]`` into one of the same shape.
 
         Raises:
-            InputError: There is no tensor, or one more than there are gates.
+            InputError: There is no tensor, or there are more tensors than gates.
         """
         gates = list(self.gates)
         if not 0 < len(level_hiddens) <= len(gates):
@@ -48,18 +48,18 @@ class LearnedFusion(nn.Module):
         """Check that hidden states like these can be fused, before any expert runs.
 
         Raises:
-            InputError: They are not as wide as the fusion, or not where it is.
+            InputError: The hidden states have another width or device than the fusion.
         """
         _check_width_and_device(hidden, self.hidden_size, self.norm)
 
 
 class PositionAwareFusion(nn.Module):
-    """A softmax over the levels at every position, of a linear score of each level's hidden plus a learned bias.
+    """The levels' sum, weighted at every position by a softmax of linear scores plus a learned bias.
 
     Args:
         hidden_size: Width D.
         num_levels: Levels L.
-        max_positions: Positions with a bias of their own; later ones use the last.
+        max_positions: Positions with a bias of their own; later positions use the last bias.
         dropout: Dropout rate.
     """
 
@@ -77,7 +77,7 @@ class PositionAwareFusion(nn.Module):
         """Fuse L tensors ``[B, S, D]``, or ``[B, D]`` for one position, into one of the same shape.
 
         Raises:
-            InputError: There are not L tensors, or they have neither two nor three axes.
+            InputError: There are not L tensors, or the tensors have neither two nor three axes.
         """
         if len(level_hiddens) != self.num_levels:
             raise _wrong_number(self.num_levels, len(level_hiddens))
@@ -87,7 +87,7 @@ class PositionAwareFusion(nn.Module):
         scores = [gate(hidden) for gate, hidden in zip(self.level_gates, level_hiddens, strict=True)]
         bias = self._bias(num_positions, scores[0].device)
         weights = torch.softmax(torch.cat(scores, dim=-1) + (bias if dim == 3 else bias[0]), dim=-1)
-        # The levels one at a time: stacking them would hold the hidden states twice.
+        # Add one level at a time: stacking the levels would hold the hidden states twice.
         fused = level_hiddens[0] * weights[..., 0:1]
         for level in range(1, len(level_hiddens)):
             fused = fused + level_hiddens[level] * weights[..., level : level + 1]
@@ -97,7 +97,7 @@ class PositionAwareFusion(nn.Module):
     def _bias(self, num_positions: int, device: torch.device) -> torch.Tensor:
         """``[S, L]``; positions past the maximum repeat the last bias."""
         if is_directml(device):
-            # An embedding's gradient goes through the CPU there.
+            # On DirectML an embedding's gradient goes through the CPU.
             weight: torch.Tensor = self.position_bias.weight
             more = num_positions - self.max_positions
             return weight[:num_positions] if more <= 0 else torch.cat([weight, weight[-1:].expand(more, -1)])
@@ -109,7 +109,7 @@ class PositionAwareFusion(nn.Module):
         """Check that hidden states like these can be fused, before any expert runs.
 
         Raises:
-            InputError: They have more than three axes, are not as wide as the fusion, or not where it is.
+            InputError: The hidden states have more than three axes, or another width or device than the fusion.
         """
         _check_width_and_device(hidden, self.hidden_size, self.norm)
         if hidden.dim() > 3:
@@ -133,10 +133,10 @@ class MeanFusion(nn.Module):
 
 
 def build_fusion(config: CELMoEConfig, num_levels: int, fusion_module: nn.Module | None) -> nn.Module:
-    """The fusion that a model gets: the user's own, else the mean where asked for, else the config's type.
+    """The fusion of a model: the user's own, else the mean if the config asks for it, else the config's type.
 
     Raises:
-        ConfigTypeError: The user's own can't be called, or is a class.
+        ConfigTypeError: The user's own fusion can't be called, or is a class.
     """
     if fusion_module is not None:
         if isinstance(fusion_module, type) or not callable(fusion_module):
@@ -156,7 +156,7 @@ def _check_width_and_device(hidden: torch.Tensor, width: int, norm: nn.Module) -
     if len(shape) < 2 or shape[-1] != width:
         raise InputError(f"'hidden' must be [B, ..., {width}], as wide as the fusion (got shape {tuple(shape)})")
     weight = norm._parameters.get("weight")
-    # Parameters of another kind may be sharded, and those on meta offloaded, until the fusion is called.
+    # Until the fusion is called, parameters of other classes may be sharded, and parameters on meta offloaded.
     if type(weight) is nn.Parameter and weight.device != hidden.device and not weight.is_meta:
         raise InputError(f"'hidden' must be on {weight.device}, where the model is (got {hidden.device})")
 

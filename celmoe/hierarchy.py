@@ -1,4 +1,4 @@
-"""The model: levels of named experts in sequence, and a fusion of what each level gave."""
+"""The model: levels of named experts in sequence, and a fusion of the levels' outputs."""
 
 from __future__ import annotations
 
@@ -23,35 +23,36 @@ from .routing.plan import RoutingPlan
 from .routing.routes import Routing
 from .rows.context import NO_CONTEXT, ContextRows
 
-# Methods of celmoe-vp's model that its subclasses override, and that nothing here would call.
+# Methods that subclasses of celmoe-vp's model override. Nothing here would call them.
 _PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")
 
 
 class HierarchicalCELMoE(nn.Module):
     """Route every sample by name through one expert a level, and fuse the levels.
 
-    The structure of the config, which levels and experts there are, their names, order and parents, is read when the
-    model is built: changing it later has no effect on the model (`check_config` tells). Flags are read at every call:
+    Building the model reads the config's structure: its levels and experts, their names, order and parents. Later
+    changes of the structure have no effect on the model (`check_config` finds them). Every call reads the flags:
     `fallback_expert` from `levels`; `stop_gradient_from_parent`, `gradient_scale` and `loss_weight` from the
-    `ExpertConfig` under the expert's name there, or from the one that it was built with if that name is gone.
+    `ExpertConfig` under the expert's name there. If that name is gone, the call reads the `ExpertConfig` that the
+    expert was built with.
 
     Args:
         config: The hierarchy.
         expert_factory: Makes each expert: ``factory(level_name, expert_name, metadata) -> nn.Module``, called in level
             order, then expert order, before the fusion is made.
-        fusion_module: Takes the list of the levels' hidden states in place of the built-in fusion.
+        fusion_module: Replaces the built-in fusion; called with the list of the levels' hidden states.
         engine: ``"auto"`` or the name of an engine; see `engines.ENGINES`.
 
     Attributes:
         config: The config.
         levels: The enabled levels' configs, which hold the flags.
-        layout: The config as plans depend on it.
+        layout: The part of the config that plans depend on.
         level_modules: The experts: ``level_modules[level][expert]``.
         fusion: The fusion module.
 
     Raises:
-        ConfigError, ConfigTypeError: The config is not sound, or the factory returned no module. A subclass that
-            overrides a private method of celmoe-vp's model is refused when it is defined.
+        ConfigError, ConfigTypeError: The config is not sound, or the factory returned no module. Defining a subclass
+            that overrides a private method of celmoe-vp's model raises, too.
         EngineError: No engine has this name.
 
     Example::
@@ -102,7 +103,7 @@ class HierarchicalCELMoE(nn.Module):
 
     @property
     def engine(self) -> str:
-        """The engine that runs the experts. Setting it takes what the constructor takes."""
+        """The engine that runs the experts; settable to any engine that the constructor takes."""
         return self._engine
 
     @engine.setter
@@ -111,14 +112,14 @@ class HierarchicalCELMoE(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """The config as plans depend on it: its structure when the model was built, and the fallbacks of now."""
+        """The part of the config that plans depend on: the structure from construction, and the current fallbacks."""
         return self._compiler.layout
 
     def check_config(self) -> None:
         """Check that the config still has the structure that the model was built with.
 
         Raises:
-            ConfigError: It has not; the message names the first difference.
+            ConfigError: The structure differs; the message names the first difference.
             ConfigTypeError: The config is not sound any more.
         """
         if found := RoutingCompiler(self.config).layout.difference(self.layout):
@@ -136,14 +137,14 @@ class HierarchicalCELMoE(nn.Module):
     def explain(
         self, plan_or_routing: RoutingPlan | Routing | None = None, batch_size: int | None = None
     ) -> Explanation:
-        """How each level would run, as a table; runs no expert.
+        """A table of how each level would run; runs no expert.
 
         Args:
-            plan_or_routing: Tells the rows of each expert; without it, only the levels are told.
-            batch_size: As for `compile_routing`.
+            plan_or_routing: Gives the rows of each expert; without a plan or routing, the table has the levels only.
+            batch_size: See `compile_routing`.
 
         Raises:
-            CELMoEError: What `compile_routing` raises; or an expert in the plan has been removed.
+            CELMoEError: The errors of `compile_routing`; or an expert in the plan has been removed.
         """
         plan = None if plan_or_routing is None and batch_size is None else self._compiler(plan_or_routing, batch_size)
         present = None if plan is None else present_experts(self.level_modules, plan)
@@ -166,16 +167,16 @@ class HierarchicalCELMoE(nn.Module):
 
         Args:
             hidden: ``[B, D]`` or ``[B, S, D]``, or any trailing shape that experts and fusion take.
-            routing: A plan, or what `compile_routing` takes.
-            context: Whatever experts want to see; batch-aligned values in it are cut to each expert's samples: see
+            routing: A plan, or a routing for `compile_routing`.
+            context: Anything that experts read. Batch-aligned values are cut to each expert's samples: see
                 `celmoe.rows.context`, `Rows` and `Shared`.
-            mask: ``[B, ...]``, cut likewise.
+            mask: ``[B, ...]``, cut to each expert's samples.
 
         Raises:
             InputError, InputTypeError: Hidden, mask or context do not fit together.
             PlanError: The plan was made for another config or batch size.
-            ResultError, ResultTypeError: What an expert returned does not fit.
-            CELMoEError: What `compile_routing` raises.
+            ResultError, ResultTypeError: An expert's result does not fit.
+            CELMoEError: The errors of `compile_routing`.
         """
         fusion = self.fusion
         _check_hidden(hidden, fusion)
@@ -186,7 +187,7 @@ class HierarchicalCELMoE(nn.Module):
         host_plan = self._compiler.compile(routing, batch_size, told_by="'hidden'")
         plan = host_plan
         if plan.device != hidden.device:
-            # Into the host's memory nothing would wait for the copy.
+            # Nothing would wait for a non-blocking copy into the host's memory.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
         experts = present_experts(self.level_modules, plan)
         if not batch_size:
@@ -214,7 +215,7 @@ class HierarchicalCELMoE(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not
-        # A compiler is copied without its configs, and ours reads those of this model.
+        # A compiler is copied without its configs; the model's compiler must read the model's own.
         self._compiler.configs = [level.config for level in self._levels]
 
     def extra_repr(self) -> str:
@@ -239,7 +240,7 @@ def _check_hidden(hidden: Any, fusion: nn.Module) -> None:
         raise InputTypeError(f"'hidden' must be a tensor (got {type(hidden).__name__})")
     if hidden.dim() == 0:
         raise InputError("'hidden' must have the samples for its first axis (got a tensor of no axes)")
-    # A subclass may take other widths than the fusion that it is made from.
+    # A subclass may take other widths than its base class.
     if type(fusion) is LearnedFusion or type(fusion) is PositionAwareFusion:
         fusion.check_hidden(hidden)
 

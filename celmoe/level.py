@@ -1,4 +1,4 @@
-"""One level of the hierarchy: dispatch its rows, run its experts, combine what they gave."""
+"""One level of the hierarchy: dispatch its rows, run its experts, combine their results."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .torch_internals import is_forward_differentiated, transforms_are_active
 
 
 class LevelInput(NamedTuple):
-    """What a level is given.
+    """A level's input.
 
     Attributes:
         hidden: ``[B, ...]`` in batch order: the caller's rows, or the level above's.
-        blocks: The same rows as the experts of the level above gave them; ``None`` for the first level, and where
-            they came in another order than its plan's.
+        blocks: The same rows in blocks, from the experts of the level above; ``None`` for the first level, and if the
+            blocks came in another order than that level's plan has.
         context: The batch's context.
         mask: ``[B, ...]`` or ``None``.
     """
@@ -68,10 +68,10 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[list[nn.Module]]:
-    """For each level the modules of the experts present, as they are now: any may have been replaced.
+    """The modules of each level's present experts, looked up now, since any may have been replaced.
 
     Raises:
-        UnknownLevelError, UnknownExpertError: One has been removed since the model was built.
+        UnknownLevelError, UnknownExpertError: A level or expert has been removed since the model was built.
     """
     found = []
     try:
@@ -95,14 +95,14 @@ def present_experts(level_modules: nn.ModuleDict, plan: RoutingPlan) -> list[lis
 
 
 class Level:
-    """One level of a model: its config, and what is known of its experts' classes.
+    """One level of a model: its config, and the knowledge of its experts' classes.
 
-    Name and experts are those of the config at construction; the experts' flags are read from it at every call.
+    Construction fixes the name and the experts; every call reads the experts' flags from the config.
 
     Attributes:
         config: The level's config.
         name: The level's name.
-        choice: What decides how its experts run.
+        choice: Decides how the level's experts run.
     """
 
     def __init__(self, config: HierarchyLevelConfig) -> None:
@@ -112,10 +112,10 @@ class Level:
         self.choice = LevelChoice(self.name, len(self._built))
 
     def flags(self, expert: str) -> ExpertConfig:
-        """The config that holds an expert's flags: the one under its name, else the one that it was built with.
+        """The config with an expert's flags: the one under the expert's name, else the one from construction.
 
         Raises:
-            ConfigTypeError: Something else stands under its name, or it was never built.
+            ConfigTypeError: Something else stands under the expert's name, or the expert was never built.
         """
         found = self.config.experts.get(expert, self._built.get(expert))
         if not isinstance(found, ExpertConfig):
@@ -127,7 +127,7 @@ class Level:
         """The `input_gradient_scale` of each expert.
 
         Raises:
-            ConfigTypeError: As for `flags`.
+            ConfigTypeError: See `flags`.
         """
         configs = self.config.experts
         try:
@@ -146,16 +146,16 @@ class Level:
         """Run the level.
 
         Args:
-            experts: The modules of the experts present; without samples, of all that might have been present.
-            engine: The name of what runs them.
-            given: What the level is given.
+            experts: The modules of the present experts; for a batch without samples, of all experts.
+            engine: The engine's name.
+            given: The level's input.
             plan: The level's plan.
-            host_plan: The plan of all levels, where the caller has it: reading the routes of a batch that was routed by
-                names asks no device.
+            host_plan: The plan of all levels as the caller holds it. If the batch was routed by names, reading its
+                routes asks no device.
 
         Returns:
-            Its output, and the same rows as its experts gave them, in the plan's order; without the rows where they
-            came in another one.
+            The level's output, and the same rows in the experts' blocks; ``None`` for blocks in another order than the
+            plan's.
         """
         if not plan.present:
             empty = self._of_no_samples(experts, given)
@@ -188,12 +188,12 @@ class Level:
     def explain(
         self, modules: NamedModules, engine: str, experts: Sequence[nn.Module], plan: LevelPlan | None
     ) -> LevelExplanation:
-        """How the level would run.
+        """Explain how the level would run.
 
         Args:
-            modules: All its experts.
-            engine: The name of what runs them.
-            experts: The modules of the experts in the plan; of all experts without one.
+            modules: All the level's experts.
+            engine: The engine's name.
+            experts: The modules of the experts in the plan; without a plan, of all experts.
             plan: The level's plan.
         """
         names = tuple(modules) if plan is None else plan.present
@@ -205,28 +205,28 @@ class Level:
 
     @property
     def is_detached(self) -> bool:
-        """Whether no expert lets gradients into the level's input."""
+        """True if no expert lets gradients into the level's input."""
         return not any(self.scales(self._built))
 
     def _of_no_samples(self, experts: Sequence[nn.Module], given: LevelInput) -> torch.Tensor:
         """The level's output for a batch without samples, ``[0, ...]``.
 
-        Its gradient reaches, as zeros, all that the rows of some expert might have reached: a module before the model
-        gets the gradient that other ranks may wait for. Parameters of experts get none, for no expert has run.
+        Its backward pass gives zeros to all tensors that an expert's rows might have reached: a module before the model
+        gets the gradient that other ranks may wait for. Experts' parameters get no gradient, for no expert has run.
         """
         rows = given.hidden.detach() if self.is_detached else given.hidden
         rows = rows.clone(memory_format=torch.contiguous_format)
         parameters = [parameter for expert in experts for parameter in expert.parameters()]
         if not _takes_gradients(rows):
-            # Experts that look integers up give their parameters' dtype.
+            # Experts that look up integers return their parameters' dtype.
             rows = rows.to(next((each.dtype for each in parameters if each.is_floating_point()), rows.dtype))
         if not torch.is_grad_enabled() or not _takes_gradients(rows):
             return rows
         for tensor in (given.mask, *given.context.aligned, *given.context.shared.values()):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 rows = rows + tensor.sum().real.to(rows)
-        # A backward pass may start from here as from an expert's rows, though it reaches nothing. (The compiler takes
-        # no leaf that a graph makes.)
+        # A leaf lets a backward pass start here, as from an expert's rows, and reach nothing. (The compiler takes no
+        # leaf that a graph makes.)
         is_trained = any(parameter.requires_grad for parameter in parameters)
         if is_trained and not rows.requires_grad and not torch.compiler.is_compiling():
             rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
@@ -268,7 +268,7 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
 
 
 def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[list[torch.Tensor], dict[int, Extras]]:
-    """The rows of all units, and losses and aux by the places of the experts that may have some."""
+    """The rows of all units, and losses and aux by expert place, for the experts that may have some."""
     blocks: list[torch.Tensor] = []
     found: dict[int, Extras] = {}
     for unit, result in zip(arranged.units, results, strict=True):
@@ -284,16 +284,16 @@ def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[
 def _blocks(
     given: LevelInput, plan: LevelPlan, scales: Sequence[float], positions: Sequence[Sequence[int]] = ()
 ) -> tuple[Blocks, Blocks | None, list[Any]]:
-    """Hidden states, mask and the context's batch-aligned values, cut as the plan says.
+    """Hidden states, mask and the context's batch-aligned values, cut by the plan.
 
     Args:
-        given: What the level is given.
-        plan: Says how.
-        scales: What the gradient into each block is multiplied by.
-        positions: Of each block's samples in the batch, for a context that is irregular.
+        given: The level's input.
+        plan: The level's plan.
+        scales: The factor on the gradient into each block.
+        positions: The batch positions of each block's samples, for an irregular context.
     """
     hidden, blocks, context, mask = given
-    # Where all experts are detached, the level's input gets no gradient at all, rather than one of zeros.
+    # If all experts are detached, the level's input gets no gradient rather than zeros.
     is_detached = not any(scales)
     if is_detached:
         hidden = hidden.detach()
@@ -320,7 +320,7 @@ def _expert_batches(
     context = given.context
     positions: list[list[int]] = []
     if context.irregular is not None:
-        # From the host's plan: no device is asked.
+        # Reading the host's plan asks no device.
         order, ends = host_plan.levels[plan.name].order.tolist(), list(accumulate(plan.counts))
         positions = [order[end - count : end] for end, count in zip(ends, plan.counts, strict=True)]
     blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales, positions)
@@ -351,7 +351,7 @@ def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def _promoted(blocks: Blocks) -> Blocks:
-    """The blocks in the dtype that all of theirs promote to."""
+    """The blocks, in the dtype that their dtypes promote to."""
     first = blocks[0].dtype
     for block in blocks:
         if block.dtype is not first:
@@ -361,13 +361,13 @@ def _promoted(blocks: Blocks) -> Blocks:
 
 
 def _recast(level: str, dtype: torch.dtype, names: Sequence[Sequence[str]], results: Sequence[ExpertResult]) -> str:
-    """Say which experts gave rows of another dtype than they were given.
+    """A sentence on the experts that changed the dtype of their rows.
 
     Args:
         level: The level's name.
-        dtype: Of the rows that they were given.
+        dtype: The dtype of the experts' input rows.
         names: The experts behind each result.
-        results: What they gave.
+        results: The experts' results.
     """
     found: dict[torch.dtype, list[str]] = {}
     for group, result in zip(names, results, strict=True):

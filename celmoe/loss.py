@@ -24,13 +24,13 @@ BridgeLossCallable: TypeAlias = Callable[
 ]
 
 
-# In place of a level called ``global``, where a global loss has the same name.
+# The key of a level called ``global``, if a global loss has the same name as its loss.
 _LEVEL_GLOBAL = ".%67lobal"
 
 
 @dataclass
 class LossTerm:
-    """One loss: its name, a scalar tensor, its weight in the total, and where it comes from.
+    """One loss: its name, a scalar tensor, its weight in the total, and its scope.
 
     ``scope`` is ``"expert"``, ``"global"``, a level's name, or ``"<parent>-><child>"``.
     """
@@ -57,17 +57,17 @@ class LossBundle:
 
     def __init__(self, terms: list[LossTerm] | None = None) -> None:
         self.terms = list(terms) if terms is not None else []
-        # The total where no term is due, for there are no samples.
+        # The total without a term, for a batch without samples.
         self._of_no_samples: torch.Tensor | None = None
 
     def add(self, name: str, value: torch.Tensor, weight: float | torch.Tensor = 1.0, scope: str = "global") -> None:
         """Append a term.
 
         Args:
-            name: Its name in `as_dict`.
-            value: A scalar; a plain number is made a tensor.
+            name: The term's name in `as_dict`.
+            value: A scalar; a plain number becomes a tensor.
             weight: A finite number, or a tensor, which may be learned.
-            scope: Where it comes from.
+            scope: The term's origin; see `LossTerm`.
 
         Raises:
             ConfigError, ConfigTypeError: The weight is not finite, or no number.
@@ -79,7 +79,7 @@ class LossBundle:
     def total(self) -> torch.Tensor:
         """The weighted sum of all terms, a differentiable scalar.
 
-        No expert returns a loss for a batch of no samples: computed losses then add up to zero, and can run backward.
+        Experts return no losses for a batch without samples: computed losses then total zero, and can run backward.
 
         Raises:
             InputError: There is no term.
@@ -94,7 +94,7 @@ class LossBundle:
         return total
 
     def as_dict(self) -> dict[str, float]:
-        """The unweighted values by name, read from each device in one transfer; of two equal names, the later."""
+        """The unweighted values by name, read from each device in one transfer; of two equal names, the later wins."""
         positions_by_device: dict[torch.device, list[int]] = {}
         for position, term in enumerate(self.terms):
             positions_by_device.setdefault(term.value.device, []).append(position)
@@ -113,9 +113,9 @@ class LossBundle:
 class CELMoELossAPI:
     """Losses over outputs, registered once and computed for every batch.
 
-    A callable returns a scalar tensor, or a mapping of names to such: one term each, named ``<name>.<item>``. Terms'
-    names hold levels' names as `celmoe.names.scope_key` writes them, so no two scopes share one. All else is
-    celmoe-vp's: a loss whose own name reads like an expert's loss, or like another loss's item, shares a term's name.
+    A callable returns a scalar tensor, or a mapping of names to scalars: one term each, named ``<name>.<item>``.
+    `celmoe.names.scope_key` writes the levels' names in terms' names, so no two scopes share a term's name. All else is
+    as in celmoe-vp: a loss named like an expert's loss, or like another loss's item, shares a term's name.
     """
 
     def __init__(self) -> None:
@@ -124,13 +124,13 @@ class CELMoELossAPI:
         self.bridge_losses: list[tuple[str, str, str, float | torch.Tensor, BridgeLossCallable]] = []
 
     def add_global(self, name: str, fn: LossCallable, weight: float | torch.Tensor = 1.0) -> None:
-        """A loss over the whole output: ``fn(output, targets, context)``, named ``global.<name>``."""
+        """Add a loss over the whole output: ``fn(output, targets, context)``, named ``global.<name>``."""
         _require_callable(name, fn)
         _require_weight(weight)
         self.global_losses.append((name, weight, fn))
 
     def add_level(self, level_name: str, name: str, fn: LevelLossCallable, weight: float | torch.Tensor = 1.0) -> None:
-        """A loss over one level: ``fn(level_output, output, targets, context)``, named ``<level>.<name>``."""
+        """Add a loss over one level: ``fn(level_output, output, targets, context)``, named ``<level>.<name>``."""
         _require_callable(name, fn)
         _require_weight(weight)
         self.level_losses.setdefault(level_name, []).append((name, weight, fn))
@@ -138,7 +138,7 @@ class CELMoELossAPI:
     def add_bridge(
         self, parent_level: str, child_level: str, name: str, fn: BridgeLossCallable, weight: float | torch.Tensor = 1.0
     ) -> None:
-        """A loss between two levels, named ``<parent>-><child>.<name>``.
+        """Add a loss between two levels, named ``<parent>-><child>.<name>``.
 
         ``fn`` is called with ``(parent_output, child_output, output, targets, context)``.
         """
@@ -150,14 +150,15 @@ class CELMoELossAPI:
         """All terms of one output: the experts' own, then global, level and bridge losses.
 
         Raises:
-            UnknownLevelError: A loss was registered for a level that the output does not have. Told before any runs.
-            InputTypeError: What a loss returned is neither tensor nor number.
+            UnknownLevelError: A loss was registered for a level that the output does not have; raised before any loss
+                runs.
+            InputTypeError: A loss returned neither tensor nor number.
         """
         self._check_levels(output)
         bundle = LossBundle()
         hiddens = [level.hidden for level in output.levels.values()]
         if hiddens and hiddens[0].shape[:1] == (0,):
-            # A rank without samples can so make a backward pass, like the ranks that have losses.
+            # A rank without samples can then run a backward pass, like the ranks that have losses.
             bundle._of_no_samples = sum((hidden.sum() for hidden in hiddens[1:]), hiddens[0].sum())
         for name, value in output.losses.items():
             bundle.add(name, value, output.loss_weights.get(name, 1.0), "expert")
@@ -196,7 +197,7 @@ def _scalar(term: LossTerm) -> torch.Tensor:
 
 
 def _add(bundle: LossBundle, scope: str, name: str, weight: float | torch.Tensor, result: LossResult, key: str) -> None:
-    """Add what a loss of a scope returned, under names that begin with ``key``."""
+    """Add the result of a scope's loss, under names that begin with ``key``."""
     if isinstance(result, Mapping):
         for item, value in result.items():
             bundle.add(f"{key}.{name}.{item}", value, weight, scope)
@@ -210,7 +211,7 @@ def _require_callable(name: str, fn: object) -> None:
 
 
 def _require_weight(weight: object) -> None:
-    # A tensor may be a learned weight: looking at its value would wait for its device.
+    # A tensor may be a learned weight: reading its value would wait for its device.
     if not isinstance(weight, torch.Tensor):
         require_finite("weight", weight)
 

@@ -1,8 +1,8 @@
-"""Real names and the keys that stand for them in modules, checkpoints and losses.
+"""Real names, and their keys in modules, checkpoints and losses.
 
-PyTorch refuses some child names: those with a dot, and those of its own attributes (``to``, ``keys``, ``type``). Names
-it accepts are their own key, as in celmoe-vp. Any other name is percent-encoded and put one step deeper, below a child
-whose name is the empty string:
+PyTorch refuses child names with a dot, and the names of its own attributes (``to``, ``keys``, ``type``). A name that
+PyTorch accepts is its own key, as in celmoe-vp. Any other name is percent-encoded and put one step deeper, below a
+child whose name is the empty string:
 
     language.de.weight              expert 'de'
     language..zh%2EHant.weight      expert 'zh.Hant'
@@ -21,31 +21,31 @@ from urllib.parse import unquote
 from torch import nn
 
 ESCAPED = ""
-# What ``nn.ModuleDict`` refuses because it has an attribute of that name.
+# Names that ``nn.ModuleDict`` refuses because it has attributes of these names.
 _TAKEN = frozenset(dir(nn.ModuleDict)) | frozenset(vars(nn.ModuleDict()))
 
 
 def is_plain(name: str) -> bool:
-    """Whether ``nn.ModuleDict`` takes this name for a child."""
+    """True if ``nn.ModuleDict`` takes this name for a child."""
     return bool(name) and "." not in name and name not in _TAKEN
 
 
 def name_key(name: str) -> str:
-    """The name as it stands in a checkpoint's or a loss's key; an encoded name has a dot in front."""
+    """The name's form in the keys of checkpoints and losses; an encoded name has a dot in front."""
     return name if is_plain(name) else f".{_encoded(name)}"
 
 
 def scope_key(name: str) -> str:
-    """As `name_key`, for keys in which ``->`` joins two names: one with an arrow of its own is encoded too."""
+    """Like `name_key`, for keys in which ``->`` joins two names: a name with an arrow of its own is encoded too."""
     return f".{_encoded(name)}".replace("->", "-%3E") if "->" in name else name_key(name)
 
 
 class NamedModules(nn.ModuleDict):
     """An ``nn.ModuleDict`` that takes any non-empty string for a key, and answers to the real names.
 
-    Iteration and `state_dict` give the names in the order in which they were set. For that each encoded name holds its
-    place among the plain ones with a child that is ``None``. It adds no attribute to its base class, for that would be
-    one name more that can't be plain.
+    Iteration and `state_dict` give the names in the order in which they were set: a child that is ``None`` holds each
+    encoded name's place among the plain ones. The class adds no attribute to its base class, for each attribute is one
+    name more that can't be plain.
     """
 
     def __getitem__(self, key: str) -> nn.Module:
@@ -86,7 +86,7 @@ class NamedModules(nn.ModuleDict):
                 yield unquote(child[1:]) if child.startswith(".") else child
 
     def __dir__(self) -> list[str]:
-        # nn.Module's own looks at the first letter of every child's name.
+        # nn.Module.__dir__ reads the first letter of every child's name, and one name is empty.
         return sorted({*dir(type(self)), *vars(self), *filter(str.isidentifier, self._modules)})
 
     def __repr__(self) -> str:
@@ -94,7 +94,7 @@ class NamedModules(nn.ModuleDict):
         return f"{type(self).__name__}({lines}".replace("\n", "\n  ") + ("\n)" if lines else ")")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module, in the order of the names."""
+        """The usual state of a module, in the order of the names."""
         state = super().state_dict(*args, **kwargs)
         if ESCAPED in self._modules:
             prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
@@ -129,7 +129,7 @@ def modules_named(modules: nn.ModuleDict, names: Collection[str]) -> list[nn.Mod
     """The modules of several names at once.
 
     Raises:
-        KeyError: There is none of a name.
+        KeyError: A name has no module.
     """
     found = list(map(modules._modules.get, names))
     return [modules[name] for name in names] if None in found else found  # type: ignore[return-value]  # no None
@@ -151,6 +151,6 @@ def _escaped(modules: NamedModules) -> dict[str, nn.Module]:
 def _find(modules: NamedModules, name: object) -> nn.Module | None:
     if not isinstance(name, str) or not name:
         return None
-    # Every forward pass comes here for every expert, so plain names, which are the children's, take the short way.
+    # Every forward pass looks up every expert here: plain names, which are the children's names, take the short way.
     module = modules._modules.get(name)
     return _escaped(modules).get(_encoded(name)) if module is None else module

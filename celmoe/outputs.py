@@ -1,4 +1,4 @@
-"""What a forward pass gives back: one output a level, and the fusion of them all."""
+"""The outputs of a forward pass: one for each level, and the fusion of all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .experts import ExpertAux
 
 @dataclass
 class LevelOutput:
-    """What one level made of the batch.
+    """One level's output for the batch.
 
     Attributes:
         name: The level's name.
         hidden: ``[B, ...]``, in batch order.
         routes: The expert's name for each sample.
-        losses: The experts' losses as they returned them, keyed ``<level>.<expert>.<loss>`` with names as in
+        losses: The experts' losses as returned, keyed ``<level>.<expert>.<loss>`` with names as in
             `celmoe.names.name_key`.
-        aux: What experts returned beside, by expert, where it is not empty.
+        aux: The experts' `ExpertResult.aux` by expert, without empty ones.
         loss_weights: The `ExpertConfig.loss_weight` of each of `losses`, under the same keys.
     """
 
@@ -32,7 +32,7 @@ class LevelOutput:
     aux: ExpertAux = field(default_factory=dict)
     _: KW_ONLY
     loss_weights: dict[str, float] = field(default_factory=dict)
-    # Experts that gave rows of another dtype than theirs, in words: errors of later levels carry them.
+    # A sentence on experts that changed the dtype of their rows, which errors of later levels carry.
     _recast: ClassVar[str] = ""
 
     @classmethod
@@ -44,7 +44,7 @@ class LevelOutput:
         Args:
             name: The level's name.
             hidden: ``[B, ...]``, in batch order.
-            make_routes: Given the level's name, the expert's name for each sample.
+            make_routes: Returns the expert's name for each sample, given the level's name.
         """
         output = cls.__new__(cls)
         output.__dict__ = {
@@ -58,7 +58,7 @@ class LevelOutput:
         return output
 
     def __getattr__(self, attribute: str) -> list[str]:
-        # Reached only for what is not set, so for deferred routes once.
+        # Python calls this only for unset attributes, so once for deferred routes.
         if attribute != "routes" or "_make_routes" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
         self.routes = self.__dict__["_make_routes"](self.name)
@@ -67,13 +67,13 @@ class LevelOutput:
 
 @dataclass
 class CELMoEOutput:
-    """What the hierarchy made of the batch.
+    """The hierarchy's output for the batch.
 
     Attributes:
         levels: One output a level, in the config's order.
         fused_hidden: ``[B, ...]``, the fusion of the levels' hidden states.
         losses: The losses of all levels.
-        aux: Left to the caller; the levels carry their experts' own.
+        aux: For the caller to fill; the levels' outputs carry the experts' aux.
         loss_weights: The weights of `losses`, under the same keys.
     """
 

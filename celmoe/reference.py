@@ -1,8 +1,8 @@
-"""The naive oracle: what a hierarchy computes, written to be read.
+"""The naive oracle: a hierarchy's computation, written to be read.
 
-Plain Python loops over levels, experts and samples. It shares no code with routing, plans, dispatch or engines: it
-reads routes name by name, picks rows one by one and puts them back one by one, so that what it agrees on with an engine
-was arrived at in two ways.
+Plain Python loops run over levels, experts and samples. The oracle shares no code with routing, plans, dispatch or
+engines: it reads routes name by name, picks rows one by one and puts the rows back one by one. A result on which the
+oracle and an engine agree was therefore computed in two ways.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def reference_forward(
     *,
     per_sample: bool = False,
 ) -> CELMoEOutput:
-    """What ``model(hidden, routing, context, mask)`` should give.
+    """The output that ``model(hidden, routing, context, mask)`` should give.
 
     Args:
-        model: Its config, experts and fusion are used; its engine is not.
+        model: The model. Its config, experts and fusion are used; its engine is not.
         hidden: ``[B, ...]``.
-        routing: As for the model.
-        context: As for the model.
-        mask: As for the model.
-        per_sample: Run every sample alone, which shows for row-wise experts that rows never mix. Losses and aux stay
-            empty, for an expert's loss over one sample is not its loss over its group.
+        routing: Like the model's.
+        context: Like the model's.
+        mask: Like the model's.
+        per_sample: If true, every sample runs alone, which shows for row-wise experts that rows never mix. Losses and
+            aux stay empty, for an expert's loss over one sample is not its loss over its group.
 
     Raises:
         KeyError, ValueError: The routing does not fit the model, or `Rows` in the context do not fit the batch.
@@ -98,7 +98,7 @@ def _no_rows(
     context: ExpertContext,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What a level gives of no samples: nothing, with a graph to all that any of its experts might have read."""
+    """A level's output for no samples: no rows, with a graph to all tensors that its experts might have read."""
     parameters = list(model.level_modules[level.name].parameters())
     rows = sum((_input_of(expert, hidden) for expert in map(level.flags, level._built)), torch.zeros_like(hidden))
     if not hidden.dtype.is_floating_point and not hidden.dtype.is_complex:

@@ -1,6 +1,6 @@
 """The oracle's reading of a context: the rule of `celmoe.rows.context` written once more, plainly.
 
-It shares no code with the engines' reading, walks a context as often as it likes, and copies by Python's own means.
+The oracle's reading shares no code with the engines', may walk a context many times, and copies by Python's own means.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import nn
 
 from .experts import Rows, Shared
 
-# The first that a container is an instance of makes an empty one of its kind, without the class's own constructor.
+# A container's first base among these makes an empty container of its class, without the class's own constructor.
 _BASES = (OrderedDict, defaultdict, dict, list, SimpleNamespace, object)
 
 
 def context_of(context: Any, samples: list[int], batch_size: int) -> Any:
-    """The context with all that has a row or item for each sample cut to these, and the rest as it is.
+    """The context, its values with a row or item for each sample cut to ``samples``, and all others as they are.
 
     Raises:
-        ValueError: `Rows` in it has another length than the batch.
+        ValueError: `Rows` in the context has another length than the batch.
     """
     return _part_of(context, samples, batch_size, {}, isinstance(context, Mapping))
 
@@ -55,7 +55,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def _part_of(value: Any, samples: list[int], batch_size: int, made: dict[int, Any], must_copy: bool = False) -> Any:
-    """A value in the context; containers that are made already are found in ``made`` by their id."""
+    """One expert's version of a value in the context; ``made`` holds finished containers by the original's id."""
     if isinstance(value, Shared):
         return value.value
     if isinstance(value, Rows):
@@ -111,7 +111,7 @@ def _pick_items(value: Any, samples: list[int]) -> Any:
 
 
 def _length(value: Any) -> int | None:
-    """Of the first axis; ``None`` for what has none."""
+    """The length of the first axis; ``None`` without one."""
     if isinstance(value, torch.Tensor):
         return value.size(0) if value.dim() else None
     if isinstance(value, np.ndarray):
@@ -120,7 +120,7 @@ def _length(value: Any) -> int | None:
 
 
 def _has_item_per_sample(value: Any, batch_size: int) -> bool:
-    """Whether a tensor or array is aligned with the batch; or a list or tuple, of anything but tensors and arrays."""
+    """True if a tensor or array is aligned with the batch; or a list or tuple, of anything but tensors and arrays."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return _length(value) == batch_size
     if not isinstance(value, list | tuple) or isinstance(value, torch.Size) or not value or len(value) != batch_size:
@@ -140,14 +140,14 @@ def _finds_axes(value: Any, seen: set[int]) -> bool:
 
 
 def _reaches_rows(value: Any, batch_size: int, seen: set[int]) -> bool:
-    """Whether there is anything to cut, or to unwrap."""
+    """True if there is anything to cut or to unwrap."""
     if isinstance(value, Rows | Shared) or _has_item_per_sample(value, batch_size):
         return True
     if id(value) in seen or isinstance(value, torch.Tensor | np.ndarray):
         return False
     seen.add(id(value))
     if not _is_data(value):
-        # A list in an object of any class is its own business, unless tensors beside it show that it has samples.
+        # A list in an object of any class stays whole, unless tensors beside the list show that the object has samples.
         return _reaches_tensor_rows(value, batch_size, set())
     return any(_reaches_rows(item, batch_size, seen) for item in _items_of(value))
 

@@ -1,4 +1,4 @@
-"""The only file that may name an underscored PyTorch API. One function for each need, with the reason beside it."""
+"""The only file that may name an underscored PyTorch API. Each need has one function, with the reason beside it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-# Switches of the tracer for one capture. Experts that hold another number are another class: no number may become an
-# input. All classes share code objects, so the tracer's limits on graphs by code object are lifted.
+# The tracer's settings for one capture. Experts that hold different numbers are different classes, so no number may
+# become an input. All classes share code objects, so the tracer's limits on graphs by code object are lifted.
 _STRICT: dict[str, Any] = {
     "allow_rnn": True,
     "automatic_dynamic_shapes": False,
@@ -37,7 +37,7 @@ _NOISY = ("torch._guards", "torch._dynamo", "torch._subclasses.fake_tensor", "to
 
 
 def tracer_missing() -> str | None:
-    """Why this PyTorch can't capture experts, or ``None``."""
+    """The reason why this PyTorch can't capture experts, or ``None``."""
     if (lacks := _tracer_lacks()) is not None:
         return lacks
     if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
@@ -63,7 +63,7 @@ def _entries(function: types.FunctionType) -> list[Any]:
 
 @contextlib.contextmanager
 def _without_kernels_by_rows() -> Iterator[None]:
-    """Convolutions choose among kernels by the number of rows, which would be a guard."""
+    """Keep convolutions from choosing kernels by the number of rows, which would be a guard."""
     # Not `torch.backends.mkldnn.flags`, which warns.
     mkldnn, nnpack = torch._C._get_mkldnn_enabled(), torch._C._get_nnpack_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -77,9 +77,9 @@ def _without_kernels_by_rows() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_fused_layers() -> Iterator[None]:
-    """Without gradients PyTorch's transformer layers are one call each, of which nothing is known.
+    """Keep PyTorch's transformer layers from being one opaque call each, as they are without gradients.
 
-    Whether they may be so is no question that `_asked` lets guards ask.
+    `_asked` drops the guards on this setting.
     """
     were_fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -90,7 +90,7 @@ def _without_fused_layers() -> Iterator[None]:
 
 
 def _asked(guards: Sequence[Any]) -> list[bool]:
-    """Which of the tracer's guards are to be asked; not for hooks on saved tensors, which are set aside by then."""
+    """True for each guard that the tracer keeps; hooks on saved tensors are set aside before guards run."""
     return [
         each.guard_type != "AUTOGRAD_SAVED_TENSORS_HOOKS" and not each.name.endswith("._is_fastpath_enabled")
         for each in guards
@@ -99,7 +99,7 @@ def _asked(guards: Sequence[Any]) -> list[bool]:
 
 @contextlib.contextmanager
 def _without_timing_guards() -> Iterator[None]:
-    """The tracer times each new guard for its log, and empties the processor's caches before: a tenth of a capture."""
+    """Keep the tracer from timing each new guard, for which it empties the processor's caches: a tenth of a capture."""
     import torch._dynamo.guards
 
     guards: Any = torch._dynamo.guards
@@ -113,7 +113,7 @@ def _without_timing_guards() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_tracer() -> Iterator[None]:
-    """Strict settings, and no log lines for what the caller reports itself."""
+    """Apply the strict settings, and silence log lines on faults that the caller reports itself."""
     from torch._dynamo import config
 
     loggers = [logging.getLogger(name) for name in _NOISY]
@@ -141,13 +141,13 @@ def trace(
     """Trace one call as one graph.
 
     Args:
-        function: Its graphs are kept by its code object.
-        arguments: Of the call.
+        function: The function; its graphs are kept by its code object.
+        arguments: The call's arguments.
         keep: The backend.
-        silent: Functions that the tracer is to leave out.
+        silent: Functions whose calls the tracer leaves out.
 
     Returns:
-        The call's result, and the manager of its graph's guards; ``None`` where a graph that was there served the call.
+        The call's result, and the manager of its graph's guards; ``None`` if an earlier graph served the call.
     """
     known = [entry.guard_manager for entry in _entries(function)]
     with _passing_by(silent), _unmarked():
@@ -168,7 +168,7 @@ def _passing_by(silent: AbstractSet[Any]) -> contextlib.AbstractContextManager[A
 
 @contextlib.contextmanager
 def _unmarked() -> Iterator[None]:
-    """Take off tensors the mark that the tracer puts on parameters and buffers: they would be saved with it."""
+    """Remove the mark that the tracer puts on parameters and buffers: the tensors would be saved with the mark."""
     from torch._dynamo import decorators
 
     mark, name = decorators.mark_static_address, "_dynamo_static_input_type"
@@ -189,14 +189,14 @@ def _unmarked() -> Iterator[None]:
 
 
 def facts_of(node: fx.Node) -> tuple[Any, ...]:
-    """What a program may depend on of an input; sizes that are symbols by the names that the tracer gives them."""
-    # One that no trace made is like no other.
+    """The facts of an input that a program may depend on; symbolic sizes have the tracer's names."""
+    # An input that no trace made equals no other.
     facts: tuple[Any, ...] = node.meta.get("facts", (id(node),))
     return facts
 
 
 def needs_gradient(node: fx.Node) -> bool:
-    """Whether an input wanted gradients when it was traced."""
+    """True if an input required gradients at tracing."""
     return node.meta.get("facts", (False,))[-1] is True
 
 
@@ -209,12 +209,12 @@ def _facts_in(node: fx.Node) -> tuple[Any, ...]:
 
 
 def forget_classes(traced: fx.GraphModule) -> None:
-    """Let go of the modules' classes that a graph was traced through; PyTorch makes classes that hold a module.
+    """Drop a traced graph's references to its modules' classes; PyTorch makes classes that hold a module.
 
-    What `facts_of` tells is kept.
+    The facts of `facts_of` are kept.
     """
     graphs = [each.graph for each in traced.modules() if isinstance(each, fx.GraphModule)]
-    # Nodes that were erased are still in the table of names.
+    # Erased nodes are still in the table of names.
     for each in [each for graph in graphs for each in (*graph.nodes, *graph._graph_namespace._obj_to_name)]:
         if isinstance(each, fx.Node):
             facts = each.meta.get("facts") or _facts_in(each)
@@ -223,7 +223,7 @@ def forget_classes(traced: fx.GraphModule) -> None:
 
 
 def forget_failed(error: BaseException) -> None:
-    """Let go of what a failed trace holds: guards that were being made stay for as long as the classes they know."""
+    """Drop a failed trace's references: unfinished guards live as long as the classes that they know."""
     from torch._dynamo.guards import CheckFunctionManager
 
     pending: list[BaseException | None] = [error]
@@ -243,10 +243,10 @@ def forget_failed(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def without_new_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Remove what hooks are put on tensors inside: the tracer puts them there, and its graph does not tell.
+    """Remove the hooks that the block puts on tensors: the tracer adds such hooks, and its graph does not show them.
 
     Yields:
-        A list, which holds the tensors concerned at the end.
+        A list, which holds the tensors with removed hooks at the end.
     """
     stores = ("_backward_hooks", "_post_accumulate_grad_hooks")
     before = [[set(getattr(each, store) or ()) for store in stores] for each in tensors]
@@ -263,7 +263,7 @@ def without_new_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Te
 
 
 def sources(graph: fx.Graph) -> Mapping[fx.Node, str]:
-    """For each input of a traced graph, the Python expression of the function's arguments that gives it."""
+    """The Python expression, in the function's arguments, of each input of a traced graph."""
     return {node: node._dynamo_source.name for node in graph.nodes if node.op == "placeholder"}
 
 
@@ -272,12 +272,12 @@ class _Named(NamedTuple):
 
 
 def name_source(node: fx.Node, source: str) -> None:
-    """Have `sources` tell this of an input that no trace made."""
+    """Have `sources` give this expression for an input that no trace made."""
     node._dynamo_source = _Named(source)
 
 
 def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
-    """Have the tracer take the first axis for any length from 2 on, and the other axes likewise where it can."""
+    """Have the tracer take the first axis for any length from 2 on, and the ``others`` too if it can."""
     from torch._dynamo import mark_dynamic, maybe_mark_dynamic
 
     mark_dynamic(tensor, 0, min=2, max=1 << 31)
@@ -286,7 +286,7 @@ def mark_rows(tensor: torch.Tensor, others: tuple[int, ...]) -> None:
 
 
 def weight_norm() -> Any:
-    """What `torch.nn.utils.parametrizations.weight_norm` calls."""
+    """The function that `torch.nn.utils.parametrizations.weight_norm` calls."""
     return torch._weight_norm
 
 
@@ -301,23 +301,23 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks watch, or change, what a module or one of its parts takes or gives."""
+    """True if hooks watch or change the inputs or outputs of a module or one of its parts."""
     return any(getattr(each, name) for each in module.modules() for name in _HOOKS)
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks watch all modules of the process."""
+    """True if hooks watch all modules of the process."""
     return any(getattr(torch.nn.modules.module, f"_global{name}", None) for name in _HOOKS)
 
 
 def graph_break(message: str) -> None:
-    """End a capture from within: nothing happens outside of one."""
+    """End a capture from within; outside of a capture, nothing happens."""
     torch._dynamo.graph_break(msg=message)
 
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """As `unwatched`, and without the caller's function modes: the tracer would follow those, too."""
+    """Like `unwatched`, and without the caller's function modes, which the tracer would follow, too."""
     modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     try:
         with unwatched():
@@ -327,15 +327,15 @@ def apart() -> Iterator[None]:
             torch._C._push_on_torch_function_stack(mode)
 
 
-# Since PyTorch 2.7; before that hooks on saved tensors can't be told.
+# Since PyTorch 2.7; earlier versions don't show hooks on saved tensors.
 _top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Keep what runs inside from the caller's dispatch modes and from hooks on saved tensors.
+    """Hide the block from the caller's dispatch modes and from hooks on saved tensors.
 
-    Checkpoints are made of both, and count what they are shown.
+    Checkpoints use both, and count all that they see.
     """
     with contextlib.ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
@@ -352,46 +352,46 @@ def unwatched() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
-# Whether a transform of `torch.func` is active, and whether a tensor is a batch of gradients (``is_grads_batched``).
+# Tell if a transform of `torch.func` is active, and if a tensor is a batch of gradients (``is_grads_batched``).
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 is_batch_of_gradients: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_forward_differentiated() -> bool:
-    """Whether a level of forward-mode differentiation is entered."""
+    """True inside a level of forward-mode differentiation."""
     return forward_ad._current_level >= 0
 
 
 def is_jit_traced() -> bool:
-    """Whether `torch.jit.trace` records."""
+    """True if `torch.jit.trace` records."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_symbolic() -> bool:
-    """Whether a mode writes operations down, or has them run without values."""
+    """True if a mode records operations, or runs them without values."""
     mode, key = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
     return mode(key.PROXY) is not None or mode(key.FAKE) is not None
 
 
 def after_backward(callback: Callable[[], None]) -> None:
-    """Have something done when the backward pass that runs is over."""
+    """Call ``callback`` when the running backward pass is over."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def norms_as_clipped(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The norms of tensors by the kernel that `torch.nn.utils.clip_grad_norm_` runs, to the bit."""
+    """The norms of tensors from the kernel of `torch.nn.utils.clip_grad_norm_`, equal to the bit."""
     return torch._foreach_norm(values)
 
 
-# What a nested container holds, and the container of it again.
+# A nested container's leaves, and the container made from leaves again.
 tree_flatten: Callable[[Any], tuple[list[Any], Any]] = pytree.tree_flatten
 tree_unflatten: Callable[[Any, Any], Any] = pytree.tree_unflatten
 
-# Where an expert finds PyTorch's functions: public namespaces and two that public modules call.
+# The namespaces of PyTorch's functions for experts: public ones, and two that public modules call.
 NAMESPACES: tuple[Any, ...] = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._VF, torch.linalg)
 VARIABLE_FUNCTIONS: Any = torch._VF
 
-# Calls of a graph that change how those after them run.
+# Calls of a graph that change how later calls run.
 set_grad_mode: Any = torch._C._set_grad_enabled
 enter_autocast: Any = torch.amp.autocast_mode._enter_autocast
 exit_autocast: Any = torch.amp.autocast_mode._exit_autocast

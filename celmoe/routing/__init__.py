@@ -1,6 +1,6 @@
 """Routes: names to codes to a plan.
 
-- `routes`: what a routing may be, and codes for its names
+- `routes`: the forms of a routing, and codes for its names
 - `layout`: the part of a config that decides plans
 - `planner`: codes to index tensors
 - `plan`: the plan, a value that crosses processes

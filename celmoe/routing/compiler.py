@@ -1,4 +1,4 @@
-"""From a routing, as a user writes it, to a plan: which level is routed, broadcast or inferred from the one below."""
+"""Compile a user's routing to a plan: each level is routed, broadcast or inferred from the level below."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class RoutingCompiler:
     """Turns routings into plans for one config. Picklable and free of modules: it runs in ``DataLoader`` workers.
 
     Args:
-        config: The hierarchy. Levels, experts and parents are read now: changing them later has no effect.
-            `fallback_expert` is read at every call.
+        config: The hierarchy. Construction reads levels, experts and parents: later changes have no effect. Every call
+            reads `fallback_expert`.
 
     Raises:
         ConfigError, ConfigTypeError: The config is not sound; see `config.enabled_levels`.
@@ -49,7 +49,7 @@ class RoutingCompiler:
 
     def __init__(self, config: CELMoEConfig) -> None:
         self.configs = enabled_levels(config)
-        # Disabled levels too, whose routes are ignored.
+        # Names of disabled levels too: their routes are ignored.
         self._names = frozenset(level.name for level in config.levels)
         fallbacks = [level.fallback_expert for level in self.configs]
         ancestors = [_ancestors(config.levels, place) for place, level in enumerate(config.levels) if level.enabled]
@@ -66,7 +66,7 @@ class RoutingCompiler:
 
     @property
     def layout(self) -> Layout:
-        """The config as plans depend on it: with the fallbacks of now, and all else as it was."""
+        """The part of the config that plans depend on: the current fallbacks, and all else from construction."""
         fallbacks = [level.fallback_expert for level in self.configs]
         known, layout = self._fallbacks_and_layout
         if fallbacks != known:
@@ -76,23 +76,23 @@ class RoutingCompiler:
         return layout
 
     def __getstate__(self) -> dict[str, Any]:
-        # Of the configs only the fallbacks are read from now on; metadata may be anything, a lambda or a module too.
+        # Later calls read only the configs' fallbacks; metadata may hold anything, even a lambda or a module.
         return {**vars(self), "configs": [replace(level, experts={}) for level in self.configs]}
 
     def __call__(self, routing: Routing | RoutingPlan | None = None, batch_size: int | None = None) -> RoutingPlan:
         """Compile the routing of one batch.
 
         Args:
-            routing: Per level: a sequence of names or ids (positions in the level's experts), a NumPy array or a tensor
-                of such, one a sample; or one name for the whole batch. A level that is left out takes, for each
-                sample, the parent of its expert in the level below, else the only expert, else the fallback.
-            batch_size: Samples B; needed only where nothing in the routing has a length.
+            routing: For each level a sequence, NumPy array or tensor of names or ids (positions in the level's
+                experts), one for each sample; or one name for the whole batch. A level that is left out gives each
+                sample the parent of the sample's expert in the level below, else the only expert, else the fallback.
+            batch_size: Samples B; needed only if nothing in the routing has a length.
 
         Raises:
-            UnknownLevelError, UnknownExpertError: A name that the config does not have.
+            UnknownLevelError, UnknownExpertError: A name is no level or expert of the config.
             MissingRouteError: A level that is left out can't be inferred.
-            RouteLengthError: Routes that are not one a sample, or no batch size.
-            RouteIdError, RouteTypeError: Ids out of range, or routes of the wrong kind.
+            RouteLengthError: The number of routes is not the number of samples, or there is no batch size.
+            RouteIdError, RouteTypeError: Ids are out of range, or routes are of the wrong kind.
             PlanError: ``routing`` is a plan for another config or batch size.
         """
         if batch_size is not None:
@@ -100,7 +100,7 @@ class RoutingCompiler:
         return self.compile(routing, batch_size, told_by="'batch_size'")
 
     def compile(self, routing: Routing | RoutingPlan | None, batch_size: int | None, *, told_by: str) -> RoutingPlan:
-        """As calling does, for a batch size that ``told_by`` names in errors."""
+        """Compile like ``__call__``, for a batch size that ``told_by`` names in errors."""
         if isinstance(routing, RoutingPlan):
             routing.require_layout(self.layout)
             if batch_size not in (None, routing.batch_size):
@@ -119,7 +119,7 @@ class RoutingCompiler:
         size = _agreed_size(given, batch_size, told_by)
         codes: list[Codes | int] = []
         below: Codes | int | None = None
-        # From the lowest level up, for a level that is left out asks the one below.
+        # Go from the lowest level up, for a level that is left out asks the level below.
         for position in reversed(range(len(self._tables))):
             level = self._tables[position].level
             below = given[level] if level in given else self._inferred(position, below)
@@ -169,7 +169,7 @@ class RoutingCompiler:
         return int(parents) if isinstance(below, int) else parents.astype(table.dtype)
 
     def _default(self, position: int) -> int | None:
-        """The code that samples take where nothing else tells: the only expert's, else the fallback's."""
+        """The code of samples without a route or parent: the only expert's, else the fallback's."""
         table, fallback = self._tables[position], self.configs[position].fallback_expert
         if len(table.experts) == 1:
             return 0
@@ -210,9 +210,9 @@ def _agreed_size(codes: Mapping[str, Codes | int], batch_size: int | None, told_
 
 
 def _ancestors(levels: Sequence[HierarchyLevelConfig], position: int) -> tuple[str | None, ...]:
-    """For each expert of a level, in order, its ancestor in the enabled level above.
+    """The ancestors of a level's experts, in order, in the enabled level above.
 
-    Disabled levels in between are climbed by their own experts' parents.
+    In disabled levels between, the experts' own parents lead up.
     """
     found = [expert.parent for expert in levels[position].experts.values()]
     for above in reversed(levels[:position]):
@@ -223,6 +223,6 @@ def _ancestors(levels: Sequence[HierarchyLevelConfig], position: int) -> tuple[s
 
 
 def _parent_codes(upper: RouteTable, lower: RouteTable, parents: Sequence[str | None]) -> npt.NDArray[np.int64]:
-    """For each code of the lower level, the code of its parent in the upper one, or -1."""
+    """The code of the parent in the upper level, or -1, for each code of the lower level."""
     codes = [_NO_PARENT if name is None else upper.code_by_name[name] for name in parents]
     return np.array(codes, dtype=np.int64)[lower.ids_by_code]

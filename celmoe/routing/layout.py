@@ -1,7 +1,7 @@
 """The part of a config that decides plans, as one value that is cheap to compare and to send.
 
-Two configs of one layout give every routing the same plan. A plan carries its layout, and a model refuses the plan of
-another one: plans cross processes, and configs change between two calls.
+Two configs of one layout give every routing the same plan. A plan carries its layout, and a model refuses a plan of
+another layout: plans cross processes, and configs change between two calls.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LevelLayout(NamedTuple):
     Attributes:
         name: The level's name.
         experts: The experts' names in the config's order.
-        parents: For each of `experts`, its ancestor in the enabled level above; ``None`` where it has none.
+        parents: The ancestor of each of `experts` in the enabled level above, or ``None``.
         fallback: The level's `fallback_expert`.
     """
 
@@ -34,14 +34,14 @@ class Layout:
     """The enabled levels of a config in order, with their experts, parents and fallbacks.
 
     Attributes:
-        packed: `levels` as bytes. Plans of other processes are compared at every call, and comparing the bytes of 256
-            experts takes a tenth of the time that their names take.
+        packed: `levels` as bytes. Every call compares the layouts of plans from other processes; comparing the bytes of
+            256 experts takes a tenth of the time of comparing their names.
     """
 
     __slots__ = ("packed",)
 
     def __init__(self, levels: Iterable[LevelLayout]) -> None:
-        # Escaped, one character and two surrogates would be the same bytes.
+        # With escapes, one character and two surrogates would be the same bytes.
         text = json.dumps([*levels], ensure_ascii=False, separators=(",", ":"))
         self.packed = text.encode("utf-8", "surrogatepass")
 
@@ -60,7 +60,7 @@ class Layout:
         return f"Layout({list(self.levels)})"
 
     def difference(self, wanted: Layout) -> tuple[str, str] | None:
-        """The first thing that ``wanted`` has otherwise, in words, and this layout's value; ``None`` without one."""
+        """The first difference: the wanted value in words, and this layout's value; ``None`` for equal layouts."""
         if self.packed == wanted.packed:
             return None
         ours, theirs = [level.name for level in self.levels], [level.name for level in wanted.levels]
@@ -77,7 +77,7 @@ def _unpacked(packed: bytes) -> tuple[LevelLayout, ...]:
 
 
 def _difference(got: LevelLayout, wanted: LevelLayout) -> tuple[str, str] | None:
-    """As `Layout.difference`, between two levels of one name."""
+    """Like `Layout.difference`, for two levels of one name."""
     level = f"level {wanted.name!r}"
     if set(got.experts) != set(wanted.experts):
         extra, missing = dict.fromkeys(got.experts), dict.fromkeys(wanted.experts)

@@ -1,7 +1,7 @@
-"""Compiled routes: per level, which experts are present, with how many samples, and in which order those stand.
+"""Compiled routes: the experts present at each level, their numbers of samples, and the samples' order.
 
-Everything that the host needs to drive a forward pass is plain Python and known once a plan exists, so a pass never
-asks the device. Everything that the device needs lies in ONE int64 buffer, so that a plan travels in one transfer.
+Everything that the host needs to drive a forward pass is plain Python in the plan, so a pass never asks the device.
+Everything that the device needs lies in ONE int64 buffer, so a plan travels in one transfer.
 
 Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present, E experts of a level.
 """
@@ -25,14 +25,14 @@ from .routes import CodeArray, Codes, RouteTable
 
 
 class LevelPlan(NamedTuple):
-    """Where one level's samples go. `RoutingPlan.routes` gives the name for each sample, `expert_ids` the id.
+    """The experts of one level's samples. `RoutingPlan.routes` gives each sample's expert by name, `expert_ids` by id.
 
     Attributes:
         name: The level's name.
-        present: The names of the P experts present, in sorted order, without repeats. No `expert_ids` index this list.
+        present: The names of the P experts present, in sorted order, without repeats. `expert_ids` do not index them.
         counts: Samples of each expert present, aligned with `present`; never zero.
-        is_sorted: Whether the batch already stands in expert order, so that `order` is the identity.
-        follows_previous: Whether `order` is the order of the level above.
+        is_sorted: True if the batch already stands in expert order, so that `order` is the identity.
+        follows_previous: True if `order` is the order of the level above.
         order: ``[R]`` int64: ``order[r]`` is the batch position of sorted row r; within an expert, positions ascend.
         inverse: ``[B]`` int64: ``inverse[b]`` is the sorted row of batch position b.
         expert_ids: ``[B]`` int64: the position of each sample's expert in the config's order.
@@ -71,12 +71,12 @@ class LevelPlan(NamedTuple):
 class RoutingPlan:
     """The compiled routing of one batch: picklable, and independent of any model.
 
-    A plan belongs to the config that it was compiled for: a model takes it as long as its own enabled levels, their
-    experts, order, parents and fallbacks are the same.
+    A plan belongs to the config that it was compiled for. A model takes a plan as long as the model's enabled levels,
+    their experts, order, parents and fallbacks are the same.
 
     Attributes:
         batch_size: Samples B.
-        layout: The levels, experts, parents and fallbacks that it was compiled for.
+        layout: The levels, experts, parents and fallbacks that the plan was compiled for.
         levels: One `LevelPlan` a level, in order.
     """
 
@@ -109,7 +109,7 @@ class RoutingPlan:
 
     @property
     def device(self) -> torch.device:
-        """Where the index tensors lie."""
+        """The device of the index tensors."""
         return self._packed.device
 
     @property
@@ -121,7 +121,7 @@ class RoutingPlan:
         """The same plan with its index tensors on ``device``, moved in one transfer.
 
         Raises:
-            PlanError: The plan is on meta, where there are only shapes, and ``device`` is not.
+            PlanError: The plan is on meta, which has shapes only, and ``device`` is not meta.
         """
         if self._packed.is_meta and torch.device(device).type != "meta":
             _require_readable(self, "plan")
@@ -134,7 +134,7 @@ class RoutingPlan:
             return self._with(self._packed.pin_memory())
 
     def is_pinned(self) -> bool:
-        """Whether the index tensors lie in page-locked memory."""
+        """True if the index tensors lie in page-locked memory."""
         return self._packed.is_pinned()
 
     def routes(self, level: str) -> list[str]:
@@ -158,16 +158,17 @@ class RoutingPlan:
     def slice(self, start: int, stop: int) -> RoutingPlan:
         """The plan of the samples from ``start`` up to, but not including, ``stop``.
 
-        It equals the plan that these samples' routes are compiled to, and lies on this plan's device. The host sorts
-        the samples again, O(B): on a device the ids are read first, which waits for it, so cut plans before they move.
+        The result equals the compiled plan of these samples' routes, and lies on this plan's device. The host sorts the
+        samples again, O(B). Reading the ids of a plan on a device waits for that device, so cut plans before moving
+        them.
 
         Args:
             start: From 0 to ``stop``.
             stop: Up to `batch_size`.
 
         Raises:
-            PlanError: Out of range, or the plan is on meta.
-            RouteTypeError: Not integers.
+            PlanError: A position is out of range, or the plan is on meta.
+            RouteTypeError: A position is no integer.
         """
         for name, position in (("start", start), ("stop", stop)):
             if isinstance(position, bool) or not isinstance(position, Integral):
@@ -183,15 +184,15 @@ class RoutingPlan:
     def join(plans: Iterable[RoutingPlan]) -> RoutingPlan:
         """The plan of several batches' samples, one batch after another.
 
-        It equals the plan that their routes, end to end, are compiled to, and lies on their device. The host sorts the
-        samples again, O(B): on a device the ids are read first, which waits for it.
+        The result equals the compiled plan of the routes, end to end, and lies on the plans' device. The host sorts the
+        samples again, O(B). Reading the ids of plans on a device waits for that device.
 
         Args:
-            plans: At least one; of one config, on one device.
+            plans: At least one plan; all of one config, on one device.
 
         Raises:
-            PlanError: No plans, plans of several configs or devices, or plans on meta.
-            RouteTypeError: One is no plan.
+            PlanError: There are no plans, plans of several configs or devices, or plans on meta.
+            RouteTypeError: An item is no plan.
         """
         given = list(plans)
         if not given:
@@ -215,7 +216,7 @@ class RoutingPlan:
             name: The plan's name in errors.
 
         Raises:
-            PlanError: It was not; the message names the first difference.
+            PlanError: The layouts differ; the message names the first difference.
         """
         if self.layout.packed == layout.packed:
             return
@@ -231,7 +232,7 @@ class RoutingPlan:
 
 
 def _cut(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-    """The buffer, and its parts in one call; `unsafe` says only that autograd does not track them as views."""
+    """The buffer, and its parts in one call; `unsafe` only says that autograd does not track the parts as views."""
     if torch.is_inference_mode_enabled():
         # A plan that was made, moved or unpickled in inference mode must still be usable in training.
         with torch.inference_mode(False):
@@ -245,7 +246,7 @@ def make_plan(
     """Plan one batch.
 
     Args:
-        layout: What the tables' levels and experts are.
+        layout: The layout of the tables' levels and experts.
         tables: One table a level.
         codes: The codes ``[B]`` of each level, or one code for the whole batch.
         batch_size: Samples B.
@@ -255,7 +256,7 @@ def make_plan(
     """
     make = _make_plan
     if torch.compiler.is_compiling():
-        # Nothing here is for a graph, and torch 2.4 ends in an error where it traces NumPy's counts.
+        # Nothing here belongs in a graph, and torch 2.4 ends in an error when it traces NumPy's counts.
         make = torch.compiler.disable(make)
     return make(layout, tables, codes, batch_size)
 
@@ -267,7 +268,7 @@ def _make_plan(
 
 
 def _planned_again(plan: RoutingPlan, ids: Sequence[CodeArray]) -> RoutingPlan:
-    """A plan of this one's config and device, for the ids ``[B]`` of each level."""
+    """A plan of the same config and device, for the ids ``[B]`` of each level."""
     tables = _tables(plan.layout)
     codes = [table.codes_by_id[each] for table, each in zip(tables, ids, strict=True)]
     return make_plan(plan.layout, tables, codes, len(ids[0])).to(plan.device, non_blocking=True)

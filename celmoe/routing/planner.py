@@ -1,4 +1,4 @@
-"""From every level's codes to the indices of a plan: samples sorted by expert, stably, at O(B) a level.
+"""Turn every level's codes into the indices of a plan: a stable sort of samples by expert, O(B) a level.
 
 Axes: B samples.
 """
@@ -16,18 +16,18 @@ import torch
 
 from .routes import CodeArray, Codes, RouteTable, code_array
 
-# Up to so many samples Python's lists do it: NumPy takes a few dozen calls, each of which finds the processor's caches
-# cold after a training step, and that costs more than the work.
+# Up to this many samples, Python's lists beat NumPy. NumPy takes a few dozen calls, each of which finds the processor's
+# caches cold after a training step, and that costs more than the work.
 FEW_SAMPLES = 64
 
 
-# What the host knows of one level, in the order of LevelPlan's first fields: name, present, counts, is_sorted,
-# follows_previous; and where its four index tensors lie among the parts of the packed buffer.
+# The host's part of one level: LevelPlan's first fields in order (name, present, counts, is_sorted, follows_previous),
+# and the places of its four index tensors among the parts of the packed buffer.
 HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
 
 
-# What a plan is made of: its levels as the host knows them; all their index tensors end to end, int64, on the CPU; and
-# the length of each.
+# The parts of a plan: the host's part of each level; all index tensors end to end, int64, on the CPU; and the length of
+# each index tensor.
 Indices: TypeAlias = tuple[Sequence[HostLevel], torch.Tensor, Sequence[int]]
 
 
@@ -47,7 +47,7 @@ def _sort_few(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_
     identity = [*range(batch_size)]
     flat, sizes = [*identity], [batch_size]
     levels: list[HostLevel] = []
-    # The order of the level above, and where it and its inverse are among the parts.
+    # The order of the level above, and the places of the order and its inverse among the parts.
     previous, places = identity, (0, 0)
     for table, codes_or_one in zip(tables, codes, strict=True):
         code = codes_or_one if isinstance(codes_or_one, bytearray) else _code_list(codes_or_one, batch_size)
@@ -81,11 +81,11 @@ def _code_list(codes: CodeArray | int, batch_size: int) -> list[int]:
 
 
 def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
-    # NumPy's own default is 32 bits on Windows before 2.0.
+    # NumPy's default integer has 32 bits on Windows before 2.0.
     identity = np.arange(batch_size, dtype=np.int64)
     parts: list[npt.NDArray[np.int64]] = [identity]
     levels: list[HostLevel] = []
-    # The order of the level above: as an array where it is not the identity, and as parts.
+    # The order of the level above: an array, or None for the identity; and the places of its parts.
     previous: npt.NDArray[np.int64] | None = None
     places = (0, 0)
     for table, code in zip(tables, codes, strict=True):
@@ -112,7 +112,7 @@ def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch
 def _sorted(
     table: RouteTable, code: Codes | int, batch_size: int
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    """The experts present, the samples of each, and the order that sorts them: ``None`` where it is the identity."""
+    """The experts present, the number of samples of each, and the sorting order, ``None`` for the identity."""
     if isinstance(code, int) or len(table.experts) == 1:
         only = table.sorted_experts[code if isinstance(code, int) else 0]
         return ((only,) if batch_size else ()), np.full(min(batch_size, 1), batch_size, dtype=np.int64), None
@@ -126,8 +126,8 @@ def _sorted(
 
 
 def _equal(order: npt.NDArray[np.int64] | None, previous: npt.NDArray[np.int64] | None) -> bool:
-    """Whether two orders are one; ``None`` is the identity, which no other order equals."""
+    """True if two orders are equal; ``None`` is the identity, which no array equals."""
     if order is None or previous is None:
         return order is previous
-    # Orders that differ mostly do so at an end, and looking at all of a batch costs as much as sorting it.
+    # Most orders that differ do so at an end, and comparing a whole batch costs as much as sorting the batch.
     return bool(order[0] == previous[0] and order[-1] == previous[-1] and (order == previous).all())

@@ -1,7 +1,7 @@
-"""Routes, in any of the forms that a user may hold them, to integer codes; and celmoe-vp's three routing helpers.
+"""Encode a user's routes, in any form, as integer codes; and celmoe-vp's three routing helpers.
 
-A code is an expert's rank among its level's names in sorted order: the order in which experts run. This file knows one
-level at a time and no sorting of samples; see `plan` for those.
+A code is an expert's rank among its level's sorted names: the order in which experts run. This file handles one level
+at a time and sorts no samples; `plan` does both.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from celmoe.errors import RouteIdError, RouteLengthError, RouteTypeError, UnknownExpertError, listed, nearest
 
 CodeArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any] | np.signedinteger[Any]]
-# One code a sample: bytes where they were looked up and a byte is enough, else an array.
+# One code a sample: bytes if codes were looked up and fit into a byte, else an array.
 Codes: TypeAlias = bytearray | CodeArray
 LevelRoutes: TypeAlias = str | Sequence[str] | Sequence[int] | npt.NDArray[Any] | torch.Tensor
-# celmoe-vp's alias: what its callers annotate a routing with.
+# celmoe-vp's alias, with which its callers annotate a routing.
 LevelRouting: TypeAlias = dict[str, list[str]]
 Routing: TypeAlias = Mapping[str, LevelRoutes]
 
@@ -40,7 +40,7 @@ class RouteTable:
         level: The level's name.
         experts: The experts' names in the config's order; an id is a position here.
         sorted_experts: The names in sorted order; a code is a position here.
-        dtype: Of arrays of codes: the smallest unsigned one that holds them.
+        dtype: The dtype of arrays of codes: the smallest unsigned one that holds all codes.
         code_by_name: The code for each name.
         ids: The id for each code, as a list.
         ids_by_code: ``[E]`` int64, the id for each code.
@@ -51,7 +51,7 @@ class RouteTable:
         self.level = level
         self.experts = tuple(experts)
         self.sorted_experts = tuple(sorted(experts))
-        # Small unsigned codes are what NumPy's stable argsort has a radix sort for.
+        # NumPy's stable argsort has a radix sort for small unsigned codes.
         self.dtype = np.min_scalar_type(len(experts) - 1)
         self._names = frozenset(experts)
         self.code_by_name = {name: code for code, name in enumerate(self.sorted_experts)}
@@ -64,10 +64,10 @@ class RouteTable:
         """The code of each sample, ``[B]``.
 
         Raises:
-            RouteTypeError: Neither names nor integer ids.
-            UnknownExpertError: A name that this level does not have.
-            RouteIdError: An id that is no position in the level's experts.
-            RouteLengthError: An array that has not one axis.
+            RouteTypeError: The routes are neither names nor integer ids.
+            UnknownExpertError: A name is no expert of this level.
+            RouteIdError: An id is no position in the level's experts.
+            RouteLengthError: An array has no axis, or several.
         """
         if not isinstance(routes, list):
             if isinstance(routes, torch.Tensor):
@@ -84,7 +84,7 @@ class RouteTable:
         """The code of one expert.
 
         Raises:
-            UnknownExpertError: This level does not have it.
+            UnknownExpertError: This level does not have the expert.
         """
         try:
             # str.__str__ undoes subclasses that hash in their own way.
@@ -103,7 +103,7 @@ class RouteTable:
         return bytearray(codes) if len(self.experts) <= _BYTE else np.fromiter(codes, self.dtype, count=len(names))
 
     def _encode_unusual(self, routes: Sequence[Any]) -> Codes:
-        """Ids, names of a str subclass with a hash of its own, or an error that says what is wrong."""
+        """Encode ids, or names of a str subclass with a hash of its own; raise a precise error for all else."""
         kinds = set(map(type, routes))
         wrong = {kind for kind in kinds if kind is bool or not issubclass(kind, str | int | np.integer)}
         if wrong:
@@ -166,7 +166,7 @@ class RouteTable:
 
 def _host_array(routes: torch.Tensor, level: str) -> npt.NDArray[Any]:
     if not routes.numel():
-        # An empty list makes a floating-point tensor, as it makes such an array.
+        # An empty list makes a floating-point tensor, or such an array.
         return np.empty(tuple(routes.shape))
     if routes.dtype == torch.bool or routes.is_floating_point() or routes.is_complex() or routes.is_quantized:
         raise RouteTypeError(f'"routing[{level!r}]" must hold integer ids (got dtype {routes.dtype})')
@@ -177,7 +177,7 @@ def _host_array(routes: torch.Tensor, level: str) -> npt.NDArray[Any]:
 
 
 def routing_constant(expert_name: str, batch_size: int) -> list[str]:
-    """One expert for the whole batch, as a list; a bare ``str`` in a routing says the same without one."""
+    """One expert for the whole batch, as a list; a bare ``str`` in a routing says the same without a list."""
     return [expert_name] * batch_size
 
 
@@ -185,7 +185,7 @@ def validate_routing_length(level_name: str, routes: Sequence[str], batch_size: 
     """Check that there is one route a sample.
 
     Raises:
-        RouteLengthError: There is not.
+        RouteLengthError: The numbers differ.
     """
     if len(routes) != batch_size:
         raise RouteLengthError(
@@ -194,5 +194,5 @@ def validate_routing_length(level_name: str, routes: Sequence[str], batch_size: 
 
 
 def merge_routing(base: LevelRouting | None, extra: LevelRouting) -> LevelRouting:
-    """The levels of both, those of ``extra`` deciding; neither argument is changed."""
+    """The levels of both routings, in which ``extra`` overrides ``base``; neither argument is changed."""
     return {**(base or {}), **extra}

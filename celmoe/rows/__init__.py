@@ -1,6 +1,6 @@
-"""Rows: from batch order into expert order and back, and the context that goes with them.
+"""Rows: from batch order into expert order and back, and the context beside the rows.
 
-- `slots`, `containers`: what objects and containers hold
+- `slots`, `containers`: the values in objects and containers
 - `context`: each expert's part of the context
 - `dispatch`: rows into expert order, and back
 """

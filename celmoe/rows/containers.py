@@ -1,8 +1,8 @@
 """Containers of all kinds: the values in them, and a copy of the same kind around other values.
 
-No constructor, property or method of a user's class runs: contents are read and written where the built-in base, the
-``__dict__`` and the slots keep them. So attributes that mirror items (transformers' ``ModelOutput``, a dict that is its
-own ``__dict__``) are read and written along with the items.
+No constructor, property or method of a user's class runs: the functions read and write contents through the built-in
+base, the ``__dict__`` and the slots. Attributes that mirror items (transformers' ``ModelOutput``, a dict that is its
+own ``__dict__``) are therefore read and written along with the items.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from .slots import slots_of
 
-# In this order: a class is made by the first that is among its bases.
+# The order matters: the first that is among a class's bases reads and writes the items.
 _MAPS: tuple[type[dict[Any, Any]], ...] = (OrderedDict, defaultdict, dict)
 _BASES = (*_MAPS, list, tuple, SimpleNamespace, object)
-# By these a class says that its attributes are its data: attrs, pydantic (2 and 1), msgspec.
+# A class with one of these declares its attributes to be data: attrs, pydantic (2 and 1), msgspec.
 _RECORD_MARKS = ("__attrs_attrs__", "model_fields", "__fields__", "__struct_fields__")
 
 
@@ -28,8 +28,8 @@ class Place(NamedTuple):
 
     Attributes:
         key: The item's key or index, or the attribute's name.
-        slot: Reads and writes the attribute; ``None`` for one in the ``__dict__``, and for items.
-        is_attribute: Whether it is an attribute.
+        slot: Reads and writes the attribute; ``None`` for an item, and for an attribute in the ``__dict__``.
+        is_attribute: True for an attribute, false for an item.
     """
 
     key: Any
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def is_record(value: object) -> bool:
-    """Whether an object declares its attributes to be data, as a dataclass or a mapping does."""
+    """True if an object declares its attributes to be data, as a dataclass or a mapping does."""
     kind = type(value)
     return (
         isinstance(value, Mapping | SimpleNamespace)
@@ -51,7 +51,7 @@ def is_record(value: object) -> bool:
 
 
 def has_attributes(value: object) -> bool:
-    """Whether an object holds anything that `contents` reads."""
+    """True if an object has a ``__dict__`` or slots for `contents` to read."""
     kind: Any = type(value)
     return bool(kind.__dictoffset__ or _slots(kind))
 
@@ -61,7 +61,7 @@ def contents(value: Any, left_out: Container[object] = ()) -> list[tuple[Place, 
 
     Args:
         value: The container.
-        left_out: Classes whose objects are not told.
+        left_out: Classes whose objects are left out.
     """
     pairs: Iterable[tuple[Any, object]] = ()
     match value:
@@ -74,7 +74,7 @@ def contents(value: Any, left_out: Container[object] = ()) -> list[tuple[Place, 
         case MappingProxyType():
             pairs = value.items()
         case ChainMap():
-            # The maps are structure: their list is nobody's data.
+            # The list of the maps is structure, not data.
             maps = _dict_of(value)["maps"]
             rest = [(place, held) for place, held in _attributes(value) if held is not maps]
             return [*((Place(index), each) for index, each in enumerate(maps)), *rest]
@@ -98,7 +98,7 @@ def values(value: Any) -> Collection[object]:
 
 
 def is_immutable(value: object) -> bool:
-    """Whether a copy of it must be made with its items at hand."""
+    """True if a copy of the value must be made with its items at hand."""
     return isinstance(value, tuple | MappingProxyType)
 
 
@@ -106,7 +106,7 @@ def copied(value: Any, changes: Sequence[tuple[Place, Any]] = ()) -> Any:
     """A shallow copy of the same kind, with these changes.
 
     Raises:
-        TypeError: Something in it is only its class's own code to copy.
+        TypeError: Only the class's own code can copy the value.
     """
     copy: Any
     if isinstance(value, MappingProxyType):
@@ -118,7 +118,7 @@ def copied(value: Any, changes: Sequence[tuple[Place, Any]] = ()) -> Any:
         for place, new in changes:
             if not place.is_attribute:
                 listed[place.key] = new
-        # `torch.max` and its like give tuples that only their own class makes.
+        # `torch.max` and similar functions return tuples that only their own class makes.
         is_torchs = hasattr(value, "n_sequence_fields")
         copy = type(value)(listed) if is_torchs else tuple.__new__(type(value), listed)
         changes = [each for each in changes if each[0].is_attribute]
@@ -139,7 +139,7 @@ def copied(value: Any, changes: Sequence[tuple[Place, Any]] = ()) -> Any:
 
 
 def resized(value: Any, items: list[Any]) -> Any:
-    """A list or tuple of the same kind with other items, as many as there are; a plain tuple for a named one."""
+    """A list or tuple of the same kind with other items, of any number; a plain tuple for a named one."""
     if type(value) is list:
         return items
     if is_named(value):
@@ -153,12 +153,12 @@ def resized(value: Any, items: list[Any]) -> Any:
 
 
 def is_named(value: object) -> bool:
-    """Whether a tuple's items are fields: a named tuple, or one of torch's own."""
+    """True if a tuple's items are fields: a named tuple, or one of torch's own."""
     return hasattr(value, "_fields") or hasattr(value, "n_sequence_fields")
 
 
 def change(container: Any, changes: Sequence[tuple[Place, Any]]) -> None:
-    """Write into a mutable container, or into the attributes of any."""
+    """Write into a mutable container, or into the attributes of any container."""
     for place, new in changes:
         if place.slot is not None:
             place.slot.__set__(container, new)
@@ -176,7 +176,7 @@ def _map_of(value: Any) -> Any:
 
 
 def check_copies(value: object) -> None:
-    """Whether `copied` would do; raises what it would raise."""
+    """Raise the ``TypeError`` that `copied` would raise, if any."""
     if not is_immutable(value):
         _blank(value)
 
@@ -192,7 +192,7 @@ def _blank(value: Any) -> Any:
 def _attributes(value: Any) -> list[tuple[Place, object]]:
     kind: Any = type(value)
     held = _dict_of(value)
-    # A dict may be its own `__dict__`: its items are told already.
+    # A dict may be its own `__dict__`: its items are listed already.
     found = [] if held is value else [(Place(name, None, True), item) for name, item in held.items()]
     for slot in _slots(kind):
         try:
@@ -226,5 +226,5 @@ def _slots(kind: type) -> tuple[MemberDescriptorType, ...]:
     if hasattr(kind, "n_sequence_fields"):
         return ()  # the fields of a tuple of torch's own, which are its items
     members = [each for base in kind.__mro__ for each in vars(base).values() if isinstance(each, MemberDescriptorType)]
-    # A namespace's is one of them.
+    # A namespace's ``__dict__`` is one of the members.
     return tuple(each for each in members if each.__name__ != "__dict__")

@@ -1,13 +1,13 @@
-"""The context's rule: batch-aligned values go to experts by their rows, everything else as it is.
+"""The context's rule: experts get their rows of batch-aligned values, and everything else as it is.
 
-Batch-aligned are
+Batch-aligned values are
 
-- a tensor or NumPy array with at least one axis whose first has the batch's length;
+- a tensor or NumPy array whose first axis has the batch's length;
 - a list or tuple as long as the batch that holds plain objects only: one text, number or other object a sample.
 
-They are found in containers of any kind and depth (see `containers`), each of which keeps its own type. `Rows` and
-`Shared` say which of the two a value is. Two readings of one value are refused, and so is a container that can't be
-copied around its rows: nothing batch-aligned reaches an expert whole.
+Batch-aligned values may lie in containers of any kind and depth (see `containers`), each of which keeps its own type.
+`Rows` marks a value as batch-aligned, `Shared` as whole. A value that allows both readings is refused, and so is a
+container that can't be copied around its rows: no batch-aligned value reaches an expert whole.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .containers import (
 _LEAVES = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None), torch.dtype, torch.device})
 _UNORDERED = (set, frozenset)
 _SEQUENCES = "be a tensor, NumPy array, list or tuple"
-# What these hold is theirs: an expert that calls or draws from one gets what the caller would.
+# The contents of these stay as they are: an expert that calls or draws from one gets the caller's results.
 _OPAQUE = (
     *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
     *(nn.Module, torch.optim.Optimizer, torch.Size, np.generic, enum.Enum, Iterator, memoryview),
@@ -53,7 +53,7 @@ _OPAQUE = (
 
 
 class _Bare(NamedTuple):
-    """What stands in place of a `Shared`."""
+    """A bare value in place of a `Shared`."""
 
     value: object
 
@@ -63,11 +63,11 @@ class _Node:
 
     Attributes:
         value: The container.
-        path: Where it is.
-        children: Its places that may change: by an index into the aligned values, a bare value or a node.
-        parents: The nodes that hold it.
-        is_changed: Whether it has to be built anew.
-        size: Where it keeps the batch's size, which is wrong for an expert's rows, and that size.
+        path: The container's path.
+        children: The places that may change, each with an index into the aligned values, a bare value or a node.
+        parents: The nodes that hold this node.
+        is_changed: True if the container has to be built anew.
+        size: The place of a batch's size, which is wrong for an expert's rows, and that size; else ``None``.
     """
 
     __slots__ = ("children", "is_changed", "parents", "path", "size", "value")
@@ -82,23 +82,24 @@ class _Node:
 
 
 _Child: TypeAlias = int | _Bare | _Node
-# The way from the context to a value: to the container, and the place in it.
+# The path from the context to a value: the container's path, and the place in the container.
 _Path: TypeAlias = "tuple[_Path, object] | tuple[()]"
 
 
 class ContextRows:
-    """A context taken apart once for a batch: its batch-aligned values, and how to build it anew around their rows.
+    """A batch's context, taken apart once: the batch-aligned values, and the nodes to rebuild around their rows.
 
     Attributes:
-        aligned: The distinct batch-aligned values, each ``[B, ...]``: dense tensors, and others if `irregular` says so.
-        irregular: Where the first is that is no dense tensor, so that `select` must cut it; ``None`` without one.
+        aligned: The distinct batch-aligned values, each ``[B, ...]``: dense tensors, and others if `irregular` is set.
+        irregular: The path of the first value that is no dense tensor, so that `select` must cut it; ``None`` without
+            one.
         shared: The tensors that all experts see as they are, by id.
         whole: The context as it was passed.
-        is_whole: Whether every expert is given just that.
+        is_whole: True if every expert gets `whole`.
 
     Raises:
-        InputError: A value may be batch-aligned or not; a container can't be copied around its rows; `Rows` marks
-            another number of rows; or a batch-aligned tensor lies on another device than the hidden states.
+        InputError: A value allows both readings; a container can't be copied around its rows; `Rows` marks another
+            number of rows; or a batch-aligned tensor lies on another device than the hidden states.
         InputTypeError: `Rows` marks something that has no rows.
     """
 
@@ -111,7 +112,7 @@ class ContextRows:
         self._device = device
         self._indices: dict[int, int] = {}
         self._nodes: dict[int, _Node] = {}
-        # Of a flat dict, the usual context: its keys that change, and to which of the aligned values.
+        # For a flat dict, the usual context: the keys that change, each with an index into `aligned`.
         self._flat: list[tuple[Any, int]] | None = None
         self._root: _Child | None = None
         if type(context) is not dict or not self._is_flat(context):
@@ -119,7 +120,7 @@ class ContextRows:
         self.is_whole = self._flat is None and self._root is None
 
     def build(self, blocks: Sequence[Any]) -> ExpertContext:
-        """One expert's context from its rows of each of `aligned`."""
+        """One expert's context, from the expert's rows of each value in `aligned`."""
         if self._flat is not None:
             flat = dict(cast(dict[Any, Any], self.whole))
             for key, index in self._flat:
@@ -134,7 +135,7 @@ class ContextRows:
         return changed
 
     def _is_flat(self, context: dict[Any, Any]) -> bool:
-        """Whether a dict holds tensors and leaves only; then they are known."""
+        """True if a dict holds tensors and leaves only; the tensors are then registered."""
         found: list[tuple[Any, int]] = []
         for key, value in context.items():
             if type(value) not in _LEAVES:
@@ -143,7 +144,7 @@ class ContextRows:
                 index = self._tensor(value, ((), key))
                 if index is not None:
                     found.append((key, index))
-        # As in celmoe-vp, every expert may write into the outermost mapping without another one's seeing it.
+        # Every expert may write into the outermost mapping, unseen by other experts, as in celmoe-vp.
         self._flat = found
         return True
 
@@ -163,7 +164,7 @@ class ContextRows:
         return None if isinstance(root, _Node) and not root.is_changed else root
 
     def _owned(self, context: Mapping[Any, Any], root: _Child | None) -> _Child | None:
-        """The outermost mapping as each expert's own, along with the dicts that hold its items."""
+        """Make the outermost mapping each expert's own, along with the dicts that hold its items."""
         if root is None:
             root = self._node(context, ())
         assert isinstance(root, _Node)
@@ -185,7 +186,7 @@ class ContextRows:
         return root
 
     def _child(self, value: Any, path: _Path) -> _Child | None:
-        """How a value is built for one expert; ``None`` where it is shared as it is."""
+        """The recipe of a value for one expert; ``None`` if all experts share the value as it is."""
         kind = type(value)
         if kind in _LEAVES:
             return None
@@ -206,7 +207,7 @@ class ContextRows:
             return None
         if isinstance(value, dict):
             is_plain = not has_attributes(value) and _LEAVES.issuperset(map(type, dict.values(value)))
-            # A vocabulary, say, told at C speed.
+            # A vocabulary, say, is recognized at C speed.
             return None if is_plain else self._node(value, path)
         return self._object(value, path)
 
@@ -217,7 +218,7 @@ class ContextRows:
             if int(value.batch_sizes[:1].sum()) == self._batch_size:
                 self._refuse(path, "be padded rows and their lengths", "PackedSequence of the batch")
             return None
-        # Texts and numbers of a whole batch are told at C speed.
+        # Texts and numbers of a whole batch are recognized at C speed.
         is_plain = not has_attributes(value) and _LEAVES.issuperset(map(type, value))
         if len(value) != self._batch_size or not value or is_named(value):
             return None if is_plain else self._node(value, path)
@@ -269,7 +270,7 @@ class ContextRows:
         return node
 
     def _check_items(self, value: Mapping[Any, Any], path: _Path) -> None:
-        """A mapping of other kinds may make its items as they are asked for."""
+        """Refuse a mapping that makes its batch-aligned items on access."""
         if not _LEAVES.issuperset(map(type, value.values())):
             for key, item in value.items():
                 is_rows = isinstance(item, torch.Tensor | np.ndarray) and self._is_aligned(item)
@@ -344,13 +345,13 @@ class ContextRows:
         return index
 
     def _is_aligned(self, value: object) -> bool:
-        """Whether a tensor or array is batch-aligned; what is marked has nothing left to tell."""
+        """True if a tensor or array is batch-aligned, and for any marked value."""
         if isinstance(value, torch.Tensor):
             return value.dim() > 0 and value.size(0) == self._batch_size
         return not isinstance(value, np.ndarray) or (value.ndim > 0 and value.shape[0] == self._batch_size)
 
     def _tensors_in(self, value: object) -> Iterator[object]:
-        """The tensors, arrays and marked values within a value; those without an axis do not count."""
+        """The tensors and arrays with an axis, and the marked values, within a value."""
         seen, rest = {id(value)}, [value]
         while rest:
             each: Any = rest.pop()
@@ -371,7 +372,7 @@ class ContextRows:
                 rest += news
 
     def _share(self, value: object) -> None:
-        """Know the tensors in plain containers; others are nobody's to know."""
+        """Register the tensors in plain containers, and in no others."""
         if isinstance(value, torch.Tensor):
             self.shared[id(value)] = value
         elif isinstance(value, dict | list | tuple):
@@ -382,19 +383,19 @@ class ContextRows:
         raise InputError(f"{_told(path)} must {rule} (got {got}; celmoe.Shared keeps it whole)")
 
 
-# What a pass without a context has.
+# The context of a pass without one.
 NO_CONTEXT = ContextRows(None, 0, torch.device("cpu"))
 
 
 def select(value: Any, positions: Sequence[int]) -> Any:
-    """The items of some samples, of a batch-aligned value that is no dense tensor.
+    """The items of some samples in a batch-aligned value that is no dense tensor.
 
     Args:
         value: A list, tuple, NumPy array, nested or sparse tensor ``[B, ...]``.
-        positions: Of N samples.
+        positions: The batch positions of N samples.
 
     Returns:
-        The same kind, ``[N, ...]``. Its memory is its own, the items of a list or tuple aside.
+        A value of the same kind, ``[N, ...]``, in its own memory except for the items of a list or tuple.
     """
     if isinstance(value, list | tuple):
         base: Any = list if isinstance(value, list) else tuple
@@ -433,13 +434,13 @@ def _built(child: _Child, blocks: Sequence[Any], made: dict[_Node, Any]) -> Any:
 
 
 def _is_foreign_array(value: object) -> bool:
-    """Whether it is another library's array, whose inside is nobody's to cut."""
+    """True for another library's array, which can't be cut here."""
     kind = type(value)
     return hasattr(kind, "shape") and hasattr(kind, "dtype") and not is_record(value)
 
 
 def _told(path: _Path) -> str:
-    """The way to a value as Python would write it, quoted."""
+    """The path to a value in Python's notation, quoted."""
     steps: list[str] = []
     while path:
         path, place = path

@@ -1,14 +1,14 @@
 """Moving rows: dispatch into expert order and out to the experts, combine back into batch order.
 
 Both are permutations, so each one's backward is the other: one ``index_select`` by the inverse permutation for a whole
-level. That is O(rows), deterministic, without atomic adds, native on every device, and differentiable again. (A few
-rows on a CPU are left to PyTorch's own backward, which costs a scatter-add of them, and no Python.)
+level. Such a backward is O(rows), deterministic, without atomic adds, native on every device, and differentiable again.
+(PyTorch's own backward handles a few rows on a CPU, which costs a scatter-add and no Python.)
 
 Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present.
 
-Blocks handed to experts are private: an expert that works in place reaches neither the caller's tensor, nor another
-expert's rows, nor anything that autograd saved. That is why rows that already stand in expert order are still copied,
-though never gathered.
+Blocks for experts are private: an expert that works in place reaches neither the caller's tensor, nor another expert's
+rows, nor anything that autograd saved. Rows that already stand in expert order are therefore copied, though never
+gathered.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from celmoe.torch_internals import (
 
 Blocks: TypeAlias = list[torch.Tensor] | tuple[torch.Tensor, ...]
 
-# Up to so many rows on a CPU, a Function's Python takes longer than what PyTorch's own backward does in vain.
+# Up to this many rows on a CPU, PyTorch's own backward beats a custom Function's Python, despite some useless work.
 FEW_ROWS = 128
 
 
@@ -45,7 +45,7 @@ class _Dispatch(torch.autograd.Function):
         sorted_rows: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         ctx.order, ctx.inverse, ctx.counts, ctx.trailing = order, inverse, counts, rows.shape[1:]
-        # The zeros for a block without a gradient are made below, where all blocks are joined anyway.
+        # `backward` makes the zeros for a block without a gradient, since it joins all blocks anyway.
         ctx.set_materialize_grads(False)
         return tuple(cut(rows.index_select(0, order) if sorted_rows is None else sorted_rows, counts))
 
@@ -105,17 +105,17 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
 
 
 def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
-    """As `dispatch`, for rows that the level above had in the same order: a copy of its blocks in place of a gather.
+    """Like `dispatch`, for rows in the order of the level above: copies that level's blocks in place of a gather.
 
-    Gradients are gathered on their way back, and so are a few rows on a CPU where gradients flow: see `FEW_ROWS`.
+    Gradients are gathered in the backward pass, and so are a few rows on a CPU if gradients flow: see `FEW_ROWS`.
 
     Args:
-        rows: ``[B, ...]``, what the level above gave. Gradients flow into them as through `dispatch`.
+        rows: ``[B, ...]``, the output of the level above. Gradients flow into the rows as through `dispatch`.
         blocks: The same rows, block by block.
         plan: The plan of the level below; `follows_previous` holds.
 
     Returns:
-        As `dispatch`.
+        The blocks of `dispatch`.
     """
     if not (torch.is_grad_enabled() and rows.requires_grad):
         return cut(_joined(blocks), plan.counts)
@@ -136,8 +136,8 @@ def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
         ``[B, ...]``, contiguous.
     """
     if len(blocks) == 1 and plan.is_sorted:
-        # It may be the expert's own parameter, buffer or cache: what the caller does to a level's output must not
-        # reach it. Several blocks are copied by joining them.
+        # The block may be the expert's own parameter, buffer or cache: the caller's in-place work on a level's output
+        # must not reach it. Joining copies several blocks.
         return blocks[0].clone(memory_format=torch.contiguous_format)
     if plan.is_sorted:
         return _joined(blocks)
@@ -156,16 +156,16 @@ def _joined(blocks: Blocks) -> torch.Tensor:
 
 
 def cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
-    """Blocks of rows that are no views to autograd; nothing else may read the rows."""
+    """Blocks of rows that are no views to autograd; nothing else may read ``sorted_rows``."""
     if len(counts) == 1:
         return (sorted_rows,)
     if transforms_are_active() or is_batch_of_gradients(sorted_rows) or is_forward_differentiated():
-        # vmap has no rule for the call below, nor has the older one behind `is_grads_batched`, whose batches may be in
-        # a tangent, where they don't show.
+        # The call below has a rule neither for vmap nor for the older vmap behind `is_grads_batched`, whose batches may
+        # hide in a tangent.
         return [block.clone() for block in sorted_rows.split(list(counts))]
-    # Unsafe is what PyTorch calls a split whose parts are no views to autograd and count their versions apart: with a
-    # shared counter, in-place work on one block would invalidate what autograd saved of all the others. Nothing reads
-    # `sorted_rows` but these blocks, so nothing is at risk.
+    # PyTorch calls a split unsafe if its parts are no views to autograd and count their versions apart. With a shared
+    # counter, in-place work on one block would invalidate the tensors that autograd saved of all others. Only these
+    # blocks read `sorted_rows`, so nothing is at risk.
     return torch.unsafe_split_with_sizes(sorted_rows, counts)
 
 
@@ -182,9 +182,9 @@ def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, c
 
 
 def _records(*inputs: torch.Tensor) -> bool:
-    """Whether one of the Functions is to stand in the autograd graph.
+    """True if a custom Function is to stand in the autograd graph.
 
-    Function transforms (``torch.func``) and tracing take plain operators only; they get the same result with PyTorch's
+    Function transforms (``torch.func``) and tracing take plain operators only, and get the same result with PyTorch's
     own backward.
     """
     return (

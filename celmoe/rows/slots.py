@@ -1,4 +1,4 @@
-"""What plain objects hold: attributes in their ``__dict__``, values in their slots, or both, and nothing else."""
+"""The slots of plain objects, which hold attributes in a ``__dict__``, values in slots, or both, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _MOST_KEPT = 4096
 
 
 def slots_of(kind: type) -> tuple[types.MemberDescriptorType, ...] | None:
-    """The slots of a class's objects; ``None`` where they hold something that is in neither slots nor ``__dict__``.
+    """The slots of a class's objects; ``None`` if the objects hold something in neither slots nor ``__dict__``.
 
-    Such a thing is where only C code sees it: then there is more memory in an object than these account for, or a
-    ``__new__`` of C's own.
+    Only C code sees such a thing. It shows as more memory in an object than slots and ``__dict__`` account for, or as a
+    ``__new__`` in C.
     """
     try:
         return _SLOTS[kind]
