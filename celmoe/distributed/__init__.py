@@ -1,4 +1,4 @@
-"""The engine beyond one machine, on what ``torch.distributed`` has; see ``notes/distributed.md``."""
+"""The engine beyond one machine, built on ``torch.distributed``; see ``notes/distributed.md``."""
 
 from . import versions  # noqa: F401  # first of all
 from .checkpoints import load_checkpoint, load_file, save_checkpoint, write_file

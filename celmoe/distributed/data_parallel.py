@@ -1,4 +1,4 @@
-"""Every rank holds the whole model and sees other samples: `DistributedDataParallel`, whatever experts those take."""
+"""Data parallelism: `DistributedDataParallel` with the whole model on every rank, for samples of any experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from celmoe.hierarchy import HierarchicalCELMoE
 from .gradients import tied
 from .groups import require_process_group
 
-# What the result depends on, and why it has to be as it is.
+# Options on which the result depends: the value, and the reason for the value.
 _FIXED = {
     "find_unused_parameters": (True, "which experts a batch has is known only when it comes"),
     "static_graph": (False, "no step has the graph of the step before"),
@@ -23,15 +23,15 @@ _FIXED = {
 
 
 class _Objective(nn.Module):
-    """A model and what is differentiated: the loss is all that comes out, so that what it doesn't reach is unused."""
+    """A model and its objective. The loss is the only output, so parameters that the loss doesn't reach are unused."""
 
     def __init__(self, model: nn.Module, objective: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         self.model = model
         self._objective = objective
         first = next(model.parameters(), torch.empty(0))
-        # A rank whose batch reaches no parameter at all (an empty one, or only frozen experts) still has to take part
-        # in the reduction, which begins with the first gradient that arrives.
+        # The reduction begins with the first gradient that arrives. The anchor gives a gradient to a rank whose batch
+        # reaches no parameter (an empty batch, or only frozen experts).
         self.anchor = nn.Parameter(torch.zeros((), device=first.device))
         self._known = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
 
@@ -49,7 +49,7 @@ class _Objective(nn.Module):
         return tied(loss, self.anchor)
 
     def _require_known(self) -> None:
-        """Refuse parameters that the reduction does not know: their gradients would stay each rank's own."""
+        """Refuse parameters unknown to the reduction: each rank would keep its own gradients of them."""
         known = self._known
         if all(id(parameter) in known for parameter in self.model.parameters() if parameter.requires_grad):
             return
@@ -61,27 +61,27 @@ class _Objective(nn.Module):
 
 
 def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **options: Any) -> DistributedDataParallel:
-    """Train a model on several ranks, each with samples, and experts, of its own.
+    """Wrap a model to train on several ranks, each with samples, and experts, of its own.
 
     Calling the result runs ``objective(model, *args, **kwargs)`` and returns its loss; ``backward()`` averages the
-    gradients of all ranks. Experts that are absent on all ranks keep ``None``. With each rank's loss from `joined_mean`
-    a step is that of one process on the joined batch. Every rank must make the same number of calls and backward
-    passes; one without samples makes them with an empty batch. ``no_sync()`` accumulates, as ever.
+    gradients of all ranks. Experts that are absent on all ranks keep ``None``. If each rank's loss comes from
+    `joined_mean`, a step equals that of one process on the joined batch. Every rank must make the same number of calls
+    and backward passes; a rank without samples passes an empty batch. ``no_sync()`` accumulates, as ever.
 
-    The model itself stays as it is: make the optimizer of ``model.parameters()``, save ``model.state_dict()``.
+    The model itself does not change: make the optimizer of ``model.parameters()``, save ``model.state_dict()``.
 
     Args:
         model: A `HierarchicalCELMoE`, or any module that holds some.
-        objective: Given the model and what the caller passed, the loss: a floating-point scalar.
-        **options: For `DistributedDataParallel`. ``forward_sync_buffers`` is off unless asked for: the first rank's
-            buffers say nothing of experts that it has not seen.
+        objective: Takes the model and the caller's arguments, and returns the loss: a floating-point scalar.
+        **options: Options of `DistributedDataParallel`. ``forward_sync_buffers`` is off by default: the first rank's
+            buffers say nothing of experts that the rank has not seen.
 
     Raises:
-        ProcessGroupError: No process group is initialised. When called: a parameter is trained that was not there, or
-            frozen, when this was called.
-        ConfigError: An option without which ranks hang or diverge; an expert with a collective of its own, or with
-            sparse gradients.
-        ConfigTypeError: The objective can't be called.
+        ProcessGroupError: No process group is initialised. The result raises it for a trained parameter that was
+            missing, or frozen, in the call of `prepare_ddp`.
+        ConfigError: An option would make ranks hang or diverge; an expert has a collective of its own, or sparse
+            gradients.
+        ConfigTypeError: The objective is not callable.
 
     Example::
 
@@ -105,11 +105,11 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
 
 
 def require_hierarchy(model: object) -> None:
-    """Refuse what is no `HierarchicalCELMoE`, and one whose config has changed in structure since it was built.
+    """Refuse a model that is no `HierarchicalCELMoE`, or whose config changed in structure after the model was built.
 
     Raises:
-        ConfigTypeError: It is something else.
-        ConfigError: As for `HierarchicalCELMoE.check_config`.
+        ConfigTypeError: The model is something else.
+        ConfigError: See `HierarchicalCELMoE.check_config`.
     """
     if not isinstance(model, HierarchicalCELMoE):
         raise ConfigTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
@@ -117,7 +117,7 @@ def require_hierarchy(model: object) -> None:
 
 
 def refuse_collectives(model: nn.Module) -> None:
-    """Refuse experts that talk to other ranks themselves: they would wait for ranks that do not run them.
+    """Refuse experts with collectives of their own: these would wait for ranks that do not run the expert.
 
     Raises:
         ConfigError: An expert has a `SyncBatchNorm`.
@@ -131,11 +131,11 @@ def refuse_collectives(model: nn.Module) -> None:
 
 
 def refuse_sparse(model: nn.Module, call: str) -> None:
-    """Refuse experts with sparse gradients: a rank whose samples do not reach one has none to bring.
+    """Refuse experts with sparse gradients: a rank whose samples do not reach the expert has no such gradient.
 
     Args:
         model: The model.
-        call: The call that can't reduce them.
+        call: The call that can't reduce sparse gradients.
 
     Raises:
         ConfigError: An expert has a trained embedding with ``sparse=True``.

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of a mesh dimension holds some of a level's experts, and gets all samples of those."""
+"""Expert parallelism: each rank of a mesh dimension holds some of a level's experts, and gets all of their samples."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .sharded_level import Passage, ShardedLevel
 
 
 class ExpertSharding:
-    """A model's experts on the ranks of a mesh, and what a training step needs beside; `shard_experts` makes it.
+    """A model's experts on the ranks of a mesh, and the gradient calls of a training step; `shard_experts` makes one.
 
     Attributes:
         model: The model; it holds this rank's experts only.
         mesh: The ranks.
-        dimension: The name of the mesh's dimension that experts are spread over.
-        owners: By level and expert, the rank in that dimension.
+        dimension: The name of the mesh's dimension over which experts are spread.
+        owners: By level and expert, the expert's rank in that dimension.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ExpertSharding:
         self._norms = norms
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """The parameters that only this rank, and its like along the other dimensions, holds."""
+        """The parameters of this rank's experts: ranks at another place in the dimension do not hold them."""
         elsewhere = set(stand_ins(self.model))
         levels = [self.model.level_modules[level] for level in self.owners]
         return [each for level in levels for each in level.parameters() if each not in elsewhere]
@@ -59,19 +59,20 @@ class ExpertSharding:
     def reduce_gradients(self, module: nn.Module | None = None) -> None:
         """Average gradients over ranks, after the last backward pass of a step; see `gradients.reduce_gradients`.
 
-        An expert's gradients come from the samples of all ranks of its dimension as it is; they are averaged over the
-        other dimensions, all other parameters' over all.
+        An expert's gradients already come from the samples of all ranks of the dimension. They are summed over the
+        other dimensions, all other gradients over all dimensions. Both sums are divided by the number of ranks in the
+        mesh.
 
-        The stand-ins of a `RemoteExpert` get the norms of the expert's gradients: infinity and NaN for those that are
-        not finite, ``None`` for ``None``. So ``torch.amp.GradScaler``, ``clip_grad_norm_`` with the 2-norm, and checks
-        for infinity and NaN decide alike on all ranks, if they are given all of ``parameters()``. Call this before
-        ``GradScaler.unscale_``. Other norms see the 2-norms of experts elsewhere, and differ from rank to rank.
+        The stand-ins of a `RemoteExpert` get the norms of the expert's gradients: infinity or NaN for a gradient that
+        is not finite, ``None`` for ``None``. Then ``torch.amp.GradScaler``, ``clip_grad_norm_`` with the 2-norm, and
+        checks for infinity and NaN decide alike on all ranks, if given all of ``parameters()``. Call `reduce_gradients`
+        before ``GradScaler.unscale_``. Other norms see the 2-norms of remote experts, and differ from rank to rank.
 
         Args:
-            module: The network that the model is part of; the model by default.
+            module: The network that contains the model; the model by default.
 
         Raises:
-            ProcessGroupError: An expert has got trained parameters since `shard_experts`; every rank raises.
+            ProcessGroupError: An expert gained trained parameters after `shard_experts`; every rank raises.
         """
         experts = self.expert_parameters()
         not_replicated = {*experts, *stand_ins(self.model)}
@@ -81,17 +82,17 @@ class ExpertSharding:
         reduce_over(replicated, groups_of(self.mesh), self.mesh.size())
 
     def clip_gradients(self, max_norm: float, module: nn.Module | None = None) -> torch.Tensor:
-        """Clip reduced gradients by the norm of them all, wherever they are.
+        """Clip reduced gradients by their common norm over all ranks.
 
-        It is ``torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)``, and so is that call: after
-        `reduce_gradients` the stand-ins bring the norms of experts elsewhere.
+        The call equals ``torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)``: after `reduce_gradients` the
+        stand-ins bring the norms of remote experts.
 
         Args:
             max_norm: The largest norm.
-            module: As for `reduce_gradients`.
+            module: See `reduce_gradients`.
 
         Returns:
-            The norm before, the same on all ranks.
+            The norm before clipping, the same on all ranks.
         """
         return nn.utils.clip_grad_norm_(self._network(module).parameters(), max_norm)
 
@@ -107,32 +108,32 @@ def shard_experts(
     levels: Iterable[str] | None = None,
     loads: Mapping[str, Mapping[str, float]] | None = None,
 ) -> ExpertSharding:
-    """Spread a model's experts over ranks, in place: each keeps its own, and a `RemoteExpert` for every other.
+    """Spread a model's experts over ranks, in place. A rank keeps its own, and a `RemoteExpert` for every other.
 
-    The model is called as before, by every rank with its own samples. They travel to their experts and back, once each
-    way for a level; an expert runs once, over the samples of all ranks of the dimension in the order of the ranks, as
-    it would in one process. None is dropped, however many come. Levels that are not spread stay data-parallel, and so
-    does everything along the mesh's other dimensions. The first rank's parameters and buffers are everyone's.
+    Every rank calls the model as before, with its own samples. Samples travel to their experts and back, once each way
+    for a level. An expert runs once, as in one process: over the samples of all ranks of the dimension, in rank order.
+    No sample is dropped, however many come. Levels that are not spread stay data-parallel, and so does everything along
+    the mesh's other dimensions. All ranks get the first rank's parameters and buffers.
 
     After the backward pass, call `ExpertSharding.reduce_gradients`. Every rank makes the same number of calls and
-    backward passes, one without samples with an empty batch. The objective must reach ``fused_hidden`` on every rank;
-    or else the same levels' hidden states, and no expert's losses. What experts see whole of a context (see `Shared`)
-    is that of the rank that holds them.
+    backward passes; a rank without samples passes an empty batch. The objective must reach ``fused_hidden`` on every
+    rank; or else the same levels' hidden states, and no expert's losses. Context that an expert sees whole (see
+    `Shared`) comes from the rank that holds the expert.
 
     Args:
-        model: Built alike on every rank.
-        mesh: All processes, its dimensions named; at most one of them is for experts.
-        dimension: That dimension.
-        levels: The levels to spread; by default all that have several experts.
-        loads: By level and expert, what to balance: the samples expected of it, say. By default the bytes of its
-            parameters; an expert that is left out has the load 0.
+        model: The model, built alike on every rank.
+        mesh: A mesh of all processes with named dimensions, at most one of them for experts.
+        dimension: The name of the experts' dimension.
+        levels: The levels to spread; by default all levels with several experts.
+        loads: By level and expert, the load to balance, such as the expert's expected samples. By default the bytes of
+            the expert's parameters; an expert that is left out has the load 0.
 
     Raises:
         ProcessGroupError: No process group is initialised, or the ranks' models or arguments differ.
         MeshError: The mesh leaves processes out, or has no such dimension.
         UnknownLevelError, UnknownExpertError: The model has no such level or expert.
-        ConfigError, ConfigTypeError: No level to spread, a load that is negative or no number, a model that is sharded
-            already, an expert with a collective of its own, or experts on several ranks that share a tensor.
+        ConfigError, ConfigTypeError: There is no level to spread; a load is negative or no number; the model is already
+            sharded; an expert has a collective of its own; or experts on several ranks share a tensor.
     """
     require_process_group("shard_experts")
     require_mesh(mesh)
@@ -214,7 +215,7 @@ def _costs(
 
 
 def _refuse_shared(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, int]]) -> None:
-    """Refuse tensors that would come to be on several ranks, and go different ways there."""
+    """Refuse shared tensors that would land on several ranks, and diverge there."""
     places: dict[int, tuple[object, str]] = {}
     for level in model.levels:
         for expert in level.experts:
@@ -253,7 +254,7 @@ def _require_alike(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, 
 
 
 def _broadcast(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give all ranks the first one's parameters and buffers."""
+    """Give all ranks the first rank's parameters and buffers."""
     tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
     for bucket in buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])

@@ -1,8 +1,8 @@
-"""FSDP2 by level: every rank holds a part of each parameter, and gathers a whole level while that runs.
+"""FSDP2 by level: every rank holds a part of each parameter, and gathers a whole level while the level runs.
 
-A level's registry of experts is what ``fully_shard`` wraps, never an expert: ranks run other experts, but all run all
-levels. What it hangs on a module's inputs and outputs is there on every rank, whatever its samples: a token goes in
-beside the hidden states, and comes out of one node with everything that the level gives.
+``fully_shard`` wraps a level's registry of experts, never an expert: ranks run other experts, but all ranks run all
+levels. The hooks that ``fully_shard`` puts on a module's inputs and outputs run on every rank, with any samples. A
+token goes in beside the hidden states, and comes out of one autograd node with all outputs of the level.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from celmoe.torch_internals import after_backward, tree_flatten, tree_unflatten
 from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
-# Given the token: the tensors that a level gives.
+# Takes the token, and returns the tensors of a level's output.
 _Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 _NO_CASTS = MixedPrecisionPolicy()
@@ -41,21 +41,22 @@ class GatheredExperts(NamedModules):
     """A level's experts, called as a whole."""
 
     def forward(self, run: _Run, token: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Run the level with all its parameters at hand.
+        """Run the level with all of its parameters gathered.
 
-        The hidden states are not for ``fully_shard`` to see: where they have no gradient it would give them zeros.
+        ``fully_shard`` must not see the hidden states: it would give zeros to hidden states without a gradient.
         """
         return run(token)
 
 
 class Usage:
-    """Which experts' parameters have had gradients, on any rank, since gradients were last reduced.
+    """Records the experts' parameters that had gradients, on any rank, since the last reduction.
 
-    ``fully_shard`` reduces zeros where a rank has no gradient. What no rank had one for gets `None` back.
+    ``fully_shard`` reduces zeros if a rank has no gradient. A parameter without a gradient on any rank gets `None`
+    back.
 
     Args:
         mesh: The ranks.
-        registries: The levels' experts, in order, wrapped.
+        registries: The levels' registries of experts, in level order, wrapped.
     """
 
     def __init__(self, mesh: DeviceMesh, registries: Sequence[nn.Module]) -> None:
@@ -68,17 +69,17 @@ class Usage:
         self._is_queued = False
 
     def enter(self, level: int) -> None:
-        """A level is about to run: its parameters are in parts, as the optimizer sees them."""
+        """Note a level's gradients before the level runs: its parameters are sharded, as the optimizer sees them."""
         self._had[level] = [parameter.grad is not None for parameter in self._sharded[level]]
 
     def leave(self, level: int) -> None:
-        """A backward pass has come through a level: its whole parameters have their gradients."""
+        """Note a level's gradients after its backward pass: the gathered parameters have them."""
         used = self._used[level]
         for place, parameter in enumerate(self._registries[level].parameters()):
             used[place] |= parameter.grad is not None
         if not self._is_queued:
             self._is_queued = True
-            # After that of ``fully_shard``, which was queued when this backward pass reached the first level.
+            # Runs after the callback of ``fully_shard``, queued when this backward pass reached the first level.
             after_backward(self._settle)
 
     def _settle(self) -> None:
@@ -98,7 +99,7 @@ class Usage:
 
 
 class _Enter(Function):
-    """The identity; on the way back all of the level's gradients are there by now."""
+    """The identity; its backward begins when all gradients of the level's parameters are there."""
 
     @staticmethod
     def forward(
@@ -114,13 +115,13 @@ class _Enter(Function):
         ctx.usage.leave(ctx.level)
         hidden, token = grads
         if hidden is None and ctx.level == 0:
-            # What stands before the model is reached by other ranks: it has to be here, where no sample led to it.
+            # Other ranks' backward passes reach the modules before the model: this one must too, without samples.
             hidden = torch.zeros_like(ctx.hidden, memory_format=torch.contiguous_format)
         return None, None, hidden, token
 
 
 class _Leave(Function):
-    """The identity, of all that a level gives at once: its backward begins when no gradient is to come any more."""
+    """The identity of all outputs of a level at once: its backward begins when all of their gradients have come."""
 
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -135,35 +136,35 @@ class _Leave(Function):
 
 
 class _Thread:
-    """The token on its way through a pass's levels."""
+    """Carries the token through the levels of a pass."""
 
     def __init__(self, num_levels: int) -> None:
         self._last = num_levels - 1
         self._token: torch.Tensor | None = None
 
     def take(self, position: int, device: torch.device) -> torch.Tensor:
-        """The token for a level: a new one for the first."""
+        """The token for a level; a new token for the first level."""
         if position == 0 or self._token is None:
             return torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
         return self._token
 
     def give(self, position: int, token: torch.Tensor) -> None:
-        """The token after a level. That of the last one is let go, and the pass's graph with it."""
+        """Keep the token after a level. The last level's token is dropped, and the pass's graph with it."""
         self._token = None if position == self._last else token
 
 
 class _InputCast:
-    """The cast of rows on entry into a module, by ``fully_shard``'s rule: it can't cast what it does not see.
+    """Casts rows on entry into a module by the rule of ``fully_shard``, which does not see these rows.
 
     Args:
-        policy: Of the module.
+        policy: The module's policy.
     """
 
     def __init__(self, policy: MixedPrecisionPolicy) -> None:
         self._dtype = policy.param_dtype if policy.cast_forward_inputs else None
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows in the parameters' dtype; themselves where they have it, or are not floating-point."""
+        """The rows in the parameters' dtype; the same rows if already of that dtype, or not floating-point."""
         return rows if self._dtype is None or not rows.is_floating_point() else rows.to(self._dtype)
 
     def before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -173,15 +174,15 @@ class _InputCast:
 
 
 class FullyShardedLevel(Level):
-    """One level of a model, its parameters in parts on all ranks.
+    """One level of a model, with its parameters sharded over all ranks.
 
     Args:
         config: The level's config.
-        position: Its place among the model's levels.
-        modules: Its experts, wrapped.
-        usage: Of the model.
-        thread: Of the model.
-        input_cast: Of the model.
+        position: The level's place among the model's levels.
+        modules: The level's experts, wrapped.
+        usage: The model's `Usage`.
+        thread: The model's thread of the token.
+        input_cast: The model's cast of inputs.
     """
 
     def __init__(
@@ -208,12 +209,12 @@ class FullyShardedLevel(Level):
         plan: LevelPlan,
         host_plan: RoutingPlan,
     ) -> tuple[LevelOutput, Blocks | None]:
-        """As `Level.run`, with the level's parameters gathered for as long as it takes."""
+        """Run as `Level.run` does, with the level's parameters gathered meanwhile."""
         records = torch.is_grad_enabled()
         token = self._thread.take(self._position, given.hidden.device)
         hidden = self._input_cast(given.hidden)
         if hidden is not given.hidden:
-            given = given._replace(blocks=None)  # they are the rows before the cast
+            given = given._replace(blocks=None)  # the blocks are the rows before the cast
         if self.is_detached:
             hidden = hidden.detach()
         self._usage.enter(self._position)
@@ -245,18 +246,18 @@ def shard_levels(
 ) -> HierarchicalCELMoE:
     """Spread every parameter of a model over ranks by ``fully_shard``, level by level, in place.
 
-    The model is called as before, by every rank with its own samples; gradients are averaged in the backward pass, and
-    experts that are absent on all ranks keep ``None``. Make the optimizer afterwards. A network around the model may be
-    wrapped by ``fully_shard`` next. Every rank makes the same number of calls and backward passes, one without samples
-    with an empty batch; the objective reaches the same levels' hidden states, or ``fused_hidden``, on every rank.
+    Every rank calls the model as before, with its own samples. The backward pass averages gradients, and experts that
+    are absent on all ranks keep ``None``. Make the optimizer afterwards. A network around the model may be wrapped by
+    ``fully_shard`` next. Every rank makes the same number of calls and backward passes; a rank without samples passes
+    an empty batch. The objective must reach the same levels' hidden states, or ``fused_hidden``, on every rank.
 
     Args:
-        model: Built alike on every rank.
-        mesh: As for ``fully_shard``. With more ranks in its last dimension than a parameter has rows, the rest of them
-            hold and send padding: give it a first dimension, of copies.
-        mp_policy: As for ``fully_shard``, of the levels and the fusion one after another. Inputs are cast on entry into
-            each; ``output_dtype`` is that of all floating-point tensors in the model's output, not between levels.
-        **options: For ``fully_shard``.
+        model: The model, built alike on every rank.
+        mesh: See ``fully_shard``. If the last dimension has more ranks than a parameter has rows, the other ranks hold
+            and send padding: give the mesh a first dimension, of copies.
+        mp_policy: See ``fully_shard``; applied to each level and the fusion. Inputs are cast on entry into each.
+            ``output_dtype`` is the dtype of all floating-point tensors in the model's output, not between levels.
+        **options: Options of ``fully_shard``.
 
     Returns:
         The model.
@@ -264,8 +265,8 @@ def shard_levels(
     Raises:
         ProcessGroupError: No process group is initialised.
         MeshError: The mesh leaves processes out.
-        ConfigError, ConfigTypeError: The model is none, is sharded already, or has an expert with a collective of its
-            own, or with sparse gradients; or the policy is none.
+        ConfigError, ConfigTypeError: The model is no `HierarchicalCELMoE`, is already sharded, or has an expert with a
+            collective of its own or sparse gradients; or the policy is no `MixedPrecisionPolicy`.
     """
     require_process_group("shard_levels")
     require_mesh(mesh)

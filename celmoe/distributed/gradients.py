@@ -1,6 +1,6 @@
-"""Losses and gradients of a joined batch: what each rank's share counts for, and one reduction after the backward pass.
+"""Losses and gradients of a joined batch: the weight of each rank's share, and one reduction after the backward pass.
 
-Everywhere ranks' gradients are *averaged*, as `DistributedDataParallel` and ``fully_shard`` do.
+Ranks' gradients are always *averaged*, as in `DistributedDataParallel` and ``fully_shard``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ _Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 def joined_mean(loss_sum: torch.Tensor, count: int, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """This rank's part in the mean of a loss over all ranks' samples.
 
-    The mean of what the ranks get is the joined batch's mean loss, and so is that of the gradients. Ranks with fewer
-    samples weigh less; one with none has the loss zero, never 0/0. Every rank of the group must call it. The division
-    runs in float32 at least, so any count is right in float16 and bfloat16; the result has the sum's dtype.
+    The mean of the ranks' results is the joined batch's mean loss; the mean of their gradients is its gradient. Ranks
+    with fewer samples weigh less; a rank without samples has the loss zero, never 0/0. Every rank of the group must
+    call `joined_mean`. The division runs in float32 at least, so any count is right in float16 and bfloat16. The result
+    has the sum's dtype.
 
     Args:
         loss_sum: The sum of the loss over this rank's samples, a scalar. A float16 sum overflows above 65,504.
-        count: What it was summed over: samples, or tokens. An integer.
+        count: The number of samples, or tokens, in the sum. An integer.
         group: The ranks; all by default.
 
     Raises:
@@ -56,7 +57,7 @@ def joined_mean(loss_sum: torch.Tensor, count: int, *, group: dist.ProcessGroup 
     dist.all_reduce(total, group=group)
     dtype = torch.result_type(loss_sum, 1.0)
     wide = torch.promote_types(dtype, torch.float32)
-    # A tensor: reading it would wait for the device.
+    # The factor stays a tensor: reading its value would wait for the device.
     factor = dist.get_world_size(group) / total.clamp_min(1).double()
     return (loss_sum.to(wide) * factor.to(wide)).to(dtype)
 
@@ -64,28 +65,29 @@ def joined_mean(loss_sum: torch.Tensor, count: int, *, group: dist.ProcessGroup 
 def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     """Average the gradients of parameters that every rank of the mesh holds, after the last backward pass of a step.
 
-    Which collectives run depends on the parameters alone: first who has which gradients, then those that anyone has.
-    A parameter that no rank has a gradient of keeps ``None``; a rank that made no backward pass takes part like any
-    other. So nothing is sent for experts that are absent everywhere, where `prepare_ddp` sends zeros.
+    All ranks run the same collectives, whichever gradients a rank has: first for the kinds of gradients, then for the
+    gradients that any rank has. A parameter without a gradient on any rank keeps ``None``; a rank that made no backward
+    pass takes part like any other. Nothing is sent for experts that are absent everywhere; `prepare_ddp` sends zeros
+    for such experts.
 
     Sparse gradients (``nn.Embedding(sparse=True)``) stay sparse: ranks send their entries alone. A parameter whose
-    gradient is dense on any rank gets a dense one on all.
+    gradient is dense on any rank gets a dense gradient on all ranks.
 
     Args:
-        parameters: The same ones on every rank, in the same order.
+        parameters: The same parameters on every rank, in the same order.
         mesh: The ranks.
 
     Raises:
         ProcessGroupError: No process group is initialised.
-        ConfigTypeError, MeshError: The mesh is none, or this process is not in it.
+        ConfigTypeError, MeshError: ``mesh`` is no mesh, or does not hold this process.
     """
     require_process_group("reduce_gradients")
     require_mesh(mesh)
     reduce_over(list(parameters), groups_of(mesh), mesh.size())
 
 
-# Kinds of gradients; the largest of the ranks' kinds is what their gradients join to. A sparse gradient's kind is the
-# number of its sparse axes.
+# Kinds of gradients. Ranks' gradients join to the largest of their kinds. A sparse gradient's kind is the number of its
+# sparse axes.
 _NONE, _DENSE = 0, 255
 
 
@@ -93,9 +95,9 @@ def reduce_over(parameters: Sequence[nn.Parameter], groups: Sequence[dist.Proces
     """Sum gradients over groups, one after another, and divide.
 
     Args:
-        parameters: The same ones on every rank of the groups, in the same order.
+        parameters: The same parameters on every rank of the groups, in the same order.
         groups: This rank's groups.
-        divisor: What the sums are divided by.
+        divisor: The divisor of the sums.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
@@ -123,7 +125,7 @@ def _joined_kinds(parameters: Sequence[nn.Parameter], groups: Sequence[dist.Proc
 
 
 def buckets(tensors: Iterable[_Tensor]) -> list[list[_Tensor]]:
-    """Tensors of one dtype and device together, in order, up to so many bytes."""
+    """Tensors of one dtype and device together, in order, up to `_BUCKET_BYTES` or one tensor each."""
     done: list[list[_Tensor]] = []
     filling: dict[tuple[torch.dtype, torch.device], tuple[list[_Tensor], int]] = {}
     for tensor in tensors:
@@ -146,7 +148,7 @@ def _reduce_bucket(bucket: Sequence[nn.Parameter], groups: Sequence[dist.Process
             for parameter in bucket
         ]
     )
-    # Before the sum: in float16 the sum of two gradients overflows where their mean does not.
+    # Before the sum: in float16 the sum of two gradients may overflow although their mean does not.
     flat /= divisor
     for group in groups:
         dist.all_reduce(flat, group=group)
@@ -158,7 +160,7 @@ def _reduce_bucket(bucket: Sequence[nn.Parameter], groups: Sequence[dist.Process
 
 
 def _reduce_sparse(parameter: nn.Parameter, sparse_dim: int, groups: Sequence[dist.ProcessGroup], divisor: int) -> None:
-    """Send entries alone; all ranks add them up in the order of the ranks."""
+    """Send entries alone; all ranks add up the entries in the order of the ranks."""
     if (grad := parameter.grad) is None:
         indices = torch.empty((0, sparse_dim), dtype=torch.int64, device=parameter.device)
         values = parameter.new_empty(0, *parameter.shape[sparse_dim:])
@@ -180,7 +182,7 @@ def _reduce_sparse(parameter: nn.Parameter, sparse_dim: int, groups: Sequence[di
 
 
 def all_gathered(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """``[G, ...]``, every rank's; the tensors have one shape."""
+    """``[G, ...]``: every rank's tensor; all have one shape."""
     num_ranks = dist.get_world_size(group)
     gathered = tensor.new_empty(num_ranks * tensor.numel())
     dist.all_gather_single(gathered, tensor.reshape(-1), group)
@@ -201,5 +203,5 @@ class _Tie(Function):
 
 
 def tied(value: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-    """The value; a backward pass that starts from it reaches the anchor too, with a gradient of zeros."""
+    """The value. A backward pass from the value reaches the anchor too, with a gradient of zeros."""
     return cast(torch.Tensor, _Tie.apply(value, anchor)) if torch.is_grad_enabled() else value

@@ -1,4 +1,4 @@
-"""Whom a rank talks with: checks before anything is sent, for a call that only some ranks make never returns."""
+"""Process groups of a rank, with checks before anything is sent: a call that only some ranks make never returns."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from celmoe.errors import ConfigTypeError, MeshError, ProcessGroupError, listed,
 
 
 def require_process_group(what: str) -> None:
-    """Refuse to go on without ``torch.distributed``.
+    """Refuse to go on without an initialised ``torch.distributed``.
 
     Args:
-        what: The call that wants it.
+        what: The call that needs a process group.
 
     Raises:
-        ProcessGroupError: It is not there, or not initialised.
+        ProcessGroupError: ``torch.distributed`` is missing, or not initialised.
     """
     if not dist.is_available():
         raise ProcessGroupError(f"'{what}' must have a PyTorch that was built with torch.distributed (got one without)")
@@ -27,10 +27,10 @@ def require_process_group(what: str) -> None:
 
 
 def require_mesh(mesh: object) -> None:
-    """Refuse what is no mesh, or one without this process.
+    """Refuse a value that is no mesh, or a mesh without this process.
 
     Raises:
-        ConfigTypeError, MeshError: It is no mesh; this rank is not in it.
+        ConfigTypeError, MeshError: The value is no mesh; this rank is not in the mesh.
     """
     if not isinstance(mesh, DeviceMesh):
         raise ConfigTypeError(f"'mesh' must be a torch.distributed DeviceMesh (got {type(mesh).__name__})")
@@ -43,11 +43,11 @@ def require_dimension(mesh: DeviceMesh, name: str, argument: str) -> int:
 
     Args:
         mesh: A mesh whose dimensions have names.
-        name: The dimension's.
-        argument: What the caller calls the name.
+        name: The dimension's name.
+        argument: The argument's name, for the error.
 
     Raises:
-        MeshError: It has no such dimension.
+        MeshError: The mesh has no such dimension.
     """
     names = mesh.mesh_dim_names or ()
     if name not in names:
@@ -57,10 +57,10 @@ def require_dimension(mesh: DeviceMesh, name: str, argument: str) -> int:
 
 
 def require_whole_world(mesh: DeviceMesh) -> None:
-    """Refuse a mesh that leaves ranks out, or has other ones than there are.
+    """Refuse a mesh that leaves ranks out, or has more ranks than there are processes.
 
     Raises:
-        MeshError: Its size is not the number of processes.
+        MeshError: The mesh's size is not the number of processes.
     """
     if mesh.size() != dist.get_world_size():
         dims = listed(mesh.mesh_dim_names or ())
@@ -71,7 +71,7 @@ def require_whole_world(mesh: DeviceMesh) -> None:
 
 
 def groups_of(mesh: DeviceMesh, *, without: str | None = None) -> list[dist.ProcessGroup]:
-    """This rank's group in each dimension that has more than one rank; a sum over one after another is over all.
+    """This rank's group in each dimension with more than one rank; a sum over one after another covers all ranks.
 
     Args:
         mesh: The mesh.

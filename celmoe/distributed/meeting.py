@@ -1,4 +1,4 @@
-"""What ranks tell each other before rows travel: how many samples they have for whom, and what rows look like.
+"""The meeting of ranks before rows travel: ranks share their samples' numbers by expert, and the form of rows.
 
 One all-gather of some integers serves all levels of a batch.
 
@@ -21,25 +21,26 @@ from celmoe.errors import InputError
 from celmoe.level import LevelInput
 from celmoe.routing.plan import RoutingPlan
 
-# Kinds of rows that are known; a new one costs one more exchange.
+# The number of kinds of rows to remember; a new kind costs one more exchange.
 _MOST_KINDS = 1024
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
-# Of one tensor beside the hidden states: its trailing shape, its dtype, whether gradients flow.
+# A tensor beside the hidden states: its trailing shape, its dtype, and if gradients flow into it.
 _Look: TypeAlias = tuple[tuple[int, ...], torch.dtype, bool]
 
 
 class Rows(NamedTuple):
-    """What a rank's rows look like: all but their number.
+    """The form of a rank's rows: all but their number.
 
     Attributes:
         hidden: The hidden states' trailing shape.
-        mask: The mask's trailing shape, dtype, and whether gradients flow; or ``None``.
-        context: The same of each of the context's batch-aligned tensors.
-        irregular: Where the context holds a batch-aligned value that is no dense tensor and can't travel.
-        records: Whether a backward pass is to come.
-        autocast: The dtype that autocast is on for, or ``None``.
+        mask: The mask's trailing shape, its dtype, and if gradients flow into it; or ``None``.
+        context: The same for each batch-aligned tensor of the context.
+        irregular: The place of a batch-aligned value in the context that is no dense tensor and can't travel; or
+            ``None``.
+        records: If autograd records, for a backward pass to come.
+        autocast: The dtype of autocast, or ``None`` if autocast is off.
     """
 
     hidden: tuple[int, ...]
@@ -51,13 +52,13 @@ class Rows(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """What all ranks of the group know of this batch.
+    """Facts of this batch that all ranks of the group know.
 
     Attributes:
-        counts: By level, samples ``[G, E]`` that each rank has for each expert, in the config's order.
-        dtype: The hidden states' dtype, promoted over ranks that have some.
-        is_differentiated: Whether gradients flow into the hidden states of any rank.
-        rows: What rows look like.
+        counts: By level, ``[G, E]``: each rank's number of samples for each expert, in the config's order.
+        dtype: The hidden states' dtype, promoted over ranks with samples.
+        is_differentiated: If gradients flow into the hidden states of any rank.
+        rows: The form of rows.
     """
 
     counts: Mapping[str, npt.NDArray[np.int64]]
@@ -67,7 +68,7 @@ class Meeting(NamedTuple):
 
 
 class Table:
-    """Where the ranks of a group meet.
+    """Lets the ranks of a group meet.
 
     Args:
         group: The ranks.
@@ -80,18 +81,18 @@ class Table:
             level: {name: position for position, name in enumerate(experts)} for level, experts in levels.items()
         }
         self._kinds: dict[int, Rows] = {}
-        # Integers that the host has and wants had better not go through a device, which would have to be waited for.
+        # The host has and wants these integers: on the way through a device, the host would wait for the device.
         self._meets_on_cpu = "cpu:" in dist.get_backend_config(group)
 
     def meet(self, plan: RoutingPlan, given: LevelInput) -> Meeting:
-        """Tell and hear. Every rank of the group must come.
+        """Share this rank's facts, and learn all ranks'. Every rank of the group must call `meet`.
 
         Args:
-            plan: The rank's own.
-            given: What its first level whose rows travel is given.
+            plan: This rank's plan.
+            given: The input of the first level whose rows travel.
 
         Raises:
-            InputError: Rows do not look alike; every rank raises.
+            InputError: Rows differ in form, or can't travel; every rank raises.
         """
         rows = _look(given)
         kind = int.from_bytes(hashlib.blake2b(repr(rows).encode(), digest_size=8).digest(), signed=True)
@@ -109,7 +110,7 @@ class Table:
         return Meeting(found, dtype, is_differentiated, agreed)
 
     def all_gathered(self, said: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
-        """``[G, N]``: what each rank says, N integers."""
+        """``[G, N]``: the N integers of each rank."""
         tensor = torch.from_numpy(said)
         if not self._meets_on_cpu:
             tensor = tensor.to(device)
@@ -124,7 +125,7 @@ class Table:
         return counts
 
     def _learn(self, kind: int, rows: Rows, kinds: npt.NDArray[np.int64]) -> None:
-        """Know what rows of these kinds look like. All ranks know the same kinds, for all have heard the same."""
+        """Learn the form of rows of these kinds. All ranks know the same kinds, for all ranks hear the same."""
         if self._kinds.keys() >= set(kinds.tolist()):
             return
         if len(self._kinds) >= _MOST_KINDS:
@@ -152,7 +153,7 @@ class Table:
             raise InputError(f"'{what}' must be alike on all ranks that share experts (got {got})")
         agreed = next(iter(ranks_by_rows), own)
         for rank, kind in enumerate(kinds.tolist()):
-            # A rank without samples has experts that want the others' mask and context built for them.
+            # A rank without samples builds the others' mask and context for its experts.
             rows = self._kinds[kind]
             if (rows.mask is None, len(rows.context)) != (agreed.mask is None, len(agreed.context)):
                 raise InputError(
@@ -163,14 +164,14 @@ class Table:
 
 
 def coded(hidden: torch.Tensor) -> tuple[int, int]:
-    """The dtype of hidden states, and whether gradients flow into them, as integers."""
+    """Two integers: the dtype of hidden states, and 1 if gradients flow into them."""
     return _DTYPES.index(hidden.dtype), int(hidden.requires_grad)
 
 
 def decoded(
     codes: npt.NDArray[np.int64], has_some: npt.NDArray[np.bool_], default: torch.dtype
 ) -> tuple[torch.dtype, bool]:
-    """The dtype that those of the ranks that have some rows promote to, and whether gradients flow on any rank."""
+    """The promoted dtype of the ranks with rows, and if gradients flow on any rank."""
     dtypes = {_DTYPES[code] for code in codes[has_some, 0].tolist()}
     return reduce(torch.promote_types, dtypes) if dtypes else default, bool(codes[:, 1].any())
 

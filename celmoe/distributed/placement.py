@@ -1,4 +1,4 @@
-"""Which rank holds which expert."""
+"""The placement of experts on ranks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 
 def balanced(costs: Sequence[float], num_ranks: int) -> tuple[int, ...]:
-    """A rank for each expert, so that the dearest rank is cheap: the dearest expert first, to the cheapest rank so far.
+    """A rank for each expert: the dearest expert first, to the cheapest rank so far, so that the dearest rank is cheap.
 
-    The same on every rank: equal costs go by their order, equal ranks by their number of experts, then by theirs.
+    Every rank finds the same owners. Experts of one cost keep their order. Ranks of one cost go by their number of
+    experts, then by rank.
 
     Args:
-        costs: What each expert costs its rank: its bytes, or the samples expected of it.
-        num_ranks: Ranks.
+        costs: The cost of each expert to its rank: its bytes, or its expected samples.
+        num_ranks: The number of ranks.
     """
     totals = [(0.0, 0, rank) for rank in range(num_ranks)]
     owners = [0] * len(costs)

@@ -1,9 +1,9 @@
-"""What stands, on a rank, for the experts that other ranks hold: names, and the norms of their gradients.
+"""Stand-ins for the experts that other ranks hold: their names, and the norms of their gradients.
 
 [Note: Gradients elsewhere] Loss scalers, clipping and checks for NaN decide from `.grad` of a rank's parameters. Ranks
-that hold other experts would decide otherwise, and replicated parameters diverge. So a rank keeps a *stand-in* of two
-numbers for each parameter elsewhere. After each reduction its `.grad` holds that parameter's gradient norm.
-`clip_grad_norm_` adds up norms by parameter, in the parameters' order. Every rank gives it the same numbers, so that
+with other experts would decide otherwise, and replicated parameters would diverge. A rank therefore keeps a *stand-in*
+of two numbers for each remote parameter. After each reduction the stand-in's `.grad` holds the parameter's gradient
+norm. `clip_grad_norm_` adds up norms by parameter, in the parameters' order. Every rank passes the same numbers, so
 ranks clip alike to the bit.
 """
 
@@ -26,14 +26,14 @@ from .gradients import all_gathered
 # A parameter of an expert: the level's name, the expert's, and the parameter's name in the expert.
 Place: TypeAlias = tuple[str, str, str]
 
-# How a gradient is there.
+# Kinds of gradients.
 _NONE, _DENSE, _SPARSE = 0, 1, 2
-# Stands for a norm. A real one is not negative.
+# In place of a norm that overflows. No real norm is negative.
 _OVERFLOW = -1.0
 
 
 class _StandIns(nn.Module):
-    """Stand-ins under the names that the parameters have in their expert; none in a ``state_dict``."""
+    """Stand-ins under their parameters' names in the expert; a ``state_dict`` has none of them."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _StandIns(nn.Module):
             else:
                 self._parameters[head] = _stand_in(parameter)
         for head, inner in below.items():
-            # Not `add_module`: names that are no attribute's are among them.
+            # Not `add_module`: it refuses the names of attributes, which modules in an expert may have.
             self._modules[head] = _StandIns(inner)
 
     def _save_to_state_dict(self, destination: Mapping[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -65,7 +65,7 @@ class _StandIns(nn.Module):
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
-    """As many axes as the parameter has: optimizers are chosen by them."""
+    """A stand-in with as many axes as the parameter: optimizers are chosen by the number of axes."""
     shape = (*(1 for _ in parameter.shape[1:]), 2) if parameter.dim() else ()
     return nn.Parameter(parameter.new_zeros(shape), parameter.requires_grad)
 
@@ -73,20 +73,20 @@ def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
 class RemoteExpert(ExpertModule):
     """Stands for an expert that another rank holds.
 
-    Its parameters are stand-ins of one or two numbers, one for each of the expert's, as ``elsewhere.<name>``. Their
-    values mean nothing and are in no ``state_dict``. `ExpertSharding.reduce_gradients` sets their gradients to the
-    norms of the expert's: give them to the optimizer, and to ``clip_grad_norm_``, with all other parameters.
+    Each parameter of the expert has a stand-in of one or two numbers, ``elsewhere.<name>``. The values of stand-ins
+    mean nothing and are in no ``state_dict``. `ExpertSharding.reduce_gradients` sets their gradients to the norms of
+    the expert's gradients. Give stand-ins to the optimizer, and to ``clip_grad_norm_``, with all other parameters.
 
     Args:
         level: The level's name.
-        expert: The expert's.
-        rank: Which rank of the mesh's dimension holds it.
-        parameters: The expert's, by name; of those that experts share, only the first one's.
+        expert: The expert's name.
+        rank: The rank of the mesh's dimension that holds the expert.
+        parameters: The expert's parameters, by name; shared ones only for the first expert that has them.
 
     Attributes:
         level: The level's name.
-        expert: The expert's.
-        rank: Which rank of the mesh's dimension holds it.
+        expert: The expert's name.
+        rank: The rank of the mesh's dimension that holds the expert.
         elsewhere: The stand-ins.
     """
 
@@ -96,7 +96,7 @@ class RemoteExpert(ExpertModule):
         self.elsewhere = _StandIns(parameters)
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
-        """Never runs.
+        """Refuse to run: another rank holds the expert.
 
         Raises:
             ProcessGroupError: Always.
@@ -107,21 +107,21 @@ class RemoteExpert(ExpertModule):
         )
 
     def extra_repr(self) -> str:
-        """Where the expert is."""
+        """The expert's rank."""
         return f"rank={self.rank}"
 
 
 def stand_ins(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a model that stand for others elsewhere."""
+    """The parameters of a model that stand for parameters on other ranks."""
     return (each for module in model.modules() if isinstance(module, RemoteExpert) for each in module.parameters())
 
 
 class GradientNorms:
-    """Tells the ranks of a group the norms of each one's experts' gradients. See [Note: Gradients elsewhere].
+    """Exchanges the norms of experts' gradients between the ranks of a group. See [Note: Gradients elsewhere].
 
     Args:
         group: The ranks.
-        places: By rank, the parameters of its experts.
+        places: By rank, the parameters of the rank's experts.
     """
 
     def __init__(self, group: dist.ProcessGroup, places: Sequence[Sequence[Place]]) -> None:
@@ -131,15 +131,17 @@ class GradientNorms:
 
     @torch.no_grad()
     def exchange(self, levels: Mapping[str, NamedModules]) -> None:
-        """Tell the norms of the experts here, and set the gradients of stand-ins to those of the experts elsewhere.
+        """Send the norms of the experts here, and set the gradients of stand-ins to the norms of remote experts.
 
-        One all-gather of two numbers for each parameter, as many from each rank. Every rank of the group must call it.
+        One all-gather sends two numbers for each parameter, as many from each rank. Every rank of the group must call
+        `exchange`.
 
         Args:
             levels: By level and expert, the modules: experts here, and `RemoteExpert` modules.
 
         Raises:
-            ProcessGroupError: An expert has a gradient of a parameter that it did not have at first; every rank raises.
+            ProcessGroupError: An expert has a gradient of a parameter that the expert did not have at first; every rank
+                raises.
         """
         if len(self._places) == 1:
             return
@@ -173,7 +175,8 @@ class GradientNorms:
         for rank, places in enumerate(self._places):
             for position, place in enumerate(places if rank != self._rank else ()):
                 stand_in, kind = there[place], kinds[rank][1 + position]
-                # An optimizer moves them; a penalty on all parameters should not see them.
+                # An optimizer moves stand-ins: a penalty on all parameters sees zeros only between `reduce_gradients`
+                # and `optimizer.step()`.
                 stand_in.zero_()
                 if kind == _NONE:
                     stand_in.grad = None
@@ -197,9 +200,9 @@ class GradientNorms:
 
 
 def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """``[N, 2]``, float64: how each gradient is there, and its norm as `clip_grad_norm_` takes it.
+    """``[N, 2]``, float64: each gradient's kind, and its norm as `clip_grad_norm_` takes it.
 
-    A norm that overflows while all elements are finite is told as `_OVERFLOW`.
+    A norm that overflows while all elements are finite is given as `_OVERFLOW`.
     """
     found = torch.zeros(len(grads), 2, dtype=torch.float64)
     alike: dict[tuple[torch.dtype, torch.device], tuple[list[int], list[torch.Tensor]]] = {}
@@ -210,7 +213,7 @@ def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
             positions.append(position)
             values.append(grad.coalesce().values() if grad.is_sparse else grad)
     for positions, values in alike.values():
-        # Not `torch.linalg.vector_norm`: on CUDA `clip_grad_norm_` runs this kernel, and the bits are to be the same.
+        # Not `torch.linalg.vector_norm`: on CUDA `clip_grad_norm_` runs this kernel, and the bits must be the same.
         norms = torch.stack(list(norms_as_clipped(values))).double().cpu()
         for place in norms.isinf().nonzero().flatten().tolist():
             if values[place].isfinite().all():
@@ -220,6 +223,6 @@ def _kinds_and_norms(grads: Sequence[torch.Tensor | None]) -> torch.Tensor:
 
 
 def _pairs(norms: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[..., 2]``: two numbers of each norm. For `_OVERFLOW` both are the dtype's largest: their norm overflows."""
+    """``[..., 2]``: two numbers for each norm. `_OVERFLOW` gives the dtype's largest twice: the norm overflows."""
     pairs = torch.stack([norms, torch.zeros_like(norms)], -1)
     return torch.where((norms == _OVERFLOW).unsqueeze(-1), torch.finfo(dtype).max, pairs).to(dtype)

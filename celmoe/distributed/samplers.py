@@ -1,4 +1,4 @@
-"""Which samples each rank takes: shares of global batches that are the same whatever the number of ranks."""
+"""Samplers that give each rank a share of global batches; the batches do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from celmoe.errors import ConfigError, ConfigTypeError, InputError
 class GlobalBatchSampler(Sampler[list[int]]):
     """Each rank's share of global batches, for ``DataLoader(batch_sampler=...)``.
 
-    An epoch's order follows from seed and epoch alone. A global batch is a run of it, a rank's share a run of that: the
-    shares of all ranks, one after another, are the batch that one process would take. Every rank gets equally many
-    shares; those of the last batch may be smaller, or empty, for no sample is dropped and none is taken twice. So the
-    loader's ``collate_fn`` must make a batch of no samples, too, which PyTorch's default one refuses.
+    Seed and epoch alone determine an epoch's order. A global batch is a run of the order, a rank's share a run of the
+    batch: the shares of all ranks, one after another, are the batch that one process would take. Every rank gets
+    equally many shares. Shares of the last batch may be smaller, or empty, for no sample is dropped and none is taken
+    twice. The loader's ``collate_fn`` must therefore make a batch of no samples, too; PyTorch's default one refuses.
 
     Args:
-        num_samples: Samples in the data.
-        batch_size: Samples in a global batch, of all ranks together.
-        seed: Of the orders.
-        shuffle: Whether orders are random; else samples come as they stand.
-        rank: This rank, and
-        num_ranks: how many there are; both by default those of the process group, or of one process without a group.
+        num_samples: The number of samples in the data.
+        batch_size: The number of samples in a global batch, of all ranks together.
+        seed: The seed of the orders.
+        shuffle: If true, orders are random; else samples come as they stand.
+        rank: This rank; by default the rank in the process group, or 0 without a group.
+        num_ranks: The number of ranks; by default the process group's, or 1 without a group.
 
     Raises:
         ConfigError, ConfigTypeError: A number is no integer or out of range.
@@ -75,25 +75,25 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     @property
     def num_batches(self) -> int:
-        """Global batches in an epoch."""
+        """The number of global batches in an epoch."""
         return -(-self.num_samples // self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """Start an epoch, at its first batch; one that goes on after `load_state_dict` goes on."""
+        """Start an epoch at its first batch. The epoch of `load_state_dict` goes on at its batch instead."""
         if epoch != self._epoch:
             self._epoch, self._start = epoch, 0
 
     def state_dict(self, num_batches_done: int) -> dict[str, int]:
-        """Where training stands, for any number of ranks to go on from.
+        """The state of training, from which any number of ranks can go on.
 
         Args:
-            num_batches_done: Global batches of this epoch that were trained on. A loader's workers draw ahead, so only
-                the training loop knows.
+            num_batches_done: The number of this epoch's global batches that were trained on. A loader's workers draw
+                ahead, so only the training loop knows the number.
         """
         return {"seed": self._seed, "epoch": self._epoch, "batch": num_batches_done, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from there.
+        """Go on from a state of `state_dict`.
 
         Raises:
             InputError: The state is of another seed or batch size, or past the epoch's end.
@@ -106,7 +106,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self._epoch, self._start = state["epoch"], state["batch"]
 
     def order(self) -> npt.NDArray[np.int64]:
-        """The epoch's samples, all ranks' and all batches'."""
+        """The epoch's samples in order, for all ranks and all batches."""
         if not self._shuffle:
             return np.arange(self.num_samples, dtype=np.int64)
         return self._random().permutation(self.num_samples)
@@ -127,20 +127,19 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class ExpertBalancedSampler(GlobalBatchSampler):
-    """As `GlobalBatchSampler`, with rare experts' samples drawn more often.
+    """A `GlobalBatchSampler` that draws rare experts' samples more often.
 
-    An expert with n samples has a part in an epoch in proportion to ``n ** exponent``. Within an epoch an expert's
-    samples are all taken equally often, give or take one; parts are rounded at random, so that none is left out for
-    good.
+    An expert with n samples gets a part of an epoch in proportion to ``n ** exponent``. An epoch takes all samples of
+    one expert equally often, give or take one. Parts are rounded at random, so that no expert is left out for good.
 
     Args:
-        experts: The expert, by name or id, of each sample; that of the last level as a rule.
-        batch_size: As there.
-        exponent: 1 takes samples as they are, each once; 0 takes all experts equally often.
-        epoch_size: Samples in an epoch; by default as many as there are.
-        seed: As there.
-        rank: As there.
-        num_ranks: As there.
+        experts: Each sample's expert, by name or id; as a rule the last level's expert.
+        batch_size: See `GlobalBatchSampler`.
+        exponent: 1 takes each sample once; 0 takes all experts equally often.
+        epoch_size: The number of samples in an epoch; by default the number of all samples.
+        seed: See `GlobalBatchSampler`.
+        rank: See `GlobalBatchSampler`.
+        num_ranks: See `GlobalBatchSampler`.
 
     Raises:
         ConfigError, ConfigTypeError: A number is out of range or no number.
@@ -167,17 +166,17 @@ class ExpertBalancedSampler(GlobalBatchSampler):
             raise ConfigError(f"'experts' must hold one for each sample (got none, for an epoch of {size})")
         parts = counts.astype(np.float64) ** exponent
         self._counts = counts
-        # What is whole is whole: the sums of the parts that are must not be a rounding error below.
+        # A sum of parts that is an integer must not end a rounding error below: `floor` would lose one.
         self._ends = np.round(np.cumsum(parts) / max(parts.sum(), 1.0) * size, 9)
         # Samples by expert.
         self._sorted = np.argsort(ids, kind="stable")
 
     def order(self) -> npt.NDArray[np.int64]:
-        """The epoch's samples, all ranks' and all batches'."""
+        """The epoch's samples in order, for all ranks and all batches."""
         random = self._random()
         if not len(self._counts):
             return np.empty(0, dtype=np.int64)
-        # One random shift rounds all parts: each is its share, or the integer next to it, and they add up.
+        # One random shift rounds all parts: each becomes an integer next to it, and the integers add up.
         ends = np.floor(self._ends + random.random()).astype(np.int64)
         ends[-1] = self.num_samples
         quotas = np.diff(ends, prepend=0)

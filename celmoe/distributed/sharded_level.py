@@ -28,16 +28,16 @@ from .transport import Way, from_experts, to_experts
 
 
 class Passage:
-    """What the sharded levels of one model share in a forward pass.
+    """The state that the sharded levels of one model share in a forward pass.
 
     Args:
-        group: The ranks that the experts are spread over.
-        table: Where they meet.
-        first: The first of the sharded levels.
+        group: The ranks over which the experts are spread.
+        table: The table at which the ranks meet.
+        first: The name of the first sharded level.
 
     Attributes:
-        meeting: What this pass's ranks know of each other.
-        token: Of the last exchange.
+        meeting: Facts of this pass that all ranks know.
+        token: The token of the last exchange.
     """
 
     def __init__(self, group: dist.ProcessGroup, table: Table, first: str) -> None:
@@ -48,7 +48,7 @@ class Passage:
         self.token: torch.Tensor | None = None
 
     def enter(self, level: str, host_plan: RoutingPlan, given: LevelInput) -> tuple[Meeting, torch.Tensor]:
-        """What a level has to know before rows travel.
+        """The meeting and the token that a level needs before rows travel.
 
         Raises:
             InputError: See `Table.meet`.
@@ -61,7 +61,7 @@ class Passage:
         return self.meeting, self.token
 
     def leave(self, _model: nn.Module, _args: object, output: CELMoEOutput) -> None:
-        """Tie what the pass gave to its exchanges: wherever a backward pass starts, it makes them all."""
+        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges."""
         token, self.token, self.meeting = self.token, None, None
         if token is None or not torch.is_grad_enabled():
             return
@@ -72,13 +72,13 @@ class Passage:
 
 
 class ShardedLevel(Level):
-    """One level of a model, its experts spread over ranks.
+    """One level of a model, with its experts spread over ranks.
 
     Args:
         config: The level's config.
-        modules: Its experts, with a `RemoteExpert` for each that another rank holds.
+        modules: The level's experts, with a `RemoteExpert` for each expert that another rank holds.
         owners: The rank of each expert, in the config's order.
-        passage: What the model's sharded levels share.
+        passage: The passage of the model's sharded levels.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ShardedLevel(Level):
         rank = dist.get_rank(passage.group)
         positions = {name: position for position, name in enumerate(self._names)}
         self._owner_by_name = {name: owners[position] for name, position in positions.items()}
-        # Positions in the config's order of the experts here, by name.
+        # The positions, in the config's order, of the experts here, sorted by name.
         self._here = [positions[name] for name in sorted(positions) if owners[positions[name]] == rank]
 
     def run(
@@ -103,17 +103,17 @@ class ShardedLevel(Level):
         plan: LevelPlan,
         host_plan: RoutingPlan,
     ) -> tuple[LevelOutput, Blocks | None]:
-        """As `Level.run`, but that samples run where their experts are, together with other ranks' samples.
+        """Run as `Level.run` does, but samples run on their experts' ranks, together with other ranks' samples.
 
-        Losses and aux are those of the experts here, over the samples of all ranks; the losses' weights count the
-        ranks, for what all ranks' objectives add up to is divided by as many.
+        Losses and aux are those of the experts here, over the samples of all ranks. The losses' weights are multiplied
+        by the number of ranks, for the sum of all ranks' objectives is divided by that number.
         """
         passage = self._passage
         meeting, token = passage.enter(plan.name, host_plan, given)
         counts = meeting.counts[plan.name]
         present = counts.sum(0) > 0
         if not present.any():
-            # Of no samples anywhere in the group; ranks of other groups may have some, and all make a backward pass.
+            # No rank of the group has samples. Ranks of other groups may have some, and all make a backward pass.
             output, _ = super().run([*self._modules.values()], engine, given, plan, host_plan)
             output.hidden = tied(output.hidden, token)
             return output, None
@@ -153,20 +153,20 @@ class ShardedLevel(Level):
         experts: Sequence[nn.Module],  # noqa: ARG002  # as in `run`
         plan: LevelPlan | None,  # noqa: ARG002  # which samples come here is not known before ranks meet
     ) -> LevelExplanation:
-        """How the experts of this rank would run."""
+        """The explanation of this rank's experts."""
         here = {self._names[position]: modules[self._names[position]] for position in sorted(self._here)}
         return super().explain(NamedModules(here), engine, list(here.values()), None)
 
     def _agreed_input(self, meeting: Meeting, given: LevelInput) -> tuple[torch.dtype, bool]:
-        """The dtype in which rows travel, and whether gradients come back."""
+        """The dtype in which rows travel, and if gradients come back."""
         if meeting.counts.keys() and next(iter(meeting.counts)) == self.name:
             return meeting.dtype, meeting.is_differentiated
-        # What the levels in between gave is known to each rank only of itself.
+        # Each rank knows only its own output of the levels in between.
         heard = self._heard([int(given.hidden.shape[0] > 0), *coded(given.hidden)], given.hidden.device)
         return decoded(heard[:, 1:], heard[:, 0] > 0, given.hidden.dtype)
 
     def _in_agreed_dtype(self, rows: torch.Tensor, has_some: bool) -> torch.Tensor:
-        """The experts' rows in the dtype that those of all ranks promote to, as they would in one process."""
+        """The experts' rows in the promoted dtype of all ranks' rows, as in one process."""
         heard = self._heard([int(has_some), *coded(rows)], rows.device)
         dtype, _ = decoded(heard[:, 1:], heard[:, 0] > 0, rows.dtype)
         return rows.to(dtype)
@@ -177,13 +177,13 @@ class ShardedLevel(Level):
     def _outgoing(
         self, given: LevelInput, outward: LevelPlan, meeting: Meeting, dtype: torch.dtype, is_differentiated: bool
     ) -> list[torch.Tensor]:
-        """Hidden states, mask and the context's batch-aligned tensors, in the order of the ranks that they go to."""
+        """Hidden states, mask and the context's batch-aligned tensors, in the order of their destination ranks."""
         hidden = given.hidden if is_differentiated else given.hidden.detach()
         tensors = [hidden, *([] if given.mask is None else [given.mask]), *given.context.aligned]
         if given.hidden.shape[0]:
             tensors[0] = hidden.to(dtype)
             return [dispatch(tensor, outward)[0] for tensor in tensors]
-        # Rows look as on other ranks, whatever this rank's look like; the tie gives what they come from its gradient.
+        # Empty rows take the form of other ranks' rows. The tie passes a gradient of zeros to this rank's own tensors.
         looks = meeting.rows
         wanted = [(looks.hidden, dtype), *(each[:2] for each in (looks.mask, *looks.context) if each is not None)]
         return [
@@ -192,7 +192,7 @@ class ShardedLevel(Level):
         ]
 
     def _by_owner(self, plan: LevelPlan) -> LevelPlan:
-        """This rank's plan as one group of rows: by the rank that they go to, then by expert, then as in the batch."""
+        """This rank's plan as one group of rows: ordered by destination rank, then by expert, then as in the batch."""
         owners = [self._owner_by_name[name] for name in plan.present]
         size = plan.order.numel()
         positions = sorted(range(len(owners)), key=owners.__getitem__)
@@ -214,11 +214,11 @@ class ShardedLevel(Level):
         )
 
     def _local_plan(self, here: npt.NDArray[np.int64], device: torch.device) -> LevelPlan:
-        """The plan of the rows received: they come by rank, then by expert; experts want theirs by rank.
+        """The plan of the rows received. Rows come by rank, then by expert; an expert wants its rows by rank.
 
         Args:
             here: ``[G, E here]``, rows by rank and expert.
-            device: Of the rows.
+            device: The rows' device.
         """
         starts = (np.cumsum(here) - here.reshape(-1)).reshape(here.shape)
         order = _ranges(starts.T.reshape(-1), here.T.reshape(-1))
@@ -240,6 +240,6 @@ class ShardedLevel(Level):
 
 
 def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The ranges that begin at these starts, one after another."""
+    """The ranges with these starts and lengths, one after another."""
     shifts = starts - (np.cumsum(lengths) - lengths)
     return np.repeat(shifts, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)

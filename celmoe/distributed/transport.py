@@ -1,10 +1,9 @@
-"""Rows on their way to the ranks of their experts and back: one all-to-all each way, in the backward pass too.
+"""Send rows to their experts' ranks and back: one all-to-all each way, in the backward pass too.
 
-Both Functions carry a *token*, a scalar that is threaded through all of a pass's exchanges. It makes one chain of them,
-so that a backward pass makes them all, in one order, on every rank: also on one whose experts got no rows, are frozen,
-or detach their input.
+Both Functions carry a *token*, a scalar that joins all exchanges of a pass into one chain. A backward pass then makes
+all exchanges, in one order, on every rank: also on a rank whose experts got no rows, are frozen, or detach their input.
 
-Axes: R rows, those of one rank next to each other.
+Axes: R rows, the rows of one rank next to each other.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Way(NamedTuple):
-    """How many rows go where.
+    """The numbers of rows that an exchange moves.
 
     Attributes:
         group: The ranks.
@@ -32,16 +31,16 @@ class Way(NamedTuple):
     received: tuple[int, ...]
 
     def back(self) -> Way:
-        """The other way."""
+        """The way back: ``sent`` and ``received`` swapped."""
         return Way(self.group, self.received, self.sent)
 
 
 def exchange(tensors: Sequence[torch.Tensor], way: Way) -> list[torch.Tensor]:
-    """All tensors' rows in one all-to-all, as bytes: they may be of any dtypes, and a row stays together.
+    """Exchange all tensors' rows in one all-to-all, as bytes: dtypes may differ, and a row stays together.
 
     Args:
         tensors: ``[R, ...]`` each, of the same dtypes and trailing shapes on all ranks.
-        way: R is the sum of what it sends.
+        way: The numbers of rows; R is the sum of ``sent``.
     """
     rows = sum(way.sent)
     packed = [_as_bytes(tensor.detach().reshape(rows, tensor.shape[1:].numel())) for tensor in tensors]
@@ -53,7 +52,7 @@ def exchange(tensors: Sequence[torch.Tensor], way: Way) -> list[torch.Tensor]:
 
 
 def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
-    """``[R, bytes of a row]``. PyTorch calls any strides contiguous where there is one element or none."""
+    """``[R, bytes of a row]``. PyTorch calls any strides contiguous if a tensor has one element or none."""
     rows = rows.contiguous()
     return (rows if rows.stride(1) == 1 else rows.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
@@ -61,7 +60,7 @@ def _as_bytes(rows: torch.Tensor) -> torch.Tensor:
 def _as_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``[R, ...]`` of the dtype and trailing shape of another tensor, from the bytes of each row.
 
-    A view as a wider dtype asks for strides and an offset that it divides, of one row and of none, too.
+    A view as a wider dtype needs strides and an offset that the dtype's size divides, even with one row or none.
     """
     shape = (len(part), *like.shape[1:])
     if not part.numel():
@@ -121,18 +120,18 @@ def to_experts(
     """Send rows to their experts' ranks.
 
     Args:
-        rows: ``[R, ...]`` each, in the order of the ranks that they go to.
-        way: How many go where.
-        differentiated: Which of them gradients come back for: the same on all ranks.
-        token: Of the exchange before.
+        rows: ``[R, ...]`` each, in the order of their destination ranks.
+        way: The numbers of rows.
+        differentiated: For each tensor, if gradients come back; the same on all ranks.
+        token: The token of the exchange before.
 
     Returns:
-        The token for the exchange after, and the rows received, in the order of the ranks that they come from.
+        The token for the exchange after, and the rows received, in the order of their source ranks.
     """
     token, *received = cast(tuple[torch.Tensor, ...], _ToExperts.apply(way, tuple(differentiated), token, *rows))
     return token, received
 
 
 def from_experts(rows: torch.Tensor, way: Way, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Send rows back to where they came from; arguments and result as for `to_experts`."""
+    """Send rows back to their source ranks; arguments and result as for `to_experts`."""
     return cast(tuple[torch.Tensor, torch.Tensor], _FromExperts.apply(way.back(), token, rows))

@@ -1,28 +1,28 @@
-"""Checkpoints that any number of ranks writes, and any other number reads, whatever is spread how.
+"""Checkpoints that any number of ranks writes, and any other number reads, with any sharding.
 
-Tensors stand under the names that they have in the model in one process: every rank saves what it holds, and reads what
-it holds. An optimizer's state goes by the same names, and what has none (an expert that was never routed to) has none
-after loading.
+Tensors stand under their names in the model in one process: every rank saves and reads the tensors that it holds. An
+optimizer's state goes by the same names. A parameter without state (its expert was never routed to) has none after
+loading.
 
 ==================  ====================================================================================
-file                what it does
+file                purpose
 ==================  ====================================================================================
 `agreement`         ranks act together: all succeed, or all raise the same `CheckpointError`
-`manifest`          what a checkpoint's directory holds, as JSON, and how damage of it is told
+`manifest`          a checkpoint directory's content, as JSON, with checks for damage
 `pieces`            tensors as bytes in files, each with its checksum
 `optimizer_state`   an optimizer's state by name: to save, and back to its parameters' devices
-`saving`            `save_checkpoint`: written beside, flushed, committed in one step, swept
-`loading`           `load_checkpoint` and `load_file`: all read and verified before anything changes
+`saving`            `save_checkpoint`: write a new folder, flush, commit in one step, delete old folders
+`loading`           `load_checkpoint` and `load_file`: read and verify everything before any change
 `single_file`       `write_file`, and one file as content to load
 ==================  ====================================================================================
 
-A directory looks so::
+A directory looks like this::
 
-    checkpoint.json     the manifest; whoever replaces it commits a checkpoint
+    checkpoint.json     the manifest; replacing this file commits a checkpoint
     data-<token>/       the files of one save, which the manifest names
         rank-0.bin      the bytes of tensors, one after another
 
-[Note: No code in a checkpoint] DCP plans which rank writes and reads which part of a tensor. Its files are not used:
+[Note: No code in a checkpoint] DCP plans which rank writes and reads which part of a tensor. DCP's files are not used:
 their metadata is a pickle, and a pickle runs its author's code. Here all but tensors' bytes is JSON, and nothing in
 a directory is ever unpickled.
 """

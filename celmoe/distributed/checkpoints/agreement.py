@@ -1,4 +1,4 @@
-"""Ranks act together: a fault of one is every rank's, and is known to all before any of them goes on."""
+"""Ranks act together: a fault of one rank fails every rank, and all ranks know it before any rank goes on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _Answer = TypeVar("_Answer")
 
 @contextmanager
 def told(rule: str, cure: str) -> Iterator[None]:
-    """Any failure in the block becomes a `CheckpointError` that names the broken rule and the cure.
+    """Turn any failure in the block into a `CheckpointError` that names the broken rule and the cure.
 
     Raises:
-        CheckpointError: Something failed.
+        CheckpointError: The block failed.
     """
     try:
         yield
@@ -32,11 +32,11 @@ def told(rule: str, cure: str) -> Iterator[None]:
 def agree(
     work: Callable[[], _Said], settle: Callable[[list[_Said]], Sequence[_Answer]], *, rule: str, cure: str
 ) -> _Answer:
-    """Do some work on every rank, and have the first rank settle it once all have succeeded.
+    """Do some work on every rank, and have the first rank settle the results once all ranks have succeeded.
 
     Args:
-        work: Its result travels to the first rank.
-        settle: Takes the ranks' results, and gives each rank its answer.
+        work: The work; its result travels to the first rank.
+        settle: Takes the ranks' results, and returns each rank's answer.
         rule: See `told`.
         cure: See `told`.
 
@@ -44,7 +44,7 @@ def agree(
         This rank's answer.
 
     Raises:
-        CheckpointError: A rank failed, and so do all; or a rank is gone, which the others are told by the backend.
+        CheckpointError: A rank failed, and all ranks raise; or a rank is gone, as the backend tells the others.
     """
     cause: BaseException | None = None
     said: _Said | None = None
@@ -71,17 +71,17 @@ def agree(
     if fault is None:
         return cast(_Answer, answer)
     if cause is not None and not isinstance(cause, Exception):
-        raise cause  # Ctrl-C stays Ctrl-C where it was pressed.
+        raise cause  # Ctrl-C stays Ctrl-C on its rank.
     raise CheckpointError(fault) from (cause and cause.__cause__)
 
 
 def is_first() -> bool:
-    """This rank settles for all."""
+    """True if this rank settles for all ranks."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _fault(error: BaseException | None) -> str | None:
-    # Errors themselves don't travel: not every class of them can be unpickled.
+    # Errors themselves don't travel: not every error class can be unpickled.
     return None if error is None else str(error) or type(error).__name__
 
 

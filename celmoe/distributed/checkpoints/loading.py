@@ -1,8 +1,8 @@
-"""Loading: everything is read and verified first, by all ranks; then nothing can fail any more.
+"""Loading: all ranks read and verify everything first; after that nothing can fail any more.
 
-[Note: Memory of a load] Each rank reads its part of the model into the host's memory once more, and copies it when all
-ranks have theirs. An optimizer's state becomes the optimizer's on the CPU; on another device it is there twice only
-where the optimizer has stepped before.
+[Note: Memory of a load] Each rank reads its part of the model into the host's memory once more, and copies the part
+once all ranks have read theirs. On the CPU the optimizer takes over the state that was read. Another device holds the
+state twice only if the optimizer has stepped before.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _RULE = "'directory' or 'file' must hold a checkpoint of this model"
 def load_checkpoint(
     directory: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Read a checkpoint into a model, in place. Every rank calls it; there may be other ones than wrote it.
+    """Read a checkpoint into a model, in place. Every rank calls it; any number of ranks may have written it.
 
-    Nothing in the directory is unpickled, so a checkpoint from somebody else can't run code. The checksums of all that
-    a rank needs are verified before anything changes.
+    Nothing in the directory is unpickled, so a checkpoint from somebody else can't run code. A rank verifies the
+    checksums of all pieces that it needs before anything changes.
 
     Args:
-        directory: What `save_checkpoint` wrote.
-        model: Spread as it is to be.
-        optimizer: Of the model's parameters, with as many groups as when it was saved.
+        directory: The directory that `save_checkpoint` wrote.
+        model: The model, spread as it is to run.
+        optimizer: The optimizer of the model's parameters, with as many groups as when it was saved.
 
     Returns:
-        The ``extra`` that was kept beside.
+        The ``extra`` of the checkpoint.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, foreign, or of another model or optimizer; every rank
@@ -61,17 +61,17 @@ def load_checkpoint(
 def load_file(
     file: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Read one file into a model, in place, on each rank what that holds. Every rank calls it.
+    """Read one file into a model, in place; each rank reads its own part. Every rank calls `load_file`.
 
     ``torch.load`` reads it with ``weights_only=True``, so a file from somebody else can't run code.
 
     Args:
-        file: A ``state_dict`` that was saved in one process, or what `write_file` wrote.
-        model: Spread as it is to be.
-        optimizer: Of the model's parameters; only from a file of `write_file`.
+        file: A ``state_dict`` that was saved in one process, or a file of `write_file`.
+        model: The model, spread as it is to run.
+        optimizer: The optimizer of the model's parameters; only for a file of `write_file`.
 
     Returns:
-        The ``extra`` that was kept beside.
+        The ``extra`` of the checkpoint.
 
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or of another model or optimizer; every rank raises, and
@@ -90,7 +90,7 @@ def load_file(
 
 
 def _load(read: Callable[[], tuple[Content, Callable[[], None]]]) -> dict[str, Any]:
-    """Have every rank read; change anything only when all have, and have read the same."""
+    """Have every rank read. Change anything only once all ranks have read, and have read the same checkpoint."""
     ready: list[tuple[Content, Callable[[], None]]] = []
 
     def work() -> str:
@@ -117,7 +117,7 @@ def _ready(
     content: Content,
     read: Callable[[Place, Piece, torch.Tensor], None],
 ) -> Callable[[], None]:
-    """Read what this rank needs, and return what puts it in place."""
+    """Read the tensors that this rank needs, and return the function that puts them in place."""
     own = dict(model.state_dict())
     _require_fit(model, own, optimizer, content)
     wanted: dict[Place, torch.Tensor] = {("model", name): value for name, value in own.items()}
@@ -139,7 +139,7 @@ def _ready(
 def _require_fit(
     model: nn.Module, own: Mapping[str, Any], optimizer: torch.optim.Optimizer | None, content: Content
 ) -> None:
-    """Refuse a checkpoint of something else."""
+    """Refuse a checkpoint of another model or optimizer."""
     elsewhere = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, RemoteExpert))
     saved = {place[1]: each.shape for place, each in content.tensors.items() if place[0] == "model"}
     missing = [name for name in own if name not in saved]

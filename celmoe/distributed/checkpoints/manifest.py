@@ -24,7 +24,7 @@ FORMAT = "celmoe checkpoint"
 VERSION = 1
 CURE = "Give the directory of a finished save_checkpoint, or take an older checkpoint"
 
-# Of a tensor or value: ("model", name), or ("optimizer", name, key).
+# The place of a tensor or value: ("model", name), or ("optimizer", name, key).
 Place: TypeAlias = tuple[str, ...]
 
 _GENERATION = re.compile(r"data-[0-9a-f]{32}")
@@ -36,11 +36,11 @@ class Piece(NamedTuple):
     """A box of a tensor that one rank wrote.
 
     Attributes:
-        offsets: Where in the tensor the box begins, by axis.
-        sizes: The box's, by axis.
-        file: The name of the file that holds its bytes.
-        start: At which byte of the file.
-        checksum: The CRC-32 of its bytes.
+        offsets: The box's first index in the tensor, by axis.
+        sizes: The box's sizes, by axis.
+        file: The name of the file that holds the box's bytes.
+        start: The position of the first byte in the file.
+        checksum: The CRC-32 of the box's bytes.
     """
 
     offsets: tuple[int, ...]
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A tensor as it was saved: what it is like, and the pieces that it is made of."""
+    """A saved tensor: its dtype, its shape, and the pieces that make it up."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -63,11 +63,11 @@ class Content:
     """All of a checkpoint but tensors' bytes.
 
     Attributes:
-        tensors: By place.
+        tensors: The saved tensors, by place.
         values: Optimizer state that is no tensor, by place.
-        groups: The optimizer's hyperparameters, by group; ``None`` where no optimizer was saved.
-        extra: What was kept beside.
-        generation: The folder of the files.
+        groups: The optimizer's hyperparameters, by group; ``None`` if no optimizer was saved.
+        extra: The caller's ``extra``.
+        generation: The name of the files' folder.
     """
 
     tensors: dict[Place, SavedTensor]
@@ -83,12 +83,12 @@ class Content:
 
 
 def new_generation() -> str:
-    """A name for the files of one save, which no other save has."""
+    """A name for the folder of one save, which no other save has."""
     return f"data-{secrets.token_hex(16)}"
 
 
 def old_generations(directory: Path) -> list[Path]:
-    """The folders of saves that the manifest does not name: replaced ones, and those that came to no end."""
+    """The folders that the manifest does not name, of replaced saves and of unfinished saves."""
     try:
         kept = read_manifest(directory).generation if (directory / FILE_NAME).exists() else ""
     except CheckpointError:
@@ -97,10 +97,10 @@ def old_generations(directory: Path) -> list[Path]:
 
 
 def write_manifest(directory: Path, content: Content) -> None:
-    """Commit a checkpoint: from here on the directory holds this one.
+    """Commit a checkpoint: from then on the directory holds this checkpoint.
 
     Raises:
-        OSError: It could not be written; the directory holds the one before.
+        OSError: The manifest could not be written; the directory holds the checkpoint before.
     """
     body = json.dumps(
         {
@@ -124,7 +124,7 @@ def read_manifest(directory: Path) -> Content:
     """Read the directory's content.
 
     Raises:
-        CheckpointError: There is none; it is damaged, foreign, or of a later version.
+        CheckpointError: The manifest is missing, damaged, foreign, or of another version.
     """
     rule = "'directory' must hold a checkpoint of save_checkpoint"
     try:
@@ -152,7 +152,7 @@ def read_manifest(directory: Path) -> Content:
 
 
 def _content(said: Mapping[str, Any]) -> Content:
-    """The content, every part of it checked to be of its kind: somebody else may have written it."""
+    """The content, with every part checked to be of its kind: somebody else may have written the manifest."""
     if not _GENERATION.fullmatch(said["generation"]):
         raise ValueError(f"a folder {said['generation']!r}")
     return Content(
@@ -165,7 +165,7 @@ def _content(said: Mapping[str, Any]) -> Content:
 
 
 def key_of(place: Place) -> str:
-    """A place as one string, which DCP wants."""
+    """A place as one string, as DCP wants names."""
     return json.dumps(place)
 
 

@@ -17,7 +17,7 @@ from .manifest import Content, Place
 
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, list[str]]:
-    """The optimizer's parameters, each with all its names in the model's ``state_dict``: tied ones have several.
+    """The optimizer's parameters, each with all its names in the model's ``state_dict``; tied ones have several.
 
     The parameters of a `RemoteExpert` stand for gradients on other ranks, and are left out.
 
@@ -40,10 +40,10 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Param
 
 
 def state_by_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[Place, Any], dict[Place, Any]]:
-    """The state that there is: tensors, and values that are none.
+    """The optimizer's state by place: tensors, and values that are no tensors.
 
     Raises:
-        CheckpointError: See `trained`; or a value is nothing that JSON has.
+        CheckpointError: See `trained`; or JSON can't hold a value.
     """
     tensors: dict[Place, Any] = {}
     values: dict[Place, Any] = {}
@@ -57,10 +57,10 @@ def state_by_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Hyperparameters of each group, as JSON has them.
+    """The hyperparameters of each group, as JSON can hold them.
 
     Raises:
-        CheckpointError: JSON has no such value.
+        CheckpointError: JSON can't hold a value.
     """
     groups = [
         {
@@ -77,10 +77,10 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def require_json(value: Any, what: str) -> None:
-    """Refuse what JSON has not.
+    """Refuse a value that JSON can't hold.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: JSON can't hold the value.
     """
     try:
         json.dumps(value)
@@ -92,7 +92,7 @@ def require_json(value: Any, what: str) -> None:
 
 
 def targets(model: nn.Module, optimizer: torch.optim.Optimizer, content: Content) -> dict[Place, torch.Tensor]:
-    """Tensors that are spread, by place, as the optimizer's state is to be; only their layout counts."""
+    """By place, tensors that are spread as the optimizer's state is to be; only the tensors' layout counts."""
     found: dict[Place, torch.Tensor] = {}
     for parameter, places in _places(model, optimizer, content).items():
         for place in places:
@@ -105,13 +105,14 @@ def targets(model: nn.Module, optimizer: torch.optim.Optimizer, content: Content
 def prepared(
     model: nn.Module, optimizer: torch.optim.Optimizer, content: Content, staged: Mapping[Place, torch.Tensor]
 ) -> dict[nn.Parameter, dict[str, Any]]:
-    """The state of each of this rank's parameters, on its device; empty for one that had none.
+    """The state of each of this rank's parameters, on its device; empty for a parameter without saved state.
 
     [Note: Device of a step] State lands on its parameter's device. Only ``step`` stays on the host, as it does in
-    ``torch.optim``, unless its group is ``capturable`` or ``fused``: then it is read there, in float32.
+    ``torch.optim``, unless its group is ``capturable`` or ``fused``: then the optimizer reads ``step`` on the device,
+    in float32.
 
     Raises:
-        CheckpointError: Hyperparameters were saved that can't be given to the optimizer's groups.
+        CheckpointError: The optimizer's groups can't take the saved hyperparameters.
     """
     _require_groups(optimizer, content)
     on_device = {
@@ -140,7 +141,7 @@ def restore(
     state: Mapping[nn.Parameter, dict[str, Any]],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Give the optimizer a state that was prepared. Nothing in here can fail."""
+    """Give the optimizer its prepared state. Nothing in here can fail."""
     for parameter, own in state.items():
         if own:
             optimizer.state[parameter] = own
@@ -157,7 +158,7 @@ def restore(
 def _places(
     model: nn.Module, optimizer: torch.optim.Optimizer, content: Content
 ) -> dict[nn.Parameter, Sequence[Place]]:
-    """The saved state of each of the optimizer's parameters, under the first of its names that has some."""
+    """The places of each parameter's saved state, under the first of the parameter's names that has some."""
     by_name: dict[str, list[Place]] = {}
     for place in (*content.tensors, *content.values):
         if place[0] == "optimizer":
@@ -169,7 +170,7 @@ def _places(
 
 
 def _is_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
-    """State of this shape is spread as its parameter is."""
+    """True if state of this shape is spread as its parameter is."""
     return bool(shape) and shape == tuple(parameter.shape)
 
 
@@ -184,7 +185,7 @@ def _placed(parameter: nn.Parameter, value: torch.Tensor, shape: tuple[int, ...]
 
 
 def _require_groups(optimizer: torch.optim.Optimizer, content: Content) -> None:
-    """Refuse hyperparameters that can't be given to the groups."""
+    """Refuse hyperparameters that the groups can't take."""
     for group, saved in zip(optimizer.param_groups, content.groups or (), strict=True):
         wrong = [
             key

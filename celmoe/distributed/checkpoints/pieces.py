@@ -1,8 +1,8 @@
 """Tensors as bytes in files, each piece with its checksum.
 
-[Note: CRC-32] A checksum finds damage by disks, networks and copies; whoever writes a checkpoint can write checksums
-too, so a cryptographic one would promise nothing more. For 1 GiB on one core, CRC-32 took 0.3 s, SHA-256 0.6 s (with
-the processor's own instructions, without them several), BLAKE2b 1.5 s.
+[Note: CRC-32] A checksum finds damage by disks, networks and copies. A checkpoint's author can write checksums too, so
+a cryptographic checksum would promise nothing more. For 1 GiB on one core, CRC-32 took 0.3 s, BLAKE2b 1.5 s, SHA-256
+0.6 s with the processor's own instructions and several seconds without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .manifest import CURE, Piece, SavedTensor
 
 
 class Written(NamedTuple):
-    """A piece, and of which tensor."""
+    """A piece, with its tensor's key, dtype and shape."""
 
     key: str
     dtype: torch.dtype
@@ -33,12 +33,12 @@ class Written(NamedTuple):
 
 
 def write_pieces(folder: Path, name: str, plan: SavePlan, planner: SavePlanner) -> list[Written]:
-    """Write one rank's part, and wait until the disk has it.
+    """Write one rank's part of a checkpoint, and wait until the disk has the bytes.
 
-    A tensor on another device is copied to the host, one at a time.
+    Tensors on another device are copied to the host one at a time.
 
     Raises:
-        OSError: It could not be written.
+        OSError: The file could not be written.
     """
     written: list[Written] = []
     if not plan.items:
@@ -68,10 +68,10 @@ def joined(written: Iterable[Written]) -> dict[str, SavedTensor]:
 
 
 def require_written(folder: Path, tensors: Iterable[SavedTensor]) -> None:
-    """Refuse to commit what is not all there, seen from the first rank.
+    """Refuse to commit files that the first rank does not see whole.
 
     Raises:
-        CheckpointError: A file is missing or too short.
+        CheckpointError: A file is missing, too short or too long.
     """
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -91,7 +91,7 @@ class PieceReader:
     """Reads pieces of one checkpoint; one file is open at a time.
 
     Args:
-        folder: That of the files.
+        folder: The files' folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class PieceReader:
 
         Raises:
             OSError: The file can't be read.
-            CheckpointError: It is damaged.
+            CheckpointError: The file is damaged.
         """
         if self._file is None or self._name != piece.file:
             self.close()

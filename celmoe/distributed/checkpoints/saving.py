@@ -1,9 +1,9 @@
-"""Saving: written beside, flushed, committed in one step, swept.
+"""Saving: write a new folder, flush, commit in one step, delete old folders.
 
-[Note: Whole or not there] All ranks write into a folder that is new. The first rank commits once every rank has flushed
-its file: it replaces the manifest, a single small file, which names the folder. Only then is the folder before deleted.
-So whoever is killed, and whenever, the manifest names a folder that is whole: the one before, or this one. Folders that
-no manifest names are left over from saves that came to no end; the next save that does deletes them.
+[Note: Whole or not there] All ranks write into a new folder. The first rank commits once every rank has flushed its
+file: the first rank replaces the manifest, a single small file, which names the folder. Only then is the old folder
+deleted. If any rank is killed, at any time, the manifest names a whole folder: the old one or the new one. Unfinished
+saves leave folders that no manifest names; the next save deletes these folders.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def save_checkpoint(
     *,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint. Every rank calls it, with the same directory, which all can reach.
+    """Write a checkpoint. Every rank calls `save_checkpoint` with the same directory, which all ranks can reach.
 
-    The directory holds the checkpoint before until this one is whole and on the disk, then this one alone; so it needs
-    room for both. A rank that fails or is killed, at whatever moment, or a full disk, leaves it a whole checkpoint.
-    Every rank left raises: at once where a rank failed, as soon as the backend tells, at the latest at the process
-    group's timeout, where one is gone.
+    The directory holds the old checkpoint until the new one is whole and on the disk, then the new one alone; it needs
+    room for both. After a failed or killed rank, at any moment, or a full disk, the directory holds a whole checkpoint.
+    Every rank left raises. If a rank failed, the others raise at once. If a rank is gone, they raise as soon as the
+    backend tells, at the latest at the process group's timeout.
 
     Args:
-        directory: Where to; made if need be. Other files in it are left alone.
-        model: In one process, spread by `shard_experts` or `shard_levels`, or what was given to `prepare_ddp`.
-        optimizer: Of the model's parameters.
-        extra: What else to keep: numbers, strings, lists and mappings of such. That of the first rank is kept.
+        directory: The directory to write, made if need be. Its other files are left alone.
+        model: A model in one process, spread by `shard_experts` or `shard_levels`, or given to `prepare_ddp`.
+        optimizer: The optimizer of the model's parameters.
+        extra: More to keep: numbers, strings, lists and mappings of such. Only the first rank's is kept.
 
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have; a value can't be kept; the
@@ -124,7 +124,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[d
 
 
 def _sweep(folder: Path) -> None:
-    """Delete the folders that the manifest does not name. The next save tries again to delete those that stay."""
+    """Delete the folders that the manifest does not name. The next save tries again to delete folders that stay."""
     with suppress(OSError):
         for each in old_generations(folder):
             shutil.rmtree(each, ignore_errors=True)

@@ -27,9 +27,9 @@ def write_file(directory: str | os.PathLike[str], file: str | os.PathLike[str]) 
     memory at once.
 
     Args:
-        directory: What `save_checkpoint` wrote.
-        file: Where to; ``torch.load`` reads it with ``weights_only=True``. One that is there is replaced when the new
-            one is whole.
+        directory: The directory that `save_checkpoint` wrote.
+        file: The file to write; ``torch.load`` reads it with ``weights_only=True``. An old file is replaced when the
+            new file is whole.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged or foreign; or the file can't be written.
@@ -55,10 +55,10 @@ def write_file(directory: str | os.PathLike[str], file: str | os.PathLike[str]) 
 
 
 def read_file(file: Path) -> tuple[Content, dict[Place, torch.Tensor]]:
-    """Open a file of `write_file`, or a ``state_dict``; its tensors lie in the file until they are read.
+    """Open a file of `write_file`, or a ``state_dict``. Tensors of a zip archive lie in the file until they are read.
 
     Raises:
-        CheckpointError: It is missing, damaged or foreign.
+        CheckpointError: The file is missing, damaged or foreign.
     """
     with told(
         f"'file' must hold what write_file wrote, or a state_dict ({str(file)!r})",

@@ -25,15 +25,15 @@ def stage(
     tensors: Mapping[Place, SavedTensor],
     read: Callable[[Place, Piece, torch.Tensor], None],
 ) -> dict[Place, torch.Tensor]:
-    """Read for each target its part: all of it, or of a DTensor what this rank holds.
+    """Read each target's part: a whole tensor, or this rank's part of a DTensor.
 
     Args:
-        targets: Of the shapes that were saved; their values are neither read nor changed.
-        tensors: What was saved.
+        targets: Tensors of the saved shapes; their values are neither read nor changed.
+        tensors: The saved tensors.
         read: Fills a contiguous tensor with a piece.
 
     Returns:
-        New tensors on the CPU, of the dtypes that were saved.
+        New tensors on the CPU, of the saved dtypes.
 
     Raises:
         CheckpointError: Pieces are damaged, or do not make up a target's part.
@@ -48,7 +48,7 @@ def stage(
         for item in plan.items
         if (place := by_key[item.storage_index.fqn])
     ]
-    # As they lie in the files.
+    # In the order of their bytes in the files.
     for place, piece, item in sorted(items, key=lambda each: (each[1].file, each[1].start)):
         into = _box(staged[place], item.dest_offsets, item.lengths)
         if tuple(item.lengths) == piece.sizes and into.is_contiguous():
@@ -74,7 +74,7 @@ def _metadata(saved: SavedTensor) -> TensorStorageMetadata:
 
 
 def _room(target: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # With the strides of a parameter, which fused optimizers want in its state.
+    # Fused optimizers want state with the strides of its parameter.
     return torch.empty_like(local(target), dtype=dtype, device="cpu", requires_grad=False)
 
 
