@@ -19,7 +19,7 @@ from .namespaces import Namespaces
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
-    This class closes four gaps of the tracer's own guards. Constants are compared as Python does: 1 equals True, and 0.0
+    This class closes four gaps of the tracer's own guards. They compare constants as Python does: 1 equals True, and 0.0
     equals -0.0. Objects are known by class, though methods may be replaced. A tuple that holds a list is compared with
     itself. Names that were not found during the trace have no guards.
 
