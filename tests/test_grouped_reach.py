@@ -928,7 +928,7 @@ class WithLosses(Kind):
 LOSING = [
     *("weight_norm", "checkpointed", "assigned_to_slices", "assigned_in_place", "assigned_by_lists_and_masks"),
     *("assigned_parameters", "scattered_of_the_largest", "lists_apart_as_keys", "cosine_similarity", "fourier"),
-    *("a_declared_function_of_parameters", "a_declared_function_with_a_grouped_form", "instance_norm with weights"),
+    "instance_norm with weights",
 ]
 
 
@@ -943,3 +943,43 @@ def test_with_losses(name: str):
         batch = partial(make_batch, trailing=trailing, dtype=torch.float64)
         assert_like_oracle(subject, twin, batch)
         assert_ran_grouped(subject, batch())
+
+
+@pytest.mark.parametrize("name", ["a_declared_function_of_parameters", "a_declared_function_with_a_grouped_form"])
+def test_declared_functions_beside_losses(name: str):
+    """A backward pass of its own may make zeros of gradients that there are none of."""
+    make, trailing = KINDS[name]
+    assert isinstance(make, partial)
+    with_losses = partial(WithLosses, *make.args)
+    batch = partial(Batch, trailing=trailing, dtype=torch.float64)
+    with pytest.raises(EngineRefusedError, match=r"return losses, and call \w+, which is not PyTorch's own"):
+        batch()(build(with_losses, dtype=torch.float64))
+    subject, twin = (build(with_losses, "auto", dtype=torch.float64) for _ in range(2))
+    assert_like_oracle(subject, twin, batch)
+
+
+@pytest.mark.parametrize("training", [None, False, True])
+@pytest.mark.parametrize("function", [F.dropout, F.alpha_dropout, F.feature_alpha_dropout])
+def test_dropouts_that_are_told_nothing(function: Any, training: bool | None):
+    """Of some the default is to drop nothing out."""
+    options = {} if training is None else {"training": training}
+    make = partial(Kind, lambda expert, rows, batch: function(expert.layer(rows), **options))
+    draws = function is F.dropout if training is None else training
+    subject, twin = build(make), build(make)
+    if draws:
+        Batch()(subject)
+    else:
+        assert_like_oracle(subject, twin, Batch)
+    assert_ran_grouped(subject, Batch())
+
+
+def test_a_precision_that_is_not_known():
+    def make() -> nn.Module:
+        expert = Kind(lambda expert, rows, batch: expert.layer(rows) * expert.scale.float())
+        expert.register_buffer("scale", torch.ones(WIDTH).to(torch.float8_e4m3fn))
+        return expert
+
+    with pytest.raises(EngineRefusedError, match=r"compute in 'torch\.float8_e4m3fn', whose precision is not known"):
+        Batch()(build(make))
+    subject, twin = build(make, "auto"), build(make, "auto")
+    assert_like_oracle(subject, twin, Batch)

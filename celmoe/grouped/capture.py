@@ -250,8 +250,8 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
         return Refusal("can't be followed by PyTorch's tracer (it kept no graph)")
     result, manager = traced
     guard = Guard(manager, arguments, silent)
-    if (kind := guard.foreign) is not None:
-        return Refusal(f"use the class {kind.__name__}, for which {type(kind).__name__} may answer anything")
+    if guard.foreign is not None:
+        return Refusal(guard.foreign)
     return _described(expert, sample, guard, module, inputs, marks, result)
 
 

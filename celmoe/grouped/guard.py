@@ -19,9 +19,9 @@ from .namespaces import Namespaces
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
-    This class closes four gaps of the tracer's own guards. They compare constants as Python does: 1 equals True, and 0.0
-    equals -0.0. Objects are known by class, though methods may be replaced. A tuple that holds a list is compared with
-    itself. Names that were not found during the trace have no guards.
+    This class closes four gaps of the tracer's own guards. They compare constants as Python does: 1 equals True, and
+    0.0 equals -0.0. Objects are known by class, though methods may be replaced. A tuple that holds a list is compared
+    with itself. Names that were not found during the trace have no guards.
 
     Args:
         manager: The tracer's own guard manager.
@@ -29,7 +29,7 @@ class Guard:
         silent: Loggers that said nothing during the trace, though the code calls them.
 
     Attributes:
-        foreign: A class that the code uses and that has a metaclass of the user's, or ``None``.
+        foreign: A refusal, if the code uses a class that has a metaclass of the user's.
     """
 
     def __init__(self, manager: Any, arguments: Mapping[str, Any], silent: SilentLoggers) -> None:
@@ -45,7 +45,7 @@ class Guard:
         found = [_evaluated(match[1], scope) for part in parts if (match := _TYPE.match(part))]
         self._names = Namespaces(_sources(manager.root), lambda each: _evaluated(each, scope), arguments, self.scope)
         self.foreign = self._names.foreign
-        kinds = [*map(type, found), *self._names.classes]
+        kinds = [*map(type, found), *(kind for each in self._names.classes if (kind := each()) is not None)]
         classes = dict.fromkeys(base for each in kinds for base in each.__mro__ if base.__flags__ & _HEAP_TYPE)
         self._code = [_Methods(each) for each in classes]
         self._of_expert = _of_expert_alone(manager)

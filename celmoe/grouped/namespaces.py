@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -55,8 +56,8 @@ class Namespaces:
         scope: The names behind ``G`` in the tracer's expressions.
 
     Attributes:
-        classes: The classes among the values.
-        foreign: A class that has a metaclass of the user's, or ``None``.
+        classes: The classes among the values. A graph must not keep them alive.
+        foreign: A refusal, if a class has a metaclass of the user's.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Namespaces:
         scope: Mapping[str, Any],
     ) -> None:
         sources = list(dict.fromkeys(sources))
-        self.classes: list[type] = []
-        self.foreign: type | None = None
+        self.classes: list[weakref.ref[type]] = []
+        self.foreign: str | None = None
+        self._has_abstract = False
         self._scope = scope
         self._folded: list[Callable[[], Any]] = []
         groups: dict[str, list[str]] = {"expert": [], "context": [], "G": []}
@@ -90,9 +92,10 @@ class Namespaces:
         if isinstance(value, type):
             if value.__module__.partition(".")[0] == "celmoe":
                 return []
-            self.classes.append(value)
+            self.classes.append(weakref.ref(value))
+            self._has_abstract |= type(value) is abc.ABCMeta
             if type(value) not in _PLAIN and not type(value).__module__.startswith("torch"):
-                self.foreign = value
+                self.foreign = f"use the class {value.__name__}, for which {type(value).__name__} may answer anything"
             return []
         if isinstance(value, nn.Module):
             return [_NAMES_OF_MODULE.format(f"{source}.__dict__")]
@@ -117,7 +120,7 @@ class Namespaces:
         return [_NAMES.format(f"{source}.__dict__")]
 
     def _process(self) -> tuple[Any, ...]:
-        registered = abc.get_cache_token() if any(type(each) is abc.ABCMeta for each in self.classes) else None
+        registered = abc.get_cache_token() if self._has_abstract else None
         return self._shared(None, self._scope), registered, [each() for each in self._folded]
 
     def are_as_before(self) -> bool:

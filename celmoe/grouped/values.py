@@ -26,10 +26,6 @@ class CannotGroupError(Exception):
     """Experts can't run as one; the message completes "looped, for its experts …"."""
 
 
-class NeedsOwnRowsError(CannotGroupError):
-    """Experts write into rows that are not a copy of their own in this run."""
-
-
 class RowCount:
     """The number of an expert's rows, times ``factor`` positions: a size that knows only products."""
 

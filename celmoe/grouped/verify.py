@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from celmoe.errors import listed
 from celmoe.experts import ExpertBatch, ExpertResult
 from celmoe.grouped.ops.reduce import without_gumbel_noise
 from celmoe.rows.context import ContextRows
@@ -79,7 +80,8 @@ class _Rehearsal(TorchFunctionMode):
         if "dropout" in name and func in _DROPOUTS:
             options = dict(zip(("p", "training", "inplace"), args[1:], strict=False)) | kwargs
             p = options.get("p", 0.5)
-            return args[0] * (1.0 - 0.5 * float(p)) if options.get("training", True) and p else args[0] * 1
+            is_training = options.get("training", "alpha" not in name)
+            return args[0] * (1.0 - 0.5 * float(p)) if is_training and p else args[0] * 1
         if name in ("rand_like", "randn_like"):
             return torch.full_like(args[0], 0.5, **kwargs)
         if name in ("rand", "randn"):
@@ -342,6 +344,9 @@ class _Agreement:
         dtypes = {each.dtype for each in tensors if each.is_floating_point() or each.is_complex()}
         if torch.is_autocast_enabled(device):
             dtypes.add(torch.get_autocast_dtype(device))
+        unknown = dtypes - _TOLERANCES.keys()
+        if unknown:
+            raise CannotGroupError(f"compute in {listed(sorted(map(str, unknown)))}, whose precision is not known")
         self._tolerance = max((_TOLERANCES[each] for each in dtypes), default=0.0)
 
     def __call__(self, mine: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from celmoe.grouped.values import CannotGroupError, Common, NeedsOwnRowsError, Ragged, Rows, Stack, like, owned
+from celmoe.grouped.values import CannotGroupError, Common, Ragged, Rows, Stack, like, owned
 
 from .table import Run, align, operands, operation, refuse_row_counts
 
@@ -76,19 +76,6 @@ def elementwise(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return result
 
 
-# These operations overwrite all entries of the target.
-_OVERWRITE = {"zero_", "fill_", "copy_"}
-
-
-def _not_in_place(func: Any, name: str, args: list[Any], options: dict[str, Any]) -> torch.Tensor:
-    """The entries that an in-place operation would write."""
-    if place_of_inplace(func) is not None:
-        by_name = dict(zip(inspect.signature(func).parameters, args, strict=False))
-        return cast(torch.Tensor, func(**by_name | options | {"inplace": False}))
-    plain_name = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")
-    return cast(torch.Tensor, getattr(torch.Tensor, plain_name)(*args, **options))
-
-
 def writable(run: Run, name: str, target: Ragged, others: Sequence[Ragged]) -> Ragged:
     """The value that an operation may write into.
 
@@ -115,27 +102,19 @@ def writable(run: Run, name: str, target: Ragged, others: Sequence[Ragged]) -> R
     if isinstance(target, Rows):
         run.writes = True
         if not run.may_write:
-            raise NeedsOwnRowsError
+            raise CannotGroupError("write into rows that are not theirs alone this time")
     return target
 
 
 @operation(*IN_PLACE.split())
 def in_place(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """Run any of `IN_PLACE`: rows own their memory, and a view of that memory is a view for the expert, too."""
-    taken = args[0]
     others = operands([*args[1:], *kwargs.values()])
-    target = writable(run, name, taken, others)
+    target = writable(run, name, args[0], others)
     named = list(kwargs)
     plain, _ = align(run, name, [*args, *kwargs.values()])
     positional, options = plain[: len(args)], dict(zip(named, plain[len(args) :], strict=True))
-    if taken is target or name in _OVERWRITE:
-        func(target.plain, *positional[1:], **options)
-    else:
-        # The target shares memory with the operand, so a clone is read.
-        written = _not_in_place(func, name, [positional[0].clone(), *positional[1:]], options)
-        if not torch.can_cast(written.dtype, target.dtype):
-            raise RuntimeError(f"result type {written.dtype} can't be cast to {target.dtype}")
-        target.plain.copy_(written)
+    func(target.plain, *positional[1:], **options)
     if isinstance(target, Stack):
         target.is_reduced |= any(isinstance(other, Stack) and other.is_reduced for other in others)
     return target
@@ -147,7 +126,7 @@ def dropout(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     value, *options = args
     refuse_row_counts(name, [*options, *kwargs.values()])
     options_by_name = dict(zip(("p", "training", "inplace"), options, strict=False)) | kwargs
-    p, training = options_by_name.get("p", 0.5), options_by_name.get("training", True)
+    p, training = options_by_name.get("p", 0.5), options_by_name.get("training", "alpha" not in name)
     if not training or p == 0.0:
         return like(value, value.plain)
     if not isinstance(value, Rows) or (name not in ("dropout", "alpha_dropout") and value.axis != 0):

@@ -32,6 +32,8 @@ def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows
     """Multiply each row's last axis by its member's weights: ``[..., K]`` to ``[..., N]`` by ``[N, K]`` a member."""
     if value.axis == value.dim() - 1:
         raise CannotGroupError("mixed samples (a product over the batch axis)")
+    if not all(isinstance(each, Stack) for each in (weight, bias) if each is not None):
+        raise CannotGroupError("multiplied by a weight, or added a bias, that is no parameter")
     if any(each is not None and each.is_reduced for each in (weight, bias)):
         raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
     num_out, width = weight.shape
