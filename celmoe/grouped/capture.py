@@ -43,6 +43,7 @@ from .inline import inline_checkpoints
 
 __all__ = ["Captured", "Refusal", "Sample", "WrongResult", "capture", "sample_of", "tracer_missing"]
 
+_PACKAGE = Path(__file__).parents[1]
 # One capture at a time: all threads of the process share the tracer's settings.
 _LOCK = RLock()
 
@@ -63,7 +64,7 @@ class UnreadState(dict[str, str]):
     """Stands in for an expert's ``state``: a read ends the capture, because the answer differs by expert."""
 
     def _refuse(self, *_: object, **__: object) -> Any:
-        graph_break("read their state")
+        graph_break("read 'batch.state'")
 
     __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = __ne__ = __repr__ = __or__ = __ror__ = _refuse
     __setitem__ = __delitem__ = __reversed__ = __ior__ = __bool__ = __str__ = _refuse
@@ -409,13 +410,15 @@ def _said(error: BaseException) -> str:
     if "side effects" in text:
         found = re.findall(r"\"(L\[.*?)\"", first)
         return f"wrote into what outlives the call ({', '.join(map(_path, found)) or first}){_where(error)}"
+    if (own := re.match(r"User-inserted graph break\. Message: (read .*)", detail)) is not None:
+        return f"{own[1]}{_where(error)}"
     said = f"{first}. {detail}" if detail else first
     return f"can't be followed by PyTorch's tracer ({said}{f': {context}' if context else ''}){_where(error)}"
 
 
 def _where(error: BaseException) -> str:
     stack = getattr(error, "real_stack", None) or []
-    frames = [frame for frame in stack if frame.filename != __file__]
+    frames = [frame for frame in stack if not Path(frame.filename).is_relative_to(_PACKAGE)]
     if not frames:
         return ""
     return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}"

@@ -37,9 +37,11 @@ if dist.is_available():
         for each in (dist.is_initialized, dist.get_rank, dist.get_world_size)
     }
 # A dict's number of names, and its last name: a new name comes last.
-_NAMES = "len(d := {}), last(reversed(d), None), "
+_NAMES = "len(d := {}), last(d), "
 # Most experts hold nothing but modules, and every call checks all modules.
-_NAMES_OF_MODULE = _NAMES + "len(d['_modules']), len(d['_parameters']), len(d['_buffers']), "
+_NAMES_OF_MODULE = (
+    "len(d := {}), next(reversed(d), None), len(d['_modules']), len(d['_parameters']), len(d['_buffers']), "
+)
 
 
 # Dicts of a module, which are checked together with the module; the tracer's own guards count hooks.
@@ -139,10 +141,16 @@ class Namespaces:
         return self._context(context, self._scope) == self._of_context
 
 
+def _last(names: Mapping[Any, Any]) -> Any:
+    """The last name, or its id: a graph must not keep an object alive that is a key."""
+    name = next(reversed(names), None)
+    return name if type(name) is str else id(name)
+
+
 def _reader(expressions: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]:
     """A function that reads all namespaces of an expert or of a context."""
     parts = "".join(dict.fromkeys(expressions)).replace("L['expert']", "L").replace("L['context']", "L")
     read: Callable[..., tuple[Any, ...]] = eval(
-        f"lambda L, G: ({parts})", {"id": id, "len": len, "last": next, "reversed": reversed}
+        f"lambda L, G: ({parts})", {"id": id, "len": len, "last": _last, "next": next, "reversed": reversed}
     )
     return read
