@@ -241,8 +241,9 @@ def _largest(expected: list[torch.Tensor | None], found: list[torch.Tensor | Non
         if (theirs is None) != (mine is None):
             return float("inf")
         if theirs is not None and mine is not None:
-            difference = ((mine.cpu() - theirs).abs().max() / theirs.abs().max()).item()
-            largest = max(largest, difference if difference == difference else float("inf"))
+            difference = (mine.cpu() - theirs).abs().max()
+            relative = (difference / theirs.abs().max()).item() if difference else 0.0
+            largest = max(largest, relative if relative == relative else float("inf"))
     return largest
 
 

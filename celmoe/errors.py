@@ -137,12 +137,14 @@ def nearest(names: object, known: Iterable[str]) -> str:
         known: The names that would be right.
     """
     all_known = list(known)
-    folded = {candidate.casefold(): candidate for candidate in all_known}
+    folded: dict[str, list[str]] = {}
+    for candidate in all_known:
+        folded.setdefault(candidate.casefold(), []).append(candidate)
     unknown = list(names)[:_SHOWN] if isinstance(names, list) else [names]
     found = {}
     for name in unknown:
         if close := difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6):
-            found[name] = listed(folded[match] for match in close)
+            found[name] = listed(candidate for match in close for candidate in folded[match])
     if len(unknown) == 1:
         words = [f"nearest: {close}" for close in found.values()]
     else:

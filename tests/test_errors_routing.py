@@ -28,6 +28,7 @@ from celmoe import (
     routing_constant,
     validate_routing_length,
 )
+from celmoe.errors import nearest
 from tests.refusals import (
     FAMILIES,
     GOOD,
@@ -659,6 +660,19 @@ def test_a_disabled_level_may_be_routed_and_is_ignored():
     config.levels[0].enabled = False
     plan = build(config).compile_routing({"family": ["nonsense"], "language": ["ru", "de"]})
     assert list(plan.levels) == ["language"]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "near"),
+    [
+        ("dE", ["De", "de"], "nearest: 'De', 'de'"),
+        ("dE", ["de", "DE", "De", "ru"], "nearest: 'de', 'DE', 'De'"),
+        ("strasse", ["Straße", "STRASSE"], "nearest: 'Straße', 'STRASSE'"),
+        (["frr", "zz"], ["FR", "Fr", "ru"], "nearest to 'frr': 'FR', 'Fr'; known: 'FR', 'Fr', 'ru'"),
+    ],
+)
+def test_near_names_that_differ_by_case_are_all_told(name, known, near):
+    assert nearest(name, known) == near
 
 
 # The helpers of celmoe-vp

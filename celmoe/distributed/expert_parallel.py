@@ -142,6 +142,7 @@ def shard_experts(
     require_whole_world(mesh)
     refuse_collectives(model)
     chosen = _chosen(model, levels)
+    _require_loads(model, loads or {})
     num_ranks = mesh.size(position)
     owners = {
         level.name: dict(zip(level.experts, balanced(_costs(model, level, loads), num_ranks), strict=True))
@@ -189,29 +190,33 @@ def _chosen(model: HierarchicalCELMoE, levels: Iterable[str] | None) -> list[Hie
     return chosen
 
 
+def _require_loads(model: HierarchicalCELMoE, loads: Mapping[str, Mapping[str, float]]) -> None:
+    """Refuse unknown names and bad loads, also of levels that are not spread."""
+    experts = {level.name: level.experts for level in model.levels}
+    if unknown := [name for name in loads if name not in experts]:
+        raise UnknownLevelError(
+            f"'loads' must have levels of the model for keys (got {listed(unknown)}; {nearest(unknown, experts)})"
+        )
+    for level, given in loads.items():
+        if unknown := [name for name in given if name not in experts[level]]:
+            raise UnknownExpertError(
+                f'"loads[{level!r}]" must have experts of the level for keys (got {listed(unknown)}; '
+                f"{nearest(unknown, experts[level])})"
+            )
+        for name, load in given.items():
+            where = f"loads[{level!r}][{name!r}]"
+            require_finite(where, load)
+            if load < 0:
+                raise ConfigError(f"{where!r} must be at least 0 (got {load!r})")
+
+
 def _costs(
     model: HierarchicalCELMoE, level: HierarchyLevelConfig, loads: Mapping[str, Mapping[str, float]] | None
 ) -> list[float]:
-    modules = cast(NamedModules, model.level_modules[level.name])
     if loads is None or level.name not in loads:
-        if unknown := [name for name in loads or () if name not in model.level_modules]:
-            raise UnknownLevelError(
-                f"'loads' must have levels of the model for keys (got {listed(unknown)}; "
-                f"{nearest(unknown, model.level_modules)})"
-            )
+        modules = cast(NamedModules, model.level_modules[level.name])
         return [float(parameter_bytes([modules[name]])) for name in level.experts]
-    given = loads[level.name]
-    if unknown := [name for name in given if name not in level.experts]:
-        raise UnknownExpertError(
-            f'"loads[{level.name!r}]" must have experts of the level for keys (got {listed(unknown)}; '
-            f"{nearest(unknown, level.experts)})"
-        )
-    for name, load in given.items():
-        where = f"loads[{level.name!r}][{name!r}]"
-        require_finite(where, load)
-        if load < 0:
-            raise ConfigError(f"{where!r} must be at least 0 (got {load!r})")
-    return [float(given.get(name, 0.0)) for name in level.experts]
+    return [float(loads[level.name].get(name, 0.0)) for name in level.experts]
 
 
 def _refuse_shared(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, int]]) -> None:

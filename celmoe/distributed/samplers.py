@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +66,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 raise ConfigError(f"{name!r} must be at least {least} (got {value})")
         if rank >= num_ranks:
             raise ConfigError(f"'rank' must be below 'num_ranks', {num_ranks} (got {rank})")
-        self.batch_size = batch_size
-        self.num_samples = num_samples
-        self._seed = seed
-        self._shuffle = shuffle
+        # NumPy's integers are no JSON, which keeps `state_dict`.
+        self.batch_size = int(batch_size)
+        self.num_samples = int(num_samples)
+        self._seed = int(seed)
+        self._shuffle = bool(shuffle)
         self._rank = rank
         self._num_ranks = num_ranks
         self._epoch = 0
@@ -83,27 +86,37 @@ class GlobalBatchSampler(Sampler[list[int]]):
         if epoch != self._epoch:
             self._epoch, self._start = epoch, 0
 
-    def state_dict(self, num_batches_done: int) -> dict[str, int]:
+    def state_dict(self, num_batches_done: int) -> dict[str, Any]:
         """The state of training, from which any number of ranks can go on.
 
         Args:
             num_batches_done: The number of this epoch's global batches that were trained on. A loader's workers draw
                 ahead, so only the training loop knows the number.
         """
-        return {"seed": self._seed, "epoch": self._epoch, "batch": num_batches_done, "batch_size": self.batch_size}
+        return {**self._options(), "epoch": self._epoch, "batch": num_batches_done}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of `state_dict`.
 
         Raises:
-            InputError: The state is of another seed or batch size, or past the epoch's end.
+            InputError: The state is of another sampler, other data or other options, or past the epoch's end.
         """
-        for name, own in (("seed", self._seed), ("batch_size", self.batch_size)):
-            if state[name] != own:
-                raise InputError(f"'state' must be of {name} {own} (got {state[name]})")
+        for name, own in self._options().items():
+            if state.get(name) != own:
+                raise InputError(f"'state' must be of {name} {own} (got {state.get(name)})")
         if not 0 <= state["batch"] <= self.num_batches:
             raise InputError(f"'state' must be within the epoch's {self.num_batches} batches (got {state['batch']})")
         self._epoch, self._start = state["epoch"], state["batch"]
+
+    def _options(self) -> dict[str, Any]:
+        """All that decides the batches, beside the epoch."""
+        return {
+            "sampler": type(self).__name__,
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+            "num_samples": self.num_samples,
+            "shuffle": self._shuffle,
+        }
 
     def order(self) -> npt.NDArray[np.int64]:
         """The epoch's samples in order, for all ranks and all batches."""
@@ -170,6 +183,17 @@ class ExpertBalancedSampler(GlobalBatchSampler):
         self._ends = np.round(np.cumsum(parts) / max(parts.sum(), 1.0) * size, 9)
         # Samples by expert.
         self._sorted = np.argsort(ids, kind="stable")
+        self._exponent = float(exponent)
+        self._checksum = zlib.crc32(ids.astype("<i8").tobytes())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            **super()._options(),
+            "num_samples": len(self._sorted),
+            "epoch_size": self.num_samples,
+            "exponent": self._exponent,
+            "experts_checksum": self._checksum,
+        }
 
     def order(self) -> npt.NDArray[np.int64]:
         """The epoch's samples in order, for all ranks and all batches."""

@@ -165,6 +165,13 @@ def test_differences_are_relative_and_see_missing_numbers():
         assert devices._largest([tensor, None], [wrong, None]) == float("inf")
 
 
+def test_zeros_differ_from_all_but_zeros():
+    zeros = torch.zeros(2)
+    assert devices._largest([zeros], [zeros]) == devices._largest([zeros], [-zeros]) == 0.0
+    for wrong in (1e-30, float("nan"), float("inf")):
+        assert devices._largest([zeros], [zeros + wrong]) == float("inf")
+
+
 def test_opening_devices(plug_in: types.ModuleType, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
 

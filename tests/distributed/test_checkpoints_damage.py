@@ -8,11 +8,15 @@ import pickle
 import shutil
 import zlib
 from contextlib import contextmanager
+from itertools import pairwise, product
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 import celmoe
@@ -21,6 +25,7 @@ from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_checkpoints import build
 from tests.distributed.test_data_parallel import STEPS
+from tests.strategies import examples
 
 JOB = Job(STEPS[:1])
 CURE = "Give the directory of a finished save_checkpoint, or take an older checkpoint"
@@ -199,6 +204,68 @@ FORGERIES = {
 def test_a_forged_manifest_is_told(folder, forgery):
     forge(folder, FORGERIES[forgery])
     refused(load_checkpoint, folder, *trained())
+
+
+# Boxes of a tensor of shape (12, 6), as offsets and sizes.
+SHAPE = (12, 6)
+OVERLAPS = {
+    "the same box twice": [((0, 0), (6, 6)), ((0, 0), (6, 6))],
+    "a box twice among others": [((0, 0), (4, 6)), ((4, 0), (4, 6)), ((4, 0), (4, 6))],
+    "a part twice, and a gap": [((0, 0), (6, 6)), ((5, 0), (6, 6))],
+    "a part twice along the second axis": [((0, 0), (12, 3)), ((0, 2), (12, 3))],
+    "nested boxes": [((0, 0), (8, 6)), ((2, 1), (4, 4)), ((8, 0), (4, 2))],
+    "crossing boxes": [((4, 0), (4, 6)), ((0, 2), (12, 2)), ((0, 0), (4, 2)), ((8, 0), (4, 2)), ((0, 4), (4, 2))],
+    "behind a box without elements": [((0, 0), (0, 6)), ((0, 0), (6, 6)), ((0, 0), (6, 6))],
+}
+
+
+@pytest.mark.parametrize("boxes", OVERLAPS.values(), ids=OVERLAPS)
+def test_pieces_that_overlap_are_told(folder, boxes):
+    """The pieces' sizes add up to the tensor's, and their bytes have the checksums that the manifest names."""
+    data = tensors_file(folder).read_bytes()
+
+    def overlap(content):
+        entry = next(each for each in content["tensors"] if tuple(each[2]) == SHAPE)
+        width = getattr(torch, entry[1]).itemsize
+        entry[3] = [[*box, "rank-0.bin", 0, zlib.crc32(data[: width * prod(box[1])])] for box in boxes]
+
+    assert sum(prod(sizes) for _, sizes in boxes) == prod(SHAPE)
+    forge(folder, overlap)
+    assert "pieces that do not make up a tensor of shape (12, 6)" in refused(load_checkpoint, folder, *trained())
+
+
+AXES = st.lists(st.integers(0, 4), min_size=0, max_size=3)
+
+
+@examples(200)
+@given(shape=AXES, data=st.data())
+def test_pieces_pass_if_each_element_is_in_one(shape, data):
+    drawn = data.draw(st.sampled_from([random_boxes, random_grid]))(shape, data)
+    boxes = [([span.start for span in box], [len(span) for span in box]) for box in drawn]
+    times = torch.zeros(shape)
+    for offsets, sizes in boxes:
+        times[tuple(slice(first, first + size) for first, size in zip(offsets, sizes, strict=True))] += 1
+    try:
+        checkpoints.manifest._tensor("float32", shape, [(*box, "rank-0.bin", 0, 0) for box in boxes])
+    except ValueError:
+        assert not (times == 1).all()
+    else:
+        assert (times == 1).all()
+
+
+def random_boxes(shape, data):
+    ends = st.tuples(*(st.tuples(st.integers(0, size), st.integers(0, size)).map(sorted) for size in shape))
+    return [[range(*each) for each in box] for box in data.draw(st.lists(ends, max_size=6))]
+
+
+def random_grid(shape, data):
+    """A tensor's axes cut anywhere, the pieces in any order, and perhaps one of them in another's place."""
+    cuts = [sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=2))}) for size in shape]
+    spans = [[range(*each) for each in pairwise(cut)] or [range(0)] for cut in cuts]
+    boxes = data.draw(st.permutations(list(product(*spans))))
+    if data.draw(st.booleans()):
+        boxes[0] = boxes[-1]
+    return boxes
 
 
 def test_an_honest_manifest_passes(folder):

@@ -269,6 +269,12 @@ def refusals():
     trying(shard_experts, model, mesh, levels=["langauge"])
     trying(shard_experts, model, mesh, levels=[])
     trying(shard_experts, model, mesh, loads={"langauge": {}})
+    # Levels are checked whatever else is given, experts also on levels that are not spread.
+    every = {level.name: {} for level in model.levels}
+    trying(shard_experts, model, mesh, loads=every | {"langauge": {}})
+    trying(shard_experts, model, mesh, levels=["language"], loads={"language": {}, "famly": {}})
+    trying(shard_experts, model, mesh, levels=["language"], loads={"family": {"slavik": 1.0}})
+    trying(shard_experts, model, mesh, levels=["language"], loads={"family": {"slavic": -1.0}})
     trying(shard_experts, model, mesh, loads={"language": {"rus": 1.0}})
     trying(shard_experts, model, mesh, loads={"language": {"ru": -1.0}})
     trying(shard_experts, model, mesh, loads={"language": {"ru": True}})
@@ -322,6 +328,10 @@ def test_what_would_hang_is_refused_by_every_rank(two):
         ("UnknownLevelError", "'levels' must be levels of the model (got 'langauge'; nearest: 'language')"),
         ("ConfigError", "'levels' must hold at least one level (got none; no level has several experts)"),
         ("UnknownLevelError", "'loads' must have levels of the model for keys (got 'langauge'; nearest: 'language')"),
+        ("UnknownLevelError", "'loads' must have levels of the model for keys (got 'langauge'; nearest: 'language')"),
+        ("UnknownLevelError", "'loads' must have levels of the model for keys (got 'famly'; nearest: 'family')"),
+        ("UnknownExpertError", "\"loads['family']\" must have experts of the level for keys (got 'slavik'; nearest: "),
+        ("ConfigError", "\"loads['family']['slavic']\" must be at least 0 (got -1.0)"),
         ("UnknownExpertError", "'loads['language']' must have experts of the level"),
         ("ConfigError", "\"loads['language']['ru']\" must be at least 0 (got -1.0)"),
         ("ConfigTypeError", "\"loads['language']['ru']\" must be a number (got True)"),

@@ -1,5 +1,6 @@
 """Samplers: ranks' shares make up one process's batches, whatever the number of ranks, and go on where they stopped."""
 
+import json
 from collections import Counter
 from itertools import chain
 
@@ -131,12 +132,7 @@ def test_ranks_are_those_of_the_process_group(two):
             "'experts' must hold one for each sample (got none, for an epoch of 2)",
         ),
         (
-            lambda: GlobalBatchSampler(9, 4).load_state_dict({"seed": 1, "epoch": 0, "batch": 0, "batch_size": 4}),
-            celmoe.InputError,
-            "'state' must be of seed 0 (got 1)",
-        ),
-        (
-            lambda: GlobalBatchSampler(9, 4).load_state_dict({"seed": 0, "epoch": 0, "batch": 4, "batch_size": 4}),
+            lambda: GlobalBatchSampler(9, 4).load_state_dict(GlobalBatchSampler(9, 4).state_dict(4)),
             celmoe.InputError,
             "'state' must be within the epoch's 3 batches (got 4)",
         ),
@@ -146,3 +142,57 @@ def test_refusals(make, kind, message):
     with pytest.raises(kind) as error:
         make()
     assert str(error.value) == message
+
+
+def balanced(experts=("ru", "ru", "fr"), **options):
+    return ExpertBalancedSampler(experts, 2, **options)
+
+
+# A sampler, the sampler whose state it is given, and the first difference.
+OTHERS = {
+    "seed": (GlobalBatchSampler(9, 4), GlobalBatchSampler(9, 4, seed=1), "seed 0 (got 1)"),
+    "batch size": (GlobalBatchSampler(9, 4), GlobalBatchSampler(9, 3), "batch_size 4 (got 3)"),
+    "fewer samples": (GlobalBatchSampler(9, 4), GlobalBatchSampler(10, 4), "num_samples 9 (got 10)"),
+    "shuffle": (GlobalBatchSampler(9, 4), GlobalBatchSampler(9, 4, shuffle=False), "shuffle True (got False)"),
+    "sampler": (
+        GlobalBatchSampler(3, 2),
+        balanced(),
+        "sampler GlobalBatchSampler (got ExpertBalancedSampler)",
+    ),
+    "balanced seed": (balanced(), balanced(seed=1), "seed 0 (got 1)"),
+    "exponent": (balanced(), balanced(exponent=1), "exponent 0.5 (got 1.0)"),
+    "epoch size": (balanced(), balanced(epoch_size=5), "epoch_size 3 (got 5)"),
+    "more data, as long an epoch": (
+        balanced(epoch_size=3),
+        balanced(["ru", "ru", "fr", "fr"], epoch_size=3),
+        "num_samples 3 (got 4)",
+    ),
+    "other experts": (balanced(), balanced(["ru", "fr", "fr"]), "experts_checksum "),
+    "experts in another order": (balanced(), balanced(["ru", "fr", "ru"]), "experts_checksum "),
+}
+
+
+@pytest.mark.parametrize(("sampler", "other", "difference"), OTHERS.values(), ids=OTHERS)
+def test_a_state_of_other_data_or_options_is_refused(sampler, other, difference):
+    sampler.set_epoch(1)
+    order = list(sampler)
+    with pytest.raises(celmoe.InputError) as error:
+        sampler.load_state_dict(other.state_dict(1))
+    assert str(error.value).startswith(f"'state' must be of {difference}")
+    assert list(sampler) == order
+
+
+def test_a_state_that_lacks_an_option_is_refused():
+    state = {"seed": 0, "epoch": 0, "batch": 0, "batch_size": 4, "sampler": "GlobalBatchSampler"}
+    with pytest.raises(celmoe.InputError, match=r"^'state' must be of num_samples 9 \(got None\)$"):
+        GlobalBatchSampler(9, 4).load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32])
+def test_a_state_is_json(kind):
+    for sampler in (
+        GlobalBatchSampler(kind(9), kind(4), seed=kind(3)),
+        ExpertBalancedSampler(np.arange(9).astype(kind), kind(4), exponent=np.float64(0.3), epoch_size=kind(7)),
+    ):
+        sampler.load_state_dict(json.loads(json.dumps(sampler.state_dict(1))))
+        assert len(sampler) == sampler.num_batches - 1

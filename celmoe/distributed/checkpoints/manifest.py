@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class SavedTensor(NamedTuple):
-    """A saved tensor: its dtype, its shape, and the pieces that make it up."""
+    """A saved tensor: its dtype, its shape, and the pieces that make it up, each element in one piece."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -193,9 +193,29 @@ def _tensor(dtype: str, shape: Iterable[Any], pieces: Iterable[Iterable[Any]]) -
         if not _FILE.fullmatch(file) or any(end > size for end, size in zip(ends, sizes, strict=True)):
             raise ValueError(f"a piece {piece} of a tensor of shape {sizes}")
         found.append(piece)
-    if sum(prod(piece.sizes) for piece in found) != prod(sizes):
+    if sum(prod(piece.sizes) for piece in found) != prod(sizes) or _overlap(found):
         raise ValueError(f"pieces that do not make up a tensor of shape {sizes}")
     return SavedTensor(_DTYPES[dtype], sizes, found)
+
+
+def _overlap(pieces: Iterable[Piece]) -> bool:
+    """True if two pieces share an element."""
+    boxes = [
+        [(first, first + length) for first, length in zip(piece.offsets, piece.sizes, strict=True)]
+        for piece in pieces
+        if prod(piece.sizes)
+    ]
+    if len(boxes) < 2:
+        return False
+    # A sweep along the axis with the most starts compares the fewest boxes.
+    axis = max(range(len(boxes[0])), key=lambda axis: len({box[axis][0] for box in boxes}))
+    opened: list[list[tuple[int, int]]] = []
+    for box in sorted(boxes, key=lambda box: box[axis]):
+        opened = [other for other in opened if other[axis][1] > box[axis][0]]
+        if any(all(a < d and c < b for (a, b), (c, d) in zip(box, other, strict=True)) for other in opened):
+            return True
+        opened.append(box)
+    return False
 
 
 def _counts(numbers: Iterable[Any]) -> tuple[int, ...]:
