@@ -250,7 +250,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
     if traced is None:
         return Refusal("can't be followed by PyTorch's tracer (it kept no graph)")
     result, manager = traced
-    guard = Guard(manager, arguments, silent)
+    guard = Guard(manager, arguments, silent, set(sources(module.graph).values()))
     if guard.foreign is not None:
         return Refusal(guard.foreign)
     return _described(expert, sample, guard, module, inputs, marks, result)

@@ -8,6 +8,7 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import nn
@@ -27,12 +28,15 @@ class Guard:
         manager: The tracer's own guard manager.
         arguments: The arguments that the graph was traced with, by parameter name.
         silent: Loggers that said nothing during the trace, though the code calls them.
+        inputs: The sources of the graph's inputs.
 
     Attributes:
         foreign: A refusal, if the code uses a class that has a metaclass of the user's.
     """
 
-    def __init__(self, manager: Any, arguments: Mapping[str, Any], silent: SilentLoggers) -> None:
+    def __init__(
+        self, manager: Any, arguments: Mapping[str, Any], silent: SilentLoggers, inputs: AbstractSet[str]
+    ) -> None:
         self._manager = manager
         self._silent = silent
         scope = {"L": arguments, "G": self.scope}
@@ -43,7 +47,9 @@ class Guard:
             (_reader(source), canonical(value)) for source, value in constants.items() if not _is_exact(value)
         ]
         found = [_evaluated(match[1], scope) for part in parts if (match := _TYPE.match(part))]
-        self._names = Namespaces(_sources(manager.root), lambda each: _evaluated(each, scope), arguments, self.scope)
+        self._names = Namespaces(
+            _sources(manager.root), lambda each: _evaluated(each, scope), arguments, self.scope, inputs
+        )
         self.foreign = self._names.foreign
         kinds = [*map(type, found), *(kind for each in self._names.classes if (kind := each()) is not None)]
         classes = dict.fromkeys(base for each in kinds for base in each.__mro__ if base.__flags__ & _HEAP_TYPE)

@@ -13,6 +13,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ if dist.is_available():
 _NAMES = "len(d := {}), last(d), "
 # Most experts hold nothing but modules, and every call checks all modules.
 _NAMES_OF_MODULE = (
-    "len(d := {}), next(reversed(d), None), len(d['_modules']), len(d['_parameters']), len(d['_buffers']), "
+    "len(d := {}), next(reversed(d), None), len(d['_modules']), len(p := d['_parameters']), len(d['_buffers']), "
 )
 
 
@@ -56,6 +57,7 @@ class Namespaces:
         read: Gives an expression's value; ``None`` if only the tracer can tell.
         arguments: The traced function's arguments, by parameter name.
         scope: The names behind ``G`` in the tracer's expressions.
+        inputs: The sources of the graph's inputs.
 
     Attributes:
         classes: The classes among the values. A graph must not keep them alive.
@@ -68,6 +70,7 @@ class Namespaces:
         read: Callable[[str], Any],
         arguments: Mapping[str, Any],
         scope: Mapping[str, Any],
+        inputs: AbstractSet[str],
     ) -> None:
         sources = list(dict.fromkeys(sources))
         self.classes: list[weakref.ref[type]] = []
@@ -75,6 +78,7 @@ class Namespaces:
         self._has_abstract = False
         self._scope = scope
         self._folded: list[Callable[[], Any]] = []
+        self._module = ""
         groups: dict[str, list[str]] = {"expert": [], "context": [], "G": []}
         for source in sources:
             group = next((name for name in groups if source.startswith((f"L['{name}']", f"{name}["))), None)
@@ -82,8 +86,9 @@ class Namespaces:
                 groups[group] += self._found(source, read(source))
         tensors = [each for each in sources if isinstance(read(each), torch.Tensor)]
         own = [each for each in tensors if each.startswith("L['expert']")]
-        # A tensor under two names is another expert's than two tensors are.
-        groups["expert"] += [f"len({{{', '.join(f'id({each})' for each in own)}}}), "] if len(own) > 1 else []
+        if not inputs >= set(own):
+            # A tensor under two names is another expert's than two tensors are. The tracer guards its graph's inputs.
+            groups["expert"].append(f"len({{{', '.join(f'id({each})' for each in own)}}}), ")
         self._expert, self._context, self._shared = map(_reader, groups.values())
         self._of_expert = self._expert(arguments["expert"], scope)
         self._of_context = self._context(arguments["context"], scope)
@@ -100,6 +105,7 @@ class Namespaces:
                 self.foreign = f"use the class {value.__name__}, for which {type(value).__name__} may answer anything"
             return []
         if isinstance(value, nn.Module):
+            self._module = source
             return [_NAMES_OF_MODULE.format(f"{source}.__dict__")]
         if isinstance(value, dict):
             return [] if _OF_A_MODULE.search(source) else [_NAMES.format(source)]
@@ -115,8 +121,8 @@ class Namespaces:
             names = ("__dict__", "__annotations__")
             return [] if is_other else [_NAMES.format(f"{source}.{name}") for name in names]
         if isinstance(value, torch.Tensor):
-            # Rows are others at every call.
-            return [] if source in ("L['hidden']", "L['mask']") else [f"len({source}.__dict__), "]
+            # The expression of the module just before has its parameters at hand.
+            return [f"len({source.replace(f'{self._module}._parameters', 'p', 1)}.__dict__), "]
         if not isinstance(getattr(value, "__dict__", None), dict):
             return []
         return [_NAMES.format(f"{source}.__dict__")]
