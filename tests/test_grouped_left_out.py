@@ -22,6 +22,7 @@ from tests.traps import (
     Batch,
     Losing,
     Loss,
+    Plain,
     Trapped,
     assert_ran_grouped,
     assert_same,
@@ -396,3 +397,47 @@ def test_a_loss_of_one_expert_beside_the_gradients_of_another():
         found.append({f"gradient of {index}": each.grad for index, each in enumerate(of_pair)})
     assert_ran_grouped(model, Batch())
     assert_same(*found)
+
+
+def _disabled(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    torch.set_grad_enabled(False)
+    return rows * 2
+
+
+def _enabled(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    torch.set_grad_enabled(True)
+    return rows * 2
+
+
+def _disabled_for_a_while(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    torch.set_grad_enabled(False)
+    half = rows / 2
+    torch.set_grad_enabled(True)
+    return rows * 2 + half
+
+
+def _within(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        half = rows / 2
+    return rows * 2 + half
+
+
+class Moded(Plain):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, batch):
+        return ExpertResult(self.function(self, self.linear(batch.hidden), batch))
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize("function", [_disabled, _enabled, _disabled_for_a_while, _within])
+def test_a_grad_mode_that_experts_leave_behind(function: Callable[..., torch.Tensor], is_enabled: bool):
+    found = []
+    for engine in ("auto", "looped"):
+        model = build(lambda: Moded(function), engine)
+        with torch.set_grad_enabled(is_enabled), auto_groups_all():
+            output = Batch()(model)
+            found.append((torch.is_grad_enabled(), output.fused_hidden.requires_grad))
+    assert found[0] == found[1]

@@ -7,7 +7,6 @@ import sys
 import textwrap
 import types
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -36,8 +35,12 @@ def examples(text):
 def run(line, block, name="README.md"):
     """Execute one block in a namespace of its own; a traceback shows the README's own lines."""
     module = types.ModuleType("__readme__")
-    with mock.patch.dict(sys.modules, {module.__name__: module}):
+    # Not `mock.patch.dict`: that takes all modules back which the block imports first, PyTorch's tracer among them.
+    sys.modules[module.__name__] = module
+    try:
         exec(compile("\n" * (line - 1) + block, name, "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
     return vars(module)
 
 

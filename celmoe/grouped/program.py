@@ -144,6 +144,7 @@ def lower(captured: Captured) -> Program:
             continue
         args, kwargs = _bound(node.args, places), _bound(dict(node.kwargs), places)
         steps.append((node, _lowered(node, args, kwargs)))
+    _require_modes_kept([step for _, step in steps])
     if captured.losses:
         _require_members_apart(captured, [step for _, step in steps])
     given: Any = next(reversed(captured.graph.nodes)).args[0]
@@ -153,6 +154,22 @@ def lower(captured: Captured) -> Program:
     return Program(
         captured, tuple(step._replace(last_uses=last.get(node, ())) for node, step in steps), num_inputs, results
     )
+
+
+def _require_modes_kept(steps: Sequence[Step]) -> None:
+    """Refuse a graph that leaves the grad mode, or autocast, other than it was: the caller would see that of a loop.
+
+    Raises:
+        CannotGroupError: The graph does.
+    """
+    is_grad_enabled = torch.is_grad_enabled()
+    num_entered = 0
+    for step in steps:
+        if step.func is set_grad_mode:
+            is_grad_enabled = step.args[0]
+        num_entered += (step.func is enter_autocast) - (step.func is exit_autocast)
+    if is_grad_enabled != torch.is_grad_enabled() or num_entered:
+        raise CannotGroupError("leave the grad mode or autocast other than it was")
 
 
 def _require_members_apart(captured: Captured, steps: Sequence[Step]) -> None:
