@@ -18,6 +18,7 @@ import torch
 
 from celmoe import EngineRefusedError, ExpertResult
 from tests.traps import (
+    WIDTH,
     Batch,
     Trapped,
     assert_like_oracle,
@@ -139,6 +140,22 @@ OWN: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
         lambda s: caught(lambda: s.linear.bias.scale, AttributeError),
         lambda s: setattr(s.linear.bias, "scale", 3.0),
     ),
+    "an attribute of a parameter of the same name": (
+        lambda s: (
+            caught(lambda: s.last.bias.scale, AttributeError) + caught(lambda: s.linear.bias.scale, AttributeError)
+        ),
+        lambda s: setattr(s.last.bias, "scale", 3.0),
+    ),
+    "an attribute of the first such parameter": (
+        lambda s: (
+            caught(lambda: s.linear.bias.scale, AttributeError) + caught(lambda: s.last.bias.scale, AttributeError)
+        ),
+        lambda s: setattr(s.linear.bias, "scale", 3.0),
+    ),
+    "an attribute of a buffer": (
+        lambda s: caught(lambda: s.factor.scale, AttributeError) * s.factor,
+        lambda s: setattr(s.factor, "scale", 3.0),
+    ),
     "a key": (lambda s: caught(lambda: s.table["scale"], KeyError), lambda s: s.table.update(scale=3.0)),
     "an attribute of a record": (
         lambda s: caught(lambda: s.record.scale, AttributeError),
@@ -156,9 +173,11 @@ class Looking(Trapped):
         self.unread = 0
         self.table: dict[str, float] = {}
         self.record = types.SimpleNamespace()
+        self.last = torch.nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("factor", torch.ones(WIDTH))
 
     def forward(self, batch):
-        return ExpertResult(self.linear(batch.hidden) * self.read(self))
+        return ExpertResult(self.last(self.linear(batch.hidden) * self.read(self)))
 
 
 @pytest.fixture

@@ -155,7 +155,8 @@ def _last(names: Mapping[Any, Any]) -> Any:
 
 def _reader(expressions: list[str]) -> Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]:
     """A function that reads all namespaces of an expert or of a context."""
-    parts = "".join(dict.fromkeys(expressions)).replace("L['expert']", "L").replace("L['context']", "L")
+    # In order, and none left out as a repetition: `p` stands for the parameters of the module before.
+    parts = "".join(expressions).replace("L['expert']", "L").replace("L['context']", "L")
     read: Callable[..., tuple[Any, ...]] = eval(
         f"lambda L, G: ({parts})", {"id": id, "len": len, "last": _last, "next": next, "reversed": reversed}
     )
