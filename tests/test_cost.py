@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
-from celmoe.engines.cost import Cost, estimate, never_pays
+from celmoe.engines.cost import Cost, estimate
 from celmoe.grouped.classes import Layout, layout_of
 from celmoe.reference import reference_forward
 from tests.architectures import Recurrence
@@ -37,9 +37,8 @@ def layout_of_one(model: HierarchicalCELMoE) -> Layout:
     return layout_of(next(iter(model.level_modules["level"].values())))
 
 
-def cost_of(model: HierarchicalCELMoE, rows: int, *, on_cpu: bool = True, has_backward: bool = True) -> Cost:
-    number = len(model.level_modules["level"])
-    return estimate(layout_of_one(model), number, rows, on_cpu=on_cpu, has_backward=has_backward)
+def cost_of(model: HierarchicalCELMoE, *, has_backward: bool = True) -> Cost:
+    return estimate(layout_of_one(model), len(model.level_modules["level"]), has_backward=has_backward)
 
 
 def has_run_as_one(model: HierarchicalCELMoE) -> bool:
@@ -58,45 +57,45 @@ def test_many_small_experts_run_as_one_and_few_in_a_loop():
         assert classes_of(model, {"level": names * 2}) == [engine]
 
 
-def test_large_weights_and_many_rows_speak_for_the_loop_on_a_cpu():
-    small, large = model_of(100), model_of(100, partial(Wide, 512), 512)
-    assert cost_of(small, 200).pays
-    assert not cost_of(large, 200).pays
-    assert not cost_of(small, 10_000_000).pays
-    assert "are few or large" in str(large.explain({"level": list(large.level_modules["level"])}))
+@pytest.mark.parametrize(("number", "engine"), [(49, "looped"), (50, "grouped")])
+def test_calls_decide_whatever_the_width_and_the_number_of_rows(number, engine):
+    """A Linear has two tensors, so 50 of them make 100 calls."""
+    for width, copies in ((8, 1), (8, 50), (256, 1)):
+        model = model_of(number, partial(Wide, width), width)
+        assert classes_of(model, {"level": list(model.level_modules["level"]) * copies}) == [engine]
 
 
-def test_elsewhere_calls_alone_count():
-    model = model_of(100)
-    assert cost_of(model, 10, on_cpu=False) == cost_of(model, 10_000_000, on_cpu=False)
-    assert cost_of(model, 10_000_000, on_cpu=False).pays
+def test_the_reason_has_the_figures():
+    model = model_of(49)
+    expected = "are few (about 98 calls one by one; running as one pays from 100 on)"
+    assert expected in str(model.explain({"level": list(model.level_modules["level"])}))
 
 
 def test_recurrent_experts_are_few_later():
-    assert not cost_of(model_of(8), 64).pays
-    assert cost_of(model_of(8, partial(Recurrence, 8, nn.GRU)), 64).pays
+    assert not cost_of(model_of(8)).pays
+    assert cost_of(model_of(8, partial(Recurrence, 8, nn.GRU))).pays
 
 
 @pytest.mark.parametrize("number", [3, 100])
 def test_the_estimate_is_what_it_was_before_the_call(number):
     model = model_of(number)
     routing = {"level": list(model.level_modules["level"]) * 2}
-    before = cost_of(model, 2 * number), classes_of(model, routing)
+    before = cost_of(model), classes_of(model, routing)
     model(torch.randn(2 * number, 8), routing).fused_hidden.sum().backward()
-    assert (cost_of(model, 2 * number), classes_of(model, routing)) == before
+    assert (cost_of(model), classes_of(model, routing)) == before
 
 
 def test_a_loop_has_less_to_save_in_evaluation():
     """The mode of the experts decides, not whether gradients are recorded: a checkpoint computes with and without."""
-    model = model_of(45)
+    model = model_of(55)
     names = list(model.level_modules["level"])
     with torch.no_grad():
-        model(torch.randn(45, 8), {"level": names})
+        model(torch.randn(55, 8), {"level": names})
         assert classes_of(model, {"level": names}) == ["grouped"]
-    model(torch.randn(45, 8), {"level": names})
+    model(torch.randn(55, 8), {"level": names})
     assert classes_of(model, {"level": names}) == ["grouped"]
     model.eval()
-    model(torch.randn(45, 8), {"level": names})
+    model(torch.randn(55, 8), {"level": names})
     assert classes_of(model, {"level": names}) == ["looped"]
 
 
@@ -133,15 +132,14 @@ def test_a_call_that_does_not_pay_asks_nothing():
     assert classes_of(model, {"level": names}) == ["grouped", "looped"]
 
 
-def test_what_never_pays_pays_for_no_fewer_experts_and_no_more_rows():
-    for make in (partial(Wide, 8), partial(Wide, 300), partial(Recurrence, 8, nn.GRU)):
+def test_what_does_not_pay_in_training_pays_for_no_fewer_experts_and_not_in_evaluation():
+    for make in (partial(Wide, 8), partial(Recurrence, 8, nn.GRU)):
         layout = layout_of_one(model_of(2, make))
         for members in (2, 5, 30, 300):
-            if never_pays(layout, members, on_cpu=True):
+            if not estimate(layout, members, has_backward=True).pays:
                 for fewer in range(1, members + 1):
-                    for rows in (0, 1, 1000):
-                        for has_backward in (True, False):
-                            assert not estimate(layout, fewer, rows, on_cpu=True, has_backward=has_backward).pays
+                    for has_backward in (True, False):
+                        assert not estimate(layout, fewer, has_backward=has_backward).pays
 
 
 def test_explain_says_what_runs():
@@ -151,4 +149,4 @@ def test_explain_says_what_runs():
         model(torch.randn(2 * number, 8), routing)
         (found,) = model.explain(routing).levels[0].classes
         assert has_run_as_one(model) == (found.engine == "grouped")
-        assert "µs" in found.reason
+        assert "calls one by one" in found.reason

@@ -258,10 +258,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @contextmanager
 def auto_groups_all() -> Iterator[None]:
     """``"auto"`` groups what can be grouped, however few experts there are."""
-    with (
-        mock.patch("celmoe.engines.choice.estimate", return_value=cost.Cost(1.0, 0.0)),
-        mock.patch("celmoe.engines.choice.never_pays", return_value=False),
-    ):
+    with mock.patch("celmoe.engines.choice.estimate", return_value=cost.Cost(1, 0)):
         yield
 
 

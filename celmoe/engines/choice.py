@@ -25,7 +25,7 @@ from celmoe.torch_internals import (
     transforms_are_active,
 )
 
-from .cost import Cost, estimate, never_pays
+from .cost import Cost, estimate
 
 AUTO = "auto"
 LOOPED = "looped"
@@ -169,7 +169,7 @@ class LevelChoice:
             for (record, fault), places in known.items():
                 modules = tuple(present.experts[place] for place in places)
                 some = unit._replace(positions=tuple(places), modules=modules, record=record)
-                cost = _cost_of(self.classes.layouts([present.names[places[0]]], modules[:1])[0], some, present.plan)
+                cost = _cost_of(self.classes.layouts([present.names[places[0]]], modules[:1])[0], modules)
                 is_costly = fault is None and engine == AUTO and not cost.pays
                 why_not = "share a module" if shares_module else _too_costly(cost) if is_costly else fault
                 decisions.append(Decision(some._replace(fault=why_not), cost))
@@ -184,9 +184,9 @@ class LevelChoice:
         for (layout, scale), places in groups.items():
             modules = tuple(present.experts[place] for place in places)
             unit = Unit(tuple(places), modules, None, scale, None)
-            cost = _cost_of(layout, unit, present.plan)
+            cost = _cost_of(layout, modules)
             if engine == AUTO:
-                if never_pays(layout, self._num_experts, on_cpu=_is_on_cpu(modules[0])):
+                if not estimate(layout, self._num_experts, has_backward=True).pays:
                     self._always_looped.update((present.names[place], present.experts[place]) for place in places)
                 if len(places) == 1 or not cost.pays:
                     unit = unit._replace(fault=_too_costly(cost))
@@ -220,19 +220,12 @@ def refusal(level: str, names: Sequence[str], module: nn.Module, why_not: str) -
 
 
 def _too_costly(cost: Cost) -> str:
-    return f"are few or large ({cost})"
+    return f"are few ({cost})"
 
 
-def _cost_of(layout: Layout, unit: Unit, plan: LevelPlan | None) -> Cost:
-    rows = 0 if plan is None else sum(plan.counts[place] for place in unit.positions)
-    expert = unit.modules[0]
+def _cost_of(layout: Layout, modules: Sequence[nn.Module]) -> Cost:
     # The grad mode does not matter: a checkpoint computes once with and once without gradients.
-    return estimate(layout, len(unit.modules), rows, on_cpu=_is_on_cpu(expert), has_backward=expert.training)
-
-
-def _is_on_cpu(expert: nn.Module) -> bool:
-    first = next(expert.parameters(), None)
-    return first is None or first.is_cpu
+    return estimate(layout, len(modules), has_backward=modules[0].training)
 
 
 def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str | None:
