@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -201,3 +202,27 @@ def test_replaced_parts_of_a_class_are_seen(change: Callable[[type], None]):
     assert len(subject.level_modules[LEVEL]) > 1
     change(Parts)
     traps.assert_like_oracle(subject, twin, Batch)
+
+
+class Spoiling(ExpertModule):
+    """Draws, and writes over what its backward pass needs."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.factor = 2.0 if number == 0 else 0.5
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, batch):
+        rows = batch.hidden * 1
+        rows *= rows.detach()
+        return ExpertResult(self.dropout(rows * self.factor))
+
+
+def test_a_refused_call_draws_no_random_numbers():
+    """Nor do the experts that would have run before the class that is refused."""
+    numbers = itertools.count()
+    model = traps.build(lambda: Spoiling(next(numbers)))
+    before = torch.get_rng_state()
+    with pytest.raises(EngineRefusedError, match="raise RuntimeError in a backward pass on a few rows"):
+        Batch()(model)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from celmoe.errors import EngineRefusedError
 from celmoe.experts import ExpertBatch, ExpertResult
 from celmoe.grouped.boundary import Entered, Port, enter, leave
 from celmoe.grouped.capture import Sample, WrongResult
@@ -77,11 +78,19 @@ def run_grouped(units: Sequence[Any], batches: Iterable[ExpertBatch], *, is_stri
     if not isinstance(units[0], Unit):
         return run_looped(units, batches)
     results: list[ExpertResult] = []
-    for unit, batch in zip(units, batches, strict=True):
-        if isinstance(batch, UnitBatch):
-            results.append(_run_unit(unit, batch, is_strict))
-        else:
-            results.extend(run_looped(unit.modules, [batch]))
+    state = None
+    try:
+        for unit, batch in zip(units, batches, strict=True):
+            if is_strict and state is None:
+                state = batch.hidden.device, _random_state(batch.hidden.device)
+            if isinstance(batch, UnitBatch):
+                results.append(_run_unit(unit, batch, is_strict))
+            else:
+                results.extend(run_looped(unit.modules, [batch]))
+    except EngineRefusedError:
+        if state is not None:
+            _set_random_state(*state)
+        raise
     return results
 
 
@@ -116,10 +125,8 @@ def _run_unit(unit: Unit, batch: UnitBatch, is_strict: bool) -> ExpertResult:
     # If the fault is the experts' own, the loop raises an error that names the expert.
     if is_strict and not is_wrong:
         raise refusal(batch.level, batch.names, unit.modules[0], why_not)
-    state = _random_state(batch.hidden.device) if is_strict else None
     result = _run_members(unit, batch)
-    if state is not None:
-        _set_random_state(batch.hidden.device, state)
+    if is_strict:
         raise refusal(batch.level, batch.names, unit.modules[0], why_not)
     return result
 

@@ -72,11 +72,20 @@ class Verifiable(Protocol):
 
 
 class _Rehearsal(TorchFunctionMode):
-    """Replaces random operations as a rehearsed program does."""
+    """Replaces random operations as a rehearsed program does.
+
+    Attributes:
+        called: The names of the functions that were called, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        self.called.append(name)
         if "dropout" in name and func in _DROPOUTS:
             options = dict(zip(("p", "training", "inplace"), args[1:], strict=False)) | kwargs
             p = options.get("p", 0.5)
@@ -260,7 +269,7 @@ def _alone(captured: Captured, own: Sequence[torch.Tensor], part: _Part) -> list
 def _differs_from_expert(member: nn.Module, part: _Part, captured: Captured, agree: _Agreement) -> str | None:
     alone = _alone(captured, [_copy(tensor, tensor.requires_grad) for tensor in captured.own(member)], part)
     try:
-        result, first_row = _called(member, part(slice(None))), _called(member, part(slice(1)))
+        (result, calls), (first_row, calls_of_one) = _called(member, part(slice(None))), _called(member, part(slice(1)))
     except Exception as error:  # noqa: BLE001  # whatever it is, the loop will tell the user
         return _raised(error)
     for each in (result, first_row):
@@ -269,7 +278,8 @@ def _differs_from_expert(member: nn.Module, part: _Part, captured: Captured, agr
     for mine, theirs in zip(alone, [result.hidden, *result.losses.values()], strict=True):
         if not isinstance(theirs, torch.Tensor) or not agree(mine, theirs):
             return "compute something else than PyTorch's tracer saw"
-    if not agree(alone[0][:1], first_row.hidden):
+    # Weights that change nothing yet, as those of a new norm, may hide that they are left out.
+    if calls != calls_of_one or not agree(alone[0][:1], first_row.hidden):
         return "compute something else from one row than from several"
     return None
 
@@ -278,9 +288,11 @@ def _raised(error: Exception) -> str:
     return WrongResult(f"raise {type(error).__name__} on a few rows ({error})")
 
 
-def _called(member: nn.Module, sample: Sample) -> Any:
-    with _Rehearsal():
-        return member(ExpertBatch(sample.hidden, sample.context, sample.mask, {"level": "", "expert": ""}))
+def _called(member: nn.Module, sample: Sample) -> tuple[Any, list[str]]:
+    """The expert's result, and its calls of PyTorch."""
+    with _Rehearsal() as rehearsal:
+        result = member(ExpertBatch(sample.hidden, sample.context, sample.mask, {"level": "", "expert": ""}))
+    return result, rehearsal.called
 
 
 def _difference(
@@ -300,8 +312,12 @@ def _difference(
     inputs = [each for each in (*leaves, *own) if each.tensor.requires_grad]
     losses = [loss for name in captured.losses for loss in grouped.losses[name]]
     wanted_losses = [each[number] for number in range(1, 1 + len(captured.losses)) for each in alone]
-    found = _gradients([grouped.hidden, *losses], inputs)
-    wanted = _gradients([hidden, *wanted_losses], inputs)
+    try:
+        found = _gradients([grouped.hidden, *losses], inputs)
+        wanted = _gradients([hidden, *wanted_losses], inputs)
+    except RuntimeError as error:
+        # A forward pass raises nothing, so no loop would tell the user.
+        return f"raise {type(error).__name__} in a backward pass on a few rows ({error})"
     for leaf, left, right in zip(inputs, found, wanted, strict=True):
         if (left is None) != (right is None) or (left is not None and right is not None and not agree(left, right)):
             return f"differ in the gradient of {leaf.name}, run as one"
