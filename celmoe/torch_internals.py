@@ -137,7 +137,7 @@ def quiet_tracer() -> Iterator[None]:
 
 def trace(
     function: types.FunctionType, arguments: tuple[Any, ...], keep: Callable[..., Any], silent: AbstractSet[Any]
-) -> tuple[Any, Any] | None:
+) -> tuple[Any, Any, list[str]] | None:
     """Trace one call as one graph.
 
     Args:
@@ -147,15 +147,16 @@ def trace(
         silent: Functions whose calls the tracer leaves out.
 
     Returns:
-        The call's result, and the manager of its graph's guards; ``None`` if an earlier graph served the call.
+        The call's result, the manager of its graph's guards, and the sources of objects that have another source, too,
+        without a guard; ``None`` if an earlier graph served the call.
     """
     known = [entry.guard_manager for entry in _entries(function)]
-    with _passing_by(silent), _unmarked():
+    with _passing_by(silent), _unmarked(), _unguarded_aliases() as aliases:
         result = torch.compile(function, backend=keep, fullgraph=True, options={"guard_filter_fn": _asked})(*arguments)
     new = [each for each in _entries(function) if not any(each.guard_manager is some for some in known)]
     if len(new) != 1:
         return None
-    return result, new[0].guard_manager
+    return result, new[0].guard_manager, aliases
 
 
 def _passing_by(silent: AbstractSet[Any]) -> contextlib.AbstractContextManager[Any]:
@@ -164,6 +165,31 @@ def _passing_by(silent: AbstractSet[Any]) -> contextlib.AbstractContextManager[A
 
     setting: dict[str, Any] = {"ignore_logging_functions": silent}
     return config.patch(**setting) if hasattr(config, *setting) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _unguarded_aliases() -> Iterator[list[str]]:
+    """Note the sources that the tracer drops, because it met their objects before.
+
+    It has no guard for that where one source is global and the other is not.
+    """
+    from torch._dynamo.variables import builder as module
+
+    # It does not export what it imports.
+    builder: Any = module
+    right, found = builder.make_dupe_guard, list[str]()
+
+    def make(source: Any, known: Any) -> Any:
+        guard = right(source, known)
+        if guard is None and known is not None and known != source:
+            found.append(source.name)
+        return guard
+
+    builder.make_dupe_guard = make
+    try:
+        yield found
+    finally:
+        builder.make_dupe_guard = right
 
 
 @contextlib.contextmanager

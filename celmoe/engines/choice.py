@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from celmoe.errors import EngineRefusedError, listed
-from celmoe.grouped.capture import WrongResult, is_being_traced
+from celmoe.grouped.capture import WrongResult, is_being_traced, path_of
 from celmoe.grouped.classes import Layout, LevelClasses, LevelInputLike, Unit
 from celmoe.grouped.program import Program
 from celmoe.routing.plan import LevelPlan
@@ -140,6 +140,8 @@ class LevelChoice:
             return []
         asked = present.taken(wanted)
         found = self.classes.units(asked.names, asked.experts, asked.scales, given, retries=engine != AUTO)
+        if len(found) > 1 or len(wanted) < len(present.experts):
+            found = self._without_readers(found, present, wanted, given)
         if engine != AUTO:
             self._require_grouped(asked.names, found)
         elif all(unit.is_alone for unit in found):
@@ -192,6 +194,33 @@ class LevelChoice:
                     unit = unit._replace(fault=_too_costly(cost))
             decisions.append(Decision(unit, cost))
         return decisions
+
+    def _without_readers(
+        self, found: list[Unit], present: Present, wanted: Sequence[int], given: LevelInputLike
+    ) -> list[Unit]:
+        """The units, of which none runs as one that reads what a looped expert of this call may write.
+
+        In a loop, experts see what the experts before them wrote.
+        """
+        reads = {}
+        for place, unit in enumerate(found):
+            if not unit.is_alone and unit.record is not None:
+                guard = unit.record.captured.guard
+                if (source := guard.state_of(unit.modules, is_context_whole=given.context.is_whole)) is not None:
+                    reads[place] = path_of(source)
+        if not reads:
+            return found
+        others = present.taken(sorted({*range(len(present.experts))}.difference(wanted)))
+        units = [*found]
+        if others.experts:
+            units += self.classes.units(others.names, others.experts, others.scales, given)
+        if all(unit.record is not None and unit.fault in (None, unit.record.fault) for unit in units):
+            # What was captured writes nothing.
+            return found
+        return [
+            unit._replace(fault=f"read what looped experts may change ({reads[place]})") if place in reads else unit
+            for place, unit in enumerate(found)
+        ]
 
     def _require_grouped(self, names: Sequence[str], units: Sequence[Unit]) -> None:
         """Refuse experts that would be looped, before anything runs.

@@ -41,7 +41,7 @@ from celmoe.torch_internals import (
 from .guard import Guard, SilentLoggers
 from .inline import inline_checkpoints
 
-__all__ = ["Captured", "Refusal", "Sample", "WrongResult", "capture", "sample_of", "tracer_missing"]
+__all__ = ["Captured", "Refusal", "Sample", "WrongResult", "capture", "path_of", "sample_of", "tracer_missing"]
 
 _PACKAGE = Path(__file__).parents[1]
 # One capture at a time: all threads of the process share the tracer's settings.
@@ -249,8 +249,8 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
         return Refusal("put hooks on tensors")
     if traced is None:
         return Refusal("can't be followed by PyTorch's tracer (it kept no graph)")
-    result, manager = traced
-    guard = Guard(manager, arguments, silent, set(sources(module.graph).values()))
+    result, manager, aliases = traced
+    guard = Guard(manager, aliases, arguments, silent, set(sources(module.graph).values()))
     if guard.foreign is not None:
         return Refusal(guard.foreign)
     return _described(expert, sample, guard, module, inputs, marks, result)
@@ -299,7 +299,7 @@ def _described(
             # A tensor of the context, or of a Python module, is the same for all experts.
             described.append(("shared", read))
         else:
-            return Refusal(f"read a tensor that is not their own ({_path(source)})")
+            return Refusal(f"read a tensor that is not their own ({path_of(source)})")
     outputs = []
     for name, value in [("hidden", result.hidden), *result.losses.items()]:
         found = _place(value, marks, inputs)
@@ -315,7 +315,7 @@ def _described(
         tuple(described),
         tuple(outputs),
         tuple(result.losses),
-        tuple(map(_path, own)),
+        tuple(map(path_of, own)),
     )
 
 
@@ -368,21 +368,21 @@ def _place(value: Any, marks: Sequence[torch.Tensor], inputs: Sequence[Any]) -> 
 
 def _reader(source: str, scope: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:
     """A function that reads a source, an expression of the tracer's, from the arguments or from a scope."""
-    names = {"__builtins__": {}, "G": scope}
-    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", names)
+    read: Callable[[Mapping[str, Any]], Any] = eval(f"lambda L: {source}", {"G": scope})
     return read
 
 
 def _gatherer(own: Sequence[str]) -> Callable[[nn.Module], list[torch.Tensor]]:
     items = ", ".join(source.replace("L['expert']", "expert", 1) for source in own)
-    gather: Callable[[nn.Module], list[torch.Tensor]] = eval(f"lambda expert: [{items}]", {"__builtins__": {}})
+    gather: Callable[[nn.Module], list[torch.Tensor]] = eval(f"lambda expert: [{items}]", {})
     return gather
 
 
-def _path(source: str) -> str:
+def path_of(source: str) -> str:
     """A source as the user writes it."""
     plain = source.removeprefix("L['expert']").removeprefix("L")
     plain = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", plain)
+    plain = re.sub(r"G\['(?:__import_)?([^']*)'\]", lambda match: match[1].replace("_dot_", "."), plain)
     return plain.removeprefix(".")
 
 
@@ -409,7 +409,7 @@ def _said(error: BaseException) -> str:
         return f"read the number of their rows{f' ({guard[1]})' if guard else ''}{_where(error)}"
     if "side effects" in text:
         found = re.findall(r"\"(L\[.*?)\"", first)
-        return f"wrote into what outlives the call ({', '.join(map(_path, found)) or first}){_where(error)}"
+        return f"wrote into what outlives the call ({', '.join(map(path_of, found)) or first}){_where(error)}"
     if (own := re.match(r"User-inserted graph break\. Message: (read .*)", detail)) is not None:
         return f"{own[1]}{_where(error)}"
     said = f"{first}. {detail}" if detail else first

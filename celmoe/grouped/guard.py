@@ -7,25 +7,28 @@ import operator
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch import nn
 
 from .canonical import canonical
+from .identities import Identities
 from .namespaces import Namespaces
 
 
 class Guard:
     """Tells for which arguments of a captured function its graph holds.
 
-    This class closes four gaps of the tracer's own guards. They compare constants as Python does: 1 equals True, and
+    This class closes five gaps of the tracer's own guards. They compare constants as Python does: 1 equals True, and
     0.0 equals -0.0. Objects are known by class, though methods may be replaced. A tuple that holds a list is compared
-    with itself. Names that were not found during the trace have no guards.
+    with itself. Names that were not found during the trace have no guards, and neither have objects that were compared
+    by identity.
 
     Args:
         manager: The tracer's own guard manager.
+        aliases: The sources without guards of objects that have another source, too.
         arguments: The arguments that the graph was traced with, by parameter name.
         silent: Loggers that said nothing during the trace, though the code calls them.
         inputs: The sources of the graph's inputs.
@@ -35,7 +38,12 @@ class Guard:
     """
 
     def __init__(
-        self, manager: Any, arguments: Mapping[str, Any], silent: SilentLoggers, inputs: AbstractSet[str]
+        self,
+        manager: Any,
+        aliases: Sequence[str],
+        arguments: Mapping[str, Any],
+        silent: SilentLoggers,
+        inputs: AbstractSet[str],
     ) -> None:
         self._manager = manager
         self._silent = silent
@@ -47,11 +55,16 @@ class Guard:
             (_reader(source), canonical(value)) for source, value in constants.items() if not _is_exact(value)
         ]
         found = [_evaluated(match[1], scope) for part in parts if (match := _TYPE.match(part))]
-        self._names = Namespaces(
-            _sources(manager.root), lambda each: _evaluated(each, scope), arguments, self.scope, inputs
-        )
+        values = {source: _evaluated(source, scope) for source in _sources(manager.root)}
+        self._names = Namespaces(values, arguments, self.scope, inputs)
+        values |= {source: _evaluated(source, scope) for source in aliases}
+        self._objects = Identities(values, arguments, self.scope)
         self.foreign = self._names.foreign
-        kinds = [*map(type, found), *(kind for each in self._names.classes if (kind := each()) is not None)]
+        kinds = [
+            *map(type, found),
+            *map(type, arguments["expert"].modules()),
+            *(kind for each in self._names.classes if (kind := each()) is not None),
+        ]
         classes = dict.fromkeys(base for each in kinds for base in each.__mro__ if base.__flags__ & _HEAP_TYPE)
         self._code = [_Methods(each) for each in classes]
         self._of_expert = _of_expert_alone(manager)
@@ -69,14 +82,16 @@ class Guard:
             and self._holds_beside(arguments)
             and self._names.hold_for(arguments["expert"])
             and self._names.hold_in(arguments["context"])
+            and self._objects.hold_for(arguments["expert"], self._objects.others(arguments))
         )
 
     def holds_for_all(self, arguments: dict[str, Any], experts: Iterable[nn.Module]) -> bool:
         """True if the graph, which holds for these arguments now, also holds with each of some experts."""
         check, is_plain = self._of_expert.check, not self._constants
-        has_names = self._names.hold_for
+        has_names, has_objects, others = self._names.hold_for, self._objects.hold_for, self._objects.others(arguments)
         for arguments["expert"] in experts:
-            if not check(arguments) or not has_names(arguments["expert"]):
+            expert = arguments["expert"]
+            if not check(arguments) or not has_names(expert) or not has_objects(expert, others):
                 return False
             if not is_plain and not self._holds_beside(arguments):
                 return False
@@ -85,6 +100,13 @@ class Guard:
     def _holds_beside(self, arguments: dict[str, Any]) -> bool:
         """True if all constants have the types and signs of the trace."""
         return all(canonical(read(arguments, self.scope)) == constant for read, constant in self._constants)
+
+    def state_of(self, experts: Sequence[nn.Module], *, is_context_whole: bool) -> str | None:
+        """The first source that the code reads and that other experts might change, or ``None``."""
+        for source in self._objects.state:
+            if is_context_whole or not source.startswith("L['context']"):
+                return source
+        return "an object that they share" if self._objects.are_shared(experts[0], experts[1]) else None
 
     def is_alive(self) -> bool:
         """True if the graph may still be used.
@@ -101,6 +123,12 @@ def _sources(node: Any) -> Iterator[str]:
     yield node.get_source()
     for each in node.get_child_managers():
         yield from _sources(each)
+    if hasattr(node, "get_key_value_managers"):
+        # A dict whose keys are compared in order has its values here.
+        for pair in node.get_key_value_managers().values():
+            for each in pair:
+                if each is not None:
+                    yield from _sources(each)
 
 
 _OTHERS = ("G", "L['hidden']", "L['mask']", "L['context']")

@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -20,10 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Nobody adds names to these modules for an expert to find.
 _OTHERS = ("torch", "numpy", "celmoe", *sys.stdlib_module_names)
 # The tracer's own.
-_ROOTS = ("G['__builtins", "G['__import_torch_dot_")
+ROOTS = ("G['__builtins", "G['__import_torch_dot_")
 # Metaclasses whose answers depend only on state that the tracer's guards, or the guards here, look at.
 _PLAIN = (type, abc.ABCMeta, enum.EnumType)
 # Functions whose results the tracer takes for constants; each has a function that shows changes of the results.
@@ -49,12 +48,16 @@ _NAMES_OF_MODULE = (
 _OF_A_MODULE = re.compile(r"\.(?:__dict__|_modules|_parameters|_buffers|_\w*hooks\w*)$")
 
 
+def is_library(module: str) -> bool:
+    """True if nobody adds names to a module of this name, or changes them, for an expert to find."""
+    return module.partition(".")[0] in _OTHERS
+
+
 class Namespaces:
     """The namespaces that a graph's guards mention.
 
     Args:
-        sources: The tracer's expressions that the guards mention.
-        read: Gives an expression's value; ``None`` if only the tracer can tell.
+        values: The values, by the tracer's expressions that the guards mention; ``None`` if only the tracer can tell.
         arguments: The traced function's arguments, by parameter name.
         scope: The names behind ``G`` in the tracer's expressions.
         inputs: The sources of the graph's inputs.
@@ -66,13 +69,11 @@ class Namespaces:
 
     def __init__(
         self,
-        sources: Iterable[str],
-        read: Callable[[str], Any],
+        values: Mapping[str, Any],
         arguments: Mapping[str, Any],
         scope: Mapping[str, Any],
         inputs: AbstractSet[str],
     ) -> None:
-        sources = list(dict.fromkeys(sources))
         self.classes: list[weakref.ref[type]] = []
         self.foreign: str | None = None
         self._has_abstract = False
@@ -80,11 +81,11 @@ class Namespaces:
         self._folded: list[Callable[[], Any]] = []
         self._module = ""
         groups: dict[str, list[str]] = {"expert": [], "context": [], "G": []}
-        for source in sources:
+        for source, value in values.items():
             group = next((name for name in groups if source.startswith((f"L['{name}']", f"{name}["))), None)
-            if group is not None and not source.startswith(_ROOTS):
-                groups[group] += self._found(source, read(source))
-        tensors = [each for each in sources if isinstance(read(each), torch.Tensor)]
+            if group is not None and not source.startswith(ROOTS):
+                groups[group] += self._found(source, value)
+        tensors = [each for each, value in values.items() if isinstance(value, torch.Tensor)]
         own = [each for each in tensors if each.startswith("L['expert']")]
         if not inputs >= set(own):
             # A tensor under two names is another expert's than two tensors are. The tracer guards its graph's inputs.
@@ -112,12 +113,12 @@ class Namespaces:
         if isinstance(value, types.ModuleType):
             # Globals of a function come and go too often: functions rarely look for missing ones.
             is_root = source.count("[") == 1 and source.endswith("]")
-            is_other = value.__name__.partition(".")[0] in _OTHERS
+            is_other = is_library(value.__name__)
             return [] if is_root or is_other else [_NAMES.format(f"{source}.__dict__")]
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in _FOLDED:
             self._folded.append(_FOLDED[value])
         if isinstance(value, types.FunctionType):
-            is_other = (value.__module__ or "").partition(".")[0] in _OTHERS
+            is_other = is_library(value.__module__ or "")
             names = ("__dict__", "__annotations__")
             return [] if is_other else [_NAMES.format(f"{source}.{name}") for name in names]
         if isinstance(value, torch.Tensor):
