@@ -204,10 +204,9 @@ class LevelChoice:
         """
         reads = {}
         for place, unit in enumerate(found):
-            if not unit.is_alone and unit.record is not None:
-                guard = unit.record.captured.guard
-                if (source := guard.state_of(unit.modules, is_context_whole=given.context.is_whole)) is not None:
-                    reads[place] = path_of(source)
+            names = [present.names[wanted[position]] for position in unit.positions]
+            if not unit.is_alone and (source := self._state_of(names, unit, given)) is not None:
+                reads[place] = source
         if not reads:
             return found
         others = present.taken(sorted({*range(len(present.experts))}.difference(wanted)))
@@ -221,6 +220,22 @@ class LevelChoice:
             unit._replace(fault=f"read what looped experts may change ({reads[place]})") if place in reads else unit
             for place, unit in enumerate(found)
         ]
+
+    def _state_of(self, names: Sequence[str], unit: Unit, given: LevelInputLike) -> str | None:
+        """What a unit's experts read and other experts might change, in words, or ``None``."""
+        seen: set[int] = set()
+        for name, expert in zip(names, unit.modules, strict=True):
+            record = self.classes.known(name, expert)
+            if record is None:
+                continue
+            guard = record.captured.guard
+            if (source := guard.state(is_context_whole=given.context.is_whole)) is not None:
+                return path_of(source)
+            objects = guard.objects_of(expert)
+            if not seen.isdisjoint(objects):
+                return "an object that they share"
+            seen |= objects
+        return None
 
     def _require_grouped(self, names: Sequence[str], units: Sequence[Unit]) -> None:
         """Refuse experts that would be looped, before anything runs.

@@ -101,12 +101,14 @@ class Guard:
         """True if all constants have the types and signs of the trace."""
         return all(canonical(read(arguments, self.scope)) == constant for read, constant in self._constants)
 
-    def state_of(self, experts: Sequence[nn.Module], *, is_context_whole: bool) -> str | None:
+    def state(self, *, is_context_whole: bool) -> str | None:
         """The first source that the code reads and that other experts might change, or ``None``."""
-        for source in self._objects.state:
-            if is_context_whole or not source.startswith("L['context']"):
-                return source
-        return "an object that they share" if self._objects.are_shared(experts[0], experts[1]) else None
+        given = (source for source in self._objects.state if is_context_whole or not source.startswith("L['context']"))
+        return next(given, None)
+
+    def objects_of(self, expert: nn.Module) -> set[int]:
+        """The ids of the objects that the call reaches through an expert for which the graph holds."""
+        return self._objects.objects_of(expert)
 
     def is_alive(self) -> bool:
         """True if the graph may still be used.

@@ -26,7 +26,9 @@ _PLAIN = (
     *(bool, int, float, complex, str, bytes, types.NoneType, type, enum.Enum, types.ModuleType, types.FunctionType),
     *(types.BuiltinFunctionType, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo),
 )
-_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.CodeType)
+# Parts of a function that are not values of the user's.
+_OF_FUNCTIONS = (".__code__", ".__defaults__", ".__kwdefaults__")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 # Integers from here on may be an object's id or hash.
 _FIRST_ADDRESS = 1 << 24
@@ -87,10 +89,9 @@ class Identities:
         except (LookupError, AttributeError, TypeError):
             return False
 
-    def are_shared(self, expert: nn.Module, other: nn.Module) -> bool:
-        """True if the call reaches an object through either of two experts."""
-        ids = set(self._objects(expert, self._scope))
-        return not ids.isdisjoint(self._objects(other, self._scope))
+    def objects_of(self, expert: nn.Module) -> set[int]:
+        """The ids of the objects that the call reaches through an expert; the tracer's own guards must hold."""
+        return set(self._objects(expert, self._scope))
 
     def _pattern_of(self, expert: nn.Module, others: list[_Places]) -> list[Any]:
         """The places of the expert's objects among others."""
@@ -120,6 +121,8 @@ def _may_hold_objects(source: str, value: Any) -> bool:
 
 def _is_state(source: str, value: Any, values: Mapping[str, Any]) -> bool:
     if not source.startswith(("G[", "L['context']")) or source.startswith(ROOTS):
+        return False
+    if any(part in source for part in _OF_FUNCTIONS):
         return False
     if isinstance(value, (*_CODE, torch.Tensor)) or (source == "L['context']" and value is None):
         return False
