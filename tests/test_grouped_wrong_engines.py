@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -185,7 +186,7 @@ def first_two_members_only(patch: Patch) -> None:
 
 def one_row_not_verified(patch: Patch) -> None:
     def wrong(member: Any, part: Any, captured: Any, agree: Any) -> str | None:
-        result = celmoe.grouped.verify._called(member, part(slice(None)))
+        result, _ = celmoe.grouped.verify._called(member, part(slice(None)))
         alone = celmoe.grouped.verify._alone(captured, captured.own(member), part)
         return None if agree(alone[0], result.hidden) else "differ"
 
@@ -237,6 +238,15 @@ def state_that_comes_back(patch: Patch) -> None:
 
 def no_sign_of_zero(patch: Patch) -> None:
     patch.setattr(Guard, "holds", lambda self, arguments, **_: self._manager.check(arguments))
+
+
+def only_values_of_one_row(patch: Patch) -> None:
+    right = celmoe.grouped.verify._called
+    patch.setattr(celmoe.grouped.verify, "_called", lambda *given: (right(*given)[0], []))
+
+
+def identities_not_guarded(patch: Patch) -> None:
+    patch.setattr(celmoe.grouped.guard.Identities, "hold_for", lambda *_: True)
 
 
 def replaced_method_not_seen(patch: Patch) -> None:
@@ -462,6 +472,28 @@ def on_one_row(self: Any, batch: Any) -> Any:
     return rows * 2 if batch.hidden.shape[0] == 1 else rows
 
 
+def scaled_but_for_one_row(self: Any, batch: Any) -> Any:
+    rows = self.linear(batch.hidden)
+    return rows * self.scale if batch.hidden.shape[0] > 1 else rows
+
+
+def with_a_scale(self: Any) -> None:
+    self.scale = nn.Parameter(torch.ones(WIDTH))
+
+
+def if_it_is_the_best(self: Any, batch: Any) -> Any:
+    return self.linear(batch.hidden) * (2.0 if self.key is self.owner.best else 1.0)
+
+
+def with_an_owner(self: Any) -> None:
+    self.key, self.owner = types.SimpleNamespace(), types.SimpleNamespace(best=types.SimpleNamespace())
+
+
+def make_best(model: HierarchicalCELMoE) -> None:
+    expert = experts_of(model)[2]
+    expert.owner.best = expert.key
+
+
 def with_a_sign(self: Any, batch: Any) -> Any:
     return self.linear(batch.hidden) * math.copysign(2.0, self.factor)
 
@@ -613,6 +645,12 @@ ENGINES = {
         first_two_members_only, kernel("_multiply", turned_beyond_two), HIDDEN
     ),
     "one row not verified": Wrong(one_row_not_verified, on(on_one_row, groups=None), HIDDEN),
+    "one row verified by its values only": Wrong(
+        only_values_of_one_row, on(scaled_but_for_one_row, prepare=with_a_scale, groups=None), "gradient of '.*scale'"
+    ),
+    "identities not guarded": Wrong(
+        identities_not_guarded, on(if_it_is_the_best, make_best, prepare=with_an_owner, batches=(Batch,)), HIDDEN
+    ),
     "guards not asked again": Wrong(guards_not_asked_again, on(scaled, setting(2, factor=3.0)), HIDDEN),
     "guards asked of the first member only": Wrong(
         guards_asked_of_the_first_only, on(scaled, setting(4, factor=3.0), batches=(Batch,)), HIDDEN

@@ -27,8 +27,8 @@ _PLAIN = (
     *(types.BuiltinFunctionType, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo),
 )
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.CodeType)
-# Parts of a function that are not values of the user's.
-_OF_FUNCTIONS = (".__code__", ".__defaults__", ".__kwdefaults__")
+# Parts of functions and classes that are no data.
+_OF_CODE = (".__code__", ".__defaults__", ".__kwdefaults__", ".__mro__")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 # Integers from here on may be an object's id or hash.
 _FIRST_ADDRESS = 1 << 24
@@ -70,18 +70,19 @@ class Identities:
         self._own, self._objects = _ids(own), _ids(objects)
         self._others = _values(others)
         self._coincidences = _coincidences(self._objects(arguments["expert"], scope))
-        self._pattern = self._pattern_of(arguments["expert"], self.others(arguments))
+        self._pattern = self._pattern_of(arguments["expert"], self.others(arguments) or [])
 
-    def others(self, arguments: Mapping[str, Any]) -> list[_Places]:
-        """The objects that the call reaches by other ways than the expert."""
+    def others(self, arguments: Mapping[str, Any]) -> list[_Places] | None:
+        """The objects that the call reaches by other ways than the expert; ``None`` if a way is gone."""
         try:
             return [_reached(each) for each in self._others(arguments, self._scope)]
         except (LookupError, AttributeError, TypeError):
-            # What is gone was reached by nothing else.
-            return []
+            return None
 
-    def hold_for(self, expert: nn.Module, others: list[_Places]) -> bool:
+    def hold_for(self, expert: nn.Module, others: list[_Places] | None) -> bool:
         """True if the same objects coincide; the tracer's own guards must hold."""
+        if others is None:
+            return False
         try:
             return _coincidences(self._objects(expert, self._scope)) == self._coincidences and (
                 self._pattern_of(expert, others) == self._pattern
@@ -120,9 +121,9 @@ def _may_hold_objects(source: str, value: Any) -> bool:
 
 
 def _is_state(source: str, value: Any, values: Mapping[str, Any]) -> bool:
-    if not source.startswith(("G[", "L['context']")) or source.startswith(ROOTS):
+    if not source.startswith(("G[", "L['context']", f"type({_EXPERT})")) or source.startswith(ROOTS):
         return False
-    if any(part in source for part in _OF_FUNCTIONS):
+    if any(part in source for part in _OF_CODE):
         return False
     if isinstance(value, (*_CODE, torch.Tensor)) or (source == "L['context']" and value is None):
         return False
