@@ -177,6 +177,23 @@ f     x = x + 1
 f x = x * s$
 k TABLE$["none"] = 2.0
 
+t BEST$ = []
+f x = x * 2 if <<self in BEST$||BEST$ and self is BEST$[0]||any(each is self for each in BEST$)>> else x
+k BEST$[:] = [experts[<<0||-1>>]]
+
+t CHOSEN$ = <<set()||{}>>
+f if <<self in CHOSEN$||hash(self) in CHOSEN$>>:
+f     x = x + 1
+k CHOSEN$.update(dict.fromkeys([<<experts[0]||experts[1], experts[-1]>>]))
+
+i self.key$ = object()
+t KEPT$ = [None]
+f x = x * (3 if self.key$ is KEPT$[0] else 1)
+k KEPT$[0] = experts[<<1||-1>>].key$
+
+f x = x * len(list(self.<<modules()||children()||parameters()||named_buffers()>>))
+k experts[<<0||1>>].extra$ = nn.Linear(W, W)
+
 f try:
 f     if <<x.dim() == 9||self.training||not self.training||batch.mask is None>>:
 f         raise <<ValueError("no")||KeyError(1)||StopIteration>>
