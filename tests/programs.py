@@ -433,7 +433,9 @@ def _describe(value: Any, path: str, found: dict[str, Any], seen: dict[int, str]
 
 # What is told of values that are not taken apart: by class, and by an attribute.
 _TOLD: dict[Any, Any] = {
-    np.ndarray | np.generic | set | frozenset | Exception | itertools.count: repr,
+    np.ndarray | np.generic | Exception | itertools.count: repr,
+    # Objects have another order in every set.
+    set | frozenset: lambda value: sorted(map(repr, value)),
     random.Random: lambda value: hash(value.getstate()),
     torch.Generator: torch.Generator.get_state,
     Mapping: lambda value: [_key(key) for key in value] if not _are_numbers(value) else len(value),
