@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from celmoe import EngineRefusedError, ExpertResult
+from celmoe.grouped.identities import Identities
 from celmoe.reference import reference_forward
 from tests.traps import WIDTH, Batch, Trapped, assert_ran_grouped, auto_groups_all, build, experts_of
 
@@ -260,3 +261,21 @@ def test_one_row_is_another_program(read: Callable[[torch.Tensor], Any], make: C
         for expert in experts_of(model):
             for tensor in expert.norm.parameters():
                 tensor.data += 3.0
+
+
+@pytest.mark.parametrize(
+    ("value", "is_searched"),
+    [
+        (dict.fromkeys(range(300), 1.0), False),
+        ({"a": dict.fromkeys(range(300), 1.0), "b": 2.0}, False),
+        ([[1.0] * 100] * 3, False),
+        ([[1.0] * 100] * 2, True),
+        ({"a": {}, "b": 2.0}, True),
+        ([object()] * 300, True),
+    ],
+)
+def test_large_containers_are_searched_at_every_call_only_if_they_hold_objects(value: Any, is_searched: bool):
+    """A call must not take longer for a table of words."""
+    arguments: dict[str, Any] = {"expert": nn.Linear(1, 1)}
+    identities = Identities({"L['expert']": arguments["expert"], "G['TABLE']": value}, arguments, {"TABLE": value})
+    assert len(identities.others(arguments)) == is_searched

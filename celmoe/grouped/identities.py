@@ -32,7 +32,7 @@ _OF_CODE = (".__code__", ".__defaults__", ".__kwdefaults__", ".__mro__")
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 # Integers from here on may be an object's id or hash.
 _FIRST_ADDRESS = 1 << 24
-# Longer containers are searched only if they held objects during the trace.
+# Containers of more values are searched at every call only if they held objects during the trace.
 _LONG = 256
 # Containers within containers that are searched.
 _DEPTH = 3
@@ -117,7 +117,15 @@ def _may_hold_objects(source: str, value: Any) -> bool:
         return False
     if isinstance(value, _PLAIN):
         return False
-    return not isinstance(value, _CONTAINERS) or len(value) <= _LONG or bool(_reached(value))
+    return not isinstance(value, _CONTAINERS) or _number_in(value) <= _LONG or bool(_reached(value))
+
+
+def _number_in(value: Any, depth: int = _DEPTH) -> int:
+    """The number of values that a search of a container meets."""
+    if not isinstance(value, _CONTAINERS) or not depth:
+        return 1
+    parts = value.values() if isinstance(value, dict) else value
+    return len(value) + sum(_number_in(each, depth - 1) for each in parts if isinstance(each, _CONTAINERS))
 
 
 def _is_state(source: str, value: Any, values: Mapping[str, Any]) -> bool:
