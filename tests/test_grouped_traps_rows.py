@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from celmoe import ExpertResult
+from celmoe import (
+    CELMoEConfig,
+    EngineRefusedError,
+    ExpertConfig,
+    ExpertResult,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+)
 from tests.traps import ARMINGS, Traps, shows
 
 MIXES = Traps()
@@ -436,3 +443,52 @@ SILENT = {
 def test_the_trap_would_show(trap: str):
     traps, name = ALL[trap]
     assert shows(traps.classes[name])
+
+
+# Of one layout: two experts that get gradients, each alone in its scale, and three that are detached from their input.
+SCALES = (0.0, 0.0, 1.0, 0.5, 0.0)
+
+
+class Asking(nn.Module):
+    """Asks whether its rows carry a gradient; with ``is_odd``, it also computes otherwise under the tracer."""
+
+    def __init__(self, asked: str, is_odd: bool) -> None:
+        super().__init__()
+        self.asked, self.is_odd = asked, is_odd
+
+    def forward(self, batch):
+        rows = batch.hidden
+        match self.asked:
+            case "requires_grad":
+                answer = rows.requires_grad
+            case "grad_fn":
+                answer = rows.grad_fn is not None
+            case "grad_fn and mode":
+                answer = torch.is_grad_enabled() and rows.grad_fn is not None
+        factor = (2.0 if answer else 3.0) * (2.0 if self.is_odd and torch.compiler.is_dynamo_compiling() else 3.0)
+        return ExpertResult(rows * factor)
+
+
+def _hierarchy_of_asking(engine: str, asked: str, is_odd: bool) -> HierarchicalCELMoE:
+    experts = {
+        f"e{number}": ExpertConfig(f"e{number}", gradient_scale=scale or None, stop_gradient_from_parent=not scale)
+        for number, scale in enumerate(SCALES)
+    }
+    config = CELMoEConfig(4, [HierarchyLevelConfig("language", experts)], use_learned_fusion=False)
+    return HierarchicalCELMoE(config, lambda *_: Asking(asked, is_odd), engine=engine)
+
+
+@pytest.mark.parametrize("asked", ["requires_grad", "grad_fn", "grad_fn and mode"])
+@pytest.mark.parametrize("is_odd", [False, True])
+def test_detached_experts_are_verified_on_detached_rows(asked, is_odd):
+    """Two wrongs once made a right: the factors 2 and 3 for one that was verified with gradients, as 3 and 2."""
+    routing = {"language": ["e0", "e1", "e2", "e3", "e4", "e1"]}
+    hidden = torch.randn(6, 4, requires_grad=True)
+    expected = _hierarchy_of_asking("looped", asked, is_odd)(hidden, routing=routing).fused_hidden
+    grouped = _hierarchy_of_asking("grouped", asked, is_odd)
+    if is_odd:
+        with pytest.raises(EngineRefusedError, match="compute something else"):
+            grouped(hidden, routing=routing)
+    else:
+        torch.testing.assert_close(grouped(hidden, routing=routing).fused_hidden, expected)
+        assert "run as one" in str(grouped.explain(routing))

@@ -248,10 +248,13 @@ class _Search:
     def _kind(self) -> tuple[Any, ...]:
         return _kind_of(self._given), self._is_grad_enabled
 
+    def _given_to(self, is_detached: bool) -> LevelInputLike:
+        """The input that experts see: without gradients if they are detached from the level above."""
+        return self._given._replace(hidden=self._given.hidden.detach()) if is_detached else self._given
+
     def _sample(self, is_detached: bool) -> Sample:
         if is_detached not in self._samples:
-            hidden, mask, context = self._given
-            self._samples[is_detached] = sample_of(hidden.detach() if is_detached else hidden, mask, context)
+            self._samples[is_detached] = sample_of(*self._given_to(is_detached))
         return self._samples[is_detached]
 
     def as_before(self, names: Sequence[str], experts: Sequence[nn.Module], scales: Sequence[float]) -> Unit | None:
@@ -378,7 +381,7 @@ class _Search:
         return found
 
     def _verify(self, names: Sequence[str], unit: Unit, record: ClassRecord) -> None:
-        if not self._compare(record, unit.modules) or not record.draws:
+        if not self._compare(record, unit.modules, unit.scale == 0.0) or not record.draws:
             return
         good = [place for place, each in enumerate(unit.modules) if self._fault_of(each)[1] is None]
         modules = [unit.modules[place] for place in good]
@@ -391,13 +394,13 @@ class _Search:
         """True if the expert has been verified as it is, and the difference if any."""
         return self._own[id(expert)].fault_of(expert)
 
-    def _compare(self, record: ClassRecord, members: Sequence[nn.Module]) -> bool:
+    def _compare(self, record: ClassRecord, members: Sequence[nn.Module], is_detached: bool) -> bool:
         """Compare the members that are not verified yet with the loop; true if there are any."""
         new = [each for each in members if not self._fault_of(each)[0]]
         if new:
             # Two members at least: the program has nothing to keep apart with one.
             asked = new if len(new) > 1 else [*new, next(each for each in members if each is not new[0])]
-            for expert, fault in zip(asked, verify(record, asked, Few(*self._given)), strict=True):
+            for expert, fault in zip(asked, verify(record, asked, Few(*self._given_to(is_detached))), strict=True):
                 self._own[id(expert)].note(expert, fault)
                 self._own[id(expert)].forget_gone()
         return bool(new)
@@ -423,7 +426,7 @@ class _Search:
                     groups.setdefault(record, []).append(expert)
             for record, of_record in groups.items():
                 if len(of_record) > 1:
-                    search._compare(record, of_record)
+                    search._compare(record, of_record, scale == 0.0)
                 else:
                     own = search._own[id(of_record[0])]
                     own.note(of_record[0], "are not alike in every grad mode, and draw random numbers")
