@@ -21,6 +21,7 @@ from .errors import (
     RouteIdError,
     RouteLengthError,
     RouteTypeError,
+    StackedError,
     UnknownDeviceError,
     UnknownExpertError,
     UnknownLevelError,
@@ -54,6 +55,7 @@ from .outputs import CELMoEOutput, LevelOutput
 from .routing.compiler import RoutingCompiler
 from .routing.plan import LevelPlan, RoutingPlan
 from .routing.routes import LevelRoutes, LevelRouting, Routing, merge_routing, routing_constant, validate_routing_length
+from .stacked.stacking import StackedClass, StackReport, stack_experts, unstack_experts
 from .version import __version__
 
 __all__ = [
@@ -110,6 +112,9 @@ __all__ = [
     "RoutingPlan",
     "Rows",
     "Shared",
+    "StackReport",
+    "StackedClass",
+    "StackedError",
     "UnknownDeviceError",
     "UnknownExpertError",
     "UnknownLevelError",
@@ -118,5 +123,7 @@ __all__ = [
     "reference",
     "routing_constant",
     "rowwise",
+    "stack_experts",
+    "unstack_experts",
     "validate_routing_length",
 ]

@@ -5,6 +5,7 @@ CELMoEError
 |- ConfigTypeError    TypeError     a config field, or a factory's result, of the wrong kind
 |- EngineError        ValueError    an engine that does not exist
 |- EngineRefusedError RuntimeError  an engine asked for by name that can't run these experts
+|- StackedError       RuntimeError  what stacked experts, or their tensors, can't do
 |- UnknownLevelError  KeyError      a level that the config does not have
 |- UnknownExpertError KeyError      an expert that its level does not have
 |- MissingRouteError  KeyError      a level that is neither routed nor can be inferred
@@ -49,6 +50,10 @@ class EngineError(CELMoEError, ValueError):
 
 class EngineRefusedError(CELMoEError, RuntimeError):
     """``engine="grouped"`` was asked for, and experts of one structure can't be proven to run as one."""
+
+
+class StackedError(CELMoEError, RuntimeError):
+    """Experts can't be stacked now, or were asked for what only experts that aren't stacked can do."""
 
 
 class _LookupError(CELMoEError, KeyError):

@@ -24,6 +24,7 @@ from .outputs import LevelOutput
 from .routing.plan import LevelPlan, RoutingPlan
 from .rows.context import ContextRows, select
 from .rows.dispatch import Blocks, combine, dispatch, relay
+from .stacked.stack import looping
 from .torch_internals import is_forward_differentiated, transforms_are_active
 
 
@@ -165,11 +166,13 @@ class Level:
         decisions = self.choice.decide(engine, present, LevelInputLike(given.hidden, given.mask, given.context))
         arranged = arrange([decision.unit for decision in decisions], plan) if decisions else None
         if arranged is None:
-            results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
+            with looping():
+                results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
             blocks: list[torch.Tensor] = [result.hidden for result in results]
             extras: dict[int, Extras] = {place: (result.losses, result.aux) for place, result in enumerate(results)}
         else:
-            results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
+            with looping():
+                results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))

@@ -21,6 +21,8 @@ from urllib.parse import unquote
 from torch import nn
 
 ESCAPED = ""
+# How the names of a registry's own parameters begin, which hold its experts' tensors: checkpoints have the experts'.
+STACKED = "stack:"
 # Names that ``nn.ModuleDict`` refuses because it has attributes of these names.
 _TAKEN = frozenset(dir(nn.ModuleDict)) | frozenset(vars(nn.ModuleDict()))
 
@@ -107,6 +109,17 @@ class NamedModules(nn.ModuleDict):
             for key in sorted((key for key in state if key.startswith(prefix)), key=place_of):
                 state[key] = state.pop(key)
         return state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._parameters:
+            if name.startswith(STACKED):
+                destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing = args[2]
+        missing[:] = [key for key in missing if not key.startswith(prefix + STACKED)]
 
     def clear(self) -> None:
         """Remove all modules."""

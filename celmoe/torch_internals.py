@@ -8,6 +8,7 @@ import logging
 import os
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
@@ -421,3 +422,33 @@ VARIABLE_FUNCTIONS: Any = torch._VF
 set_grad_mode: Any = torch._C._set_grad_enabled
 enter_autocast: Any = torch.amp.autocast_mode._enter_autocast
 exit_autocast: Any = torch.amp.autocast_mode._exit_autocast
+
+
+class PlainTensor(torch.Tensor):
+    """A class of tensors of which every operation gives ordinary ones, like `torch.nn.Parameter`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does it
+
+
+# Beside its parameters, a recurrent layer keeps a list of the weights that it computes with, and references to them.
+RECURRENT_WEIGHTS = "_flat_weights"
+_REFERENCES = "_flat_weight_refs"
+
+
+def recurrent_weights(module: nn.RNNBase) -> list[Any]:
+    """The weights that a recurrent layer computes with, in order."""
+    return [getattr(module, name, None) for name in module._flat_weights_names]
+
+
+def fill_recurrent(module: nn.Module) -> None:
+    """Bring a recurrent layer's list of weights up to date; nothing for other modules."""
+    if isinstance(module, nn.RNNBase):
+        weights = module.__dict__[RECURRENT_WEIGHTS] = recurrent_weights(module)
+        module.__dict__[_REFERENCES] = [None if each is None else weakref.ref(each) for each in weights]
+
+
+def empty_recurrent(module: nn.Module) -> None:
+    """Let a recurrent layer hold no weights, and look for no changes of them; nothing for other modules."""
+    if isinstance(module, nn.RNNBase):
+        del module.__dict__[RECURRENT_WEIGHTS]
+        module.__dict__[_REFERENCES] = [None for _ in module._flat_weights_names]

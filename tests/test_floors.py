@@ -19,7 +19,9 @@ FLOORS = [
     {"version", "errors", "files", "torch_internals"},
     {"config", "experts", "rows.slots", "routing.layout"},
     {"rows.containers", "names", "routing.routes"},
-    {"rows.context", "routing.planner", "reference_context", "fusion"},
+    {"rows.context", "routing.planner", "reference_context", "fusion", "stacked.stack"},
+    {"stacked.member"},
+    {"stacked.fitness"},
     {"routing.plan"},
     {"routing.compiler", "rows.dispatch", "outputs", "explain"},
     {"loss"},
@@ -49,6 +51,7 @@ FLOORS = [
     {"engines.registry"},
     {"level"},
     {"hierarchy"},
+    {"stacked.stacking"},
     {"reference"},
     {"devices"},
     {"", "__main__"},
@@ -66,7 +69,7 @@ FLOORS = [
     {"distributed"},
 ]
 # Packages whose file is a map, and nothing else.
-MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines"}
+MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked"}
 FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in floor}
 
 

@@ -71,6 +71,9 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
 
 def _by_count(unit: Unit, plan: LevelPlan) -> Unit:
     """The unit with its members sorted by their number of rows, if the order saves calls."""
+    if unit.stack is not None:
+        # In the stack's order no weight moves.
+        return unit
     total = sum(plan.counts[position] for position in unit.positions)
     if plan.order.device.type == "cpu" and total > FEW_ROWS_PER_EXPERT * len(unit.positions):
         return unit

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from celmoe.grouped.capture import WrongResult, is_being_traced, path_of
 from celmoe.grouped.classes import Layout, LevelClasses, LevelInputLike, Unit
 from celmoe.grouped.program import Program
 from celmoe.routing.plan import LevelPlan
+from celmoe.stacked.stack import Slot, Stack, slot_of
 from celmoe.torch_internals import (
     has_global_hooks,
     is_forward_differentiated,
@@ -125,12 +126,21 @@ class LevelChoice:
         """
         if engine == LOOPED or len(present.experts) == 1 or (engine == AUTO and torch.compiler.is_dynamo_compiling()):
             return []
+        slots = [slot_of(expert) for expert in present.experts]
+        if any(slots):
+            twins = present._replace(experts=_ordinary(present.experts, slots))
+            return [_on_stacks(each, present, slots) for each in self._decide(engine, twins, given, slots)]
+        return self._decide(engine, present, given, slots)
+
+    def _decide(
+        self, engine: str, present: Present, given: LevelInputLike, slots: Sequence[Slot | None]
+    ) -> list[Decision]:
         # Without values, or without elements, there is nothing that could be verified.
         if given.hidden.is_meta or not given.hidden.numel():
             return []
         if engine == AUTO and all(map(is_, map(self._always_looped.get, present.names), present.experts)):
             return []
-        costed = self._costed(engine, present)
+        costed = self._costed(engine, present, slots)
         if (why_not := _refusal_of_all(present.experts, given)) is not None:
             if engine != AUTO:
                 self._require_grouped(present.names, [unit._replace(fault=why_not) for unit, _ in costed])
@@ -140,6 +150,7 @@ class LevelChoice:
             return []
         asked = present.taken(wanted)
         found = self.classes.units(asked.names, asked.experts, asked.scales, given, retries=engine != AUTO)
+        found = [part for unit in found for part in _by_stack(unit, [slots[wanted[each]] for each in unit.positions])]
         if len(found) > 1 or len(wanted) < len(present.experts):
             found = self._without_readers(found, present, wanted, given)
         if engine != AUTO:
@@ -156,8 +167,10 @@ class LevelChoice:
     def foresee(self, engine: str, present: Present) -> list[Decision]:
         """The decisions, as far as the last findings on the experts tell them before a call."""
         shares_module = len(set(map(id, present.experts))) < len(present.experts)
+        slots = [slot_of(expert) for expert in present.experts]
+        present = present._replace(experts=_ordinary(present.experts, slots))
         decisions = []
-        for unit, _ in self._costed(GROUPED, present):
+        for unit, costed in self._costed(GROUPED, present, slots):
             known: dict[Any, list[int]] = {}
             for place in unit.positions:
                 name, expert = present.names[place], present.experts[place]
@@ -171,24 +184,29 @@ class LevelChoice:
             for (record, fault), places in known.items():
                 modules = tuple(present.experts[place] for place in places)
                 some = unit._replace(positions=tuple(places), modules=modules, record=record)
-                cost = _cost_of(self.classes.layouts([present.names[places[0]]], modules[:1])[0], modules)
+                layout = self.classes.layouts([present.names[places[0]]], modules[:1])[0]
+                cost = _cost_of(layout, modules, is_stacked=not costed.least)
                 is_costly = fault is None and engine == AUTO and not cost.pays
                 why_not = "share a module" if shares_module else _too_costly(cost) if is_costly else fault
                 decisions.append(Decision(some._replace(fault=why_not), cost))
         return decisions
 
-    def _costed(self, engine: str, present: Present) -> list[Decision]:
-        """The experts by layout and scale, known without a capture; experts that a loop serves better have a fault."""
-        groups: dict[tuple[Layout, float], list[int]] = {}
+    def _costed(self, engine: str, present: Present, slots: Sequence[Slot | None]) -> list[Decision]:
+        """The experts by layout, stack and scale, known without a capture.
+
+        Experts that a loop serves better have a fault.
+        """
+        groups: dict[tuple[Layout, Stack | None, float], list[int]] = {}
         for place, layout in enumerate(self.classes.layouts(present.names, present.experts)):
-            groups.setdefault((layout, present.scales[place]), []).append(place)
+            slot = slots[place]
+            groups.setdefault((layout, slot and slot.stack, present.scales[place]), []).append(place)
         decisions = []
-        for (layout, scale), places in groups.items():
+        for (layout, stack, scale), places in groups.items():
             modules = tuple(present.experts[place] for place in places)
             unit = Unit(tuple(places), modules, None, scale, None)
-            cost = _cost_of(layout, modules)
+            cost = _cost_of(layout, modules, is_stacked=stack is not None)
             if engine == AUTO:
-                if not estimate(layout, self._num_experts, has_backward=True).pays:
+                if stack is None and not estimate(layout, self._num_experts, has_backward=True).pays:
                     self._always_looped.update((present.names[place], present.experts[place]) for place in places)
                 if len(places) == 1 or not cost.pays:
                     unit = unit._replace(fault=_too_costly(cost))
@@ -267,9 +285,44 @@ def _too_costly(cost: Cost) -> str:
     return f"are few ({cost})"
 
 
-def _cost_of(layout: Layout, modules: Sequence[nn.Module]) -> Cost:
+def _cost_of(layout: Layout, modules: Sequence[nn.Module], *, is_stacked: bool) -> Cost:
     # The grad mode does not matter: a checkpoint computes once with and once without gradients.
-    return estimate(layout, len(modules), has_backward=modules[0].training)
+    cost = estimate(layout, len(modules), has_backward=modules[0].training)
+    # In a loop, each member's gradient is cut out of the stack's.
+    return cost._replace(least=0) if is_stacked else cost
+
+
+def _ordinary(experts: Sequence[nn.Module], slots: Sequence[Slot | None]) -> list[nn.Module]:
+    """The experts, with ordinary modules of the same values for those that are stacked."""
+    found = list(experts)
+    by_stack: dict[int, list[int]] = {}
+    for place, slot in enumerate(slots):
+        if slot is not None:
+            by_stack.setdefault(id(slot.stack), []).append(place)
+    for places in by_stack.values():
+        own = [cast(Slot, slots[place]) for place in places]
+        twins = own[0].stack.twins([experts[place] for place in places], [slot.member for slot in own])
+        for place, twin in zip(places, twins, strict=True):
+            found[place] = twin
+    return found
+
+
+def _by_stack(unit: Unit, slots: Sequence[Slot | None]) -> list[Unit]:
+    """The unit, split into experts of one stack each, and experts that are not stacked."""
+    parts: dict[Stack | None, list[int]] = {}
+    for place, slot in enumerate(slots):
+        parts.setdefault(slot and slot.stack, []).append(place)
+    return [unit] if len(parts) == 1 else [unit.taken(places) for places in parts.values()]
+
+
+def _on_stacks(decision: Decision, present: Present, slots: Sequence[Slot | None]) -> Decision:
+    """The decision with the experts themselves in place of ordinary ones."""
+    unit = decision.unit
+    own = [slots[position] for position in unit.positions]
+    unit = unit._replace(modules=tuple(present.experts[position] for position in unit.positions))
+    if own[0] is not None:
+        unit = unit._replace(stack=own[0].stack, members=tuple(cast(Slot, each).member for each in own))
+    return decision._replace(unit=unit)
 
 
 def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str | None:

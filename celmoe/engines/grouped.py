@@ -138,16 +138,52 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
     assert rows is not None
     mask = [] if batch.mask is None else [batch.mask]
     given: Sequence[torch.Tensor] = [batch.hidden, *mask, *batch.aligned]
-    own: Sequence[Sequence[torch.Tensor]] = list(zip(*unit.tensors, strict=True))
+    own: Sequence[Sequence[torch.Tensor] | torch.Tensor] = list(zip(*unit.tensors, strict=True))
+    counts: Sequence[int] = batch.counts
+    if unit.stack is not None:
+        own, counts = _stacked(unit, own, counts)
     entered: list[Entered] = []
     if record.captured.losses:
-        given, own, entered = _entered(given, own, batch.counts)
+        members = [each.unbind(0) if isinstance(each, torch.Tensor) else each for each in own]
+        given, own, entered = _entered(given, members, batch.counts)
     if record.writes:
         given = [each.clone() for each in given]
     sample = Sample(given[0], given[1] if mask else None, rows.build(given[1 + len(mask) :]))
-    segments = Segments(batch.counts, batch.hidden.device)
+    segments = Segments(counts, batch.hidden.device, is_stacked=unit.stack is not None)
     outcome = run_program(record.program, Bound(sample, own), segments, may_write=record.writes)
     return _left(outcome, entered, batch.counts) if record.captured.losses else outcome
+
+
+def _stacked(
+    unit: Unit, own: Sequence[Any], counts: Sequence[int]
+) -> tuple[Sequence[Sequence[torch.Tensor] | torch.Tensor], Sequence[int]]:
+    """The members' tensors with stacks for those that are stacked, and the number of rows of each of a stack's members.
+
+    A stack holds all its members, those without rows too, where these compute nothing: no weight moves then.
+    """
+    stack, record = unit.stack, unit.record
+    assert stack is not None
+    assert record is not None
+    assert record.program is not None
+    calls, names = record.program.calls, record.captured.names
+    members: torch.Tensor | None = None
+    if unit.members != tuple(range(len(stack.names))):
+        is_whole = all(name in stack.keys for name in names) and not record.captured.losses
+        if calls is not None and calls.takes_absent and is_whole and list(unit.members) == sorted(unit.members):
+            all_counts = [0] * len(stack.names)
+            for member, count in zip(unit.members, counts, strict=True):
+                all_counts[member] = count
+            counts = all_counts
+        else:
+            members = torch.tensor(unit.members)
+    found: list[Sequence[torch.Tensor] | torch.Tensor] = []
+    for name, each in zip(names, own, strict=True):
+        if name not in stack.keys:
+            found.append(each)
+            continue
+        whole = stack.whole(name)
+        found.append(whole if members is None else whole.index_select(0, members.to(whole.device, non_blocking=True)))
+    return found, counts
 
 
 def _entered(

@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from celmoe.directml import is_directml
-from celmoe.grouped.kernels.affine import affine_of_members
+from celmoe.grouped.kernels.affine import affine_of_members, affine_of_stack
 from celmoe.grouped.kernels.members import linear_of_members
-from celmoe.grouped.kernels.product import backend_of
+from celmoe.grouped.kernels.product import backend_of, linear
 from celmoe.grouped.ops.elementwise import ELEMENTWISE, place_of_inplace
 from celmoe.grouped.ops.table import Run, arguments
 
@@ -123,10 +123,13 @@ class Calls(NamedTuple):
     Attributes:
         steps: For each step its call, and the places that no later step reads.
         kinds: The kinds of all values, by place.
+        takes_absent: True if members without rows compute nothing: only linear layers and norms read the members'
+            own tensors.
     """
 
     steps: tuple[tuple[Call, tuple[int, ...]], ...]
     kinds: tuple[Kind, ...]
+    takes_absent: bool
 
 
 def bind(steps: Sequence[Step], num_inputs: int, values: Sequence[Any], run: Run, are_cast: Sequence[bool]) -> Calls:
@@ -140,11 +143,13 @@ def bind(steps: Sequence[Step], num_inputs: int, values: Sequence[Any], run: Run
         are_cast: For each step, true if autocast was on.
     """
     kinds = tuple(map(kind_of, values))
-    calls = []
+    calls, takes_absent = [], True
     for place, (step, is_cast) in enumerate(zip(steps, are_cast, strict=True), num_inputs):
         found = _Finder(step, kinds, values, place, run).find(is_cast=is_cast)
         calls.append((found or _by_handler(step, kinds, place), step.last_uses))
-    return Calls(tuple(calls), kinds)
+        is_own = any(isinstance(values[each.number], Stack) for each in _places([step.args, step.kwargs]))
+        takes_absent &= not is_own or (found is not None and step.name in ("linear", "layer_norm"))
+    return Calls(tuple(calls), kinds, takes_absent)
 
 
 def _by_handler(step: Step, kinds: Sequence[Kind], place: int) -> Call:
@@ -245,8 +250,13 @@ class _Finder:
         def call(values: list[Any], run: Run) -> Any:
             given = values[x]
             flat = given.reshape(-1, given.shape[-1])
-            biases = () if b is None else values[b].members
-            out = linear_of_members(flat, values[w].members, biases, run.segments, len(flat) // run.segments.num_rows)
+            factor = len(flat) // run.segments.num_rows
+            if values[w].members is None:
+                bias_PN = None if b is None else values[b].plain
+                out = linear(flat, values[w].plain, bias_PN, run.segments, factor)
+            else:
+                biases = () if b is None else values[b].members
+                out = linear_of_members(flat, values[w].members, biases, run.segments, factor)
             return out if given.dim() == 2 else out.view(*given.shape[:-1], out.shape[-1])
 
         return call
@@ -270,6 +280,8 @@ class _Finder:
             normed = F.layer_norm(values[x], shape, eps=eps)
             flat = normed.view(-1, normed.shape[-1])
             factor = len(flat) // run.segments.num_rows
+            if values[w].members is None:
+                return affine_of_stack(flat, values[w].plain, values[b].plain, run.segments, factor).view_as(normed)
             return affine_of_members(flat, values[w].members, values[b].members, run.segments, factor).view_as(normed)
 
         return call

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from celmoe.rows.context import ContextRows
+from celmoe.stacked.stack import Stack
 from celmoe.torch_internals import apart
 
 from .capture import Captured, Refusal, Sample, capture, sample_of, tracer_missing
@@ -109,6 +110,8 @@ class Unit(NamedTuple):
         scale: The factor of the gradient into the experts' input.
         fault: The reason that the experts can't run as one, or that a loop is better.
         tensors: By member its own tensors, in the graph's order.
+        stack: The stack of the members' tensors; ``None`` if each member has its own.
+        members: The members' places in the stack.
     """
 
     positions: tuple[int, ...]
@@ -117,6 +120,8 @@ class Unit(NamedTuple):
     scale: float
     fault: str | None
     tensors: Tensors = ()
+    stack: Stack | None = None
+    members: tuple[int, ...] = ()
 
     def taken(self, places: Sequence[int]) -> Unit:
         """A unit of some of the members, in the given order."""
@@ -124,6 +129,7 @@ class Unit(NamedTuple):
             positions=tuple(self.positions[place] for place in places),
             modules=tuple(self.modules[place] for place in places),
             tensors=tuple(self.tensors[place] for place in places) if self.tensors else (),
+            members=tuple(self.members[place] for place in places) if self.members else (),
         )
 
     @property

@@ -25,7 +25,7 @@ from .canonical import canonical
 from .capture import Captured, Sample, WrongResult
 from .declared import is_declared
 from .segments import Segments
-from .values import CannotGroupError, Ragged, RowCount, Rows, Stack, common, registered, rows
+from .values import CannotGroupError, Ragged, RowCount, Rows, Stack, common, registered, rows, stack
 
 
 class Outcome(NamedTuple):
@@ -301,11 +301,11 @@ class Bound(NamedTuple):
 
     Attributes:
         sample: Hidden states, mask and context with the rows of all members.
-        tensors: For each own tensor of a member, in the graph's order, the tensors of all members.
+        tensors: For each own tensor of a member, in the graph's order, the tensors of all members, or a stack of them.
     """
 
     sample: Sample
-    tensors: Sequence[Sequence[torch.Tensor]]
+    tensors: Sequence[Sequence[torch.Tensor] | torch.Tensor]
 
 
 def run_program(
@@ -402,7 +402,8 @@ def _inputs(captured: Captured, bound: Bound) -> list[Any]:
     values: list[Any] = []
     for kind, read in captured.inputs:
         if kind == "own":
-            values.append(registered(next(own)))
+            members = next(own)
+            values.append(stack(members) if isinstance(members, torch.Tensor) else registered(members))
         elif kind == "count":
             values.append(RowCount())
         elif kind == "rows":

@@ -53,17 +53,19 @@ class Segments:
     """The rows of P members.
 
     Attributes:
-        counts: Number of rows of each member; never zero.
+        counts: Number of rows of each member; zero only for absent members of a stack.
         num_rows: Number of rows R.
         runs: The members by equal counts, in order.
         buckets: The members by similar counts, in order.
         device: The device of index tensors.
+        is_stacked: True if the members' tensors are stacked: then one call for all members moves no weights.
     """
 
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+    def __init__(self, counts: Sequence[int], device: torch.device, *, is_stacked: bool = False) -> None:
         self.counts = tuple(counts)
         self.num_rows = sum(counts)
         self.device = device
+        self.is_stacked = is_stacked
         self.runs = _runs(self.counts)
         self.buckets = _buckets(self.runs)
         self._members: dict[int, torch.Tensor] = {}

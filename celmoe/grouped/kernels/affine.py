@@ -92,6 +92,13 @@ class _Affine(Function):
         return grad_x if needed[0] else None, None, None, None, *grad_w, *grad_b
 
 
+def affine_of_stack(
+    x_RK: torch.Tensor, w_PK: torch.Tensor, b_PK: torch.Tensor, segments: Segments, factor: int
+) -> torch.Tensor:
+    """`affine_of_members` with the members' vectors in two stacks."""
+    return torch.addcmul(spread(b_PK, segments, factor), x_RK, spread(w_PK, segments, factor))
+
+
 def affine_of_members(
     x_RK: torch.Tensor,
     weights: Sequence[torch.Tensor],

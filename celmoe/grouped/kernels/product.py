@@ -48,6 +48,8 @@ class _ByRuns:
         out_RN = x_RK.new_empty(x_RK.shape[0], width)
         w_PKN = w_PNK.transpose(1, 2)
         for row, member, count, members in segments.runs:
+            if not count:
+                continue
             first, length = row * factor, count * factor
             if members == 1:
                 x, out = x_RK[first : first + length], out_RN[first : first + length]
@@ -69,6 +71,9 @@ class _ByRuns:
         n, k = y_RN.shape[1], x_RK.shape[1]
         out_PNK = x_RK.new_empty(len(segments.counts), n, k)
         for row, member, count, members in segments.runs:
+            if not count:
+                out_PNK[member : member + members].zero_()
+                continue
             first, length = row * factor, count * factor
             last = first + length * members
             if members == 1:
@@ -160,31 +165,33 @@ class _GroupedMM:
 BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped_mm": _GroupedMM()}
 
 
-def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
+def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], *, is_stacked: bool = False) -> str:
     """The name of the backend that fits, by a rule and not by measurement, so that a run repeats itself.
 
     Args:
         device: The device's type.
         dtype: The dtype of rows and weights.
         widths: The lengths of all operands' axes but those of rows and members.
+        is_stacked: True if the weights lie in one tensor already. On a CPU, PyTorch's grouped product then costs least.
     """
-    if device == "cpu":
+    if device == "cpu" and not is_stacked:
         return "runs"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if device == "cpu" else (torch.bfloat16, torch.float16)
     if (
-        device == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
+        device in ("cpu", "cuda")
+        and dtype in dtypes
         and hasattr(torch.nn.functional, "grouped_mm")
         and all(width * dtype.itemsize % 16 == 0 for width in widths)
     ):
         return "grouped_mm"
-    return "padded"
+    return "runs" if device == "cpu" else "padded"
 
 
 def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
     """The name of the backend for these operands."""
     # Transposed weights are laid out in memory by their other axis, so both axes count.
     widths = tuple(width for operand in operands for width in operand.shape[1:])
-    return backend_for(segments.device.type, operands[0].dtype, widths)
+    return backend_for(segments.device.type, operands[0].dtype, widths, is_stacked=segments.is_stacked)
 
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:

@@ -1,0 +1,7 @@
+"""Experts whose tensors are stacked: one parameter for each tensor of all alike experts.
+
+- `stack`: the stacked tensors of alike experts, an expert's view of its own, and ordinary modules of the same values.
+- `member`: the Python class of an expert's modules while its tensors are stacked.
+- `fitness`: which experts can be stacked together, and what holds others back.
+- `stacking`: `stack_experts` and `unstack_experts`.
+"""

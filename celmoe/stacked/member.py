@@ -1,0 +1,247 @@
+"""The Python class of an expert's modules while their tensors are stacked.
+
+A stacked module's class is made for its own class and derives from it, as with PyTorch's parametrizations. The module
+answers as before, and refuses in words what it can't do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+
+from celmoe.errors import StackedError
+from celmoe.torch_internals import RECURRENT_WEIGHTS, empty_recurrent, fill_recurrent, recurrent_weights
+
+from .stack import SLOT, Slot, kind_of, ordinary, slot_of
+
+# A weak reference: a class with a module's parametrizations holds the module.
+_KINDS: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+
+
+def stacked_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a stacked module of this class."""
+    known = _KINDS.get(kind)
+    made = None if known is None else known()
+    if made is None:
+        names: dict[str, Any] = {each: getattr(kind, each) for each in ("__module__", "__qualname__", "__doc__")}
+        if issubclass(kind, nn.RNNBase):
+            # Its list of weights would keep those of the time of stacking.
+            names[RECURRENT_WEIGHTS] = property(recurrent_weights, lambda *_: None)
+        metaclass: Any = type(kind)
+        made = metaclass(kind.__name__, (StackedModule, kind), names)
+        _KINDS[kind] = weakref.ref(made)
+    return cast(type[nn.Module], made)
+
+
+def _refused(method: str, instead: str) -> Callable[..., NoReturn]:
+    def refuse(self: nn.Module, *_: object, **__: object) -> NoReturn:
+        slot: Slot = self.__dict__[SLOT]
+        raise StackedError(
+            f"{method!r} must be called on experts that are not stacked (got a module of expert "
+            f"{slot.stack.names[slot.member]!r}; {instead})"
+        )
+
+    refuse.__name__ = method
+    return refuse
+
+
+_ON_ALL = "call it on the model, or on the level's modules"
+_ALONE = "call celmoe.unstack_experts first"
+
+
+class StackedModule(nn.Module):
+    """A module of an expert whose parameters are stacked with those of other experts.
+
+    Reading a parameter gives a view of the stack. Writing into a view writes into the stack.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        slot: Slot | None = self.__dict__.get(SLOT)
+        if slot is not None and name in slot.paths:
+            path = slot.paths[name]
+            return None if path is None else slot.stack.entry(path, slot.member)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._changes("set", name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._changes("delete", name)
+        super().__delattr__(name)
+
+    def _changes(self, verb: str, name: str) -> None:
+        """Note a change of an attribute.
+
+        Raises:
+            StackedError: The attribute is a stacked parameter.
+        """
+        slot: Slot | None = self.__dict__.get(SLOT)
+        if slot is None:
+            return
+        if name in slot.paths:
+            raise StackedError(
+                f"{name!r} must stay a view of the stacked parameter (got an attempt to {verb} it in expert "
+                f"{slot.stack.names[slot.member]!r}; write into the tensor under torch.no_grad(), or {_ALONE})"
+            )
+        slot.stack.version += 1
+
+    def __dir__(self) -> list[str]:
+        slot = slot_of(self)
+        return sorted({*super().__dir__(), *(slot.paths if slot else ())})  # type: ignore[no-untyped-call]  # torch's own
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As usual, for a name that is not stacked."""
+        self._changes("set", name)
+        super().register_parameter(name, param)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As usual."""
+        self._changes("set", name)
+        super().add_module(name, module)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of this module and those below, as views of the stacked ones."""
+        seen: set[int] = set()
+        modules = self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate) if recurse else [(prefix, self)]
+        for path, module in modules:
+            for name, tensor in tensors_of(module).items():
+                if tensor is None or (remove_duplicate and id(tensor) in seen):
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    seen.add(id(tensor))
+                yield f"{path}{'.' if path else ''}{name}", cast(nn.Parameter, tensor)
+
+    to = _refused("to", _ON_ALL)
+    to_empty = _refused("to_empty", _ON_ALL)
+    type = _refused("type", _ON_ALL)
+    cpu = _refused("cpu", _ON_ALL)
+    cuda = _refused("cuda", _ON_ALL)
+    half = _refused("half", _ON_ALL)
+    float = _refused("float", _ON_ALL)
+    double = _refused("double", _ON_ALL)
+    bfloat16 = _refused("bfloat16", _ON_ALL)
+    share_memory = _refused("share_memory", _ON_ALL)
+    requires_grad_ = _refused("requires_grad_", f"{_ON_ALL}, or {_ALONE}")
+    zero_grad = _refused("zero_grad", _ON_ALL)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        kept = self._parameters
+        self.__dict__["_parameters"] = tensors_of(self)
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self.__dict__["_parameters"] = kept
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        load = kind_of(self)._load_from_state_dict
+        with _opened(self):
+            load(self, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        slot = slot_of(self)
+        if slot is not None and id(slot.stack.registry) not in memo:
+            # Without the other experts there is no stack.
+            return copy.deepcopy(ordinary(self, {}), memo)
+        kind = type(self)
+        made = memo[id(self)] = kind.__new__(kind)
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _unpickled, (kind_of(self),), *reduced[2:]
+
+
+def _noting(method: str) -> Any:
+    def register(self: StackedModule, *args: Any, **kwargs: Any) -> Any:
+        self._changes("register", method)
+        return getattr(super(StackedModule, self), method)(*args, **kwargs)
+
+    register.__name__ = method
+    register.__doc__ = "As usual."
+    return register
+
+
+for _method in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "backward_hook"):
+    setattr(StackedModule, f"register_{_method}", _noting(f"register_{_method}"))
+
+
+def _unpickled(kind: type[nn.Module]) -> nn.Module:
+    stacked = stacked_kind(kind)
+    return stacked.__new__(stacked)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Any]:
+    """A module's parameters by name, in order, with views for the stacked ones."""
+    slot = slot_of(module)
+    if slot is None:
+        return dict(module._parameters)
+    stacked = {name: None if path is None else slot.stack.entry(path, slot.member) for name, path in slot.paths.items()}
+    return stacked | module._parameters
+
+
+@contextlib.contextmanager
+def _opened(module: nn.Module) -> Iterator[None]:
+    """Within, the module is an ordinary one, whose parameters are in the stack's memory.
+
+    Parameters that are replaced meanwhile are taken over by the stack.
+    """
+    slot: Slot = module.__dict__[SLOT]
+    kept, kind = module._parameters, type(module)
+    placed = {
+        name: None if path is None else slot.stack.parameter(path, slot.member) for name, path in slot.paths.items()
+    }
+    object.__setattr__(module, "__class__", kind_of(module))
+    del module.__dict__[SLOT]
+    module.__dict__["_parameters"] = placed | kept
+    fill_recurrent(module)
+    try:
+        yield
+    finally:
+        found: Mapping[str, Any] = module._parameters
+        object.__setattr__(module, "__class__", kind)
+        _hold(module, slot)
+        for name, path in slot.paths.items():
+            new = found.get(name)
+            if path is not None and isinstance(new, torch.Tensor) and new is not placed[name]:
+                slot.stack.assign(path, slot.member, new.detach())
+
+
+def close(module: nn.Module, slot: Slot) -> None:
+    """Make a module a stacked one; the stack holds its parameters already."""
+    object.__setattr__(module, "__class__", stacked_kind(type(module)))
+    _hold(module, slot)
+
+
+def _hold(module: nn.Module, slot: Slot) -> None:
+    module.__dict__["_parameters"] = {name: each for name, each in module._parameters.items() if name not in slot.paths}
+    module.__dict__[SLOT] = slot
+    empty_recurrent(module)
+
+
+def reopen(module: nn.Module) -> None:
+    """Make a stacked module an ordinary one, with parameters and gradients in memory of their own."""
+    slot: Slot = module.__dict__[SLOT]
+    own: dict[str, nn.Parameter | None] = {}
+    for name, path in slot.paths.items():
+        if path is None:
+            own[name] = None
+            continue
+        whole = slot.stack.whole(path)
+        own[name] = made = nn.Parameter(whole.detach()[slot.member].clone(), requires_grad=whole.requires_grad)
+        if whole.grad is not None:
+            made.grad = whole.grad[slot.member].clone()
+    kind = kind_of(module)
+    del module.__dict__[SLOT]
+    object.__setattr__(module, "__class__", kind)
+    module.__dict__["_parameters"] = own | module._parameters
+    fill_recurrent(module)

@@ -1,0 +1,238 @@
+"""The stacked tensors of alike experts.
+
+Axes: M members of a stack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
+from torch import nn
+
+from celmoe.errors import StackedError
+from celmoe.names import NamedModules
+from celmoe.torch_internals import PlainTensor, fill_recurrent
+
+# Under which a module of a stacked expert keeps its `Slot`, among its attributes.
+SLOT = "_celmoe_slot"
+
+
+class Stack:
+    """The tensors of M alike experts, which are parameters of the module that holds the level's experts.
+
+    Args:
+        registry: The level's experts by name.
+        names: The members' names.
+        keys: By path of a tensor in an expert (``"up.weight"``), the stacked parameter's name in the registry.
+
+    Attributes:
+        registry: See above.
+        names: See above.
+        keys: See above.
+        version: Grows with every change of a member's attributes.
+    """
+
+    def __init__(self, registry: NamedModules, names: Sequence[str], keys: Mapping[str, str]) -> None:
+        self.registry = registry
+        self.names = tuple(names)
+        self.keys = dict(keys)
+        self.version = 0
+        # By place, a twin, and the state that it was filled in.
+        self._twins: dict[int, tuple[nn.Module, Any]] = {}
+        self._state: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_twins": {}, "_state": None}
+
+    def whole(self, path: str) -> torch.Tensor:
+        """``[M, ...]``: the stacked tensor."""
+        return cast(torch.Tensor, self.registry._parameters[self.keys[path]])
+
+    def entry(self, path: str, index: int) -> torch.Tensor:
+        """A member's tensor, as a view of the stack that carries gradients to the stack."""
+        whole = self.whole(path)
+        views: dict[int, Any] | None = getattr(_LOOP, "views", None)
+        if views is not None and whole.requires_grad and torch.is_grad_enabled():
+            # The gradients of all members are put together once.
+            if id(whole) not in views:
+                views[id(whole)] = whole, whole.unbind(0)
+            view: torch.Tensor = views[id(whole)][1][index]
+        else:
+            view = whole.select(0, index)
+        if torch.compiler.is_compiling() or type(view) is not torch.Tensor:
+            return view
+        entry = view.as_subclass(Entry)
+        entry.place = Place(self, path, index)
+        return entry
+
+    def parameter(self, path: str, index: int) -> nn.Parameter:
+        """A member's tensor as an ordinary parameter, in the stack's memory."""
+        whole = self.whole(path)
+        return nn.Parameter(whole.detach().select(0, index), requires_grad=whole.requires_grad)
+
+    def assign(self, path: str, index: int, tensor: torch.Tensor) -> None:
+        """Take over a tensor for a member; a stack on the meta device takes over dtype and device as well."""
+        whole = self.whole(path)
+        if whole.is_meta and not tensor.is_meta:
+            made = torch.full(whole.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+            whole = nn.Parameter(made, requires_grad=whole.requires_grad)
+            self.registry._parameters[self.keys[path]] = whole
+        with torch.no_grad():
+            whole[index].copy_(tensor)
+
+    def twins(self, members: Sequence[nn.Module], indices: Sequence[int]) -> list[nn.Module]:
+        """Ordinary modules that are like members in all but their class, in the stack's memory.
+
+        Args:
+            members: The members.
+            indices: Their places in the stack.
+        """
+        wholes = [self.whole(path) for path in self.keys]
+        state = self.version, [(id(each), each.data_ptr(), each.dtype, each.requires_grad) for each in wholes]
+        if state != self._state:
+            self._state = state
+        return [self._twin(member, index) for member, index in zip(members, indices, strict=True)]
+
+    def _twin(self, member: nn.Module, index: int) -> nn.Module:
+        twin, state = self._twins.get(index, (None, None))
+        if twin is None or state is not self._state:
+            # The twin stays the same object: findings on it are kept by object.
+            twin = ordinary(member, {} if twin is None else {id(member): twin})
+            self._twins[index] = twin, self._state
+        return twin
+
+
+class Slot(NamedTuple):
+    """Where the tensors of a stacked expert's module are.
+
+    Attributes:
+        stack: The stack.
+        member: The expert's place in the stack.
+        paths: For each parameter of the module, in order, its path in the expert; ``None`` for a parameter that is
+            ``None``.
+    """
+
+    stack: Stack
+    member: int
+    paths: Mapping[str, str | None]
+
+
+class Place(NamedTuple):
+    """Where a stacked tensor is one of several."""
+
+    stack: Stack
+    path: str
+    member: int
+
+    def refuse(self, what: str, instead: str) -> NoReturn:
+        """Refuse what can't be done to a view.
+
+        Raises:
+            StackedError: Always.
+        """
+        name = self.stack.names[self.member]
+        raise StackedError(
+            f"{what!r} must be called on experts that are not stacked (got {self.path!r} of expert {name!r}, a view of "
+            f"the stacked parameter; {instead})"
+        )
+
+
+class Entry(PlainTensor):
+    """A stacked expert's tensor: a view of the stack. What operations give of it are ordinary tensors."""
+
+    place: Place
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """The expert's part of the stack's gradient."""
+        grad = self.place.stack.whole(self.place.path).grad
+        return None if grad is None else grad.select(0, self.place.member)
+
+    @grad.setter
+    def grad(self, _value: object) -> None:
+        self.place.refuse("grad", "set the gradient of the stacked parameter")
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The values, in the stack's memory."""
+        return self.detach()
+
+    @data.setter
+    def data(self, _value: object) -> None:
+        self.place.refuse("data", "write into the tensor, under torch.no_grad()")
+
+    def requires_grad_(self, _requires_grad: bool = True) -> torch.Tensor:
+        """Refused: the stacked parameter requires gradients as a whole."""
+        self.place.refuse("requires_grad_", "freeze the stacked parameter, or call unstack_experts first")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.detach().clone()
+
+
+_LOOP = threading.local()
+
+
+@contextlib.contextmanager
+def looping() -> Iterator[None]:
+    """Within, a stack is cut once for all its members, so that a backward pass puts their gradients together once."""
+    before = getattr(_LOOP, "views", None)
+    _LOOP.views = {}
+    try:
+        yield
+    finally:
+        _LOOP.views = before
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """Where a module's tensors are stacked; ``None`` for an ordinary module."""
+    slot: Slot | None = module.__dict__.get(SLOT)
+    return slot
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The module's own class, whether it is stacked or not."""
+    kind = type(module)
+    return cast(type[nn.Module], kind.__mro__[2]) if SLOT in module.__dict__ else kind
+
+
+def ordinary(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """An ordinary module with the attributes of a stacked one, and with parameters in the stack's memory.
+
+    Args:
+        module: A stacked expert, or a module of one.
+        memo: By a module's id, the module that stands for it; it is filled anew.
+    """
+    kind = kind_of(module)
+    made = memo.get(id(module))
+    if made is None:
+        made = memo[id(module)] = kind.__new__(kind)
+    attributes = dict(module.__dict__)
+    slot: Slot | None = attributes.pop(SLOT, None)
+    known = made.__dict__.get("_modules", {})
+    if slot is not None:
+        own = {
+            name: None if path is None else slot.stack.parameter(path, slot.member) for name, path in slot.paths.items()
+        }
+        attributes["_parameters"] = own | attributes["_parameters"]
+    made.__dict__.clear()
+    made.__dict__.update(attributes)
+    made.__dict__["_modules"] = {name: _part(child, known.get(name), memo) for name, child in module._modules.items()}
+    fill_recurrent(made)
+    return made
+
+
+def _part(child: nn.Module | None, known: nn.Module | None, memo: dict[int, nn.Module]) -> nn.Module | None:
+    if child is None:
+        return None
+    if id(child) in memo:
+        return memo[id(child)]
+    if known is not None and type(known) is kind_of(child):
+        memo[id(child)] = known
+    return ordinary(child, memo)

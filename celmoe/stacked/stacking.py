@@ -1,0 +1,194 @@
+"""Stacks experts, in place, and takes stacks apart."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
+from celmoe.hierarchy import HierarchicalCELMoE
+from celmoe.names import STACKED, NamedModules
+
+from .fitness import likeness, obstacle, owners
+from .member import close, reopen
+from .stack import Slot, Stack, slot_of
+
+
+@dataclass(frozen=True)
+class StackedClass:
+    """Alike experts of one level, stacked or not.
+
+    Attributes:
+        level: The level's name.
+        architecture: The experts' class.
+        experts: Their names.
+        parameters: The names of the stacked parameters, by the tensors' paths in an expert; empty if not stacked.
+        reason: The reason that the experts are not stacked; empty if they are.
+    """
+
+    level: str
+    architecture: str
+    experts: tuple[str, ...]
+    parameters: dict[str, str]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.level}: {len(self.experts)} {self.architecture}"
+        if self.reason:
+            return f"{what} not stacked, for its experts {self.reason} ({listed(self.experts)})"
+        tensors = len(self.parameters)
+        return f"{what} stacked, {tensors} parameters in place of {tensors * len(self.experts)}"
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """What was stacked, and what not and why; ``str()`` has a line for each class.
+
+    Attributes:
+        classes: The experts by level and class.
+    """
+
+    classes: tuple[StackedClass, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.classes))
+
+
+def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> StackReport:
+    """Stack the tensors of alike experts, in place: one parameter ``[M, ...]`` for each tensor of M experts.
+
+    A training step then handles few parameters, however many experts there are. The model's checkpoints keep their keys
+    and order. The experts stay where they are, and their tensors are views of the stacks. Make optimizers afterwards.
+
+    Experts are alike if their modules have the same classes, and their parameters the same names, shapes, dtypes,
+    devices and ``requires_grad``. Buffers stay as they are.
+
+    Args:
+        model: The model.
+        levels: The names of the levels whose experts are stacked; all levels by default.
+
+    Returns:
+        What was stacked, and what not and why.
+
+    Raises:
+        InputTypeError: ``model`` is no `HierarchicalCELMoE`.
+        UnknownLevelError: The model has no such level.
+        StackedError: An optimizer holds the experts' parameters.
+    """
+    names = _levels(model, levels)
+    holders, reached = owners(model)
+    classes: list[StackedClass] = []
+    groups: list[tuple[str, list[str]]] = []
+    for level in names:
+        registry = cast(nn.ModuleDict, model.level_modules[level])
+        alike: dict[Any, list[str]] = {}
+        for name, expert in registry.items():
+            # By class and reason, for the report.
+            why = (
+                obstacle(expert, holders, reached) if type(registry) is NamedModules else "are held by other ranks, too"
+            )
+            alike.setdefault((type(expert), why) if why else likeness(expert), []).append(name)
+        for key, experts in alike.items():
+            why = key[1] if isinstance(key[1], str) else "have no others like them" if len(experts) < 2 else ""
+            if why:
+                kind = type(registry[experts[0]]).__name__
+                classes.append(StackedClass(level, kind, tuple(experts), {}, why))
+            else:
+                groups.append((level, experts))
+    modules = [model.level_modules[level][name] for level, experts in groups for name in experts]  # type: ignore[index]
+    _require_no_optimizer([parameter for module in modules for parameter in module.parameters()])
+    for level, experts in groups:
+        registry = cast(NamedModules, model.level_modules[level])
+        kind = type(registry[experts[0]]).__name__
+        classes.append(StackedClass(level, kind, tuple(experts), _stack(registry, experts).keys))
+    order = {level: place for place, level in enumerate(names)}
+    return StackReport(tuple(sorted(classes, key=lambda each: order[each.level])))
+
+
+def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> None:
+    """Give all stacked experts parameters of their own again, with the same values and gradients.
+
+    Args:
+        model: The model.
+        levels: The names of the levels; all levels by default.
+
+    Raises:
+        InputTypeError: ``model`` is no `HierarchicalCELMoE`.
+        UnknownLevelError: The model has no such level.
+    """
+    for level in _levels(model, levels):
+        registry = cast(nn.ModuleDict, model.level_modules[level])
+        for module in registry.modules():
+            if slot_of(module) is not None:
+                reopen(module)
+        for name in [each for each in registry._parameters if each.startswith(STACKED)]:
+            del registry._parameters[name]
+
+
+def _levels(model: HierarchicalCELMoE, levels: Collection[str] | None) -> list[str]:
+    if not isinstance(model, HierarchicalCELMoE):
+        raise InputTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
+    known = list(model.level_modules)
+    wanted = known if levels is None else [levels] if isinstance(levels, str) else list(levels)
+    if unknown := [each for each in wanted if each not in known]:
+        raise UnknownLevelError(
+            f"'levels' must be levels of the model (got {listed(unknown)}; {nearest(unknown, known)})"
+        )
+    return list(dict.fromkeys(wanted))
+
+
+def _require_no_optimizer(parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse parameters that an optimizer holds: it would go on to step what no expert reads any more.
+
+    Raises:
+        StackedError: An optimizer holds some of the parameters.
+    """
+    ids = set(map(id, parameters))
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.optim.Optimizer):
+            held = (parameter for group in each.param_groups for parameter in group["params"])
+            if any(id(parameter) in ids for parameter in held):
+                raise StackedError(
+                    f"'model' must be stacked before its optimizer is made (got parameters that a "
+                    f"{type(each).__name__} holds; make it anew from model.parameters() afterwards)"
+                )
+
+
+def _stack(registry: NamedModules, names: Sequence[str]) -> Stack:
+    experts = [registry[name] for name in names]
+    paths = [path for path, _ in experts[0].named_parameters()]
+    number = next(
+        number
+        for number in range(len(registry) + 1)
+        if not any(_key(number, path) in registry._parameters for path in paths)
+    )
+    stack = Stack(registry, names, {path: _key(number, path) for path in paths})
+    for path in paths:
+        tensors = [expert.get_parameter(path) for expert in experts]
+        registry._parameters[stack.keys[path]] = _stacked(tensors)
+    for index, expert in enumerate(experts):
+        for prefix, module in list(expert.named_modules()):
+            dotted = f"{prefix}." if prefix else ""
+            paths_of = {name: None if each is None else f"{dotted}{name}" for name, each in module._parameters.items()}
+            close(module, Slot(stack, index, paths_of))
+    return stack
+
+
+def _key(number: int, path: str) -> str:
+    # Neither a name of an expert, nor with a dot, which would part it for whoever looks parameters up by name.
+    return f"{STACKED}{number}:{path.replace('.', '/')}"
+
+
+def _stacked(tensors: Sequence[nn.Parameter]) -> nn.Parameter:
+    whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=tensors[0].requires_grad)
+    grads = [each.grad for each in tensors]
+    if any(grad is not None for grad in grads):
+        whole.grad = torch.stack(
+            [torch.zeros_like(each) if grad is None else grad for each, grad in zip(tensors, grads, strict=True)]
+        )
+    return whole
