@@ -71,7 +71,7 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
 
 def _by_count(unit: Unit, plan: LevelPlan) -> Unit:
     """The unit with its members sorted by their number of rows, if the order saves calls."""
-    if unit.stack is not None:
+    if unit.stack is not None and plan.order.device.type == "cpu":
         # In the stack's order no weight moves.
         return unit
     total = sum(plan.counts[position] for position in unit.positions)

@@ -31,6 +31,11 @@ from .looped import run_looped
 Extras: TypeAlias = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
 
 
+# If fewer than one in so many members are present, taking their tensors out of the stack costs less than computing
+# nothing for the others.
+_FEW_OF_A_STACK = 3
+
+
 @dataclass
 class UnitBatch(ExpertBatch):
     """The rows of all experts of a unit.
@@ -139,6 +144,7 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
     mask = [] if batch.mask is None else [batch.mask]
     given: Sequence[torch.Tensor] = [batch.hidden, *mask, *batch.aligned]
     own: Sequence[Sequence[torch.Tensor] | torch.Tensor] = list(zip(*unit.tensors, strict=True))
+    own = own or [()] * len(record.captured.names)
     counts: Sequence[int] = batch.counts
     if unit.stack is not None:
         own, counts = _stacked(unit, own, counts)
@@ -169,6 +175,7 @@ def _stacked(
     members: torch.Tensor | None = None
     if unit.members != tuple(range(len(stack.names))):
         is_whole = all(name in stack.keys for name in names) and not record.captured.losses
+        is_whole &= _FEW_OF_A_STACK * len(unit.members) >= len(stack.names)
         if calls is not None and calls.takes_absent and is_whole and list(unit.members) == sorted(unit.members):
             all_counts = [0] * len(stack.names)
             for member, count in zip(unit.members, counts, strict=True):

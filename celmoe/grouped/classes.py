@@ -166,6 +166,8 @@ class LevelClasses:
         # By name and kind of input the expert's last refusal, and by name the record that the expert last fitted.
         self._refused: dict[tuple[str, Any], tuple[weakref.ref[nn.Module], str]] = {}
         self._latest: dict[str, tuple[weakref.ref[nn.Module], ClassRecord]] = {}
+        # Of each stack whose members can't change unseen, by its id: see `settle`.
+        self._settled: dict[int, _Settled] = {}
 
     def layouts(self, names: Sequence[str], experts: Sequence[nn.Module]) -> list[Layout]:
         """Each expert's layout, as it was when the expert was first seen."""
@@ -230,6 +232,67 @@ class LevelClasses:
                 fault = _shared(record, members, tensors)
             units.append(Unit(tuple(positions), members, record, key[1], fault, tensors))
         return search.verified([list(map(names.__getitem__, unit.positions)) for unit in units], units)
+
+    def settle(self, stack: Stack, names: Sequence[str], unit: Unit, members: Sequence[int]) -> None:
+        """Keep that members of a stack are one class, as long as the stack's state stays as it is.
+
+        Args:
+            stack: The stack.
+            names: The members' names.
+            unit: The unit that `units` found for ordinary modules like the members.
+            members: The members' places in the stack.
+        """
+        state = stack.state
+        known = self._settled.get(id(stack))
+        if known is None or known.stack() is not stack or known.state is not state:
+            known = self._settled[id(stack)] = _Settled(weakref.ref(stack), state, stack.is_fixed)
+        records = {self.known(name, module) for name, module in zip(names, unit.modules, strict=True)}
+        record = records.pop()
+        if known.is_fixed and record is not None and not records:
+            known.members.setdefault(record, set()).update(members)
+
+    def settled(
+        self, stack: Stack, members: Sequence[int], first: tuple[str, nn.Module], scale: float, given: LevelInputLike
+    ) -> ClassRecord | None:
+        """The record of members of a stack that were one class before, if that still holds; asks the first only.
+
+        Args:
+            stack: The stack.
+            members: The members' places in it.
+            first: The name of the first, and an ordinary module like it.
+            scale: The factor of the gradient into the members' input.
+            given: The level's input.
+        """
+        known = self._settled.get(id(stack))
+        if known is None or known.stack() is not stack or known.state is not stack.state or tracer_missing():
+            return None
+        record = self.known(*first)
+        if record is None or record.first.program is None or not known.members.get(record, _NONE).issuperset(members):
+            return None
+        search = _Search(self, given, retries=False, is_grad_enabled=torch.is_grad_enabled())
+        search._sample(scale == 0.0)
+        with apart():
+            return record.first if search._holds(record, first[1], scale == 0.0) else None
+
+
+_NONE: frozenset[int] = frozenset()
+
+
+@dataclass(eq=False)
+class _Settled:
+    """What was found for a stack's members.
+
+    Attributes:
+        stack: The stack.
+        state: The stack's state then.
+        is_fixed: See `Stack.is_fixed`.
+        members: By record of a graph, the places of the members that it was found to hold for, and verified with.
+    """
+
+    stack: weakref.ref[Stack]
+    state: object
+    is_fixed: bool
+    members: dict[ClassRecord, set[int]] = field(default_factory=dict)
 
 
 class _Search:

@@ -6,6 +6,7 @@ Axes: R rows of all members, one member's after the other's; P members.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -55,8 +56,6 @@ class Segments:
     Attributes:
         counts: Number of rows of each member; zero only for absent members of a stack.
         num_rows: Number of rows R.
-        runs: The members by equal counts, in order.
-        buckets: The members by similar counts, in order.
         device: The device of index tensors.
         is_stacked: True if the members' tensors are stacked: then one call for all members moves no weights.
     """
@@ -66,11 +65,21 @@ class Segments:
         self.num_rows = sum(counts)
         self.device = device
         self.is_stacked = is_stacked
-        self.runs = _runs(self.counts)
-        self.buckets = _buckets(self.runs)
         self._members: dict[int, torch.Tensor] = {}
         self._ends: dict[int, torch.Tensor] = {}
         self._padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The members by equal counts, in order."""
+        return _runs(self.counts)
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """The members by similar counts, in order; all members of a stack, which are not sorted by count."""
+        if self.is_stacked and self.device.type == "cpu":
+            return [Bucket(0, 0, max(self.counts), len(self.counts))]
+        return _buckets(self.runs)
 
     def member_of_row(self, factor: int = 1) -> torch.Tensor:
         """``[R · factor]`` int64: each row's member."""

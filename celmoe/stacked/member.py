@@ -33,6 +33,7 @@ def stacked_kind(kind: type[nn.Module]) -> type[nn.Module]:
         if issubclass(kind, nn.RNNBase):
             # Its list of weights would keep those of the time of stacking.
             names[RECURRENT_WEIGHTS] = property(recurrent_weights, lambda *_: None)
+        names |= {method: _noting(method) for method in _OF_CONTAINERS if hasattr(kind, method)}
         metaclass: Any = type(kind)
         made = metaclass(kind.__name__, (StackedModule, kind), names)
         _KINDS[kind] = weakref.ref(made)
@@ -162,16 +163,21 @@ class StackedModule(nn.Module):
 
 
 def _noting(method: str) -> Any:
-    def register(self: StackedModule, *args: Any, **kwargs: Any) -> Any:
-        self._changes("register", method)
+    def noted(self: StackedModule, *args: Any, **kwargs: Any) -> Any:
+        self._changes("set", method)
         return getattr(super(StackedModule, self), method)(*args, **kwargs)
 
-    register.__name__ = method
-    register.__doc__ = "As usual."
-    return register
+    noted.__name__ = method
+    noted.__doc__ = "As usual."
+    return noted
 
 
-for _method in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "backward_hook"):
+# Methods of PyTorch's containers that write into their modules without setting an attribute.
+_OF_CONTAINERS = ("insert", "pop", "popitem", "clear", "update", "__delitem__")
+
+
+_REGISTERED = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook", "backward_hook")
+for _method in (*_REGISTERED, "buffer"):
     setattr(StackedModule, f"register_{_method}", _noting(f"register_{_method}"))
 
 

@@ -6,7 +6,9 @@ Axes: M members of a stack.
 from __future__ import annotations
 
 import contextlib
+import enum
 import threading
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -91,19 +93,71 @@ class Stack:
             members: The members.
             indices: Their places in the stack.
         """
+        state = self.state
+        return [self._twin(member, index, state) for member, index in zip(members, indices, strict=True)]
+
+    def _twin(self, member: nn.Module, index: int, state: Any) -> nn.Module:
+        twin, filled_in = self._twins.get(index, (None, None))
+        if twin is None or filled_in is not state:
+            # The twin stays the same object: findings on it are kept by object.
+            twin = ordinary(member, {} if twin is None else {id(member): twin})
+            self._twins[index] = twin, state
+        return twin
+
+    @property
+    def state(self) -> object:
+        """An object that stays the same as long as neither the stacks nor any member's attributes are replaced."""
         wholes = [self.whole(path) for path in self.keys]
         state = self.version, [(id(each), each.data_ptr(), each.dtype, each.requires_grad) for each in wholes]
         if state != self._state:
             self._state = state
-        return [self._twin(member, index) for member, index in zip(members, indices, strict=True)]
+        return self._state
 
-    def _twin(self, member: nn.Module, index: int) -> nn.Module:
-        twin, state = self._twins.get(index, (None, None))
-        if twin is None or state is not self._state:
-            # The twin stays the same object: findings on it are kept by object.
-            twin = ordinary(member, {} if twin is None else {id(member): twin})
-            self._twins[index] = twin, self._state
-        return twin
+    @property
+    def is_fixed(self) -> bool:
+        """True if members differ in nothing that could change without changing `state`.
+
+        Their attributes are then immutable, or the same objects for all members. To be asked once a state.
+        """
+        members = [self.registry[name] for name in self.names if name in self.registry]
+        modules = [list(member.modules()) for member in members]
+        if any(slot_of(member) is None for member in members) or len({len(each) for each in modules}) > 1:
+            return False
+        return all(_are_fixed(alike) for alike in zip(*modules, strict=True))
+
+
+# Dicts and sets of every module: of hooks, buffers and parameters that are not stacked. Additions to them are noted.
+_REGISTERED = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)} - {"_modules"}
+_IMMUTABLE = (
+    *(bool, int, float, complex, str, bytes, types.NoneType, type, enum.Enum, types.BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
+
+def _are_fixed(modules: Sequence[nn.Module]) -> bool:
+    """If the attributes of some members' modules are immutable, or the same objects for all."""
+    namespaces = [module.__dict__ for module in modules]
+    first = namespaces[0]
+    if any(each.keys() != first.keys() for each in namespaces):
+        return False
+    is_recurrent = isinstance(modules[0], nn.RNNBase)
+    for name in first.keys() - {"_modules", SLOT}:
+        values = [each[name] for each in namespaces]
+        if name in _REGISTERED:
+            if any(values):
+                return False
+        elif any(value is not values[0] for value in values):
+            # A recurrent layer's lists of names are never written into.
+            lists = (list,) if is_recurrent and name.startswith("_") else ()
+            if not all(_is_immutable(value, lists) for value in values):
+                return False
+    return True
+
+
+def _is_immutable(value: Any, lists: tuple[type[Any], ...]) -> bool:
+    if isinstance(value, (tuple, frozenset, *lists)):
+        return all(_is_immutable(each, lists) for each in cast(Sequence[Any], value))
+    return isinstance(value, _IMMUTABLE)
 
 
 class Slot(NamedTuple):

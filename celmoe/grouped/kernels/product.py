@@ -88,6 +88,8 @@ class _ByRuns:
         return out_PNK
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        if (quick := _added(x_RK, segments, factor)) is not None:
+            return quick
         width = x_RK.shape[1]
         out_PK = x_RK.new_empty(len(segments.counts), width)
         for row, member, count, members in segments.runs:
@@ -95,6 +97,21 @@ class _ByRuns:
             x = x_RK[first : first + length * members].view(members, length, width)
             torch.sum(x, 1, out=out_PK[member : member + members])
         return out_PK
+
+
+# Sums of more rows than this keep to PyTorch's own sum, which adds pairwise: added one by one, roundings grow.
+_FEW = 128
+# From this many calls on, one that adds rows one by one costs less.
+_MANY_RUNS = 8
+
+
+def _added(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor | None:
+    """The sum over each member's rows on a CPU, in one call; ``None`` where several calls are better."""
+    if x_RK.device.type != "cpu" or len(segments.runs) < _MANY_RUNS or max(segments.counts) * factor > _FEW:
+        return None
+    precise = torch.promote_types(x_RK.dtype, torch.float32)
+    out_PK = x_RK.new_zeros(len(segments.counts), x_RK.shape[1], dtype=precise)
+    return out_PK.index_add_(0, segments.member_of_row(factor), x_RK.to(precise)).to(x_RK.dtype)
 
 
 class _Padded:
@@ -119,6 +136,8 @@ class _Padded:
         return _joined([torch.bmm(left.transpose(1, 2), right) for (left, _), (right, _) in zip(y, x, strict=True)])
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        if (quick := _added(x_RK, segments, factor)) is not None:
+            return quick
         return _joined([x_MLK.sum(1) for x_MLK, _ in self._bucketed(x_RK, segments, factor)])
 
     @staticmethod
@@ -157,6 +176,8 @@ class _GroupedMM:
         return torch.nn.functional.grouped_mm(y_RN.contiguous().t(), x_RK.contiguous(), offs=ends)
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        if x_RK.device.type == "cpu":
+            return BACKENDS["runs"].segment_sum(x_RK, segments, factor)
         # The sum is a product with ones: eight columns are 16 bytes in every dtype of this backend.
         ones = x_RK.new_ones(x_RK.shape[0], 8)
         return self.outer(x_RK, ones, segments, factor)[:, :, 0]
@@ -165,17 +186,20 @@ class _GroupedMM:
 BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped_mm": _GroupedMM()}
 
 
-def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], *, is_stacked: bool = False) -> str:
+def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], padding: float | None = None) -> str:
     """The name of the backend that fits, by a rule and not by measurement, so that a run repeats itself.
 
     Args:
         device: The device's type.
         dtype: The dtype of rows and weights.
         widths: The lengths of all operands' axes but those of rows and members.
-        is_stacked: True if the weights lie in one tensor already. On a CPU, PyTorch's grouped product then costs least.
+        padding: For a stack, whose weights lie in one tensor already: the nanoseconds that padding costs more, for each
+            member, than a call for each.
     """
-    if device == "cpu" and not is_stacked:
+    if device == "cpu" and padding is None:
         return "runs"
+    if device == "cpu" and padding is not None and padding < 0:
+        return "padded"
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if device == "cpu" else (torch.bfloat16, torch.float16)
     if (
         device in ("cpu", "cuda")
@@ -187,11 +211,26 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], *, is_
     return "runs" if device == "cpu" else "padded"
 
 
+# Nanoseconds on a CPU core: of one member's part of a call for all, of a multiplication and addition, and of a number
+# that is moved. Fitted on an AMD EPYC; a factor of two changes few choices.
+_OF_A_MEMBER, _OF_A_PRODUCT, _OF_A_MOVE = 10000.0, 0.04, 0.8
+
+
+def _padding(segments: Segments, operands: Sequence[torch.Tensor], widths: tuple[int, ...]) -> float | None:
+    if not segments.is_stacked:
+        return None
+    num_rows, members = operands[0].shape[0], len(segments.counts)
+    places = members * max(segments.counts) * (num_rows // segments.num_rows)
+    wide, narrow = max(widths), min(widths)
+    extra = (places - num_rows) * wide * narrow * _OF_A_PRODUCT + (places + num_rows) * (wide + narrow) * _OF_A_MOVE
+    return extra - members * _OF_A_MEMBER
+
+
 def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
-    """The name of the backend for these operands."""
+    """The name of the backend for these operands, rows first."""
     # Transposed weights are laid out in memory by their other axis, so both axes count.
     widths = tuple(width for operand in operands for width in operand.shape[1:])
-    return backend_for(segments.device.type, operands[0].dtype, widths, is_stacked=segments.is_stacked)
+    return backend_for(segments.device.type, operands[0].dtype, widths, _padding(segments, operands, widths))
 
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
