@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from celmoe import EngineRefusedError
+import celmoe
+from celmoe import EngineRefusedError, HierarchicalCELMoE
 from celmoe.engines.registry import ENGINES
 from tests.experts import KINDS
 from tests.parity import assert_parity
@@ -23,19 +24,26 @@ pytestmark = pytest.mark.usefixtures("_as_few_and_as_many")
 ENGINE_NAMES = list(ENGINES)
 
 
-def assert_equal(engine: str, case: Case, **options: Any) -> None:
+def assert_equal(engine: str, case: Case, *, is_stacked: bool = False, **options: Any) -> None:
     """The engine agrees with the oracle, or refuses experts that are known to be refused."""
+
+    def made(case: Case) -> HierarchicalCELMoE:
+        model = case.model(engine)
+        if is_stacked:
+            celmoe.stack_experts(model)
+        return model
+
     if engine != "looped" and any(KINDS[kind].stochastic for kind in case.kinds):
         # Run as one they draw other numbers.
         case = replace(case, training=False)
 
     def in_float64() -> Any:
         wide = replace(case, dtype=torch.float64)
-        return wide.model(engine), wide.inputs
+        return made(wide), wide.inputs
 
     try:
         assert_parity(
-            *(case.model(engine), case.inputs),
+            *(made(case), case.inputs),
             seed=case.seed,
             in_float64=in_float64 if case.dtype == torch.float32 else None,
             **options,
@@ -71,3 +79,16 @@ def test_training_steps_equal_the_oracles(engine: str, case: Case):
 @given(case=cases(row_wise=True, stochastic=False))
 def test_row_wise_experts_give_what_they_give_one_sample_at_a_time(engine: str, case: Case):
     assert_equal(engine, case, objective=case.objective, optimizers=(), per_sample=True)
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+@examples(60)
+@given(case=cases())
+def test_stacked_experts_equal_the_oracles(engine: str, case: Case):
+    assert_equal(engine, case, is_stacked=True, objective=case.objective)
+
+
+@examples(60)
+@given(case=cases().map(of_siblings))
+def test_stacked_siblings_run_as_one_equal_the_oracle(case: Case):
+    assert_equal("grouped", case, is_stacked=True, objective=case.objective)

@@ -86,15 +86,15 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
     groups: list[tuple[str, list[str]]] = []
     for level in names:
         registry = cast(nn.ModuleDict, model.level_modules[level])
-        alike: dict[Any, list[str]] = {}
+        alike: dict[tuple[str | None, Any], list[str]] = {}
         for name, expert in registry.items():
             # By class and reason, for the report.
             why = (
                 obstacle(expert, holders, reached) if type(registry) is NamedModules else "are held by other ranks, too"
             )
-            alike.setdefault((type(expert), why) if why else likeness(expert), []).append(name)
-        for key, experts in alike.items():
-            why = key[1] if isinstance(key[1], str) else "have no others like them" if len(experts) < 2 else ""
+            alike.setdefault((why, type(expert) if why else likeness(expert)), []).append(name)
+        for (found, _), experts in alike.items():
+            why = found or ("have no others like them" if len(experts) < 2 else None)
             if why:
                 kind = type(registry[experts[0]]).__name__
                 classes.append(StackedClass(level, kind, tuple(experts), {}, why))
