@@ -1,6 +1,6 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
-from . import reference
+from . import optim, reference
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .errors import (
     CELMoEError,
@@ -120,6 +120,7 @@ __all__ = [
     "UnknownLevelError",
     "__version__",
     "merge_routing",
+    "optim",
     "reference",
     "routing_constant",
     "rowwise",

@@ -18,13 +18,14 @@ from .engines.registry import ENGINES
 from .errors import ConfigTypeError, UnknownExpertError, UnknownLevelError, listed, nearest
 from .experts import ExpertBatch, ExpertResult
 from .explain import ClassExplanation, LevelExplanation, explain_level, parameter_bytes, spread_of
-from .grouped.classes import LevelInputLike
+from .grouped.classes import LevelInputLike, Unit
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .routing.plan import LevelPlan, RoutingPlan
 from .rows.context import ContextRows, select
 from .rows.dispatch import Blocks, combine, dispatch, relay
-from .stacked.stack import looping
+from .stacked.presence import watch
+from .stacked.stack import looping, slot_of
 from .torch_internals import is_forward_differentiated, transforms_are_active
 
 
@@ -168,11 +169,14 @@ class Level:
         if arranged is None:
             with looping():
                 results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
+            _watch_experts(experts, results)
             blocks: list[torch.Tensor] = [result.hidden for result in results]
             extras: dict[int, Extras] = {place: (result.losses, result.aux) for place, result in enumerate(results)}
         else:
             with looping():
                 results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
+            for unit, result in zip(arranged.units, results, strict=True):
+                _watch_unit(unit, result)
             blocks, extras = _by_expert(arranged, results)
         promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
@@ -234,6 +238,31 @@ class Level:
         if is_trained and not rows.requires_grad and not torch.compiler.is_compiling():
             rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
         return rows
+
+
+def _watch_experts(experts: Sequence[nn.Module], results: Sequence[ExpertResult]) -> None:
+    """Let backward passes note the stacked experts among these, each with a result of its own."""
+    if not torch.is_grad_enabled() or transforms_are_active():
+        return
+    for expert, result in zip(experts, results, strict=True):
+        if (slot := slot_of(expert)) is not None:
+            losses = [each for each in result.losses.values() if isinstance(each, torch.Tensor)]
+            watch([result.hidden, *losses], slot.stack, [slot.member])
+
+
+def _watch_unit(unit: Unit, result: ExpertResult) -> None:
+    """Let backward passes note the members of a stack among a unit's experts."""
+    if not isinstance(result, UnitResult):
+        _watch_experts(unit.modules, [result])
+    elif unit.stack is not None and torch.is_grad_enabled():
+        is_whole = len(result.blocks) == 1
+        for place, member in enumerate(unit.members):
+            losses = result.by_expert[place][0].values() if result.by_expert else ()
+            own = [each for each in losses if isinstance(each, torch.Tensor)]
+            if own or not is_whole:
+                watch([*own, *([] if is_whole else [result.blocks[place]])], unit.stack, [member])
+        if is_whole:
+            watch(result.blocks, unit.stack, unit.members)
 
 
 def _explained(decision: Decision, present: Present) -> ClassExplanation:

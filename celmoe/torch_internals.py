@@ -452,3 +452,13 @@ def empty_recurrent(module: nn.Module) -> None:
     if isinstance(module, nn.RNNBase):
         del module.__dict__[RECURRENT_WEIGHTS]
         module.__dict__[_REFERENCES] = [None for _ in module._flat_weights_names]
+
+
+def without_amp_scaling(optimizer: torch.optim.Optimizer) -> None:
+    """Let `GradScaler` unscale gradients itself, and skip steps on the host, where the optimizer counts them."""
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # set by torch's own
+
+
+def current_backward() -> int:
+    """The number of the backward pass that runs in this thread."""
+    return torch._C._current_graph_task_id()
