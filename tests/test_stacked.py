@@ -357,12 +357,25 @@ def test_a_change_of_one_expert_is_seen(change, engine):
             torch.testing.assert_close(found, expected)
 
 
-def test_a_hook_that_is_removed_is_seen():
+@pytest.mark.parametrize("hooked", [["e2"], NAMES])
+def test_a_hook_that_is_removed_is_seen(hooked):
     plain, model = build(Gated, "looped"), stacked(Gated, "auto")
-    handle = expert_of(model, "e2").up.register_forward_hook(lambda _m, _a, out: out * 2)
+    handles = [
+        [expert_of(each, name).up.register_forward_hook(lambda _m, _a, out: out * 2) for name in hooked]
+        for each in (plain, model)
+    ]
     run(model), run(model)
-    handle.remove()
+    for of_model in handles:
+        of_model[0 if len(hooked) == 1 else 2].remove()
     assert_alike(plain, model)
+
+
+def test_members_that_come_later_are_asked():
+    plain, model = build(Gated, "looped"), stacked(Gated, "auto")
+    for each in (plain, model):
+        expert_of(each, "e4").factor = 3.0
+    for routes in (["e0", "e1", "e0"], ["e0", "e1", "e4"], ["e0", "e1", "e4"]):
+        assert_alike(plain, model, routes)
 
 
 class WithShared(MLP):

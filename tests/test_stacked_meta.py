@@ -1,0 +1,135 @@
+"""Wrong stacks and wrong optimizers, each of which the tests must catch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import celmoe.engines.grouped
+import celmoe.optim
+from celmoe.grouped.classes import LevelClasses
+from celmoe.stacked import member, presence
+from celmoe.stacked.stack import Stack
+from tests import test_optim as optimizers
+from tests import test_stacked as stacks
+
+Patch = pytest.MonkeyPatch
+
+
+def rows_of_the_neighbour(patch: Patch) -> None:
+    right = Stack.entry
+    patch.setattr(Stack, "entry", lambda self, path, index: right(self, path, (index + 1) % len(self.names)))
+
+
+def stack_of_the_neighbour(patch: Patch) -> None:
+    right = celmoe.engines.grouped._stacked
+
+    def wrong(*args):
+        own, counts = right(*args)
+        return [each.roll(1, 0) if isinstance(each, torch.Tensor) else each for each in own], counts
+
+    patch.setattr(celmoe.engines.grouped, "_stacked", wrong)
+
+
+def counts_of_the_first(patch: Patch) -> None:
+    right = celmoe.engines.grouped._stacked
+
+    def wrong(*args):
+        own, counts = right(*args)
+        return own, sorted(counts, reverse=True)
+
+    patch.setattr(celmoe.engines.grouped, "_stacked", wrong)
+
+
+def changes_unnoted(patch: Patch) -> None:
+    patch.setattr(member.StackedModule, "_changes", lambda *_: None)
+
+
+def a_stale_state(patch: Patch) -> None:
+    patch.setattr(Stack, "state", property(lambda self: self.keys))
+
+
+def all_stacks_fixed(patch: Patch) -> None:
+    patch.setattr(Stack, "is_fixed", property(lambda _: True))
+
+
+def any_members_settled(patch: Patch) -> None:
+    right = LevelClasses.settle
+    patch.setattr(
+        LevelClasses,
+        "settle",
+        lambda self, stack, names, unit, members: right(self, stack, names, unit, range(len(stack.names))),
+    )
+
+
+def a_gradient_of_the_first_only(patch: Patch) -> None:
+    right = Stack.entry
+    patch.setattr(
+        Stack,
+        "entry",
+        lambda self, path, index: right(self, path, index) if not index else right(self, path, index).detach(),
+    )
+
+
+def all_are_reached(patch: Patch) -> None:
+    patch.setattr(celmoe.optim, "reached", lambda _: None)
+
+
+def reached_since_ever(patch: Patch) -> None:
+    patch.setattr(presence, "current_backward", lambda: 0)
+
+
+def steps_of_all(patch: Patch) -> None:
+    right = celmoe.optim._Runs
+
+    class Wrong(right):
+        def __init__(self, present, steps):
+            super().__init__(present, steps)
+            self.steps = self.steps * 0 + self.steps.max(initial=0)
+
+    patch.setattr(celmoe.optim, "_Runs", Wrong)
+
+
+def _compute(**options) -> None:
+    stacks.test_stacked_experts_compute_the_same(**options)
+
+
+WRONG: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
+    "rows of the neighbour": (rows_of_the_neighbour, lambda: _compute(kind=stacks.MLP, engine="looped")),
+    "stack of the neighbour": (stack_of_the_neighbour, lambda: _compute(kind=stacks.MLP, engine="grouped")),
+    "counts of the first": (counts_of_the_first, lambda: _compute(kind=stacks.MLP, engine="grouped")),
+    "gradient of the first only": (a_gradient_of_the_first_only, lambda: _compute(kind=stacks.MLP, engine="looped")),
+    "changes unnoted": (changes_unnoted, lambda: stacks.test_a_change_of_one_expert_is_seen("an attribute", "auto")),
+    "a stale state": (a_stale_state, lambda: stacks.test_a_change_of_one_expert_is_seen("a module", "auto")),
+    "all stacks fixed": (all_stacks_fixed, stacks.test_a_hook_that_is_removed_is_seen),
+    "any members settled": (any_members_settled, stacks.test_members_that_come_later_are_asked),
+    "all are reached": (
+        all_are_reached,
+        lambda: optimizers.test_absent_experts_stay_as_with_parameters_of_their_own(
+            "AdamW", {}, torch.float64, "grouped"
+        ),
+    ),
+    "reached since ever": (
+        reached_since_ever,
+        lambda: optimizers.test_absent_experts_stay_as_with_parameters_of_their_own(
+            "SGD", optimizers.OPTIONS["SGD"][1], torch.float64, "looped"
+        ),
+    ),
+    "steps of all": (
+        steps_of_all,
+        lambda: optimizers.test_absent_experts_stay_as_with_parameters_of_their_own(
+            "Adam", {}, torch.float64, "grouped"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_one_is_caught(name, monkeypatch):
+    wrong, test = WRONG[name]
+    test()
+    wrong(monkeypatch)
+    with pytest.raises(AssertionError):
+        test()
