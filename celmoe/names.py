@@ -20,7 +20,11 @@ from urllib.parse import unquote
 
 from torch import nn
 
+from .errors import StackedError
+
 ESCAPED = ""
+# Under which a module of a stacked expert keeps where its tensors are: a `celmoe.stacked.stack.Slot`.
+SLOT = "_celmoe_slot"
 # How the names of a registry's own parameters begin, which hold its experts' tensors: checkpoints have the experts'.
 STACKED = "stack:"
 # Names that ``nn.ModuleDict`` refuses because it has attributes of these names.
@@ -58,6 +62,12 @@ class NamedModules(nn.ModuleDict):
     def __setitem__(self, key: str, module: nn.Module) -> None:
         if not isinstance(key, str) or not key:
             raise KeyError(f"'key' must be a non-empty string (got {key!r})")
+        slot = module.__dict__.get(SLOT) if isinstance(module, nn.Module) else None
+        if slot is not None and slot.stack.registry is not self:
+            raise StackedError(
+                f"{key!r} must be a module with parameters of its own (got an expert of another level's stack; "
+                f"copy it with copy.deepcopy, or call celmoe.unstack_experts on the other model)"
+            )
         if is_plain(key):
             self.add_module(key, module)
             return

@@ -20,7 +20,9 @@ Patch = pytest.MonkeyPatch
 
 def rows_of_the_neighbour(patch: Patch) -> None:
     right = Stack.entry
-    patch.setattr(Stack, "entry", lambda self, path, index: right(self, path, (index + 1) % len(self.names)))
+    patch.setattr(
+        Stack, "entry", lambda self, path, index, **options: right(self, path, (index + 1) % len(self.names), **options)
+    )
 
 
 def stack_of_the_neighbour(patch: Patch) -> None:
@@ -66,11 +68,12 @@ def any_members_settled(patch: Patch) -> None:
 
 def a_gradient_of_the_first_only(patch: Patch) -> None:
     right = Stack.entry
-    patch.setattr(
-        Stack,
-        "entry",
-        lambda self, path, index: right(self, path, index) if not index else right(self, path, index).detach(),
-    )
+
+    def wrong(self, path, index, **options):
+        found = right(self, path, index, **options)
+        return found.detach() if index else found
+
+    patch.setattr(Stack, "entry", wrong)
 
 
 def all_are_reached(patch: Patch) -> None:
@@ -103,7 +106,7 @@ WRONG: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
     "gradient of the first only": (a_gradient_of_the_first_only, lambda: _compute(kind=stacks.MLP, engine="looped")),
     "changes unnoted": (changes_unnoted, lambda: stacks.test_a_change_of_one_expert_is_seen("an attribute", "auto")),
     "a stale state": (a_stale_state, lambda: stacks.test_a_change_of_one_expert_is_seen("a module", "auto")),
-    "all stacks fixed": (all_stacks_fixed, stacks.test_a_hook_that_is_removed_is_seen),
+    "all stacks fixed": (all_stacks_fixed, lambda: stacks.test_a_hook_that_is_removed_is_seen(stacks.NAMES)),
     "any members settled": (any_members_settled, stacks.test_members_that_come_later_are_asked),
     "all are reached": (
         all_are_reached,

@@ -128,6 +128,10 @@ class LevelChoice:
             return []
         slots = [slot_of(expert) for expert in present.experts]
         if any(slots):
+            if (why_not := _refusal_of_stacks(slots)) is not None:
+                if engine != AUTO:
+                    raise refusal(self._level, present.names, present.experts[0], why_not)
+                return []
             if (settled := self._settled(present, slots, given)) is not None:
                 return [settled]
             twins = present._replace(experts=_ordinary(present.experts, slots))
@@ -141,7 +145,7 @@ class LevelChoice:
         """
         members = [slot.member for slot in slots if slot is not None]
         first, scale = slots[0], present.scales[0]
-        if first is None or len(members) < len(slots) or len({id(slot.stack) for slot in slots if slot}) > 1:
+        if first is None or len(set(members)) < len(slots) or len({id(slot.stack) for slot in slots if slot}) > 1:
             return None
         if present.scales.count(scale) < len(members) or given.hidden.is_meta or not given.hidden.numel():
             return None
@@ -200,6 +204,7 @@ class LevelChoice:
         """The decisions, as far as the last findings on the experts tell them before a call."""
         shares_module = len(set(map(id, present.experts))) < len(present.experts)
         slots = [slot_of(expert) for expert in present.experts]
+        strays = _refusal_of_stacks(slots)
         present = present._replace(experts=_ordinary(present.experts, slots))
         decisions = []
         for unit, costed in self._costed(GROUPED, present, slots):
@@ -220,7 +225,7 @@ class LevelChoice:
                 cost = _cost_of(layout, modules, is_stacked=not costed.least)
                 is_costly = fault is None and engine == AUTO and not cost.pays
                 why_not = "share a module" if shares_module else _too_costly(cost) if is_costly else fault
-                decisions.append(Decision(some._replace(fault=why_not), cost))
+                decisions.append(Decision(some._replace(fault=strays or why_not), cost))
         return decisions
 
     def _costed(self, engine: str, present: Present, slots: Sequence[Slot | None]) -> list[Decision]:
@@ -367,6 +372,15 @@ def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str 
     if given.context.irregular is not None:
         # A list has no rows that could stand for those of several experts.
         return f"are given {given.context.irregular}, batch-aligned and no dense tensor"
+    return None
+
+
+def _refusal_of_stacks(slots: Sequence[Slot | None]) -> str | None:
+    """The reason that stacked experts can't run as one now, or ``None``."""
+    if transforms_are_active():
+        return "are under a transform of torch.func"
+    if any(slot is not None and slot.member not in slot.stack.intact for slot in slots):
+        return "hold parameters that are not where they were stacked"
     return None
 
 

@@ -90,7 +90,7 @@ def _of_class(kind: type[nn.Module]) -> str | None:
     """The reason that modules of a class can't take another class."""
     try:
         made = stacked_kind(kind)
-        object.__setattr__(kind.__new__(kind), "__class__", made)
+        object.__setattr__(object.__new__(kind), "__class__", made)
     except Exception as error:  # noqa: BLE001  # a metaclass may raise anything
         return f"are of a class that can't be derived from ({kind.__name__}: {error})"
     return None

@@ -14,11 +14,13 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from celmoe.errors import StackedError
+from celmoe.names import SLOT
 from celmoe.torch_internals import RECURRENT_WEIGHTS, empty_recurrent, fill_recurrent, recurrent_weights
 
-from .stack import SLOT, Slot, kind_of, ordinary, slot_of
+from .stack import Entry, Place, Slot, kind_of, ordinary, slot_of
 
 # A weak reference: a class with a module's parametrizations holds the module.
 _KINDS: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
@@ -33,6 +35,14 @@ def stacked_kind(kind: type[nn.Module]) -> type[nn.Module]:
         if issubclass(kind, nn.RNNBase):
             # Its list of weights would keep those of the time of stacking.
             names[RECURRENT_WEIGHTS] = property(recurrent_weights, lambda *_: None)
+        # Not a name that the class, or one of its own bases, gives a meaning of its own.
+        names |= {
+            method: _refused(method, instead)
+            for method, instead in _OF_PARAMETERS.items()
+            if getattr(kind, method, None) is getattr(nn.Module, method)
+        }
+        # Calling the class makes a module of the user's own class.
+        names["__new__"] = lambda _, *args, **kwargs: kind(*args, **kwargs)
         names |= {method: _noting(method) for method in _OF_CONTAINERS if hasattr(kind, method)}
         metaclass: Any = type(kind)
         made = metaclass(kind.__name__, (StackedModule, kind), names)
@@ -52,8 +62,13 @@ def _refused(method: str, instead: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-_ON_ALL = "call it on the model, or on the level's modules"
 _ALONE = "call celmoe.unstack_experts first"
+_ON_ALL = "call it on the model, or on the level's modules"
+# Methods that act on parameters, with the cure.
+_OF_PARAMETERS = {
+    **dict.fromkeys(("to", "to_empty", "type", "cpu", "cuda", "half", "float", "double", "bfloat16"), _ON_ALL),
+    **dict.fromkeys(("share_memory", "requires_grad_", "zero_grad"), f"{_ON_ALL}, or {_ALONE}"),
+}
 
 
 class StackedModule(nn.Module):
@@ -62,14 +77,25 @@ class StackedModule(nn.Module):
     Reading a parameter gives a view of the stack. Writing into a view writes into the stack.
     """
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        # Nobody wrote this class: the hooks of the user's own classes must not see it.
+        pass
+
     def __getattr__(self, name: str) -> Any:
         slot: Slot | None = self.__dict__.get(SLOT)
         if slot is not None and name in slot.paths:
             path = slot.paths[name]
-            return None if path is None else slot.stack.entry(path, slot.member)
+            if path is None:
+                return None
+            # Embeddings with a largest norm scale their weight as they read it.
+            is_written = isinstance(self, nn.Embedding | nn.EmbeddingBag) and self.max_norm is not None
+            return slot.stack.entry(path, slot.member, is_written=is_written)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Entry) and self._is_own(name, value):
+            # `weight *= 2` has written already, and sets what it has read.
+            return
         self._changes("set", name)
         super().__setattr__(name, value)
 
@@ -93,6 +119,10 @@ class StackedModule(nn.Module):
             )
         slot.stack.version += 1
 
+    def _is_own(self, name: str, value: Entry) -> bool:
+        slot = slot_of(self)
+        return slot is not None and value.place == Place(slot.stack, slot.paths.get(name) or "", slot.member)
+
     def __dir__(self) -> list[str]:
         slot = slot_of(self)
         return sorted({*super().__dir__(), *(slot.paths if slot else ())})  # type: ignore[no-untyped-call]  # torch's own
@@ -100,7 +130,18 @@ class StackedModule(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As usual, for a name that is not stacked."""
         self._changes("set", name)
+        if isinstance(param, Entry):
+            param.place.refuse("register_parameter", _ALONE)
         super().register_parameter(name, param)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of this path, as a view of the stacked one."""
+        path, _, name = target.rpartition(".")
+        module = self.get_submodule(path)
+        slot = slot_of(module)
+        if slot is not None and slot.paths.get(name) is not None:
+            return cast(nn.Parameter, getattr(module, name))
+        return super().get_parameter(target)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As usual."""
@@ -121,19 +162,6 @@ class StackedModule(nn.Module):
                     seen.add(id(tensor))
                 yield f"{path}{'.' if path else ''}{name}", cast(nn.Parameter, tensor)
 
-    to = _refused("to", _ON_ALL)
-    to_empty = _refused("to_empty", _ON_ALL)
-    type = _refused("type", _ON_ALL)
-    cpu = _refused("cpu", _ON_ALL)
-    cuda = _refused("cuda", _ON_ALL)
-    half = _refused("half", _ON_ALL)
-    float = _refused("float", _ON_ALL)
-    double = _refused("double", _ON_ALL)
-    bfloat16 = _refused("bfloat16", _ON_ALL)
-    share_memory = _refused("share_memory", _ON_ALL)
-    requires_grad_ = _refused("requires_grad_", f"{_ON_ALL}, or {_ALONE}")
-    zero_grad = _refused("zero_grad", _ON_ALL)
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         kept = self._parameters
         self.__dict__["_parameters"] = tensors_of(self)
@@ -148,18 +176,29 @@ class StackedModule(nn.Module):
             load(self, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        slot = slot_of(self)
+        kind, slot = kind_of(self), slot_of(self)
         if slot is not None and id(slot.stack.registry) not in memo:
             # Without the other experts there is no stack.
             return copy.deepcopy(ordinary(self, {}), memo)
-        kind = type(self)
-        made = memo[id(self)] = kind.__new__(kind)
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        own = getattr(kind, "__deepcopy__", None)
+        if own is not None and not is_parametrized(self):
+            return cast(nn.Module, own(self, memo))
+        made = memo[id(self)] = _blank(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]  # object's own
+        _note(made)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = kind_of(self)
         reduced: Any = super().__reduce_ex__(protocol)
-        return _unpickled, (kind_of(self),), *reduced[2:]
+        is_usual = kind.__reduce__ is object.__reduce__ and kind.__reduce_ex__ is object.__reduce_ex__
+        return (_unpickled, (kind,), *reduced[2:]) if is_usual else reduced
+
+
+def _note(module: nn.Module) -> None:
+    slot = slot_of(module)
+    if slot is not None:
+        slot.stack.modules.add(module)
 
 
 def _noting(method: str) -> Any:
@@ -182,8 +221,13 @@ for _method in (*_REGISTERED, "buffer"):
 
 
 def _unpickled(kind: type[nn.Module]) -> nn.Module:
-    stacked = stacked_kind(kind)
-    return stacked.__new__(stacked)
+    return _blank(stacked_kind(kind))
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    """A module of a class, without attributes, and not by the class's own ``__new__``."""
+    made: nn.Module = object.__new__(kind)
+    return made
 
 
 def tensors_of(module: nn.Module) -> dict[str, Any]:
@@ -231,6 +275,7 @@ def close(module: nn.Module, slot: Slot) -> None:
 def _hold(module: nn.Module, slot: Slot) -> None:
     module.__dict__["_parameters"] = {name: each for name, each in module._parameters.items() if name not in slot.paths}
     module.__dict__[SLOT] = slot
+    _note(module)
     empty_recurrent(module)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import enum
 import threading
 import types
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -16,11 +17,8 @@ import torch
 from torch import nn
 
 from celmoe.errors import StackedError
-from celmoe.names import NamedModules
+from celmoe.names import SLOT, NamedModules
 from celmoe.torch_internals import PlainTensor, fill_recurrent
-
-# Under which a module of a stacked expert keeps its `Slot`, among its attributes.
-SLOT = "_celmoe_slot"
 
 
 class Stack:
@@ -43,32 +41,48 @@ class Stack:
         self.names = tuple(names)
         self.keys = dict(keys)
         self.version = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        # The stacked modules, as long as they live: those that were taken out of the model, too.
+        self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # By place, a twin, and the state that it was filled in.
         self._twins: dict[int, tuple[nn.Module, Any]] = {}
         self._state: Any = None
+        self._intact: tuple[Any, frozenset[int]] = None, frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_twins": {}, "_state": None}
+        return {name: self.__dict__[name] for name in ("registry", "names", "keys", "version")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
     def whole(self, path: str) -> torch.Tensor:
         """``[M, ...]``: the stacked tensor."""
         return cast(torch.Tensor, self.registry._parameters[self.keys[path]])
 
-    def entry(self, path: str, index: int) -> torch.Tensor:
-        """A member's tensor, as a view of the stack that carries gradients to the stack."""
+    def entry(self, path: str, index: int, *, is_written: bool = False) -> torch.Tensor:
+        """A member's tensor, as a view of the stack that carries gradients to the stack.
+
+        Args:
+            path: The tensor's path in the expert.
+            index: The member's place.
+            is_written: True if the forward pass itself writes into the tensor.
+        """
         whole = self.whole(path)
         views: dict[int, Any] | None = getattr(_LOOP, "views", None)
-        if views is not None and whole.requires_grad and torch.is_grad_enabled():
-            # The gradients of all members are put together once.
-            if id(whole) not in views:
-                views[id(whole)] = whole, whole.unbind(0)
-            view: torch.Tensor = views[id(whole)][1][index]
-        else:
-            view = whole.select(0, index)
-        if torch.compiler.is_compiling() or type(view) is not torch.Tensor:
+        if views is not None and whole.requires_grad and torch.is_grad_enabled() and not is_written:
+            # The gradients of all members are put together once. A write into the stack would spoil earlier views.
+            if views.get(id(whole), _NO_VIEWS)[0] != whole._version:
+                views[id(whole)] = whole._version, whole.unbind(0), whole
+            found: torch.Tensor = views[id(whole)][1][index]
+            return found
+        view = whole.select(0, index)
+        if views is not None or torch.compiler.is_compiling() or type(view) is not torch.Tensor:
             return view
         entry = view.as_subclass(Entry)
-        entry.place = Place(self, path, index)
+        object.__setattr__(entry, "place", Place(self, path, index))
         return entry
 
     def parameter(self, path: str, index: int) -> nn.Parameter:
@@ -77,10 +91,16 @@ class Stack:
         return nn.Parameter(whole.detach().select(0, index), requires_grad=whole.requires_grad)
 
     def assign(self, path: str, index: int, tensor: torch.Tensor) -> None:
-        """Take over a tensor for a member; a stack on the meta device takes over dtype and device as well."""
+        """Take over a tensor for a member. The whole stack takes over its dtype and device.
+
+        A stack on the meta device has no values: members that are given none hold NaN then.
+        """
         whole = self.whole(path)
-        if whole.is_meta and not tensor.is_meta:
-            made = torch.full(whole.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+        if (whole.dtype, whole.device) != (tensor.dtype, tensor.device):
+            if whole.is_meta:
+                made = torch.full(whole.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+            else:
+                made = whole.detach().to(tensor.device, tensor.dtype)
             whole = nn.Parameter(made, requires_grad=whole.requires_grad)
             self.registry._parameters[self.keys[path]] = whole
         with torch.no_grad():
@@ -108,10 +128,37 @@ class Stack:
     def state(self) -> object:
         """An object that stays the same as long as neither the stacks nor any member's attributes are replaced."""
         wholes = [self.whole(path) for path in self.keys]
-        state = self.version, [(id(each), each.data_ptr(), each.dtype, each.requires_grad) for each in wholes]
+        state = self.version, [(id(each), _address(each), each.dtype, each.requires_grad) for each in wholes]
         if state != self._state:
             self._state = state
         return self._state
+
+    @property
+    def intact(self) -> frozenset[int]:
+        """The places of the members whose stacked tensors are where they were when they were stacked."""
+        state = self.state
+        if self._intact[0] is not state:
+            members = [self.registry[name] if name in self.registry else None for name in self.names]  # noqa: SIM401  # no `get`
+            found = [place for place, member in enumerate(members) if member is not None and self._holds(member, place)]
+            self._intact = state, frozenset(found)
+        return self._intact[1]
+
+    def _holds(self, member: nn.Module, place: int) -> bool:
+        paths = []
+        for prefix, module in member.named_modules(remove_duplicate=False):
+            slot = slot_of(module)
+            if slot is None:
+                if any(slot_of(each) is not None for each in module.modules()):
+                    return False
+                continue
+            if slot.stack is not self or slot.member != place:
+                return False
+            for name, path in slot.paths.items():
+                if path is not None:
+                    paths.append(path)
+                    if path != f"{prefix}{'.' if prefix else ''}{name}":
+                        return False
+        return sorted(paths) == sorted(self.keys)
 
     @property
     def is_fixed(self) -> bool:
@@ -121,9 +168,20 @@ class Stack:
         """
         members = [self.registry[name] for name in self.names if name in self.registry]
         modules = [list(member.modules()) for member in members]
-        if any(slot_of(member) is None for member in members) or len({len(each) for each in modules}) > 1:
+        if any(slot_of(each) is None for some in modules for each in some) or len({len(each) for each in modules}) > 1:
             return False
         return all(_are_fixed(alike) for alike in zip(*modules, strict=True))
+
+
+_NO_VIEWS: tuple[int, Any, Any] = -1, None, None
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    """Where a tensor's memory is; ``None`` for one that stands for others under a transform."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return None
 
 
 # Dicts and sets of every module: of hooks, buffers and parameters that are not stacked. Additions to them are noted.
@@ -207,8 +265,10 @@ class Entry(PlainTensor):
         return None if grad is None else grad.select(0, self.place.member)
 
     @grad.setter
-    def grad(self, _value: object) -> None:
-        self.place.refuse("grad", "set the gradient of the stacked parameter")
+    def grad(self, value: object) -> None:
+        mine = self.grad
+        if mine is None or not _is_same(value, mine):
+            self.place.refuse("grad", "set the gradient of the stacked parameter")
 
     @property
     def data(self) -> torch.Tensor:
@@ -216,18 +276,56 @@ class Entry(PlainTensor):
         return self.detach()
 
     @data.setter
-    def data(self, _value: object) -> None:
-        self.place.refuse("data", "write into the tensor, under torch.no_grad()")
+    def data(self, value: object) -> None:
+        # `data *= 2` has written already, and sets what it has read.
+        if not _is_same(value, self):
+            self.place.refuse("data", "write into the tensor, under torch.no_grad()")
+
+    @property
+    def requires_grad(self) -> bool:
+        """True if the stack requires gradients."""
+        return self.place.stack.whole(self.place.path).requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, _value: bool) -> None:
+        self.place.refuse("requires_grad", _FREEZE)
+
+    def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take over another tensor's values."""
+        if args or kwargs or not isinstance(source, torch.Tensor) or source.shape != self.shape:
+            self.place.refuse("set_", "write into the tensor, under torch.no_grad()")
+        return self.copy_(source)
+
+    def register_hook(self, _hook: Any) -> NoReturn:
+        """Refused: the next read gives another view."""
+        self.place.refuse("register_hook", "register it on the stacked parameter")
+
+    def register_post_accumulate_grad_hook(self, _hook: Any) -> NoReturn:
+        """Refused: the gradient is the stack's."""
+        self.place.refuse("register_post_accumulate_grad_hook", "register it on the stacked parameter")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("grad", "data", "requires_grad"):
+            self.place.refuse(name, "set the attribute on the stacked parameter")
+        object.__setattr__(self, name, value)
 
     def requires_grad_(self, _requires_grad: bool = True) -> torch.Tensor:
         """Refused: the stacked parameter requires gradients as a whole."""
-        self.place.refuse("requires_grad_", "freeze the stacked parameter, or call unstack_experts first")
+        self.place.refuse("requires_grad_", _FREEZE)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self.detach().clone()
+        return self.detach().clone().requires_grad_(self.requires_grad)
+
+
+_FREEZE = "freeze the stacked parameter, or call celmoe.unstack_experts first"
+
+
+def _is_same(value: object, tensor: torch.Tensor) -> bool:
+    """If a value is a tensor's own memory."""
+    return isinstance(value, torch.Tensor) and value.data_ptr() == tensor.data_ptr() and value.shape == tensor.shape
 
 
 _LOOP = threading.local()
@@ -266,7 +364,7 @@ def ordinary(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     kind = kind_of(module)
     made = memo.get(id(module))
     if made is None:
-        made = memo[id(module)] = kind.__new__(kind)
+        made = memo[id(module)] = object.__new__(kind)
     attributes = dict(module.__dict__)
     slot: Slot | None = attributes.pop(SLOT, None)
     known = made.__dict__.get("_modules", {})
@@ -287,6 +385,9 @@ def _part(child: nn.Module | None, known: nn.Module | None, memo: dict[int, nn.M
         return None
     if id(child) in memo:
         return memo[id(child)]
+    if slot_of(child) is None:
+        # What is not stacked is the same module: what changes in it is seen.
+        return child
     if known is not None and type(known) is kind_of(child):
         memo[id(child)] = known
     return ordinary(child, memo)
