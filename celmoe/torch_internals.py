@@ -433,6 +433,7 @@ class PlainTensor(torch.Tensor):
 # Beside its parameters, a recurrent layer keeps a list of the weights that it computes with, and references to them.
 RECURRENT_WEIGHTS = "_flat_weights"
 _REFERENCES = "_flat_weight_refs"
+RECURRENT = (RECURRENT_WEIGHTS, _REFERENCES)
 
 
 def recurrent_weights(module: nn.RNNBase) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import pickle
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -85,6 +88,26 @@ class Gated(MLP):
 
     def forward(self, batch):
         return ExpertResult(super().forward(batch).hidden * self.factor)
+
+
+class Listed(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = [1.0]
+
+    def forward(self, batch):
+        return ExpertResult(super().forward(batch).hidden * self.factors[0])
+
+
+class Acting(MLP):
+    """Gets a module without parameters after stacking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Identity()
+
+    def forward(self, batch):
+        return ExpertResult(self.act(super().forward(batch).hidden))
 
 
 KINDS = [MLP, Buffered, Recurrent, Losing, Normed]
@@ -334,6 +357,10 @@ CHANGES = {
 }
 
 
+def _doubling(_module, _given, out):
+    return out * 2
+
+
 def _another() -> nn.Module:
     torch.manual_seed(9)
     return Gated()
@@ -361,13 +388,135 @@ def test_a_change_of_one_expert_is_seen(change, engine):
 def test_a_hook_that_is_removed_is_seen(hooked):
     plain, model = build(Gated, "looped"), stacked(Gated, "auto")
     handles = [
-        [expert_of(each, name).up.register_forward_hook(lambda _m, _a, out: out * 2) for name in hooked]
-        for each in (plain, model)
+        [expert_of(each, name).up.register_forward_hook(_doubling) for name in hooked] for each in (plain, model)
     ]
     run(model), run(model)
     for of_model in handles:
         of_model[0 if len(hooked) == 1 else 2].remove()
     assert_alike(plain, model)
+
+
+def test_a_list_that_changes_is_seen():
+    plain, model = build(Listed, "looped"), stacked(Listed, "auto")
+    run(model), run(model)
+    for each in (plain, model):
+        expert_of(each, "e2").factors[0] = 3.0
+    assert_alike(plain, model)
+
+
+def test_a_module_that_comes_later_is_watched():
+    plain, model = build(Acting, "looped"), stacked(Acting, "auto")
+    for each in (plain, model):
+        for name in NAMES:
+            expert_of(each, name).act = nn.LeakyReLU(0.5)
+    run(model), run(model)
+    for each in (plain, model):
+        expert_of(each, "e2").act.negative_slope = 0.1
+    assert_alike(plain, model)
+
+
+@pytest.mark.parametrize("engine", ["looped", "auto"])
+@pytest.mark.parametrize("names", [["e2"], NAMES])
+def test_parts_that_are_replaced_are_read(names, engine):
+    plain, model = build(MLP, "looped"), stacked(MLP, engine)
+    for each in (plain, model):
+        run(each)
+        torch.manual_seed(5)
+        for name in names:
+            expert_of(each, name).up = nn.Linear(WIDTH, 16)
+    for found, expected in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(found, expected)
+    for name in names:
+        torch.testing.assert_close(expert_of(model, name).up.weight.grad, expert_of(plain, name).up.weight.grad)
+
+
+@pytest.mark.parametrize("engine", ["looped", "auto"])
+def test_one_module_under_two_names_is_looped(engine):
+    plain, model = build(MLP, "looped"), stacked(MLP, engine)
+    for each in (plain, model):
+        run(each), run(each)
+        each.level_modules["language"]["e0"] = expert_of(each, "e2")
+    for found, expected in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_parts_that_are_not_where_they_were_are_refused_by_grouped():
+    model = stacked()
+    expert_of(model, "e2").up = nn.Linear(WIDTH, 16)
+    with pytest.raises(celmoe.EngineRefusedError, match="not where they were stacked"):
+        run(model)
+    assert "not where they were stacked" in str(model.explain({"language": ROUTES}))
+
+
+def test_a_part_of_another_stack_is_refused():
+    model, other = stacked(), stacked(seed=1)
+    with pytest.raises(StackedError, match=r"'e0' must be .* another level's stack"):
+        model.level_modules["language"]["e0"] = expert_of(other, "e1")
+
+
+def test_own_memory_is_set_in_place():
+    plain, model = build(engine="looped"), stacked()
+    for each in (plain, model):
+        run(each)
+        weight = expert_of(each, "e2").up.weight
+        weight.data *= 2.0
+        weight.grad *= 3.0
+        with torch.no_grad():
+            expert_of(each, "e2").up.bias *= 0.5
+    torch.testing.assert_close(expert_of(model, "e2").up.weight.grad, expert_of(plain, "e2").up.weight.grad)
+    assert_alike(plain, model)
+
+
+def test_a_class_keeps_its_own_names_and_makes_its_own_modules():
+    class Named(MLP):
+        type = "scaled"
+
+        def half(self) -> float:
+            return 0.5
+
+    model = stacked(Named)
+    expert = expert_of(model, "e1")
+    assert (expert.type, expert.half()) == ("scaled", 0.5)
+    assert isinstance(expert, Named)
+    assert type(type(expert)()) is Named
+
+
+def test_a_subclass_hook_does_not_see_stacked_classes():
+    made = []
+
+    class Registered(MLP):
+        def __init_subclass__(cls) -> None:
+            made.append(cls)
+
+    stacked(Registered)
+    assert not made
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_stacking_within_inference_mode_gives_trainable_parameters(engine):
+    plain, model = build(engine="looped"), build(engine=engine)
+    with torch.inference_mode():
+        celmoe.stack_experts(model)
+    assert_alike(plain, model)
+    with torch.inference_mode():
+        celmoe.unstack_experts(model)
+    assert_alike(plain, model)
+
+
+def test_a_part_that_was_taken_out_is_unstacked_too():
+    model = stacked()
+    taken = expert_of(model, "e1").up
+    expert_of(model, "e1").up = nn.Linear(WIDTH, 16)
+    celmoe.unstack_experts(model)
+    assert type(taken.weight) is nn.Parameter
+
+
+def test_unstacking_under_an_optimizer_warns():
+    model = stacked()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="an optimizer holds the stacked parameters"):
+        celmoe.unstack_experts(model)
+    del optimizer
 
 
 def test_members_that_come_later_are_asked():
@@ -405,6 +554,33 @@ class WithClosure(MLP):
         self.call = lambda rows: self.up(rows) + 1
 
 
+class WithDeque(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = collections.deque([self.up.weight])
+
+
+class WithReference(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = weakref.ref(self.up.weight)
+
+
+class WithMemory(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("same", self.up.weight.detach())
+
+
+class WithAnothers(MLP):
+    first: ClassVar[list[nn.Parameter]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        WithAnothers.first.append(self.up.weight)
+        self.kept = (None, {"first": WithAnothers.first})
+
+
 class WithHook(MLP):
     def __init__(self) -> None:
         super().__init__()
@@ -433,6 +609,10 @@ UNFIT = {
     WithTied: "share a parameter",
     WithHidden: "in kept, too",
     WithClosure: "in call, too",
+    WithDeque: "in kept, too",
+    WithReference: "in kept, too",
+    WithMemory: "memory is another tensor's",
+    WithAnothers: "in kept, too",
     WithHook: "hook on a parameter",
     WithMark: "attributes of its own, is_special",
     WithLazy: "without a shape yet",

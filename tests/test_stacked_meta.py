@@ -57,6 +57,10 @@ def all_stacks_fixed(patch: Patch) -> None:
     patch.setattr(Stack, "is_fixed", property(lambda _: True))
 
 
+def all_members_intact(patch: Patch) -> None:
+    patch.setattr(Stack, "intact", property(lambda self: range(len(self.names))))
+
+
 def any_members_settled(patch: Patch) -> None:
     right = LevelClasses.settle
     patch.setattr(
@@ -106,7 +110,8 @@ WRONG: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
     "gradient of the first only": (a_gradient_of_the_first_only, lambda: _compute(kind=stacks.MLP, engine="looped")),
     "changes unnoted": (changes_unnoted, lambda: stacks.test_a_change_of_one_expert_is_seen("an attribute", "auto")),
     "a stale state": (a_stale_state, lambda: stacks.test_a_change_of_one_expert_is_seen("a module", "auto")),
-    "all stacks fixed": (all_stacks_fixed, lambda: stacks.test_a_hook_that_is_removed_is_seen(stacks.NAMES)),
+    "all stacks fixed": (all_stacks_fixed, stacks.test_a_list_that_changes_is_seen),
+    "all members intact": (all_members_intact, lambda: stacks.test_parts_that_are_replaced_are_read(["e2"], "auto")),
     "any members settled": (any_members_settled, stacks.test_members_that_come_later_are_asked),
     "all are reached": (
         all_are_reached,

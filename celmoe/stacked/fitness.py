@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import types
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from celmoe.torch_internals import RECURRENT_WEIGHTS
+from celmoe.torch_internals import RECURRENT
 
 from .member import stacked_kind
 from .stack import slot_of
-
-# Containers within containers, and parts of functions, that are searched for tensors and modules.
-_DEPTH = 6
 
 
 def likeness(expert: nn.Module) -> tuple[Any, ...]:
@@ -39,51 +38,105 @@ def _facts(parameter: nn.Parameter | None) -> Any:
     return tuple(parameter.shape), parameter.dtype, parameter.device, parameter.requires_grad
 
 
-def owners(model: nn.Module) -> tuple[Counter[int], Counter[int]]:
-    """How many modules hold each parameter, by id, and how often each module is reached."""
-    holders = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    reached = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    return holders, reached
-
-
-def obstacle(expert: nn.Module, holders: Mapping[int, int], reached: Mapping[int, int]) -> str | None:
-    """The reason that an expert can't be stacked, in words that follow "its experts"; or ``None``.
+class Owners:
+    """Who holds the parameters and modules of a model.
 
     Args:
-        expert: The expert.
-        holders: See `owners`.
-        reached: See `owners`.
+        model: The model.
+        experts: All experts that may be stacked.
     """
-    if slot_of(expert) is not None:
-        return "are stacked already"
-    if not any(True for _ in expert.parameters()):
-        return "have no parameters"
-    inside = {id(module) for module in expert.modules()}
-    for path, module in expert.named_modules():
-        where = f" ({path})" if path else ""
-        if reached[id(module)] > 1:
-            return f"hold a module that has another place, too{where}"
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"hold compiled code{where}"
-        if (why := _of_class(type(module))) is not None:
-            return f"{why}{where}"
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (why := _of_parameter(parameter, holders)) is not None:
-                return f"{why} ({path + '.' if path else ''}{name})"
-        tensors = inside | {id(each) for each in expert.parameters()}
-        for name, value in module.__dict__.items():
-            is_own = name in _OWN or (name == RECURRENT_WEIGHTS and isinstance(module, nn.RNNBase))
-            if not is_own and _reaches(value, tensors, _DEPTH):
-                return f"hold a parameter or a module of their own in {path + '.' if path else ''}{name}, too"
-    return None
+
+    def __init__(self, model: nn.Module, experts: Sequence[nn.Module]) -> None:
+        tensors = {
+            id(tensor): tensor
+            for module in model.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None and not nn.parameter.is_lazy(tensor)
+        }
+        self._holders = Counter(
+            id(tensor) for module in model.modules() for tensor in module._parameters.values() if tensor is not None
+        )
+        self._memory = Counter(_memory_of(tensor) for tensor in tensors.values() if not tensor.is_meta)
+        self._reached = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+        self._parts = {id(module) for expert in experts for module in expert.modules()}
+        self._parts |= {id(parameter) for expert in experts for parameter in expert.parameters()}
+        inside = {id(module) for module in model.modules()}
+        self._outside = {
+            id(parameter)
+            for module in _alive(nn.Module)
+            if id(module) not in inside
+            for parameter in module.__dict__.get("_parameters", {}).values()
+            if parameter is not None
+        }
+
+    def obstacle(self, expert: nn.Module) -> str | None:
+        """The reason that an expert can't be stacked, in words that follow "its experts"; or ``None``."""
+        if slot_of(expert) is not None:
+            return "are stacked already"
+        if not any(True for _ in expert.parameters()):
+            return "have no parameters"
+        for path, module in expert.named_modules():
+            where = f"{path}." if path else ""
+            place = f" ({path})" if path else ""
+            if self._reached[id(module)] > 1:
+                return f"hold a module that has another place, too{place}"
+            if isinstance(module, torch.jit.ScriptModule):
+                return f"hold compiled code{place}"
+            if (why := _of_class(type(module))) is not None:
+                return f"{why}{place}"
+            for name, parameter in module._parameters.items():
+                if parameter is not None and (why := self._of_parameter(parameter)) is not None:
+                    return f"{why} ({where}{name})"
+            for name, value in module.__dict__.items():
+                is_own = name in _OWN or (isinstance(module, nn.RNNBase) and name in RECURRENT)
+                if not is_own and _reaches(value, self._parts):
+                    return f"hold a parameter or a module in {where}{name}, too"
+        return None
+
+    def _of_parameter(self, parameter: nn.Parameter) -> str | None:
+        if nn.parameter.is_lazy(parameter):
+            return "have a parameter without a shape yet"
+        if type(parameter) is not nn.Parameter:
+            return f"have a parameter of class {type(parameter).__name__}"
+        if parameter.layout is not torch.strided:
+            return f"have a parameter of layout {parameter.layout}"
+        if parameter.is_inference():
+            return "have a parameter that was made in inference mode"
+        if self._holders[id(parameter)] > 1:
+            return "share a parameter"
+        if id(parameter) in self._outside:
+            return "share a parameter with a module outside the model"
+        if not parameter.is_meta and self._memory[_memory_of(parameter)] > 1:
+            return "have a parameter whose memory is another tensor's, too"
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return "have a hook on a parameter"
+        if parameter.__dict__:
+            return f"have a parameter with attributes of its own, {', '.join(parameter.__dict__)}"
+        return None
 
 
 _OWN = ("_parameters", "_modules", "_buffers")
+
+
+def holding(kind: type, parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """The optimizers of a class that hold one of the parameters."""
+    ids = set(map(id, parameters))
+    return [
+        each
+        for each in _alive(kind)
+        if any(id(parameter) in ids for group in each.__dict__.get("param_groups", ()) for parameter in group["params"])
+    ]
+
+
+def _alive(kind: type) -> list[Any]:
+    # Not `isinstance`, which asks objects that stand for others.
+    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
+
+
+def _memory_of(tensor: torch.Tensor) -> Any:
+    # An empty tensor has no memory to share.
+    has_memory = tensor.layout is torch.strided and tensor.numel() > 0
+    return (tensor.device, tensor.data_ptr()) if has_memory else id(tensor)
 
 
 def _of_class(kind: type[nn.Module]) -> str | None:
@@ -96,51 +149,42 @@ def _of_class(kind: type[nn.Module]) -> str | None:
     return None
 
 
-def _of_parameter(parameter: nn.Parameter, holders: Mapping[int, int]) -> str | None:
-    if nn.parameter.is_lazy(parameter):
-        return "have a parameter without a shape yet"
-    if type(parameter) is not nn.Parameter:
-        return f"have a parameter of class {type(parameter).__name__}"
-    if parameter.layout is not torch.strided:
-        return f"have a parameter of layout {parameter.layout}"
-    if holders[id(parameter)] > 1:
-        return "share a parameter"
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-        return "have a hook on a parameter"
-    if parameter.__dict__:
-        return f"have a parameter with attributes of its own, {', '.join(parameter.__dict__)}"
-    return None
+def _reaches(value: Any, ids: AbstractSet[int]) -> bool:
+    """If one of the objects can be reached from a value; true, too, if there is too much to search."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in ids or len(seen) > _MOST_OBJECTS:
+            return True
+        if id(each) in seen or isinstance(each, _ENDS):
+            continue
+        seen.add(id(each))
+        waiting += _parts(each)
+    return False
 
 
-def _reaches(value: Any, ids: Iterable[int], depth: int) -> bool:
-    """If one of the objects can be reached through plain containers and functions."""
-    if id(value) in ids:
-        return True
-    if depth == 0 or isinstance(value, type | types.ModuleType | str | bytes | int | float):
-        return False
-    return any(_reaches(each, ids, depth - 1) for each in _parts(value))
+# Objects that are searched for one attribute.
+_MOST_OBJECTS = 100_000
+# Code, tensors and modules end a search: modules are registered, or searched as parts of the model.
+_ENDS = (
+    type,
+    types.ModuleType,
+    types.BuiltinFunctionType,
+    types.CodeType,
+    nn.Module,
+    torch.Tensor,
+    str,
+    bytes,
+    int,
+    float,
+)
 
 
 def _parts(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple | set | frozenset):
-        return list(value)
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        # Not the names of the module that the function is written in.
+        cells = [each for cell in value.__closure__ or () for each in gc.get_referents(cell)]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), value.__dict__]
-    if isinstance(value, types.MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if isinstance(value, nn.Module | torch.Tensor):
-        return []
-    return [vars(value)] if hasattr(value, "__dict__") else []
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018  # reading an empty cell raises
-    except ValueError:
-        return False
-    return True
+    if isinstance(value, weakref.ReferenceType):
+        return [value()]
+    return gc.get_referents(value)

@@ -184,7 +184,8 @@ class StackedModule(nn.Module):
         if own is not None and not is_parametrized(self):
             return cast(nn.Module, own(self, memo))
         made = memo[id(self)] = _blank(type(self))
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]  # object's own
+        state = self.__dict__ if is_parametrized(self) else self.__getstate__()  # type: ignore[no-untyped-call]  # object's
+        made.__setstate__(copy.deepcopy(state, memo))
         _note(made)
         return made
 

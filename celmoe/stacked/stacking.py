@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +14,7 @@ from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, liste
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.names import STACKED, NamedModules
 
-from .fitness import likeness, obstacle, owners
+from .fitness import Owners, holding, likeness
 from .member import close, reopen
 from .stack import Slot, Stack, slot_of
 
@@ -59,6 +59,7 @@ class StackReport:
         return "\n".join(map(str, self.classes))
 
 
+@torch.inference_mode(False)
 def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> StackReport:
     """Stack the tensors of alike experts, in place: one parameter ``[M, ...]`` for each tensor of M experts.
 
@@ -81,17 +82,15 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
         StackedError: An optimizer holds the experts' parameters.
     """
     names = _levels(model, levels)
-    holders, reached = owners(model)
+    registries = [cast(nn.ModuleDict, model.level_modules[level]) for level in names]
+    owners = Owners(model, [expert for registry in registries for expert in registry.values()])
     classes: list[StackedClass] = []
     groups: list[tuple[str, list[str]]] = []
-    for level in names:
-        registry = cast(nn.ModuleDict, model.level_modules[level])
+    for level, registry in zip(names, registries, strict=True):
         alike: dict[tuple[str | None, Any], list[str]] = {}
         for name, expert in registry.items():
             # By class and reason, for the report.
-            why = (
-                obstacle(expert, holders, reached) if type(registry) is NamedModules else "are held by other ranks, too"
-            )
+            why = owners.obstacle(expert) if type(registry) is NamedModules else "are held by other ranks, too"
             alike.setdefault((why, type(expert) if why else likeness(expert)), []).append(name)
         for (found, _), experts in alike.items():
             why = found or ("have no others like them" if len(experts) < 2 else None)
@@ -110,6 +109,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
     return StackReport(tuple(sorted(classes, key=lambda each: order[each.level])))
 
 
+@torch.inference_mode(False)
 def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> None:
     """Give all stacked experts parameters of their own again, with the same values and gradients.
 
@@ -121,9 +121,23 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
         InputTypeError: ``model`` is no `HierarchicalCELMoE`.
         UnknownLevelError: The model has no such level.
     """
-    for level in _levels(model, levels):
+    names = _levels(model, levels)
+    wholes = [
+        parameter
+        for level in names
+        for name, parameter in model.level_modules[level]._parameters.items()
+        if name.startswith(STACKED) and parameter is not None
+    ]
+    if holding(torch.optim.Optimizer, wholes):
+        warnings.warn(
+            "an optimizer holds the stacked parameters, which are no part of the model any more: make it anew from "
+            "model.parameters()",
+            stacklevel=2,
+        )
+    for level in names:
         registry = cast(nn.ModuleDict, model.level_modules[level])
-        for module in registry.modules():
+        stacks = {slot.stack for module in registry.modules() if (slot := slot_of(module)) is not None}
+        for module in {*registry.modules(), *(each for stack in stacks for each in stack.modules)}:
             if slot_of(module) is not None:
                 reopen(module)
         for name in [each for each in registry._parameters if each.startswith(STACKED)]:
@@ -148,15 +162,11 @@ def _require_no_optimizer(parameters: Sequence[nn.Parameter]) -> None:
     Raises:
         StackedError: An optimizer holds some of the parameters.
     """
-    ids = set(map(id, parameters))
-    for each in gc.get_objects():
-        if issubclass(type(each), torch.optim.Optimizer):
-            held = (parameter for group in each.param_groups for parameter in group["params"])
-            if any(id(parameter) in ids for parameter in held):
-                raise StackedError(
-                    f"'model' must be stacked before its optimizer is made (got parameters that a "
-                    f"{type(each).__name__} holds; make it anew from model.parameters() afterwards)"
-                )
+    for each in holding(torch.optim.Optimizer, parameters):
+        raise StackedError(
+            f"'model' must be stacked before its optimizer is made (got parameters that a {type(each).__name__} holds; "
+            f"make it anew from model.parameters() afterwards)"
+        )
 
 
 def _stack(registry: NamedModules, names: Sequence[str]) -> Stack:
@@ -186,9 +196,7 @@ def _key(number: int, path: str) -> str:
 
 def _stacked(tensors: Sequence[nn.Parameter]) -> nn.Parameter:
     whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=tensors[0].requires_grad)
-    grads = [each.grad for each in tensors]
-    if any(grad is not None for grad in grads):
-        whole.grad = torch.stack(
-            [torch.zeros_like(each) if grad is None else grad for each, grad in zip(tensors, grads, strict=True)]
-        )
+    if any(each.grad is not None for each in tensors):
+        grads = [torch.zeros_like(each) if each.grad is None else each.grad.to_dense() for each in tensors]
+        whole.grad = torch.stack(grads)
     return whole
