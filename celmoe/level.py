@@ -256,7 +256,7 @@ def _watch_unit(unit: Unit, result: ExpertResult) -> None:
         _watch_experts(unit.modules, [result])
     elif unit.stack is not None and torch.is_grad_enabled():
         is_whole = len(result.blocks) == 1
-        for place, member in enumerate(unit.members):
+        for place, member in enumerate(unit.members if result.by_expert or not is_whole else ()):
             losses = result.by_expert[place][0].values() if result.by_expert else ()
             own = [each for each in losses if isinstance(each, torch.Tensor)]
             if own or not is_whole:

@@ -436,6 +436,16 @@ _REFERENCES = "_flat_weight_refs"
 RECURRENT = (RECURRENT_WEIGHTS, _REFERENCES)
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """The number of writes into a tensor's memory, by any view that shares the count."""
+    return tensor._version
+
+
+def is_hooked(tensor: torch.Tensor) -> bool:
+    """True if someone registered a hook on the tensor's gradient."""
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
 def recurrent_weights(module: nn.RNNBase) -> list[Any]:
     """The weights that a recurrent layer computes with, in order."""
     return [getattr(module, name, None) for name in module._flat_weights_names]

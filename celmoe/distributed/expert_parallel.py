@@ -17,7 +17,7 @@ from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
 from celmoe.names import NamedModules
 
-from .data_parallel import refuse_collectives, require_hierarchy
+from .data_parallel import refuse_collectives, refuse_stacks, require_hierarchy
 from .gradients import buckets, reduce_over
 from .groups import groups_of, require_dimension, require_mesh, require_process_group, require_whole_world
 from .meeting import Table
@@ -138,6 +138,7 @@ def shard_experts(
     require_process_group("shard_experts")
     require_mesh(mesh)
     require_hierarchy(model)
+    refuse_stacks(model, "shard_experts")
     position = require_dimension(mesh, dimension, "dimension")
     require_whole_world(mesh)
     refuse_collectives(model)

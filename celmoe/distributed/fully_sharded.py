@@ -28,7 +28,7 @@ from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.dispatch import Blocks
 from celmoe.torch_internals import after_backward, tree_flatten, tree_unflatten
 
-from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
+from .data_parallel import refuse_collectives, refuse_sparse, refuse_stacks, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
 # Takes the token, and returns the tensors of a level's output.
@@ -271,6 +271,7 @@ def shard_levels(
     require_process_group("shard_levels")
     require_mesh(mesh)
     require_hierarchy(model)
+    refuse_stacks(model, "shard_levels")
     require_whole_world(mesh)
     refuse_collectives(model)
     refuse_sparse(model, "shard_levels")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from celmoe.torch_internals import RECURRENT
+from celmoe.torch_internals import RECURRENT, is_hooked
 
 from .member import stacked_kind
 from .stack import slot_of
@@ -108,7 +108,7 @@ class Owners:
             return "share a parameter with a module outside the model"
         if not parameter.is_meta and self._memory[_memory_of(parameter)] > 1:
             return "have a parameter whose memory is another tensor's, too"
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if is_hooked(parameter):
             return "have a hook on a parameter"
         if parameter.__dict__:
             return f"have a parameter with attributes of its own, {', '.join(parameter.__dict__)}"

@@ -18,7 +18,7 @@ from torch import nn
 
 from celmoe.errors import StackedError
 from celmoe.names import SLOT, NamedModules
-from celmoe.torch_internals import PlainTensor, fill_recurrent
+from celmoe.torch_internals import PlainTensor, fill_recurrent, version_of
 
 
 class Stack:
@@ -74,8 +74,8 @@ class Stack:
         views: dict[int, Any] | None = getattr(_LOOP, "views", None)
         if views is not None and whole.requires_grad and torch.is_grad_enabled() and not is_written:
             # The gradients of all members are put together once. A write into the stack would spoil earlier views.
-            if views.get(id(whole), _NO_VIEWS)[0] != whole._version:
-                views[id(whole)] = whole._version, whole.unbind(0), whole
+            if views.get(id(whole), _NO_VIEWS)[0] != version_of(whole):
+                views[id(whole)] = version_of(whole), whole.unbind(0), whole
             found: torch.Tensor = views[id(whole)][1][index]
             return found
         view = whole.select(0, index)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from celmoe.distributed.data_parallel import refuse_stacks
 from celmoe.distributed.remote import stand_ins
 from celmoe.errors import CheckpointError, listed
 
@@ -31,6 +32,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Param
             names.setdefault(parameter, []).append(name)
     elsewhere = set(stand_ins(model))
     own = [each for group in optimizer.param_groups for each in group["params"] if each not in elsewhere]
+    refuse_stacks(model, "an optimizer's state")
     if strangers := [each for each in own if each not in names]:
         raise CheckpointError(
             f"'optimizer' must be of the model's parameters (got {len(strangers)} that the model does not have). Make "
