@@ -25,7 +25,7 @@ from .routing.plan import LevelPlan, RoutingPlan
 from .rows.context import ContextRows, select
 from .rows.dispatch import Blocks, combine, dispatch, relay
 from .stacked.presence import watch
-from .stacked.stack import looping, slot_of
+from .stacked.stack import looping, slots_of
 from .torch_internals import is_forward_differentiated, transforms_are_active
 
 
@@ -242,10 +242,11 @@ class Level:
 
 def _watch_experts(experts: Sequence[nn.Module], results: Sequence[ExpertResult]) -> None:
     """Let backward passes note the stacked experts among these, each with a result of its own."""
-    if not torch.is_grad_enabled() or transforms_are_active():
+    slots = slots_of(experts)
+    if not any(slots) or not torch.is_grad_enabled() or transforms_are_active():
         return
-    for expert, result in zip(experts, results, strict=True):
-        if (slot := slot_of(expert)) is not None:
+    for slot, result in zip(slots, results, strict=True):
+        if slot is not None:
             losses = [each for each in result.losses.values() if isinstance(each, torch.Tensor)]
             watch([result.hidden, *losses], slot.stack, [slot.member])
 

@@ -688,7 +688,7 @@ def test_a_checkpoint_of_a_stacked_model_is_the_experts(tmp_path):
     other = build()
     distributed.load_checkpoint(tmp_path / "stacked", other)
     assert_same_state(plain, other)
-    with pytest.raises(celmoe.CheckpointError, match="no stacked experts for .an optimizer.s state"):
+    with pytest.raises(celmoe.CheckpointError, match="no stacked experts for"):
         distributed.save_checkpoint(tmp_path / "more", model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 

@@ -17,7 +17,7 @@ from celmoe.grouped.capture import WrongResult, is_being_traced, path_of
 from celmoe.grouped.classes import Layout, LevelClasses, LevelInputLike, Unit
 from celmoe.grouped.program import Program
 from celmoe.routing.plan import LevelPlan
-from celmoe.stacked.stack import Slot, Stack, slot_of
+from celmoe.stacked.stack import Slot, Stack, slots_of
 from celmoe.torch_internals import (
     has_global_hooks,
     is_forward_differentiated,
@@ -126,7 +126,7 @@ class LevelChoice:
         """
         if engine == LOOPED or len(present.experts) == 1 or (engine == AUTO and torch.compiler.is_dynamo_compiling()):
             return []
-        slots = [slot_of(expert) for expert in present.experts]
+        slots = slots_of(present.experts)
         if any(slots):
             if (why_not := _refusal_of_stacks(slots)) is not None:
                 if engine != AUTO:
@@ -177,9 +177,12 @@ class LevelChoice:
             return []
         asked = present.taken(wanted)
         found = self.classes.units(asked.names, asked.experts, asked.scales, given, retries=engine != AUTO)
-        found = [part for unit in found for part in _by_stack(unit, [slots[wanted[each]] for each in unit.positions])]
-        for unit in found:
-            self._settle(unit, asked, [slots[wanted[each]] for each in unit.positions])
+        if any(slots):
+            found = [
+                part for unit in found for part in _by_stack(unit, [slots[wanted[each]] for each in unit.positions])
+            ]
+            for unit in found:
+                self._settle(unit, asked, [slots[wanted[each]] for each in unit.positions])
         if len(found) > 1 or len(wanted) < len(present.experts):
             found = self._without_readers(found, present, wanted, given)
         if engine != AUTO:
@@ -203,9 +206,10 @@ class LevelChoice:
     def foresee(self, engine: str, present: Present) -> list[Decision]:
         """The decisions, as far as the last findings on the experts tell them before a call."""
         shares_module = len(set(map(id, present.experts))) < len(present.experts)
-        slots = [slot_of(expert) for expert in present.experts]
+        slots = slots_of(present.experts)
         strays = _refusal_of_stacks(slots)
-        present = present._replace(experts=_ordinary(present.experts, slots))
+        if any(slots):
+            present = present._replace(experts=_ordinary(present.experts, slots))
         decisions = []
         for unit, costed in self._costed(GROUPED, present, slots):
             known: dict[Any, list[int]] = {}

@@ -36,6 +36,9 @@ class Stack:
         version: Grows with every change of a member's attributes.
     """
 
+    #: True once a stack was made in this process.
+    is_used = False
+
     def __init__(self, registry: NamedModules, names: Sequence[str], keys: Mapping[str, str]) -> None:
         self.registry = registry
         self.names = tuple(names)
@@ -44,6 +47,7 @@ class Stack:
         self._forget()
 
     def _forget(self) -> None:
+        Stack.is_used = True
         # The stacked modules, as long as they live: those that were taken out of the model, too.
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # By place, a twin, and the state that it was filled in.
@@ -346,6 +350,11 @@ def slot_of(module: nn.Module) -> Slot | None:
     """Where a module's tensors are stacked; ``None`` for an ordinary module."""
     slot: Slot | None = module.__dict__.get(SLOT)
     return slot
+
+
+def slots_of(modules: Sequence[nn.Module]) -> Sequence[Slot | None]:
+    """Where the modules' tensors are stacked; costs next to nothing where no stack was ever made."""
+    return [slot_of(module) for module in modules] if Stack.is_used else [None] * len(modules)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from celmoe.grouped.segments import Segments
 
-from .product import is_batched, segment_sum, spread
+from .product import added, is_batched, segment_sum, spread
 
 
 def _scale(
@@ -48,6 +48,8 @@ def _stacked(vectors: Sequence[torch.Tensor], member: int, members: int) -> Any:
 
 def _sums(values_RK: torch.Tensor, segments: Segments, factor: int) -> list[torch.Tensor]:
     """P times ``[K]``: the sum over each member's rows."""
+    if (together := added(values_RK, segments, factor)) is not None:
+        return list(together.unbind(0))
     found: list[torch.Tensor] = []
     for first, last, _, members in segments.row_runs(factor):
         found += torch.sum(values_RK[first:last].view(members, -1, values_RK.shape[1]), 1).unbind(0)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from celmoe.grouped.segments import Segments
 
-from .product import backend_of, is_batched, linear, outer, segment_sum
+from .product import added, backend_of, is_batched, linear, outer, segment_sum
 
 # Bytes stacked at a time. Measured: a quarter is a tenth slower, because of more calls; all at once is no faster.
 _BYTES_AT_A_TIME = 1 << 20
@@ -111,6 +111,10 @@ def _gradients(
     # costs more than filling it.
     grad_w: list[torch.Tensor] = []
     grad_b: list[torch.Tensor] = []
+    together = added(grad_RN, segments, factor) if wanted.biases else None
+    if together is not None:
+        grad_b += together.unbind(0)
+        wanted = wanted._replace(biases=False)
     space = _Space()
     for first, last, member, members, length in _parts(segments, factor, weights[0]):
         x, grad = x_RK[first:last], grad_RN[first:last]

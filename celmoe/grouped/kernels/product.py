@@ -88,7 +88,7 @@ class _ByRuns:
         return out_PNK
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        if (quick := _added(x_RK, segments, factor)) is not None:
+        if (quick := added(x_RK, segments, factor)) is not None:
             return quick
         width = x_RK.shape[1]
         out_PK = x_RK.new_empty(len(segments.counts), width)
@@ -105,8 +105,8 @@ _FEW = 128
 _MANY_RUNS = 8
 
 
-def _added(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor | None:
-    """The sum over each member's rows on a CPU, in one call; ``None`` where several calls are better."""
+def added(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor | None:
+    """Sum over each member's rows on a CPU in one call, to ``[P, K]``; ``None`` where several calls are better."""
     if x_RK.device.type != "cpu" or len(segments.runs) < _MANY_RUNS or max(segments.counts) * factor > _FEW:
         return None
     precise = torch.promote_types(x_RK.dtype, torch.float32)
@@ -136,7 +136,7 @@ class _Padded:
         return _joined([torch.bmm(left.transpose(1, 2), right) for (left, _), (right, _) in zip(y, x, strict=True)])
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        if (quick := _added(x_RK, segments, factor)) is not None:
+        if (quick := added(x_RK, segments, factor)) is not None:
             return quick
         return _joined([x_MLK.sum(1) for x_MLK, _ in self._bucketed(x_RK, segments, factor)])
 
