@@ -22,6 +22,7 @@ from torch import nn
 import celmoe
 from benchmarks.contenders.stack import STACKED, fastest_stack
 from benchmarks.devices import finish
+from benchmarks.equality import TOLERANCE, Evidence, UnequalError
 from benchmarks.interleaved import interleave
 from benchmarks.peers import load_peer
 from benchmarks.steps import HOST, Forward, routings_of, string_routed
@@ -66,6 +67,12 @@ class WholeStep:
         self._optimizer = optimizer(self._parameters, lr=1e-3, fused=True)
         self._device = device
 
+    def evidence(self) -> Evidence:
+        """What all must compute alike before they are timed."""
+        fused = self._forward(self._hidden)
+        (grad,) = torch.autograd.grad(fused.square().mean(), self._hidden)
+        return {"output": fused.detach(), "gradient of the input": grad}
+
     def __call__(self) -> None:
         """One step."""
         self._optimizer.zero_grad()
@@ -90,10 +97,25 @@ def contenders(workload: Workload, peer: ModuleType) -> dict[str, WholeStep]:
     return found
 
 
+def _distance(value: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
+    """Relative to the largest value."""
+    assert value is not None
+    assert wanted is not None
+    return float((value - wanted).abs().max() / wanted.abs().max())
+
+
 def measure(workload: Workload, peer: ModuleType, seconds: float) -> dict[str, float | str]:
-    """The milliseconds of each, and how many times as fast as celmoe-vp, and as the stack by hand, stacked is."""
+    """The milliseconds of each, and how many times as fast as celmoe-vp, and as the stack by hand, stacked is.
+
+    Raises:
+        UnequalError: A contender computes something else.
+    """
     steps = contenders(workload, peer)
-    for step in steps.values():
+    wanted = steps[PLAIN].evidence()
+    for name, step in steps.items():
+        for what, value in step.evidence().items():
+            if (distance := _distance(value, wanted[what])) > TOLERANCE:
+                raise UnequalError(f"{name} and {PLAIN} differ in the {what} by {distance:.1e} on {workload}")
         step()
     timings = interleave(steps, seconds)
     row: dict[str, float | str] = {"workload": str(workload)}
