@@ -111,11 +111,12 @@ def measure(workload: Workload, peer: ModuleType, seconds: float) -> dict[str, f
         UnequalError: A contender computes something else.
     """
     steps = contenders(workload, peer)
-    wanted = steps[PLAIN].evidence()
-    for name, step in steps.items():
-        for what, value in step.evidence().items():
-            if (distance := _distance(value, wanted[what])) > TOLERANCE:
+    found = {name: step.evidence() for name, step in steps.items()}
+    for name, evidence in found.items():
+        for what, value in evidence.items():
+            if (distance := _distance(value, found[PLAIN][what])) > TOLERANCE:
                 raise UnequalError(f"{name} and {PLAIN} differ in the {what} by {distance:.1e} on {workload}")
+    for step in steps.values():
         step()
     timings = interleave(steps, seconds)
     row: dict[str, float | str] = {"workload": str(workload)}
