@@ -7,10 +7,16 @@ expert of the field would write for these very experts. The other is celmoe-vp, 
 
 from __future__ import annotations
 
+import sys
+
+from benchmarks.extras import missing_extra
+
+if __name__ == "__main__" and (missing := missing_extra("bench")):
+    sys.exit(missing)
+
 import argparse
 import csv
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 

@@ -293,9 +293,9 @@ def samples_by_shape(patch: Patch) -> None:
 
 
 def equally_many_rows(patch: Patch) -> None:
-    def wrong(counts: Any, device: Any) -> Segments:
+    def wrong(counts: Any, device: Any, **options: Any) -> Segments:
         even = sum(counts) % len(counts) == 0
-        return Segments([sum(counts) // len(counts)] * len(counts) if even else counts, device)
+        return Segments([sum(counts) // len(counts)] * len(counts) if even else counts, device, **options)
 
     patch.setattr(celmoe.engines.grouped, "Segments", wrong)
 

@@ -82,13 +82,13 @@ def test_row_wise_experts_give_what_they_give_one_sample_at_a_time(engine: str, 
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
-@examples(25)
+@examples(15)
 @given(case=cases())
 def test_stacked_experts_equal_the_oracles(engine: str, case: Case):
     assert_equal(engine, case, is_stacked=True, objective=case.objective)
 
 
-@examples(40)
+@examples(25)
 @given(case=cases().map(of_siblings))
 def test_stacked_siblings_run_as_one_equal_the_oracle(case: Case):
     assert_equal("grouped", case, is_stacked=True, objective=case.objective)
