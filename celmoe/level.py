@@ -133,7 +133,13 @@ class Level:
         """
         configs = self.config.experts
         try:
-            return [configs[expert].input_gradient_scale for expert in experts]
+            # Every call asks for every expert, most of which have no flag set.
+            return [
+                1.0
+                if type(each) is ExpertConfig and each.gradient_scale is None and not each.stop_gradient_from_parent
+                else each.input_gradient_scale
+                for each in [configs[expert] for expert in experts]
+            ]
         except (KeyError, AttributeError):
             return [self.flags(expert).input_gradient_scale for expert in experts]
 

@@ -407,3 +407,55 @@ def test_a_gpus_choice_can_do_what_it_is_chosen_for(how: str, widths: tuple[int,
     assert_close(who, mine, torch.autograd.grad(expected, wide.leaves, wide.y.detach()))
     if widths == EVEN and hasattr(F, "grouped_mm"):
         assert set(chosen) == {"grouped_mm"}
+
+
+# Members of a stack that are absent have no rows.
+SPARSE = [0, 3, 0, 0, 5, 300, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["runs", "padded", "grouped_mm", None])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_absent_members_of_a_stack_get_zeros(backend, dtype, factor, monkeypatch):
+    if backend == "grouped_mm" and dtype == torch.float64:
+        pytest.skip("the grouped product takes no float64")
+    if backend is not None:
+        monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_of", lambda *_: backend)
+    segments = Segments(SPARSE, CPU, is_stacked=True)
+    generator = torch.Generator().manual_seed(0)
+    num_rows = sum(SPARSE) * factor
+    given = torch.randn(num_rows, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(len(SPARSE), 24, 16, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(len(SPARSE), 24, generator=generator).to(dtype).requires_grad_()
+    out = celmoe.grouped.kernels.product.linear(given, weight, bias, segments, factor)
+    wide = [each.detach().double().requires_grad_() for each in (given, weight, bias)]
+    parts = wide[0].split([count * factor for count in SPARSE])
+    expected = torch.cat([part @ wide[1][place].T + wide[2][place] for place, part in enumerate(parts)])
+    upstream = torch.randn(out.shape, generator=generator).to(dtype)
+    found = torch.autograd.grad(out, [given, weight, bias], upstream)
+    wanted = torch.autograd.grad(expected, wide, upstream.double())
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.02}[dtype]
+    for mine, theirs in zip([out, *found], [expected, *wanted], strict=True):
+        assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+    for grad in found[1:]:
+        assert not any(grad[place].any() for place, count in enumerate(SPARSE) if not count)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 3), st.integers(1, 9))
+@examples(100)
+def test_rows_lie_in_blocks_of_one_member(counts: list[int], factor: int, most: int):
+    segments = Segments(counts, CPU, is_stacked=True)
+    block_of_row, member_of_block = segments.blocks(factor, most)
+    assert torch.equal(member_of_block[block_of_row], segments.member_of_row(factor))
+    sizes = block_of_row.bincount(minlength=len(member_of_block))
+    assert not len(sizes) or (int(sizes.min()) >= 1 and int(sizes.max()) <= most)
+
+
+def test_long_sums_are_as_precise_as_pytorchs_own():
+    counts = [5000, 1, 20000, 7]
+    rows = torch.rand(sum(counts), 8, generator=torch.Generator().manual_seed(0))
+    found = celmoe.grouped.kernels.product.added(rows, Segments(counts, CPU, is_stacked=True), 1)
+    exact = torch.stack([part.double().sum(0) for part in rows.split(counts)])
+    own = torch.stack([part.sum(0) for part in rows.split(counts)])
+    assert found is not None
+    assert (found - exact).abs().max() <= 4 * (own - exact).abs().max() + 1e-6 * exact.max()

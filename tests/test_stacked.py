@@ -6,6 +6,7 @@ import collections
 import copy
 import io
 import pickle
+import sys
 import weakref
 from typing import ClassVar
 
@@ -697,3 +698,41 @@ def test_unknown_levels_and_other_modules_are_refused():
         celmoe.stack_experts(build(), ["langage"])
     with pytest.raises(celmoe.InputTypeError, match="'model' must be a HierarchicalCELMoE"):
         celmoe.unstack_experts(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("present", [6, 60])
+def test_host_work_does_not_grow_with_the_number_of_experts(present):
+    """Counted in calls of Python functions, not in time."""
+
+    def calls_with(number: int) -> int:
+        names = [f"e{each}" for each in range(number)]
+        level = HierarchyLevelConfig("language", {name: ExpertConfig(name) for name in names})
+        model = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level]), lambda *_: MLP())
+        celmoe.stack_experts(model)
+        # PyTorch's own walk over modules is no part of a step.
+        parameters = list(model.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.1, foreach=True)
+        hidden, routes = torch.randn(240, WIDTH), [names[each % number] for each in range(240)]
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(hidden, {"language": routes}).fused_hidden.square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        counted = 0
+
+        def count(_frame, event, _argument) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        sys.setprofile(count)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    assert calls_with(present) <= 1.05 * calls_with(4)

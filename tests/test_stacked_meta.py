@@ -58,7 +58,7 @@ def all_stacks_fixed(patch: Patch) -> None:
 
 
 def all_members_intact(patch: Patch) -> None:
-    patch.setattr(Stack, "intact", property(lambda self: range(len(self.names))))
+    patch.setattr(Stack, "intact", property(lambda self: frozenset(range(len(self.names)))))
 
 
 def any_members_settled(patch: Patch) -> None:

@@ -43,9 +43,9 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
         plan: The level's plan.
     """
     arranged = [_by_count(unit, plan) if unit.fault is None else unit for unit in units]
-    names = [tuple(plan.present[position] for position in unit.positions) for unit in arranged]
+    names = [tuple([plan.present[position] for position in unit.positions]) for unit in arranged]
     positions = [position for unit in arranged for position in unit.positions]
-    counts = [tuple(plan.counts[position] for position in unit.positions) for unit in arranged]
+    counts = [tuple([plan.counts[position] for position in unit.positions]) for unit in arranged]
     sizes = tuple(map(sum, counts))
     if positions == sorted(positions):
         return Arrangement(plan._replace(counts=sizes), counts, names, arranged)

@@ -383,8 +383,9 @@ def _refusal_of_stacks(slots: Sequence[Slot | None]) -> str | None:
     """The reason that stacked experts can't run as one now, or ``None``."""
     if transforms_are_active():
         return "are under a transform of torch.func"
-    if any(slot is not None and slot.member not in slot.stack.intact for slot in slots):
-        return "hold parameters that are not where they were stacked"
+    for stack in {slot.stack for slot in slots if slot is not None}:
+        if not stack.intact.issuperset([slot.member for slot in slots if slot is not None and slot.stack is stack]):
+            return "hold parameters that are not where they were stacked"
     return None
 
 

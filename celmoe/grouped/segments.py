@@ -67,6 +67,7 @@ class Segments:
         self.is_stacked = is_stacked
         self._members: dict[int, torch.Tensor] = {}
         self._ends: dict[int, torch.Tensor] = {}
+        self._blocks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
@@ -88,6 +89,21 @@ class Segments:
             members = np.repeat(np.arange(len(self.counts), dtype=np.int64), counts)
             self._members[factor] = torch.from_numpy(members).to(self.device, non_blocking=True)
         return self._members[factor]
+
+    def blocks(self, factor: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's block, ``[R · factor]`` int64, of at most ``most`` rows, and each block's member, ``[blocks]``."""
+        if (factor, most) not in self._blocks:
+            counts = np.asarray(self.counts, dtype=np.int64) * factor
+            of_member = -(-counts // most)
+            firsts = np.repeat(np.cumsum(counts) - counts, counts)
+            places = (np.arange(len(firsts)) - firsts) // most
+            block_of_row = np.repeat(np.cumsum(of_member) - of_member, counts) + places
+            member_of_block = np.repeat(np.arange(len(counts), dtype=np.int64), of_member)
+            self._blocks[factor, most] = (
+                torch.from_numpy(block_of_row).to(self.device, non_blocking=True),
+                torch.from_numpy(member_of_block).to(self.device, non_blocking=True),
+            )
+        return self._blocks[factor, most]
 
     def row_runs(self, factor: int = 1) -> list[tuple[int, int, int, int]]:
         """For each run its first row, the row after its last row, its first member and its number of members."""

@@ -354,7 +354,7 @@ def slot_of(module: nn.Module) -> Slot | None:
 
 def slots_of(modules: Sequence[nn.Module]) -> Sequence[Slot | None]:
     """Where the modules' tensors are stacked; costs next to nothing where no stack was ever made."""
-    return [slot_of(module) for module in modules] if Stack.is_used else [None] * len(modules)
+    return [module.__dict__.get(SLOT) for module in modules] if Stack.is_used else [None] * len(modules)
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

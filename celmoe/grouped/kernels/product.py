@@ -99,7 +99,7 @@ class _ByRuns:
         return out_PK
 
 
-# Sums of more rows than this keep to PyTorch's own sum, which adds pairwise: added one by one, roundings grow.
+# So many rows are added one by one. Longer sums add up such sums: roundings grow with the number of additions in a row.
 _FEW = 128
 # From this many calls on, one that adds rows one by one costs less.
 _MANY_RUNS = 8
@@ -107,11 +107,16 @@ _MANY_RUNS = 8
 
 def added(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor | None:
     """Sum over each member's rows on a CPU in one call, to ``[P, K]``; ``None`` where several calls are better."""
-    if x_RK.device.type != "cpu" or len(segments.runs) < _MANY_RUNS or max(segments.counts) * factor > _FEW:
+    if x_RK.device.type != "cpu" or not (segments.is_stacked or len(segments.runs) >= _MANY_RUNS):
         return None
     precise = torch.promote_types(x_RK.dtype, torch.float32)
-    out_PK = x_RK.new_zeros(len(segments.counts), x_RK.shape[1], dtype=precise)
-    return out_PK.index_add_(0, segments.member_of_row(factor), x_RK.to(precise)).to(x_RK.dtype)
+    num_members, width = len(segments.counts), x_RK.shape[1]
+    out_PK, rows = x_RK.new_zeros(num_members, width, dtype=precise), x_RK.to(precise)
+    if max(segments.counts) * factor <= _FEW:
+        return out_PK.index_add_(0, segments.member_of_row(factor), rows).to(x_RK.dtype)
+    block_of_row, member_of_block = segments.blocks(factor, _FEW)
+    sums = x_RK.new_zeros(len(member_of_block), width, dtype=precise).index_add_(0, block_of_row, rows)
+    return out_PK.index_add_(0, member_of_block, sums).to(x_RK.dtype)
 
 
 class _Padded:
