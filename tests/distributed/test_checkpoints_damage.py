@@ -237,7 +237,7 @@ def test_pieces_that_overlap_are_told(folder, boxes):
 AXES = st.lists(st.integers(0, 4), min_size=0, max_size=3)
 
 
-@examples(200)
+@examples(100)
 @given(shape=AXES, data=st.data())
 def test_pieces_pass_if_each_element_is_in_one(shape, data):
     drawn = data.draw(st.sampled_from([random_boxes, random_grid]))(shape, data)
