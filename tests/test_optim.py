@@ -141,6 +141,26 @@ def _by_closure(model, optimizer):
     assert [optimizer.step(partial(closure, step)) for step in range(4)] == [0.0, 1.0, 2.0, 3.0]
 
 
+def _asked_for_other_gradients(model, optimizer):
+    for step in range(4):
+        run(model, routes_of(step), torch.float64)
+        hidden = torch.zeros(6, WIDTH).double().requires_grad_()
+        torch.autograd.grad(model(hidden, {"language": NAMES}).fused_hidden.sum(), hidden)
+        optimizer.step()
+
+
+def _set_by_hand(model, optimizer):
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for step in range(4):
+        model.zero_grad()
+        hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step)).double()
+        loss = model(hidden, {"language": [NAMES[step], "e1", "e1"]}).fused_hidden.square().sum()
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+
+
 def _scaled(model, optimizer):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(6):
@@ -154,7 +174,7 @@ def _scaled(model, optimizer):
 
 WAYS = [
     *(_accumulated, _twice_in_one_backward, _skipped, _forward_only, _scheduled, _cleared_to_zero, _by_closure),
-    _scaled,
+    *(_scaled, _asked_for_other_gradients, _set_by_hand),
 ]
 
 

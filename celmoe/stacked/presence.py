@@ -20,13 +20,33 @@ class _Reached:
     """What reached one stacked parameter since its gradient was cleared.
 
     Attributes:
-        members: The members' places.
-        backward: The number of the last backward pass.
+        members: The places of the members that the gradient is of.
+        waiting: The members that a backward pass has reached, which may end without a gradient: `torch.autograd.grad`.
+        backward: The number of that backward pass.
     """
 
-    def __init__(self, backward: int) -> None:
+    def __init__(self) -> None:
         self.members: set[int] = set()
-        self.backward = backward
+        self.waiting: set[int] = set()
+        self.backward = -1
+
+    def note(self, members: Sequence[int], *, is_first: bool) -> None:
+        """Note members that the running backward pass has reached.
+
+        Args:
+            members: The members' places.
+            is_first: True if the parameter has no gradient yet.
+        """
+        if self.backward != (backward := current_backward()):
+            self.waiting, self.backward = set(), backward
+            if is_first:
+                # An earlier gradient has been cleared.
+                self.members = set()
+        self.waiting.update(members)
+
+    def keep(self, _parameter: torch.Tensor) -> None:
+        """Keep the members that wait: the parameter has got its gradient."""
+        self.members |= self.waiting
 
 
 # By stacked parameter.
@@ -50,15 +70,13 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
     if grad is None:
         # A backward pass reaches other results of the same step.
         return
-    backward = current_backward()
     for path in stack.keys:
         whole = stack.whole(path)
-        known = _REACHED.get(whole)
-        # Without a gradient, what an earlier backward pass reached has been cleared.
-        if known is None or (whole.grad is None and known.backward != backward):
-            known = _REACHED[whole] = _Reached(backward)
-        known.members.update(members)
-        known.backward = backward
+        if (known := _REACHED.get(whole)) is None:
+            known = _REACHED[whole] = _Reached()
+            if whole.is_leaf and whole.requires_grad:
+                whole.register_post_accumulate_grad_hook(known.keep)
+        known.note(members, is_first=whole.grad is None)
 
 
 def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:
@@ -67,5 +85,6 @@ def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:
     if known is None:
         return None
     found = np.zeros(parameter.shape[0], dtype=np.bool_)
-    found[list(known.members)] = True
+    # If no gradient was added up, someone has set it, as `torch.autograd.grad` gave it.
+    found[list(known.members or known.waiting)] = True
     return found

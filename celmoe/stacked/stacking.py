@@ -90,7 +90,8 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
         alike: dict[tuple[str | None, Any], list[str]] = {}
         for name, expert in registry.items():
             # By class and reason, for the report.
-            why = owners.obstacle(expert) if type(registry) is NamedModules else "are held by other ranks, too"
+            is_own = type(registry) is NamedModules or slot_of(registry) is not None
+            why = owners.obstacle(expert) if is_own else "are held by other ranks, too"
             alike.setdefault((why, type(expert) if why else likeness(expert)), []).append(name)
         for (found, _), experts in alike.items():
             why = found or ("have no others like them" if len(experts) < 2 else None)
