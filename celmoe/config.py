@@ -54,6 +54,24 @@ def _check_count(name: str, value: object) -> None:
         raise ConfigError(f"{name!r} must be at least 1 (got {value!r})")
 
 
+class _Flags:
+    """The changes of experts' flags in this process.
+
+    Attributes:
+        mark: A text that is another one after each change; a compiler guards texts by their values.
+    """
+
+    def __init__(self) -> None:
+        self.mark = "0"
+
+    def changed(self) -> None:
+        """Note a change."""
+        self.mark = str(int(self.mark) + 1)
+
+
+FLAGS = _Flags()
+
+
 @dataclass
 class ExpertConfig:
     """One expert of a level.
@@ -99,6 +117,8 @@ class ExpertConfig:
             case "parent":
                 if value is not None:
                     _check_name(name, value)
+        if self.__dict__.get(name, value) is not value:
+            FLAGS.changed()
         super().__setattr__(name, value)
 
     @property

@@ -106,6 +106,14 @@ class ResultTypeError(CELMoEError, TypeError):
     """An expert returned something other than an `ExpertResult` that holds a tensor."""
 
 
+class ChangedError(CELMoEError, RuntimeError):
+    """Experts are no longer those that a compiled graph was made for; the next call compiles anew."""
+
+
+class GraphError(CELMoEError, RuntimeError):
+    """A level can't be part of an exported graph."""
+
+
 class UnknownDeviceError(CELMoEError, ValueError):
     """No device has this name."""
 

@@ -22,6 +22,8 @@ from .routing.layout import Layout
 from .routing.plan import RoutingPlan
 from .routing.routes import Routing
 from .rows.context import NO_CONTEXT, ContextRows
+from .stacked.stack import Stack
+from .traced.registered import register
 
 # Methods that subclasses of celmoe-vp's model override. Nothing here would call them.
 _PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")
@@ -91,6 +93,8 @@ class HierarchicalCELMoE(nn.Module):
         )
         self._levels = [Level(level) for level in self.levels]
         self.fusion = build_fusion(config, len(self.levels), fusion_module)
+        self._stacks: dict[str, list[Stack]] = {}
+        self._key = register(self)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -189,6 +193,14 @@ class HierarchicalCELMoE(nn.Module):
         if plan.device != hidden.device:
             # Nothing would wait for a non-blocking copy into the host's memory.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
+        if batch_size and torch.compiler.is_compiling():
+            # Importing the tracer takes seconds.
+            from .traced.forward import forward_traced
+
+            output = forward_traced(self, hidden, plan, context, mask)
+            if output is not None:
+                return output
+            return _apart(self, hidden, host_plan, context, mask)
         experts = present_experts(self.level_modules, plan)
         if not batch_size:
             experts = [[*cast(NamedModules, self.level_modules[level]).values()] for level in plan.levels]
@@ -215,12 +227,21 @@ class HierarchicalCELMoE(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not
+        self.__dict__.setdefault("_stacks", {})
+        self._key = register(self)
         # A compiler is copied without its configs; the model's compiler must read the model's own.
         self._compiler.configs = [level.config for level in self._levels]
 
     def extra_repr(self) -> str:
         """The engine, in the model's repr."""
         return f"engine={self.engine!r}"
+
+
+@torch.compiler.disable
+def _apart(model: HierarchicalCELMoE, *arguments: Any) -> CELMoEOutput:
+    """The forward pass outside of a graph."""
+    output: CELMoEOutput = model.forward(*arguments)
+    return output
 
 
 def _made(

@@ -113,6 +113,11 @@ class Level:
         self._built = dict(config.experts)
         self.choice = LevelChoice(self.name, len(self._built))
 
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of the experts that the level was built with, in the config's order."""
+        return tuple(self._built)
+
     def flags(self, expert: str) -> ExpertConfig:
         """The config with an expert's flags: the one under the expert's name, else the one from construction.
 
@@ -294,7 +299,7 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
     context = given.context
     batches: list[ExpertBatch] = []
     for index, unit in enumerate(units):
-        hidden = _scaled(hidden_blocks[index], unit.scale)
+        hidden = scaled(hidden_blocks[index], unit.scale)
         mask = None if mask_blocks is None else mask_blocks[index]
         aligned = [blocks[index] for blocks in aligned_blocks]
         if len(unit.modules) == 1:
@@ -365,7 +370,7 @@ def _expert_batches(
     blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales, positions)
     return [
         ExpertBatch(
-            blocks[index] if scale == 1.0 else _scaled(blocks[index], scale),
+            blocks[index] if scale == 1.0 else scaled(blocks[index], scale),
             context.whole if context.is_whole else context.build([aligned[index] for aligned in aligned_blocks]),
             None if mask_blocks is None else mask_blocks[index],
             {"level": plan.name, "expert": name},
@@ -378,7 +383,7 @@ def _takes_gradients(rows: torch.Tensor) -> bool:
     return rows.is_floating_point() or rows.is_complex()
 
 
-def _scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
+def scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     """The rows, with the gradient into them scaled."""
     if scale == 1.0:
         return rows

@@ -62,6 +62,7 @@ class NamedModules(nn.ModuleDict):
     def __setitem__(self, key: str, module: nn.Module) -> None:
         if not isinstance(key, str) or not key:
             raise KeyError(f"'key' must be a non-empty string (got {key!r})")
+        _note_replaced(self, key)
         slot = module.__dict__.get(SLOT) if isinstance(module, nn.Module) else None
         if slot is not None and slot.stack.registry is not self:
             raise StackedError(
@@ -81,10 +82,15 @@ class NamedModules(nn.ModuleDict):
     def __delitem__(self, key: str) -> None:
         if _find(self, key) is None:
             raise KeyError(key)
+        _note_replaced(self, key)
         if is_plain(key):
             del self._modules[key]
         else:
             del _escaped(self)[_encoded(key)], self._modules[name_key(key)]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _note_replaced(self, name)
+        super().__setattr__(name, value)
 
     def __contains__(self, key: object) -> bool:
         return _find(self, key) is not None
@@ -133,6 +139,8 @@ class NamedModules(nn.ModuleDict):
 
     def clear(self) -> None:
         """Remove all modules."""
+        for name in self:
+            _note_replaced(self, name)
         self._modules.clear()
 
     def keys(self) -> KeysView[str]:
@@ -156,6 +164,13 @@ def modules_named(modules: nn.ModuleDict, names: Collection[str]) -> list[nn.Mod
     """
     found = list(map(modules._modules.get, names))
     return [modules[name] for name in names] if None in found else found  # type: ignore[return-value]  # no None
+
+
+def _note_replaced(modules: NamedModules, name: object) -> None:
+    """Let the stack of a module that is about to be replaced know."""
+    module = _find(modules, name) if "_modules" in modules.__dict__ else None
+    if module is not None and (slot := module.__dict__.get(SLOT)) is not None:
+        slot.stack.changed()
 
 
 def _encoded(name: str) -> str:

@@ -34,6 +34,7 @@ class LevelOutput:
     loss_weights: dict[str, float] = field(default_factory=dict)
     # A sentence on experts that changed the dtype of their rows, which errors of later levels carry.
     _recast: ClassVar[str] = ""
+    _make_routes: ClassVar[Callable[[str], list[str]]]
 
     @classmethod
     def with_deferred_routes(
@@ -46,15 +47,10 @@ class LevelOutput:
             hidden: ``[B, ...]``, in batch order.
             make_routes: Returns the expert's name for each sample, given the level's name.
         """
-        output = cls.__new__(cls)
-        output.__dict__ = {
-            "name": name,
-            "hidden": hidden,
-            "losses": {},
-            "aux": {},
-            "loss_weights": {},
-            "_make_routes": make_routes,
-        }
+        # Compilers can't follow `__new__`, nor a `__dict__` that is set.
+        output = cls(name, hidden, [])
+        del output.routes
+        output._make_routes = make_routes
         return output
 
     def __getattr__(self, attribute: str) -> list[str]:

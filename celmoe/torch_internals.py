@@ -215,6 +215,32 @@ def _unmarked() -> Iterator[None]:
             vars(each).pop(name, None)
 
 
+def unfollowed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that the tracer calls with symbolic tensors, and takes for one call; compilers follow it later."""
+    from torch._dynamo import nonstrict_trace
+
+    return nonstrict_trace(function)
+
+
+def is_functional(tensor: torch.Tensor) -> bool:
+    """True for a tensor of a compiler's pass behind the tracer."""
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(tensor, FunctionalTensor)
+
+
+def is_symbolic_tensor(tensor: torch.Tensor) -> bool:
+    """True for a tensor without values, of a tracer or compiler."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor) or is_functional(tensor)
+
+
+def example_of(size: Any) -> int:
+    """A size as a number; of a symbolic one, the number of the call that is traced."""
+    return size if isinstance(size, int) else int(size.node.hint or 2)
+
+
 def facts_of(node: fx.Node) -> tuple[Any, ...]:
     """The facts of an input that a program may depend on; symbolic sizes have the tracer's names."""
     # An input that no trace made equals no other.
@@ -379,6 +405,19 @@ def unwatched() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(*hooks)
 
 
+@contextlib.contextmanager
+def above_operators() -> Iterator[None]:
+    """Within an operator, let operators record gradients and cast as where the operator was called."""
+    keys = torch._C.DispatchKey
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    if not torch.is_inference_mode_enabled():
+        included = included.add(keys.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        yield
+
+
 # Tell if a transform of `torch.func` is active, and if a tensor is a batch of gradients (``is_grads_batched``).
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 is_batch_of_gradients: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
@@ -413,6 +452,7 @@ def norms_as_clipped(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
 # A nested container's leaves, and the container made from leaves again.
 tree_flatten: Callable[[Any], tuple[list[Any], Any]] = pytree.tree_flatten
 tree_unflatten: Callable[[Any, Any], Any] = pytree.tree_unflatten
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = pytree.tree_map
 
 # The namespaces of PyTorch's functions for experts: public ones, and two that public modules call.
 NAMESPACES: tuple[Any, ...] = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._VF, torch.linalg)

@@ -135,7 +135,8 @@ class LevelChoice:
             if (settled := self._settled(present, slots, given)) is not None:
                 return [settled]
             twins = present._replace(experts=_ordinary(present.experts, slots))
-            return [_on_stacks(each, present, slots) for each in self._decide(engine, twins, given, slots)]
+            decisions = self._decide(engine, twins, given, slots)
+            return [each._replace(unit=_on_stacks(each.unit, present, slots)) for each in decisions]
         return self._decide(engine, present, given, slots)
 
     def _settled(self, present: Present, slots: Sequence[Slot | None], given: LevelInputLike) -> Decision | None:
@@ -202,6 +203,21 @@ class LevelChoice:
             names = [asked.names[each] for each in unit.positions]
             members = [slot.member for slot in slots if slot is not None]
             self.classes.settle(slots[0].stack, names, unit, members)
+
+    def survey(self, present: Present, given: LevelInputLike) -> list[Unit]:
+        """The experts by class, whatever pays: for a graph that holds any of them.
+
+        Args:
+            present: The experts.
+            given: The level's input, with values.
+        """
+        slots = slots_of(present.experts)
+        if any(slots) and (why_not := _refusal_of_stacks(slots)) is not None:
+            return [Unit(tuple(range(len(slots))), tuple(present.experts), None, 1.0, why_not)]
+        ordinary = _ordinary(present.experts, slots)
+        units = self.classes.units(present.names, ordinary, present.scales, given, retries=True)
+        split = [part for unit in units for part in _by_stack(unit, [slots[each] for each in unit.positions])]
+        return [_on_stacks(unit, present, slots) for unit in split]
 
     def foresee(self, engine: str, present: Present) -> list[Decision]:
         """The decisions, as far as the last findings on the experts tell them before a call."""
@@ -356,14 +372,13 @@ def _by_stack(unit: Unit, slots: Sequence[Slot | None]) -> list[Unit]:
     return [unit] if len(parts) == 1 else [unit.taken(places) for places in parts.values()]
 
 
-def _on_stacks(decision: Decision, present: Present, slots: Sequence[Slot | None]) -> Decision:
-    """The decision with the experts themselves in place of ordinary ones."""
-    unit = decision.unit
+def _on_stacks(unit: Unit, present: Present, slots: Sequence[Slot | None]) -> Unit:
+    """The unit with the experts themselves in place of ordinary ones."""
     own = [slots[position] for position in unit.positions]
     unit = unit._replace(modules=tuple(present.experts[position] for position in unit.positions))
     if own[0] is not None:
         unit = unit._replace(stack=own[0].stack, members=tuple(cast(Slot, each).member for each in own))
-    return decision._replace(unit=unit)
+    return unit
 
 
 def _refusal_of_all(experts: Sequence[nn.Module], given: LevelInputLike) -> str | None:

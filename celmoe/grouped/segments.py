@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .values import CannotGroupError
+
 
 class Run(NamedTuple):
     """Neighbouring members with equally many rows: one batched product serves all of these members.
@@ -55,13 +57,17 @@ class Segments:
 
     Attributes:
         counts: Number of rows of each member; zero only for absent members of a stack.
+        num_members: Number of members P.
         num_rows: Number of rows R.
         device: The device of index tensors.
         is_stacked: True if the members' tensors are stacked: then one call for all members moves no weights.
     """
 
+    counts: Sequence[int]
+
     def __init__(self, counts: Sequence[int], device: torch.device, *, is_stacked: bool = False) -> None:
         self.counts = tuple(counts)
+        self.num_members = len(self.counts)
         self.num_rows = sum(counts)
         self.device = device
         self.is_stacked = is_stacked
@@ -175,3 +181,41 @@ def _runs(counts: Sequence[int]) -> list[Run]:
         runs.append(Run(row, member, count, members))
         row, member = row + count * members, member + members
     return runs
+
+
+class DeviceSegments(Segments):
+    """The rows of P members, which only the device knows: one graph then serves all numbers of rows.
+
+    Args:
+        member_of_row: ``[R]`` int64: each row's member, ascending.
+        num_members: Number of members P.
+    """
+
+    def __init__(self, member_of_row: torch.Tensor, num_members: int) -> None:
+        self.num_members = num_members
+        self.num_rows = member_of_row.shape[0]
+        self.device = member_of_row.device
+        self.is_stacked = True
+        members = torch.arange(num_members, device=self.device)
+        self._member_of_row = member_of_row
+        self._ends = {}
+        self._last = torch.searchsorted(member_of_row, members, right=True, out_int32=True)
+
+    @property
+    def counts(self) -> Sequence[int]:  # type: ignore[override]  # unknown to the host
+        """Refuses: the host does not know.
+
+        Raises:
+            CannotGroupError: Always.
+        """
+        raise CannotGroupError("need each expert's number of rows on the host")
+
+    def member_of_row(self, factor: int = 1) -> torch.Tensor:
+        """See `Segments.member_of_row`."""
+        return self._member_of_row.unsqueeze(1).expand(-1, factor).reshape(-1)
+
+    def ends(self, factor: int = 1) -> torch.Tensor:
+        """See `Segments.ends`."""
+        if factor not in self._ends:
+            self._ends[factor] = self._last * factor
+        return self._ends[factor]

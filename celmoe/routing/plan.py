@@ -76,11 +76,12 @@ class RoutingPlan:
 
     Attributes:
         batch_size: Samples B.
+        indices: By level the order, its inverse and the expert ids, ``[B]`` int64 each; see `LevelPlan`.
         layout: The levels, experts, parents and fallbacks that the plan was compiled for.
         levels: One `LevelPlan` a level, in order.
     """
 
-    __slots__ = ("_host_levels", "_packed", "_sizes", "batch_size", "layout", "levels")
+    __slots__ = ("_host_levels", "_packed", "_sizes", "batch_size", "indices", "layout", "levels")
 
     def __init__(
         self,
@@ -99,6 +100,7 @@ class RoutingPlan:
         for host, (order, inverse, ids, ends) in host_levels:
             levels[host[0]] = LevelPlan(*host, parts[order], parts[inverse], parts[ids], parts[ends])
         self.levels: Mapping[str, LevelPlan] = MappingProxyType(levels)
+        self.indices = tuple((each.order, each.inverse, each.expert_ids) for each in levels.values())
 
     def __reduce__(self) -> tuple[type[RoutingPlan], tuple[Any, ...]]:
         return type(self), (self.layout, self.batch_size, self._host_levels, self._packed, self._sizes)

@@ -104,6 +104,11 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
     return _scatter_rows(rows, plan.order, plan.inverse, plan.counts)
 
 
+def permuted(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """The rows in an order, ``[B, ...]``, and gradients in the inverse order, as one block."""
+    return _scatter_rows(rows, order, inverse, (rows.shape[0],))[0]
+
+
 def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
     """Like `dispatch`, for rows in the order of the level above: copies that level's blocks in place of a gather.
 

@@ -96,7 +96,12 @@ class StackedModule(nn.Module):
         if isinstance(value, Entry) and self._is_own(name, value):
             # `weight *= 2` has written already, and sets what it has read.
             return
-        self._changes("set", name)
+        slot: Slot | None = self.__dict__.get(SLOT)
+        if name == "training" and slot is not None:
+            # Not a change that stays: evaluation and training alternate.
+            slot.stack.trained(bool(value) - bool(self.training))
+        else:
+            self._changes("set", name)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -117,7 +122,7 @@ class StackedModule(nn.Module):
                 f"{name!r} must stay a view of the stacked parameter (got an attempt to {verb} it in expert "
                 f"{slot.stack.names[slot.member]!r}; write into the tensor under torch.no_grad(), or {_ALONE})"
             )
-        slot.stack.version += 1
+        slot.stack.changed()
 
     def _is_own(self, name: str, value: Entry) -> bool:
         slot = slot_of(self)
@@ -269,6 +274,7 @@ def _opened(module: nn.Module) -> Iterator[None]:
 
 def close(module: nn.Module, slot: Slot) -> None:
     """Make a module a stacked one; the stack holds its parameters already."""
+    slot.stack.trained(bool(module.training))
     object.__setattr__(module, "__class__", stacked_kind(type(module)))
     _hold(module, slot)
 

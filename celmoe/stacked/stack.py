@@ -34,6 +34,8 @@ class Stack:
         names: See above.
         keys: See above.
         version: Grows with every change of a member's attributes.
+        mark: A text for the version, and for the number of the members' modules that are in training. A compiler
+            guards texts by their values.
     """
 
     #: True once a stack was made in this process.
@@ -44,10 +46,12 @@ class Stack:
         self.names = tuple(names)
         self.keys = dict(keys)
         self.version = 0
+        self._num_training = 0
         self._forget()
 
     def _forget(self) -> None:
         Stack.is_used = True
+        self.mark = f"{self.version}, {self._num_training}"
         # The stacked modules, as long as they live: those that were taken out of the model, too.
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # By place, a twin, and the state that it was filled in.
@@ -56,11 +60,21 @@ class Stack:
         self._intact: tuple[Any, frozenset[int]] = None, frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("registry", "names", "keys", "version")}
+        return {name: self.__dict__[name] for name in ("registry", "names", "keys", "version", "_num_training")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def changed(self) -> None:
+        """Note a change of a member's attributes."""
+        self.version += 1
+        self.mark = f"{self.version}, {self._num_training}"
+
+    def trained(self, num_modules: int) -> None:
+        """Note that so many more of the members' modules are in training."""
+        self._num_training += num_modules
+        self.mark = f"{self.version}, {self._num_training}"
 
     def whole(self, path: str) -> torch.Tensor:
         """``[M, ...]``: the stacked tensor."""
@@ -132,7 +146,7 @@ class Stack:
     def state(self) -> object:
         """An object that stays the same as long as neither the stacks nor any member's attributes are replaced."""
         wholes = [self.whole(path) for path in self.keys]
-        state = self.version, [(id(each), _address(each), each.dtype, each.requires_grad) for each in wholes]
+        state = self.mark, [(id(each), _address(each), each.dtype, each.requires_grad) for each in wholes]
         if state != self._state:
             self._state = state
         return self._state

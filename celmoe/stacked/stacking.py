@@ -99,13 +99,16 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
                 kind = type(registry[experts[0]]).__name__
                 classes.append(StackedClass(level, kind, tuple(experts), {}, why))
             else:
-                groups.append((level, experts))
+                # In the order of their rows: see `LevelPlan.present`.
+                groups.append((level, sorted(experts)))
     modules = [model.level_modules[level][name] for level, experts in groups for name in experts]  # type: ignore[index]
     _require_no_optimizer([parameter for module in modules for parameter in module.parameters()])
     for level, experts in groups:
         registry = cast(NamedModules, model.level_modules[level])
         kind = type(registry[experts[0]]).__name__
-        classes.append(StackedClass(level, kind, tuple(experts), _stack(registry, experts).keys))
+        stack = _stack(registry, experts)
+        model._stacks.setdefault(level, []).append(stack)
+        classes.append(StackedClass(level, kind, tuple(experts), stack.keys))
     order = {level: place for place, level in enumerate(names)}
     return StackReport(tuple(sorted(classes, key=lambda each: order[each.level])))
 
@@ -143,6 +146,7 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
                 reopen(module)
         for name in [each for each in registry._parameters if each.startswith(STACKED)]:
             del registry._parameters[name]
+        model._stacks.pop(level, None)
 
 
 def _levels(model: HierarchicalCELMoE, levels: Collection[str] | None) -> list[str]:

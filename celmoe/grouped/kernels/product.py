@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.autograd import Function
 
-from celmoe.grouped.segments import Segments
+from celmoe.grouped.segments import DeviceSegments, Segments
 from celmoe.torch_internals import is_batch_of_gradients, transforms_are_active
 
 
@@ -69,7 +69,7 @@ class _ByRuns:
 
     def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
         n, k = y_RN.shape[1], x_RK.shape[1]
-        out_PNK = x_RK.new_empty(len(segments.counts), n, k)
+        out_PNK = x_RK.new_empty(segments.num_members, n, k)
         for row, member, count, members in segments.runs:
             if not count:
                 out_PNK[member : member + members].zero_()
@@ -91,7 +91,7 @@ class _ByRuns:
         if (quick := added(x_RK, segments, factor)) is not None:
             return quick
         width = x_RK.shape[1]
-        out_PK = x_RK.new_empty(len(segments.counts), width)
+        out_PK = x_RK.new_empty(segments.num_members, width)
         for row, member, count, members in segments.runs:
             first, length = row * factor, count * factor
             x = x_RK[first : first + length * members].view(members, length, width)
@@ -110,7 +110,7 @@ def added(x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor |
     if x_RK.device.type != "cpu" or not (segments.is_stacked or len(segments.runs) >= _MANY_RUNS):
         return None
     precise = torch.promote_types(x_RK.dtype, torch.float32)
-    num_members, width = len(segments.counts), x_RK.shape[1]
+    num_members, width = segments.num_members, x_RK.shape[1]
     out_PK, rows = x_RK.new_zeros(num_members, width, dtype=precise), x_RK.to(precise)
     if max(segments.counts) * factor <= _FEW:
         return out_PK.index_add_(0, segments.member_of_row(factor), rows).to(x_RK.dtype)
@@ -188,7 +188,30 @@ class _GroupedMM:
         return self.outer(x_RK, ones, segments, factor)[:, :, 0]
 
 
-BACKENDS: dict[str, Backend] = {"runs": _ByRuns(), "padded": _Padded(), "grouped_mm": _GroupedMM()}
+class _Operators:
+    """One operator for each call of a compiled graph, which chooses one of the others when it runs: see `operators`."""
+
+    def multiply(
+        self, x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments, factor: int
+    ) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.celmoe.multiply(x_RK, w_PNK, bias_PN, segments.ends(factor))
+        return found
+
+    def outer(self, y_RN: torch.Tensor, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.celmoe.outer(y_RN, x_RK, segments.ends(factor))
+        return found
+
+    def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.celmoe.segment_sum(x_RK, segments.ends(factor))
+        return found
+
+
+BACKENDS: dict[str, Backend] = {
+    "runs": _ByRuns(),
+    "padded": _Padded(),
+    "grouped_mm": _GroupedMM(),
+    "operators": _Operators(),
+}
 
 
 def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], padding: float | None = None) -> str:
@@ -205,15 +228,20 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], paddin
         return "runs"
     if device == "cpu" and padding is not None and padding < 0:
         return "padded"
+    if takes_grouped_mm(device, dtype, widths):
+        return "grouped_mm"
+    return "runs" if device == "cpu" else "padded"
+
+
+def takes_grouped_mm(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
+    """True if PyTorch's grouped product takes operands of this kind; see `backend_for`."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if device == "cpu" else (torch.bfloat16, torch.float16)
-    if (
+    return (
         device in ("cpu", "cuda")
         and dtype in dtypes
         and hasattr(torch.nn.functional, "grouped_mm")
         and all(width * dtype.itemsize % 16 == 0 for width in widths)
-    ):
-        return "grouped_mm"
-    return "runs" if device == "cpu" else "padded"
+    )
 
 
 # Nanoseconds on a CPU core: of one member's part of a call for all, of a multiplication and addition, and of a number
@@ -224,7 +252,7 @@ _OF_A_MEMBER, _OF_A_PRODUCT, _OF_A_MOVE = 10000.0, 0.04, 0.8
 def _padding(segments: Segments, operands: Sequence[torch.Tensor], widths: tuple[int, ...]) -> float | None:
     if not segments.is_stacked:
         return None
-    num_rows, members = operands[0].shape[0], len(segments.counts)
+    num_rows, members = operands[0].shape[0], segments.num_members
     places = members * max(segments.counts) * (num_rows // segments.num_rows)
     wide, narrow = max(widths), min(widths)
     extra = (places - num_rows) * wide * narrow * _OF_A_PRODUCT + (places + num_rows) * (wide + narrow) * _OF_A_MOVE
@@ -235,6 +263,10 @@ def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
     """The name of the backend for these operands, rows first."""
     # Transposed weights are laid out in memory by their other axis, so both axes count.
     widths = tuple(width for operand in operands for width in operand.shape[1:])
+    if isinstance(segments, DeviceSegments):
+        # PyTorch's own operator where its rule for shapes knows what its kernel takes.
+        is_fit = segments.device.type == "cuda" and takes_grouped_mm("cuda", operands[0].dtype, widths)
+        return "grouped_mm" if is_fit else "operators"
     return backend_for(segments.device.type, operands[0].dtype, widths, _padding(segments, operands, widths))
 
 
@@ -309,7 +341,7 @@ class _SegmentSum(Function):
         ctx.segments, ctx.factor = segments, factor
         x_RK = x.reshape(x.shape[0], x.shape[1:].numel()).contiguous()
         summed = _backend(segments, x_RK).segment_sum(x_RK, segments, factor)
-        return summed.view(len(segments.counts), *x.shape[1:])
+        return summed.view(segments.num_members, *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -222,7 +222,7 @@ class _GRU(Function):
             grad_hidden = torch.addcmul(linear(d_share, w_PHG, None, segments, 1), grad, update)
         # Free the stack before gradients of its size are made.
         del w_PHG
-        num_members = len(segments.counts)
+        num_members = segments.num_members
         of_weights, of_biases = ctx.needs_input_grad[3 : 3 + num_members], ctx.needs_input_grad[3 + num_members :]
         of_members: list[torch.Tensor | None] = [None] * len(members)
         if any(of_weights):
@@ -238,7 +238,7 @@ class _GRU(Function):
 
 def _stacked(members: Sequence[torch.Tensor], segments: Segments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Stack weights to ``[P, 3H, H]``, and any biases to ``[P, 3H]``."""
-    num_members = len(segments.counts)
+    num_members = segments.num_members
     weights, biases = list(members[:num_members]), list(members[num_members:])
     return torch.stack(weights), torch.stack(biases) if biases else None
 

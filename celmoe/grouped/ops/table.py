@@ -78,7 +78,7 @@ class Run:
     @property
     def num_members(self) -> int:
         """The number of members, P."""
-        return len(self.segments.counts)
+        return self.segments.num_members
 
     def note_copy(self, value: Ragged, copy: torch.Tensor, viewed: Callable[[torch.Tensor], bool]) -> None:
         """Note a possible copy of rows.

@@ -1,0 +1,67 @@
+"""The sums of products by segment as operators, whose segments only the device knows: see `product`.
+
+A graph that a compiler makes takes each of them as one call, for any number of rows by member. A call reads the
+segments' ends when it runs, and chooses the backend as ever. On a CPU this costs nothing, elsewhere the device is
+waited for.
+
+Axes: R rows, P members, K and N widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from celmoe.grouped.segments import Segments
+
+from .product import BACKENDS, backend_of
+
+# All calls of a graph share their segments' index tensors.
+_SEGMENTS = WeakIdKeyDictionary()
+
+
+def _segments(ends_P: torch.Tensor) -> Segments:
+    found: Segments | None = _SEGMENTS.get(ends_P)
+    if found is None:
+        ends = ends_P.tolist()
+        counts = [last - first for first, last in zip([0, *ends], ends, strict=False)]
+        found = _SEGMENTS[ends_P] = Segments(counts, ends_P.device, is_stacked=True)
+    return found
+
+
+@torch.library.custom_op("celmoe::multiply", mutates_args=())
+def multiply(
+    x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, ends_P: torch.Tensor
+) -> torch.Tensor:
+    """Multiply ``[R, K]`` by ``[P, N, K]`` to ``[R, N]``, with a bias by member."""
+    segments = _segments(ends_P)
+    return BACKENDS[backend_of(segments, x_RK, w_PNK)].multiply(x_RK, w_PNK, bias_PN, segments, 1)
+
+
+@multiply.register_fake
+def _(x_RK: torch.Tensor, w_PNK: torch.Tensor, _bias: torch.Tensor | None, _ends: torch.Tensor) -> torch.Tensor:
+    return x_RK.new_empty(x_RK.shape[0], w_PNK.shape[1])
+
+
+@torch.library.custom_op("celmoe::outer", mutates_args=())
+def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
+    """Multiply and sum ``[R, N]`` and ``[R, K]`` to ``[P, N, K]``."""
+    segments = _segments(ends_P)
+    return BACKENDS[backend_of(segments, y_RN, x_RK)].outer(y_RN, x_RK, segments, 1)
+
+
+@outer.register_fake
+def _(y_RN: torch.Tensor, x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
+    return x_RK.new_empty(ends_P.shape[0], y_RN.shape[1], x_RK.shape[1])
+
+
+@torch.library.custom_op("celmoe::segment_sum", mutates_args=())
+def segment_sum(x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
+    """Sum ``[R, K]`` to ``[P, K]``."""
+    segments = _segments(ends_P)
+    return BACKENDS[backend_of(segments, x_RK)].segment_sum(x_RK, segments, 1)
+
+
+@segment_sum.register_fake
+def _(x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
+    return x_RK.new_empty(ends_P.shape[0], x_RK.shape[1])

@@ -1,0 +1,201 @@
+"""The model's forward pass while a tracer follows it.
+
+The tracer follows these functions but for those that are marked `unfollowed`. What it follows must not depend on the
+routing, nor take a time that grows with the number of experts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from celmoe.config import FLAGS
+from celmoe.engines.choice import LOOPED
+from celmoe.errors import GraphError, listed
+from celmoe.level import Level, LevelInput
+from celmoe.names import NamedModules
+from celmoe.outputs import CELMoEOutput, LevelOutput
+from celmoe.routing.plan import LevelPlan, RoutingPlan
+from celmoe.rows.context import NO_CONTEXT, ContextRows
+from celmoe.stacked.stack import Stack
+from celmoe.torch_internals import is_functional, is_symbolic_tensor, tree_map, unfollowed
+
+from .decision import APART, INSIDE, Way, way_of
+from .inside import run_inside
+from .opaque import run_level, run_opaque
+from .registered import MODELS
+
+
+def forward_traced(
+    model: Any, hidden: torch.Tensor, plan: RoutingPlan, context: Any, mask: torch.Tensor | None
+) -> CELMoEOutput | None:
+    """The forward pass of a batch with samples.
+
+    Args:
+        model: The model.
+        hidden: ``[B, ...]``.
+        plan: The batch's plan, on the device of ``hidden``.
+        context: The context as passed.
+        mask: ``[B, ...]`` or ``None``.
+
+    Returns:
+        The output; ``None`` if experts can't be part of a graph.
+
+    Raises:
+        GraphError: Experts can't be part of an exported graph.
+    """
+    packed = _packed(context, mask)
+    ways = _ways(model, hidden, packed)
+    if ways is None:
+        return None
+    outputs: dict[str, LevelOutput] = {}
+    losses: dict[str, torch.Tensor] = {}
+    loss_weights: dict[str, float] = {}
+    for index, (level, indices) in enumerate(zip(model._levels, plan.indices, strict=True)):
+        if len(level.experts) == 1:
+            rows = NO_CONTEXT if context is None else ContextRows(context, hidden.shape[0], hidden.device)
+            only = LevelPlan(level.name, level.experts, (hidden.shape[0],), True, False, *indices, indices[0])
+            expert = model.level_modules[level.name][level.experts[0]]
+            level_output, _ = level.run([expert], LOOPED, LevelInput(hidden, None, rows, mask), only, plan)
+            hidden = level_output.hidden
+            losses.update(level_output.losses)
+            loss_weights.update(level_output.loss_weights)
+        else:
+            tensors = _tensors_of(model, level)
+            marks = [stack.mark for stack in model._stacks.get(level.name, ())]
+            marks += [FLAGS.mark]
+            hidden = _level_run(model._key, index, ways[index], hidden, packed, list(indices), tensors, marks)
+            level_output = LevelOutput.with_deferred_routes(level.name, hidden, plan.routes)
+        outputs[level.name] = level_output
+    fused = model.fusion([each.hidden for each in outputs.values()])
+    # Made last: the tracer can't make objects again that were put into another one's dict.
+    return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+
+
+def _ways(model: Any, hidden: torch.Tensor, packed: Any) -> list[int] | None:
+    """By level the number of its way in `_WAYS`, 0 for one expert alone; ``None`` if a level can't be in a graph.
+
+    All levels are asked before an expert runs: else its side effects would come twice. What a level is given may turn
+    out otherwise, and is then asked about again.
+    """
+    found = []
+    is_trained = False
+    for index, level in enumerate(model._levels):
+        number = 0
+        if len(level.experts) > 1:
+            number = _asked(model._key, index, hidden, packed, is_trained)
+            if not number:
+                return None
+        found.append(number)
+        is_trained = is_trained or bool(_first_trained(model.level_modules[level.name]))
+    return found
+
+
+def _tensors_of(model: Any, level: Level) -> dict[str, torch.Tensor]:
+    """By path in an expert, the members' tensors ``[M, ...]``, if a graph takes them.
+
+    Else one parameter that is trained, if any: without it, the compiler would keep no way back into the experts.
+    """
+    modules = model.level_modules[level.name]
+    stacks: list[Stack] = model._stacks.get(level.name, [])
+    if len(stacks) == 1 and len(stacks[0].names) == len(level.experts):
+        return {path: modules._parameters[name] for path, name in stacks[0].keys.items()}
+    if torch.compiler.is_exporting():
+        experts = [modules[name] for name in sorted(level.experts)]
+        named = [dict([*each.named_parameters(), *each.named_buffers()]) for each in experts]
+        return {path: torch.stack([each[path] for each in named]) for path in named[0]}
+    return _first_trained(modules)
+
+
+def _first_trained(modules: Any) -> dict[str, torch.Tensor]:
+    for parameter in modules.parameters():
+        if parameter.requires_grad:
+            return {"": parameter}
+    return {}
+
+
+# For `None`, which the tracer takes for no argument of a function that it does not follow.
+_NONE = "celmoe.none"
+
+
+def _packed(context: Any, mask: torch.Tensor | None) -> Any:
+    return tree_map(lambda leaf: _NONE if leaf is None else leaf, (context, mask))
+
+
+def _unpacked(packed: Any) -> Any:
+    return tree_map(lambda leaf: None if isinstance(leaf, str) and leaf == _NONE else leaf, packed)
+
+
+# By model and number.
+_WAYS: weakref.WeakKeyDictionary[nn.Module, dict[int, Way]] = weakref.WeakKeyDictionary()
+# The numbers, by key of the model, index of the level, and what the level is given; and the latest number of a level.
+_BY_FACTS: dict[Any, int] = {}
+_LATEST: dict[tuple[str, int], int] = {}
+
+
+@unfollowed
+def _asked(key: str, index: int, hidden: torch.Tensor, packed: Any, is_trained: bool) -> int:
+    """The number of a level's way in `_WAYS`; 0 if its experts can't be part of a graph.
+
+    Raises:
+        GraphError: They can't be part of an exported graph.
+    """
+    if is_functional(hidden) or not is_symbolic_tensor(hidden):
+        # A later pass of the compiler, or a run.
+        return _LATEST[key, index]
+    requires_grad = torch.is_grad_enabled() and (is_trained or hidden.requires_grad)
+    facts = key, index, hidden.dtype, hidden.dim(), requires_grad
+    number = _LATEST[key, index] = _BY_FACTS.setdefault(facts, len(_BY_FACTS) + 1)
+    return number if _decided(key, index, number, hidden, packed, requires_grad).way != APART else 0
+
+
+def _decided(key: str, index: int, number: int, hidden: torch.Tensor, packed: Any, requires_grad: bool) -> Way:
+    """Decide for a level, and keep the way."""
+    level, modules, model = _found(key, index)
+    context, mask = _unpacked(packed)
+    is_exported = torch.compiler.is_exporting()
+    way = way_of(level, modules, hidden, mask, context, requires_grad=requires_grad, is_exported=is_exported)
+    if is_exported and way.way != INSIDE:
+        raise GraphError(
+            f"'model' must have experts of one class at level {level.name!r} to be exported (got "
+            f"{listed(level.experts)}, which {way.reason})"
+        )
+    _WAYS.setdefault(model, {})[number] = way
+    return way
+
+
+@unfollowed
+def _level_run(
+    key: str,
+    index: int,
+    number: int,
+    hidden: torch.Tensor,
+    packed: Any,
+    indices: list[torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    _marks: list[str],
+) -> torch.Tensor:
+    """Run a level; the marks are of what the tracer must not take for the same."""
+    level, modules, model = _found(key, index)
+    context, mask = _unpacked(packed)
+    if not is_symbolic_tensor(hidden):
+        # The compiler's backend runs the graph as it is.
+        engine: str = cast(Any, model).engine
+        return run_level(level, modules, engine, hidden, mask, context, indices)
+    way = _WAYS[model][number]
+    requires_grad = hidden.requires_grad and torch.is_grad_enabled()
+    # The compiler's later passes are the same call, with other marks on its tensors.
+    if not is_functional(hidden) and not way.fits(hidden, requires_grad=requires_grad):
+        way = _decided(key, index, number, hidden, packed, requires_grad)
+    if way.way == INSIDE:
+        return run_inside(level, way, hidden, mask, context, indices, tensors)
+    return run_opaque(key, index, hidden, (context, mask), indices, list(tensors.values()), way.dtype)
+
+
+def _found(key: str, index: int) -> tuple[Level, NamedModules, nn.Module]:
+    model: Any = MODELS[key]
+    level = model._levels[index]
+    return level, cast(NamedModules, model.level_modules[level.name]), model

@@ -1,0 +1,146 @@
+"""A level inside a graph: its experts run as one, for all numbers of rows by expert.
+
+Axes: B samples in batch order, R the same rows in expert order (R = B), M members.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from celmoe.errors import ChangedError
+from celmoe.grouped.capture import Sample, sample_of
+from celmoe.grouped.classes import ClassRecord, Unit
+from celmoe.grouped.kernels import operators as _
+from celmoe.grouped.program import Bound, run_program
+from celmoe.grouped.segments import DeviceSegments
+from celmoe.level import scaled
+from celmoe.rows.context import ContextRows
+from celmoe.rows.dispatch import permuted
+from celmoe.stacked.stack import Stack
+from celmoe.torch_internals import apart
+
+from .decision import Way
+from .modes import Modes, as_called, modes_of
+
+
+def run_inside(
+    level: Any,
+    way: Way,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    context: Any,
+    indices: Sequence[torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """Run a level's experts as one.
+
+    Args:
+        level: The level.
+        way: The decision for it.
+        hidden: ``[B, ...]``.
+        mask: ``[B, ...]`` or ``None``.
+        context: The context as passed.
+        indices: The plan's order, its inverse, and the expert ids, ``[B]`` int64 each.
+        tensors: By path in an expert, the members' tensors ``[M, ...]``.
+
+    Returns:
+        ``[B, ...]``: the experts' rows in batch order.
+    """
+    order, inverse, ids = indices
+    unit = way.unit
+    assert unit is not None
+    record = unit.record
+    assert record is not None
+    assert record.program is not None
+    names = sorted(level.experts)
+    rank = {name: place for place, name in enumerate(names)}
+    member_of_id = [rank[name] for name in level.experts]
+    members = ids.index_select(0, order)
+    if member_of_id != sorted(member_of_id):
+        members = torch.tensor(member_of_id, device=ids.device).index_select(0, members)
+    if unit.stack is not None and not torch.compiler.is_exporting():
+        members = torch.ops.celmoe.looked(members, _looked_at(unit, record, way))
+    rows = permuted(scaled(hidden, unit.scale), order, inverse)
+    given = ContextRows(context, hidden.shape[0], hidden.device)
+    aligned = [permuted(each, order, inverse) for each in given.aligned]
+    mask_rows = None if mask is None else permuted(mask, order, inverse)
+    sample = Sample(rows, mask_rows, given.build(aligned))
+    bound = Bound(sample, [tensors[name] for name in record.captured.names])
+    # Kernels were resolved for rows that the host counts.
+    program = replace(record.program, calls=None)
+    outcome = run_program(program, bound, DeviceSegments(members, len(names)))
+    return permuted(outcome.hidden, inverse, order)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a graph depends on beside tensors and marks.
+
+    Attributes:
+        stack: The stack.
+        record: The record of its members' class.
+        question: The arguments of the capture's guard.
+        modes: The modes of the trace.
+    """
+
+    stack: weakref.ref[Stack]
+    record: weakref.ref[ClassRecord]
+    question: dict[str, Any]
+    modes: Modes
+
+
+_LOOKS: dict[str, _Look] = {}
+_NUMBERS = itertools.count()
+
+
+def _looked_at(unit: Unit, record: ClassRecord, way: Way) -> str:
+    """The name under which `looked` finds what the graph depends on."""
+    device = way.given.hidden.device.type
+    is_detached = unit.scale == 0.0
+    hidden = way.given.hidden.detach() if is_detached else way.given.hidden
+    with apart(), torch.inference_mode(False):
+        question = sample_of(hidden, way.given.mask, way.given.context).arguments()
+    assert unit.stack is not None
+    name = str(next(_NUMBERS))
+    _LOOKS[name] = _Look(weakref.ref(unit.stack), weakref.ref(record), question, modes_of(device))
+    return name
+
+
+@torch.library.custom_op("celmoe::looked", mutates_args=())
+def looked(members: torch.Tensor, name: str) -> torch.Tensor:
+    """Look if the experts are still those that the graph was made for.
+
+    Args:
+        members: ``[R]`` int64: each row's member.
+        name: Where the graph's needs are kept.
+
+    Returns:
+        ``[R]`` int64: the same.
+
+    Raises:
+        ChangedError: The experts have changed.
+    """
+    look = _LOOKS[name]
+    stack, record = look.stack(), look.record()
+    if stack is not None and record is not None:
+        member = stack.registry[stack.names[0]]
+        look.question["expert"] = stack.twins([member], [0])[0]
+        with as_called(look.modes):
+            if record.captured.guard.holds(look.question):
+                return members.clone()
+        stack.changed()
+    raise ChangedError(
+        "'model' must have experts like those that the compiled graph was made for (got experts of which something "
+        "has changed that they share; the next call compiles the model anew)"
+    )
+
+
+@looked.register_fake
+def _(members: torch.Tensor, _name: str) -> torch.Tensor:
+    return torch.empty_like(members)
