@@ -4,12 +4,14 @@ from . import optim, reference
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .errors import (
     CELMoEError,
+    ChangedError,
     CheckpointError,
     ConfigError,
     ConfigTypeError,
     DeviceMissingError,
     EngineError,
     EngineRefusedError,
+    GraphError,
     InputError,
     InputTypeError,
     MeshError,
@@ -40,6 +42,7 @@ from .experts import (
 from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
 from .grouped.declared import rowwise
+from .grouped.kernels import operators as operators
 from .hierarchy import HierarchicalCELMoE
 from .loss import (
     BridgeLossCallable,
@@ -64,6 +67,7 @@ __all__ = [
     "CELMoEError",
     "CELMoELossAPI",
     "CELMoEOutput",
+    "ChangedError",
     "CheckpointError",
     "ClassExplanation",
     "ConfigError",
@@ -80,6 +84,7 @@ __all__ = [
     "ExpertModule",
     "ExpertResult",
     "Explanation",
+    "GraphError",
     "HierarchicalCELMoE",
     "HierarchyLevelConfig",
     "InputError",

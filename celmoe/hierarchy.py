@@ -187,20 +187,16 @@ class HierarchicalCELMoE(nn.Module):
         batch_size = hidden.shape[0]
         if mask is not None:
             _check_mask(mask, hidden)
+        if batch_size and torch.compiler.is_compiling():
+            from .traced.forward import forward_traced  # noqa: PLC0415  # importing the tracer takes seconds
+
+            return forward_traced(self, hidden, routing, context, mask)
         context_rows = NO_CONTEXT if context is None else ContextRows(context, batch_size, hidden.device)
         host_plan = self._compiler.compile(routing, batch_size, told_by="'hidden'")
         plan = host_plan
         if plan.device != hidden.device:
             # Nothing would wait for a non-blocking copy into the host's memory.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
-        if batch_size and torch.compiler.is_compiling():
-            # Importing the tracer takes seconds.
-            from .traced.forward import forward_traced
-
-            output = forward_traced(self, hidden, plan, context, mask)
-            if output is not None:
-                return output
-            return _apart(self, hidden, host_plan, context, mask)
         experts = present_experts(self.level_modules, plan)
         if not batch_size:
             experts = [[*cast(NamedModules, self.level_modules[level]).values()] for level in plan.levels]
@@ -235,13 +231,6 @@ class HierarchicalCELMoE(nn.Module):
     def extra_repr(self) -> str:
         """The engine, in the model's repr."""
         return f"engine={self.engine!r}"
-
-
-@torch.compiler.disable
-def _apart(model: HierarchicalCELMoE, *arguments: Any) -> CELMoEOutput:
-    """The forward pass outside of a graph."""
-    output: CELMoEOutput = model.forward(*arguments)
-    return output
 
 
 def _made(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from .experts import ExpertAux
+from .torch_internals import register_container
+
+# The attribute that makes an output's routes.
+_MAKE_ROUTES = "_make_routes"
 
 
 @dataclass
@@ -34,7 +38,6 @@ class LevelOutput:
     loss_weights: dict[str, float] = field(default_factory=dict)
     # A sentence on experts that changed the dtype of their rows, which errors of later levels carry.
     _recast: ClassVar[str] = ""
-    _make_routes: ClassVar[Callable[[str], list[str]]]
 
     @classmethod
     def with_deferred_routes(
@@ -50,14 +53,14 @@ class LevelOutput:
         # Compilers can't follow `__new__`, nor a `__dict__` that is set.
         output = cls(name, hidden, [])
         del output.routes
-        output._make_routes = make_routes
+        setattr(output, _MAKE_ROUTES, make_routes)
         return output
 
     def __getattr__(self, attribute: str) -> list[str]:
         # Python calls this only for unset attributes, so once for deferred routes.
-        if attribute != "routes" or "_make_routes" not in self.__dict__:
+        if attribute != "routes" or _MAKE_ROUTES not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
-        self.routes = self.__dict__["_make_routes"](self.name)
+        self.routes = self.__dict__[_MAKE_ROUTES](self.name)
         return self.routes
 
 
@@ -79,3 +82,57 @@ class CELMoEOutput:
     aux: ExpertAux = field(default_factory=dict)
     _: KW_ONLY
     loss_weights: dict[str, float] = field(default_factory=dict)
+
+
+class _Rest:
+    """An output's parts that are no tensors; routes are not compared, for every batch has others."""
+
+    def __init__(self, name: str, loss_weights: dict[str, float], routes: dict[str, Any]) -> None:
+        self.name = name
+        self.loss_weights = loss_weights
+        self.routes = routes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rest) and (self.name, self.loss_weights) == (other.name, other.loss_weights)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+def _no_routes(level: str) -> list[str]:
+    raise AttributeError(f"'routes' of level {level!r} must be read from the plan (got an exported program's output)")
+
+
+def _flatten_level(output: LevelOutput) -> tuple[list[Any], _Rest]:
+    kept = {name: value for name, value in output.__dict__.items() if name in ("routes", _MAKE_ROUTES)}
+    return [output.hidden, output.losses, output.aux], _Rest(output.name, output.loss_weights, kept)
+
+
+def _unflatten_level(parts: Iterable[Any], rest: _Rest) -> LevelOutput:
+    hidden, losses, aux = parts
+    output = LevelOutput.with_deferred_routes(rest.name, hidden, _no_routes)
+    output.losses, output.aux, output.loss_weights = losses, aux, dict(rest.loss_weights)
+    output.__dict__.update(rest.routes)
+    return output
+
+
+def _flatten_output(output: CELMoEOutput) -> tuple[list[Any], _Rest]:
+    parts = [output.levels, output.fused_hidden, output.losses, output.aux]
+    return parts, _Rest("", output.loss_weights, {})
+
+
+def _unflatten_output(parts: Iterable[Any], rest: _Rest) -> CELMoEOutput:
+    return CELMoEOutput(*parts, loss_weights=dict(rest.loss_weights))
+
+
+for _kind, _flatten, _unflatten in (
+    (LevelOutput, _flatten_level, _unflatten_level),
+    (CELMoEOutput, _flatten_output, _unflatten_output),
+):
+    register_container(
+        _kind,
+        _flatten,
+        _unflatten,
+        lambda rest: [rest.name, rest.loss_weights],
+        lambda saved: _Rest(saved[0], saved[1], {}),
+    )

@@ -152,7 +152,7 @@ def trace(
         without a guard; ``None`` if an earlier graph served the call.
     """
     known = [entry.guard_manager for entry in _entries(function)]
-    with _passing_by(silent), _unmarked(), _unguarded_aliases() as aliases:
+    with _passing_by(silent), _unmarked(), _not_exporting(), _unguarded_aliases() as aliases:
         result = torch.compile(function, backend=keep, fullgraph=True, options={"guard_filter_fn": _asked})(*arguments)
     new = [each for each in _entries(function) if not any(each.guard_manager is some for some in known)]
     if len(new) != 1:
@@ -166,6 +166,17 @@ def _passing_by(silent: AbstractSet[Any]) -> contextlib.AbstractContextManager[A
 
     setting: dict[str, Any] = {"ignore_logging_functions": silent}
     return config.patch(**setting) if hasattr(config, *setting) else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _not_exporting() -> Iterator[None]:
+    """Let `torch.compile` compile during an export, which otherwise ignores it."""
+    was_exporting = torch.compiler._is_exporting_flag
+    torch.compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_exporting_flag = was_exporting
 
 
 @contextlib.contextmanager
@@ -412,9 +423,7 @@ def above_operators() -> Iterator[None]:
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
         excluded = excluded.remove(key)
-    if not torch.is_inference_mode_enabled():
-        included = included.add(keys.ADInplaceOrView)
-    with torch._C._ForceDispatchKeyGuard(included, excluded):
+    with torch._C._ForceDispatchKeyGuard(included.add(keys.ADInplaceOrView), excluded):
         yield
 
 
@@ -453,6 +462,39 @@ def norms_as_clipped(values: list[torch.Tensor]) -> Sequence[torch.Tensor]:
 tree_flatten: Callable[[Any], tuple[list[Any], Any]] = pytree.tree_flatten
 tree_unflatten: Callable[[Any, Any], Any] = pytree.tree_unflatten
 tree_map: Callable[[Callable[[Any], Any], Any], Any] = pytree.tree_map
+
+
+def register_container(
+    kind: type[Any],
+    flatten: Callable[[Any], tuple[list[Any], Any]],
+    unflatten: Callable[[Any, Any], Any],
+    to_text: Callable[[Any], Any],
+    from_text: Callable[[Any], Any],
+) -> None:
+    """Have PyTorch look into objects of a class for tensors, and save what else they are in exported programs.
+
+    Args:
+        kind: The class.
+        flatten: Gives an object's parts, and the rest, which is compared.
+        unflatten: Makes an object of parts and rest.
+        to_text: Gives the rest as JSON takes it.
+        from_text: Gives the rest again.
+    """
+
+    def with_keys(container: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        parts, rest = flatten(container)
+        return [(pytree.SequenceKey(place), part) for place, part in enumerate(parts)], rest
+
+    pytree.register_pytree_node(
+        kind,
+        flatten,
+        unflatten,
+        serialized_type_name=f"celmoe.{kind.__name__}",
+        to_dumpable_context=to_text,
+        from_dumpable_context=from_text,
+        flatten_with_keys_fn=with_keys,
+    )
+
 
 # The namespaces of PyTorch's functions for experts: public ones, and two that public modules call.
 NAMESPACES: tuple[Any, ...] = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch._VF, torch.linalg)

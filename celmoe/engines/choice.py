@@ -14,7 +14,7 @@ from torch import nn
 
 from celmoe.errors import EngineRefusedError, listed
 from celmoe.grouped.capture import WrongResult, is_being_traced, path_of
-from celmoe.grouped.classes import Layout, LevelClasses, LevelInputLike, Unit
+from celmoe.grouped.classes import ClassRecord, Layout, LevelClasses, LevelInputLike, Unit
 from celmoe.grouped.program import Program
 from celmoe.routing.plan import LevelPlan
 from celmoe.stacked.stack import Slot, Stack, slots_of
@@ -218,6 +218,10 @@ class LevelChoice:
         units = self.classes.units(present.names, ordinary, present.scales, given, retries=True)
         split = [part for unit in units for part in _by_stack(unit, [slots[each] for each in unit.positions])]
         return [_on_stacks(unit, present, slots) for unit in split]
+
+    def holding(self, name: str, expert: nn.Module) -> ClassRecord | None:
+        """The record of the graph that held for an expert when it was last asked for."""
+        return self.classes.known(name, _ordinary([expert], slots_of([expert]))[0])
 
     def foresee(self, engine: str, present: Present) -> list[Decision]:
         """The decisions, as far as the last findings on the experts tell them before a call."""

@@ -198,7 +198,7 @@ class DeviceSegments(Segments):
         self.is_stacked = True
         members = torch.arange(num_members, device=self.device)
         self._member_of_row = member_of_row
-        self._ends = {}
+        self._found: dict[str, torch.Tensor] = {}
         self._last = torch.searchsorted(member_of_row, members, right=True, out_int32=True)
 
     @property
@@ -216,6 +216,8 @@ class DeviceSegments(Segments):
 
     def ends(self, factor: int = 1) -> torch.Tensor:
         """See `Segments.ends`."""
-        if factor not in self._ends:
-            self._ends[factor] = self._last * factor
-        return self._ends[factor]
+        # A symbolic number has no hash.
+        key = str(factor)
+        if key not in self._found:
+            self._found[key] = self._last * factor
+        return self._found[key]

@@ -45,6 +45,11 @@ class Layout:
         text = json.dumps([*levels], ensure_ascii=False, separators=(",", ":"))
         self.packed = text.encode("utf-8", "surrogatepass")
 
+    @classmethod
+    def of_packed(cls, packed: bytes) -> Layout:
+        """The layout of these bytes; see `packed`."""
+        return cls(_unpacked(packed))
+
     @property
     def levels(self) -> tuple[LevelLayout, ...]:
         """One `LevelLayout` a level, in order."""

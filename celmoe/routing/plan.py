@@ -8,20 +8,26 @@ Axes: B samples in batch order, R the same rows in expert order (R = B), P exper
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from celmoe.errors import PlanError, RouteTypeError, UnknownLevelError, nearest
+from celmoe.torch_internals import is_symbolic_tensor, register_container
 
 from .layout import Layout
 from .planner import HostLevel, sort_samples
 from .routes import CodeArray, Codes, RouteTable
+
+# A level's order, its inverse and the expert ids, ``[B]`` int64 each.
+LevelIndices: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LevelPlan(NamedTuple):
@@ -81,7 +87,7 @@ class RoutingPlan:
         levels: One `LevelPlan` a level, in order.
     """
 
-    __slots__ = ("_host_levels", "_packed", "_sizes", "batch_size", "indices", "layout", "levels")
+    __slots__ = ("__weakref__", "_host_levels", "_packed", "_sizes", "batch_size", "indices", "layout", "levels")
 
     def __init__(
         self,
@@ -100,7 +106,30 @@ class RoutingPlan:
         for host, (order, inverse, ids, ends) in host_levels:
             levels[host[0]] = LevelPlan(*host, parts[order], parts[inverse], parts[ids], parts[ends])
         self.levels: Mapping[str, LevelPlan] = MappingProxyType(levels)
-        self.indices = tuple((each.order, each.inverse, each.expert_ids) for each in levels.values())
+        self.indices = _indices(parts, [places for _, places in host_levels])
+
+    @classmethod
+    def of_indices(
+        cls, layout: Layout, indices: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> RoutingPlan:
+        """A plan of these `indices`, as the same samples' plan has them.
+
+        The host reads the ids, and sorts the samples again, when it is first asked for more.
+        """
+        plan = cls.__new__(cls)
+        plan.layout, plan.indices = layout, tuple(indices)
+        plan.batch_size = indices[0][0].shape[0] if indices and isinstance(indices[0][0], torch.Tensor) else 0
+        return plan
+
+    def __getattr__(self, name: str) -> Any:
+        # Python calls this for slots without a value: those of `of_indices`.
+        if name not in ("_host_levels", "_packed", "_sizes", "levels"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        _require_readable(self, "plan")
+        made = _planned_again(self, [ids.cpu().numpy() for _, _, ids in self.indices])
+        for each in ("_host_levels", "_packed", "_sizes", "levels", "indices"):
+            setattr(self, each, getattr(made, each))
+        return getattr(self, name)
 
     def __reduce__(self) -> tuple[type[RoutingPlan], tuple[Any, ...]]:
         return type(self), (self.layout, self.batch_size, self._host_levels, self._packed, self._sizes)
@@ -112,7 +141,7 @@ class RoutingPlan:
     @property
     def device(self) -> torch.device:
         """The device of the index tensors."""
-        return self._packed.device
+        return self.indices[0][0].device if self.indices else self._packed.device
 
     @property
     def nbytes(self) -> int:
@@ -256,16 +285,6 @@ def make_plan(
     Returns:
         The plan, on the CPU.
     """
-    make = _make_plan
-    if torch.compiler.is_compiling():
-        # Nothing here belongs in a graph, and torch 2.4 ends in an error when it traces NumPy's counts.
-        make = torch.compiler.disable(make)
-    return make(layout, tables, codes, batch_size)
-
-
-def _make_plan(
-    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
-) -> RoutingPlan:
     return RoutingPlan(layout, batch_size, *sort_samples(tables, codes, batch_size))
 
 
@@ -289,3 +308,56 @@ def _host_ids(plan: RoutingPlan) -> list[CodeArray]:
 def _require_readable(plan: RoutingPlan, name: str) -> None:
     if plan.device.type == "meta":
         raise PlanError(f"{name!r} must lie where its ids can be read (got a plan on meta)")
+    if plan.indices and is_symbolic_tensor(plan.indices[0][0]):
+        raise PlanError(f"{name!r} must lie where its ids can be read (got a plan that is traced)")
+
+
+def _indices(parts: Sequence[torch.Tensor], places: Sequence[Sequence[int]]) -> tuple[LevelIndices, ...]:
+    """The `RoutingPlan.indices`: a tensor for each use, since a graph made for one tensor is none for two."""
+    seen: set[int] = set()
+    found: list[LevelIndices] = []
+    for order, inverse, ids, _ in places:
+        own = []
+        for place in (order, inverse, ids):
+            own.append(parts[place].detach() if place in seen else parts[place])
+            seen.add(place)
+        found.append((own[0], own[1], own[2]))
+    return tuple(found)
+
+
+class _Tree:
+    """A plan without its `indices`: what it has in common with the plans of other batches."""
+
+    def __init__(self, layout: Layout, plan: RoutingPlan | None) -> None:
+        self.layout = layout
+        self.plan = None if plan is None else weakref.ref(plan)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tree) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        return hash(self.layout)
+
+
+def _flatten(plan: RoutingPlan) -> tuple[list[Any], _Tree]:
+    return [each for level in plan.indices for each in level], _Tree(plan.layout, plan)
+
+
+def _unflatten(leaves: Iterable[Any], tree: _Tree) -> RoutingPlan:
+    found = list(leaves)
+    known = None if tree.plan is None else tree.plan()
+    if known is not None and all(map(operator.is_, found, _flatten(known)[0])):
+        # Nothing has to be sorted again.
+        return known
+    return RoutingPlan.of_indices(tree.layout, list(zip(found[::3], found[1::3], found[2::3], strict=True)))
+
+
+register_container(
+    RoutingPlan,
+    _flatten,
+    _unflatten,
+    lambda tree: tree.layout.packed.decode("utf-8", "surrogatepass"),
+    lambda text: _Tree(Layout.of_packed(text.encode("utf-8", "surrogatepass")), None),
+)
+# Exported programs hold their example, which is read as data only.
+torch.serialization.add_safe_globals([RoutingPlan, Layout])

@@ -349,9 +349,14 @@ def _is_same(value: object, tensor: torch.Tensor) -> bool:
 _LOOP = threading.local()
 
 
-@contextlib.contextmanager
-def looping() -> Iterator[None]:
+def looping() -> contextlib.AbstractContextManager[None]:
     """Within, a stack is cut once for all its members, so that a backward pass puts their gradients together once."""
+    # A compiler sees all cuts, and would guard what a thread holds.
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _looping()
+
+
+@contextlib.contextmanager
+def _looping() -> Iterator[None]:
     before = getattr(_LOOP, "views", None)
     _LOOP.views = {}
     try:

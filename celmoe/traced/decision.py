@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,11 +17,13 @@ from torch import nn
 from celmoe.engines.choice import LevelChoice, Present
 from celmoe.experts import ExpertBatch
 from celmoe.grouped.capture import sample_of
-from celmoe.grouped.classes import LevelInputLike, Unit
+from celmoe.grouped.classes import ClassRecord, LevelInputLike, Unit
 from celmoe.names import NamedModules, modules_named
 from celmoe.rows.context import ContextRows
 from celmoe.stacked.stack import slots_of
 from celmoe.torch_internals import apart, example_of, tree_flatten, tree_unflatten
+
+from .modes import Modes, modes_of
 
 #: The level's operations are the graph's.
 INSIDE = "inside"
@@ -38,15 +40,19 @@ class Way(NamedTuple):
         way: `INSIDE`, `OPAQUE` or `APART`.
         reason: The reason for `APART` or `OPAQUE`, in words that follow "its experts".
         unit: All experts as one; ``None`` if they are several.
+        holds: The record of the graph that holds for the first expert.
         given: The few rows that the level's classes were asked with.
         dtype: The dtype of the results.
+        modes: The modes at hand.
     """
 
     way: str
     reason: str
     unit: Unit | None
+    holds: ClassRecord | None
     given: LevelInputLike
     dtype: torch.dtype
+    modes: Modes
 
     def fits(self, hidden: torch.Tensor, *, requires_grad: bool) -> bool:
         """True if the level was asked about such hidden states."""
@@ -76,7 +82,9 @@ def way_of(
         is_exported: If true, parameters are symbolic, too, and stay parameters of their own.
     """
     choice: LevelChoice = level.choice
-    with apart(), torch.inference_mode(False):
+    modes = modes_of(hidden.device.type)
+    # Leaving the inference mode turns gradients on.
+    with apart(), torch.inference_mode(False), torch.set_grad_enabled(modes.is_grad_enabled):
         given = _with_values(hidden, mask, context, requires_grad)
         names = sorted(level.experts)
         experts = modules_named(modules, names)
@@ -86,10 +94,18 @@ def way_of(
     for unit in units:
         if unit.record is None or unit.record.captured.losses:
             reason = unit.fault or "return losses, of which every routing has others"
-            return Way(APART, reason, None, given, given.hidden.dtype)
+            return Way(APART, reason, None, None, given, given.hidden.dtype, modes)
     why_not = "are of several classes" if len(units) > 1 else _reason(units[0], is_exported=is_exported)
     dtype = _dtype_of(units, given)
-    return Way(OPAQUE if why_not else INSIDE, why_not or "", units[0], given, dtype)
+    return Way(
+        OPAQUE if why_not else INSIDE,
+        why_not or "",
+        units[0],
+        choice.holding(names[0], experts[0]),
+        given,
+        dtype,
+        modes,
+    )
 
 
 def _reason(unit: Unit, *, is_exported: bool) -> str | None:
@@ -109,7 +125,7 @@ def _reason(unit: Unit, *, is_exported: bool) -> str | None:
 def _dtype_of(units: Sequence[Unit], given: LevelInputLike) -> torch.dtype:
     """The dtype of the results: what the dtypes of all classes promote to."""
     rows = sample_of(*given)
-    dtypes = []
+    dtypes: list[torch.dtype] = []
     with apart(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for unit in units:
             batch = ExpertBatch(rows.hidden.detach().clone(), rows.context, rows.mask)
@@ -153,5 +169,5 @@ def _with_own_values(experts: list[nn.Module]) -> list[nn.Module]:
             values = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if is_parameter else values
-        made.append(cast(nn.Module, copy.deepcopy(ordinary, memo)))
+        made.append(copy.deepcopy(ordinary, memo))
     return made

@@ -19,7 +19,7 @@ from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules
 from celmoe.outputs import CELMoEOutput, LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
-from celmoe.rows.context import NO_CONTEXT, ContextRows
+from celmoe.rows.context import ContextRows
 from celmoe.stacked.stack import Stack
 from celmoe.torch_internals import is_functional, is_symbolic_tensor, tree_map, unfollowed
 
@@ -30,34 +30,38 @@ from .registered import MODELS
 
 
 def forward_traced(
-    model: Any, hidden: torch.Tensor, plan: RoutingPlan, context: Any, mask: torch.Tensor | None
-) -> CELMoEOutput | None:
-    """The forward pass of a batch with samples.
-
-    Args:
-        model: The model.
-        hidden: ``[B, ...]``.
-        plan: The batch's plan, on the device of ``hidden``.
-        context: The context as passed.
-        mask: ``[B, ...]`` or ``None``.
-
-    Returns:
-        The output; ``None`` if experts can't be part of a graph.
+    model: Any, hidden: torch.Tensor, routing: Any, context: Any, mask: torch.Tensor | None
+) -> CELMoEOutput:
+    """The forward pass of a batch with samples; the arguments as `HierarchicalCELMoE.forward` takes them.
 
     Raises:
-        GraphError: Experts can't be part of an exported graph.
+        GraphError: Experts or routing can't be part of an exported graph.
+        CELMoEError: As for an eager call.
     """
+    if not isinstance(routing, RoutingPlan):
+        if torch.compiler.is_exporting():
+            raise GraphError(
+                f"'routing' must be a RoutingPlan in an exported model (got {type(routing).__name__}; pass "
+                f"model.compile_routing(routing), and a plan to the exported program, too)"
+            )
+        routing = _planned(model, routing, hidden.shape[0])
+    plan: RoutingPlan = model._compiler.compile(routing, hidden.shape[0], told_by="'hidden'")
+    if plan.device != hidden.device:
+        plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
     packed = _packed(context, mask)
     ways = _ways(model, hidden, packed)
     if ways is None:
-        return None
+        output: CELMoEOutput = _apart(model, hidden, routing, context, mask)
+        return output
     outputs: dict[str, LevelOutput] = {}
     losses: dict[str, torch.Tensor] = {}
     loss_weights: dict[str, float] = {}
     for index, (level, indices) in enumerate(zip(model._levels, plan.indices, strict=True)):
         if len(level.experts) == 1:
-            rows = NO_CONTEXT if context is None else ContextRows(context, hidden.shape[0], hidden.device)
-            only = LevelPlan(level.name, level.experts, (hidden.shape[0],), True, False, *indices, indices[0])
+            rows = _ContextOfAll(context, hidden.shape[0])
+            order, inverse, ids = indices
+            counts = (hidden.shape[0],)
+            only = LevelPlan(level.name, level.experts, counts, True, False, order, inverse, ids, order)
             expert = model.level_modules[level.name][level.experts[0]]
             level_output, _ = level.run([expert], LOOPED, LevelInput(hidden, None, rows, mask), only, plan)
             hidden = level_output.hidden
@@ -73,6 +77,38 @@ def forward_traced(
     fused = model.fusion([each.hidden for each in outputs.values()])
     # Made last: the tracer can't make objects again that were put into another one's dict.
     return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch's own
+    reason="celmoe: the host compiles names to indices; pass model.compile_routing(routing)"
+)
+def _planned(model: Any, routing: Any, batch_size: int) -> RoutingPlan:
+    plan: RoutingPlan = model._compiler.compile(routing, batch_size, told_by="'hidden'")
+    return plan
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch's own
+    reason="celmoe: an expert can't be part of a graph; see HierarchicalCELMoE.explain"
+)
+def _apart(model: Any, *arguments: Any) -> CELMoEOutput:
+    """The forward pass outside of a graph."""
+    output: CELMoEOutput = model.forward(*arguments)
+    return output
+
+
+class _ContextOfAll(ContextRows):
+    """The context of a level's only expert: a copy, for the expert may write into it."""
+
+    def __init__(self, context: Any, batch_size: int) -> None:
+        self.aligned = []
+        self.irregular = None
+        self.shared = {}
+        self.whole = tree_map(lambda leaf: leaf.clone() if _is_aligned(leaf, batch_size) else leaf, context)
+        self.is_whole = True
+
+
+def _is_aligned(leaf: Any, batch_size: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch_size
 
 
 def _ways(model: Any, hidden: torch.Tensor, packed: Any) -> list[int] | None:
@@ -126,7 +162,16 @@ def _packed(context: Any, mask: torch.Tensor | None) -> Any:
 
 
 def _unpacked(packed: Any) -> Any:
-    return tree_map(lambda leaf: None if isinstance(leaf, str) and leaf == _NONE else leaf, packed)
+    return tree_map(_bare, packed)
+
+
+def _bare(leaf: Any) -> Any:
+    # A number that the tracer takes for any is what experts read: the graph is for this one.
+    if isinstance(leaf, torch.SymInt):
+        return int(leaf)
+    if isinstance(leaf, torch.SymFloat):
+        return float(leaf)
+    return None if isinstance(leaf, str) and leaf == _NONE else leaf
 
 
 # By model and number.
@@ -192,7 +237,7 @@ def _level_run(
         way = _decided(key, index, number, hidden, packed, requires_grad)
     if way.way == INSIDE:
         return run_inside(level, way, hidden, mask, context, indices, tensors)
-    return run_opaque(key, index, hidden, (context, mask), indices, list(tensors.values()), way.dtype)
+    return run_opaque(key, index, hidden, (context, mask), indices, list(tensors.values()), way.dtype, way.modes)
 
 
 def _found(key: str, index: int) -> tuple[Level, NamedModules, nn.Module]:

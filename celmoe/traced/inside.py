@@ -16,7 +16,6 @@ import torch
 from celmoe.errors import ChangedError
 from celmoe.grouped.capture import Sample, sample_of
 from celmoe.grouped.classes import ClassRecord, Unit
-from celmoe.grouped.kernels import operators as _
 from celmoe.grouped.program import Bound, run_program
 from celmoe.grouped.segments import DeviceSegments
 from celmoe.level import scaled
@@ -26,7 +25,7 @@ from celmoe.stacked.stack import Stack
 from celmoe.torch_internals import apart
 
 from .decision import Way
-from .modes import Modes, as_called, modes_of
+from .modes import Modes, as_called
 
 
 def run_inside(
@@ -65,7 +64,7 @@ def run_inside(
     if member_of_id != sorted(member_of_id):
         members = torch.tensor(member_of_id, device=ids.device).index_select(0, members)
     if unit.stack is not None and not torch.compiler.is_exporting():
-        members = torch.ops.celmoe.looked(members, _looked_at(unit, record, way))
+        members = torch.ops.celmoe.looked(members, _looked_at(unit, way))
     rows = permuted(scaled(hidden, unit.scale), order, inverse)
     given = ContextRows(context, hidden.shape[0], hidden.device)
     aligned = [permuted(each, order, inverse) for each in given.aligned]
@@ -84,7 +83,7 @@ class _Look:
 
     Attributes:
         stack: The stack.
-        record: The record of its members' class.
+        record: The record of the graph that holds for its first member.
         question: The arguments of the capture's guard.
         modes: The modes of the trace.
     """
@@ -99,16 +98,16 @@ _LOOKS: dict[str, _Look] = {}
 _NUMBERS = itertools.count()
 
 
-def _looked_at(unit: Unit, record: ClassRecord, way: Way) -> str:
+def _looked_at(unit: Unit, way: Way) -> str:
     """The name under which `looked` finds what the graph depends on."""
-    device = way.given.hidden.device.type
     is_detached = unit.scale == 0.0
     hidden = way.given.hidden.detach() if is_detached else way.given.hidden
-    with apart(), torch.inference_mode(False):
+    with apart(), torch.inference_mode(False), torch.set_grad_enabled(way.modes.is_grad_enabled):
         question = sample_of(hidden, way.given.mask, way.given.context).arguments()
     assert unit.stack is not None
+    assert way.holds is not None
     name = str(next(_NUMBERS))
-    _LOOKS[name] = _Look(weakref.ref(unit.stack), weakref.ref(record), question, modes_of(device))
+    _LOOKS[name] = _Look(weakref.ref(unit.stack), weakref.ref(way.holds), question, way.modes)
     return name
 
 

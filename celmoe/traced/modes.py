@@ -36,6 +36,7 @@ def as_called(modes: Modes) -> Iterator[None]:
     """Within an operator, what a user's call in these modes would see."""
     is_cast = modes.autocast is not None
     with (
+        torch.inference_mode(False),
         above_operators(),
         apart(),
         torch.set_grad_enabled(modes.is_grad_enabled),

@@ -23,7 +23,7 @@ from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.context import NO_CONTEXT, ContextRows
 from celmoe.torch_internals import tree_flatten, tree_unflatten
 
-from .modes import Modes, as_called, modes_of
+from .modes import Modes, as_called
 from .registered import MODELS
 
 
@@ -54,9 +54,7 @@ def run_level(
     counts = torch.bincount(ids.cpu(), minlength=len(level.experts)).tolist()
     count_of = {name: count for name, count in sorted(zip(level.experts, counts, strict=True)) if count}
     ends = torch.tensor([*itertools.accumulate(count_of.values())], device=ids.device)
-    plan = LevelPlan(
-        level.name, tuple(count_of), tuple(count_of.values()), False, False, order, inverse, ids, ends
-    )
+    plan = LevelPlan(level.name, tuple(count_of), tuple(count_of.values()), False, False, order, inverse, ids, ends)
     rows = NO_CONTEXT if context is None else ContextRows(context, hidden.shape[0], hidden.device)
     experts = modules_named(modules, count_of)
     output, _ = level.run(experts, engine, LevelInput(hidden, None, rows, mask), plan, _NO_ROUTES)
@@ -113,6 +111,7 @@ def run_opaque(
     indices: Sequence[torch.Tensor],
     trained: Sequence[torch.Tensor],
     dtype: torch.dtype,
+    modes: Modes,
 ) -> torch.Tensor:
     """Run a level as one operator.
 
@@ -124,13 +123,13 @@ def run_opaque(
         indices: As for `run_level`.
         trained: A parameter of the level that requires gradients, if one does.
         dtype: The dtype of the results.
+        modes: The modes of the trace.
 
     Returns:
         As `run_level`.
     """
     leaves, spec = tree_flatten(packed)
     tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
-    is_grad_enabled = torch.is_grad_enabled()
     name = str(next(_NUMBERS))
     _CALLS[name] = _Call(
         key,
@@ -138,8 +137,8 @@ def run_opaque(
         tuple(_TENSOR if isinstance(each, torch.Tensor) else each for each in leaves),
         spec,
         dtype,
-        tuple(is_grad_enabled and each.requires_grad for each in (hidden, *tensors)),
-        modes_of(hidden.device.type),
+        tuple(modes.is_grad_enabled and each.requires_grad for each in (hidden, *tensors)),
+        modes,
     )
     result: torch.Tensor = torch.ops.celmoe.level(hidden, tensors, list(indices), list(trained), name)[0]
     return result
@@ -166,7 +165,7 @@ def run_operator(
     hidden: torch.Tensor,
     tensors: list[torch.Tensor],
     indices: list[torch.Tensor],
-    trained: list[torch.Tensor],
+    trained: list[torch.Tensor],  # noqa: ARG001  # lets the result require gradients
     name: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a level; the second result, a number, is for the backward pass."""
@@ -204,7 +203,11 @@ def _(
 
 @torch.library.custom_op("celmoe::level_backward", mutates_args=())
 def run_backward(
-    grad: torch.Tensor, number: torch.Tensor, hidden: torch.Tensor, tensors: list[torch.Tensor], name: str
+    grad: torch.Tensor,
+    number: torch.Tensor,
+    hidden: torch.Tensor,  # noqa: ARG001  # tells the gradients' shapes, as the next
+    tensors: list[torch.Tensor],  # noqa: ARG001
+    name: str,
 ) -> list[torch.Tensor]:
     """Run a level's backward pass, for the gradients of those that have them of hidden states and other tensors."""
     run, call = _RUNS.pop(int(number), None), _CALLS[name]
@@ -218,7 +221,7 @@ def run_backward(
 
 @run_backward.register_fake
 def _(
-    grad: torch.Tensor, _number: torch.Tensor, hidden: torch.Tensor, tensors: list[torch.Tensor], name: str
+    _grad: torch.Tensor, _number: torch.Tensor, hidden: torch.Tensor, tensors: list[torch.Tensor], name: str
 ) -> list[torch.Tensor]:
     pairs = zip((hidden, *tensors), _CALLS[name].require_grad, strict=True)
     return [torch.empty_like(each) for each, requires_grad in pairs if requires_grad]

@@ -38,7 +38,7 @@ def by_weights(run: Run, value: Rows, weight: Stack, bias: Stack | None) -> Rows
         raise CannotGroupError("mixed samples (what was reduced over the batch came back to rows in a product)")
     num_out, width = weight.shape
     shape = value.plain.movedim(value.axis, 0).shape[:-1]
-    positions = shape.numel() // run.segments.num_rows
+    positions = value.factor * math.prod(shape[1:])
     if value.plain_shape[-1] != width:
         raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({tuple(value.plain_shape)}, {width}x{num_out})")
     if not positions or not width or not num_out:

@@ -1,0 +1,417 @@
+"""Compiled models: one graph for all routings, equal to eager calls, and made anew when experts change."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import celmoe
+from celmoe import (
+    CELMoEConfig,
+    CELMoEOutput,
+    ExpertBatch,
+    ExpertConfig,
+    ExpertResult,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+    RoutingPlan,
+)
+
+WIDTH = 8
+SHIFT = 1.0
+
+
+class Dense(nn.Module):
+    """A layer and a norm, with a number that may be changed."""
+
+    def __init__(self, width: int = WIDTH, inner: int = WIDTH) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.norm = nn.LayerNorm(inner)
+        self.down = nn.Linear(inner, width)
+        self.factor = 1.0
+        self.table = {"factor": 1.0}
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        inner = self.norm(torch.relu(self.up(batch.hidden))) * self.factor
+        return ExpertResult(batch.hidden + self.down(inner))
+
+
+class Shifted(Dense):
+    """Reads a name of its module, which all experts share."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        return ExpertResult(super().forward(batch).hidden + SHIFT)
+
+
+class Masked(Dense):
+    """Takes a mask, and a context of rows, a shared tensor and numbers."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        context: Any = batch.context
+        given = batch.hidden * context["scales"].unsqueeze(-1) + context["shared"] * context["number"]
+        hidden = super().forward(ExpertBatch(given)).hidden
+        return ExpertResult(hidden if batch.mask is None else hidden * batch.mask.unsqueeze(-1))
+
+
+class Lossy(Dense):
+    """Returns a loss."""
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        hidden = super().forward(batch).hidden
+        return ExpertResult(hidden, {"size": hidden.square().mean()})
+
+
+class Counting(Dense):
+    """Counts its calls, which no graph can hold."""
+
+    calls = 0
+
+    def forward(self, batch: ExpertBatch) -> ExpertResult:
+        self.calls += 1
+        return super().forward(batch)
+
+
+def built(factory: Callable[[str], nn.Module], num_experts: int = 6) -> HierarchicalCELMoE:
+    torch.manual_seed(0)
+    levels = [
+        HierarchyLevelConfig("universal", {"all": ExpertConfig("all")}),
+        # Names that sort in another order than they stand in.
+        HierarchyLevelConfig("family", {name: ExpertConfig(name) for name in ("z", "a", "m")}),
+        HierarchyLevelConfig("language", {f"e{place}": ExpertConfig(f"e{place}") for place in range(num_experts)}),
+    ]
+    model = HierarchicalCELMoE(
+        CELMoEConfig(WIDTH, levels, fusion_dropout=0.0),
+        lambda level, name, _: Dense() if level == "universal" else factory(name),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    # Sums in another order round otherwise.
+    return model.double()
+
+
+def routed(model: HierarchicalCELMoE, size: int, seed: int = 0) -> RoutingPlan:
+    draw = random.Random(seed)
+    routing = {
+        level.name: [draw.choice(list(level.experts)[: 1 + seed % 7]) for _ in range(size)] for level in model.levels
+    }
+    return model.compile_routing(routing)
+
+
+class Backend:
+    """Counts the graphs that it compiles."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: Any, inputs: Any) -> Any:
+        from torch._dynamo import lookup_backend
+
+        self.graphs += 1
+        return lookup_backend("aot_eager")(module, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+Step = tuple[CELMoEOutput, torch.Tensor, dict[str, torch.Tensor | None]]
+
+
+def stepped(model: nn.Module, call: Any, hidden: torch.Tensor, *arguments: Any) -> Step:
+    """Run forward and backward, and give output, gradient of the input, and gradients of the parameters."""
+    model.zero_grad()
+    given = hidden.clone().requires_grad_()
+    output = call(given, *arguments)
+    total = output.fused_hidden.square().sum()
+    for level in output.levels.values():
+        total = total + level.hidden.square().sum()
+    total.backward()
+    assert given.grad is not None
+    return output, given.grad, {name: each.grad for name, each in model.named_parameters()}
+
+
+def assert_same(found: Step, wanted: Step) -> None:
+    for level, output in wanted[0].levels.items():
+        torch.testing.assert_close(found[0].levels[level].hidden, output.hidden)
+        assert found[0].levels[level].routes == output.routes
+    torch.testing.assert_close(found[0].fused_hidden, wanted[0].fused_hidden)
+    torch.testing.assert_close(found[1], wanted[1])
+    assert found[2].keys() == wanted[2].keys()
+    for name, grad in wanted[2].items():
+        assert (found[2][name] is None) == (grad is None), name
+        torch.testing.assert_close(found[2][name], grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def compared(model: HierarchicalCELMoE, compiled: Any, size: int = 16, seed: int = 0, **others: Any) -> None:
+    hidden = torch.randn(size, WIDTH, dtype=torch.float64)
+    plan = routed(model, size, seed)
+    found = stepped(model, lambda given: compiled(given, plan, **others), hidden)
+    assert_same(found, stepped(model, lambda given: model(given, plan, **others), hidden))
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_one_graph_serves_all_routings(is_stacked: bool) -> None:
+    model, backend = built(lambda _: Dense()), Backend()
+    if is_stacked:
+        celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in range(20):
+        compared(model, compiled, seed=seed)
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_a_second_graph_serves_all_batch_sizes(is_stacked: bool) -> None:
+    model, backend = built(lambda _: Dense()), Backend()
+    if is_stacked:
+        celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed, size in enumerate((16, 9, 40, 23, 16)):
+        compared(model, compiled, size, seed)
+    assert backend.graphs == 2
+
+
+def test_positions_may_vary() -> None:
+    model, backend = built(lambda _: Dense()), Backend()
+    celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
+    for seed, (size, positions) in enumerate([(6, 3), (9, 5), (4, 7)]):
+        hidden, plan = torch.randn(size, positions, WIDTH, dtype=torch.float64), routed(model, size, seed)
+        found = stepped(model, lambda given, plan=plan: compiled(given, plan), hidden)
+        assert_same(found, stepped(model, lambda given, plan=plan: model(given, plan), hidden))
+    assert backend.graphs <= 2
+
+
+@pytest.mark.parametrize("kinds", ["stacked", "plain", "two classes"])
+def test_a_surrounding_model_stays_one_graph(kinds: str) -> None:
+    is_mixed = kinds == "two classes"
+    model = built(lambda name: Dense(inner=2 * WIDTH if is_mixed and name in ("a", "e2", "e4") else WIDTH))
+    if kinds != "plain":
+        celmoe.stack_experts(model)
+    before, after, backend = nn.Linear(WIDTH, WIDTH).double(), nn.Linear(WIDTH, 3).double(), Backend()
+
+    def surrounding(hidden: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+        return torch.tanh(after(model(torch.relu(before(hidden)), plan).fused_hidden))
+
+    compiled = torch.compile(surrounding, fullgraph=True, backend=backend)
+    everything = nn.ModuleList([model, before, after])
+    for seed in range(4):
+        hidden, plan = torch.randn(16, WIDTH, dtype=torch.float64), routed(model, 16, seed)
+        grads = []
+        for call in (compiled, surrounding):
+            everything.zero_grad()
+            result = call(hidden, plan)
+            result.square().sum().backward()
+            grads.append((result, {name: each.grad for name, each in everything.named_parameters()}))
+        torch.testing.assert_close(grads[0][0], grads[1][0])
+        for name, grad in grads[1][1].items():
+            torch.testing.assert_close(grads[0][1][name], grad)
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_masks_and_contexts(is_stacked: bool) -> None:
+    model, backend = built(lambda _: Masked()), Backend()
+    if is_stacked:
+        celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in range(3):
+        context = {
+            "scales": torch.rand(16).double(),
+            "shared": torch.rand(WIDTH).double(),
+            "number": 0.5,
+            "nothing": None,
+        }
+        compared(model, compiled, seed=seed, context=context, mask=torch.rand(16).double())
+    assert backend.graphs == 1
+    compared(model, compiled, context=context | {"number": 0.25}, mask=None)
+    assert backend.graphs > 1
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_without_gradients(is_stacked: bool) -> None:
+    model = built(lambda _: Dense())
+    if is_stacked:
+        celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for seed in range(2):
+                hidden, plan = torch.randn(16, WIDTH, dtype=torch.float64), routed(model, 16, seed)
+                torch.testing.assert_close(compiled(hidden, plan).fused_hidden, model(hidden, plan).fused_hidden)
+
+
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_autocast(is_stacked: bool) -> None:
+    model = built(lambda _: Dense())
+    if is_stacked:
+        celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.float()
+    hidden, plan = torch.randn(16, WIDTH), routed(model, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = compiled(hidden, plan), model(hidden, plan)
+    for level in found.levels:
+        assert found.levels[level].hidden.dtype is wanted.levels[level].hidden.dtype
+        torch.testing.assert_close(found.levels[level].hidden, wanted.levels[level].hidden, atol=0.05, rtol=0.05)
+
+
+def test_names_may_be_given_without_a_full_graph() -> None:
+    model = built(lambda _: Dense())
+    celmoe.stack_experts(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in range(3):
+        hidden, plan = torch.randn(16, WIDTH, dtype=torch.float64), routed(model, 16, seed)
+        routing = {level: plan.routes(level) for level in plan.levels}
+        found = stepped(model, lambda given, routing=routing: compiled(given, routing), hidden)
+        assert_same(found, stepped(model, lambda given, plan=plan: model(given, plan), hidden))
+
+
+@pytest.mark.parametrize("kind", [Lossy, Counting])
+def test_experts_that_no_graph_holds_run_beside_it(kind: type[Dense]) -> None:
+    model = built(lambda _: kind())
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in range(3):
+        compared(model, compiled, seed=seed)
+    if kind is Lossy:
+        plan = routed(model, 16, 5)
+        assert (
+            compiled(torch.randn(16, WIDTH, dtype=torch.float64), plan).losses.keys()
+            == model(torch.randn(16, WIDTH, dtype=torch.float64), plan).losses.keys()
+        )
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="part of a graph"):
+        torch.compile(model, backend="aot_eager", fullgraph=True)(
+            torch.randn(16, WIDTH, dtype=torch.float64), routed(model, 16)
+        )
+
+
+class TestChanges:
+    """A graph of stacked experts is made anew when they change."""
+
+    def start(self, kind: Callable[[], nn.Module] = Dense) -> tuple[HierarchicalCELMoE, Any, Backend]:
+        model, backend = built(lambda _: kind()), Backend()
+        celmoe.stack_experts(model)
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        compared(model, compiled)
+        return model, compiled, backend
+
+    def test_an_attribute_of_all_experts(self) -> None:
+        model, compiled, backend = self.start()
+        for expert in model.level_modules["language"].values():  # type: ignore[operator]
+            expert.factor = 3.0
+        compared(model, compiled)
+        assert backend.graphs == 2
+
+    def test_an_attribute_of_one_expert(self) -> None:
+        model, compiled, _ = self.start()
+        model.level_modules["language"]["e3"].factor = 3.0  # type: ignore[index]
+        for seed in range(6):
+            compared(model, compiled, seed=seed)
+
+    def test_a_replaced_module(self) -> None:
+        model, _, _ = self.start()
+        compiled = torch.compile(model, backend="aot_eager")
+        compared(model, compiled)
+        model.level_modules["language"]["e3"].down = nn.Linear(WIDTH, WIDTH).double()  # type: ignore[index]
+        for seed in range(6):
+            compared(model, compiled, seed=seed)
+
+    @pytest.mark.parametrize("way", ["item", "attribute"])
+    def test_a_replaced_expert(self, way: str) -> None:
+        model, compiled, _ = self.start()
+        registry: Any = model.level_modules["language"]
+        if way == "item":
+            registry["e3"] = Dense().double()
+        else:
+            registry.e3 = Dense().double()
+        for seed in range(6):
+            compared(model, compiled, seed=seed)
+
+    def test_a_name_of_the_experts_module(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, compiled, _ = self.start(Shifted)
+        monkeypatch.setitem(globals(), "SHIFT", 5.0)
+        with pytest.raises(celmoe.ChangedError, match="compiles the model anew"):
+            compared(model, compiled)
+        compared(model, compiled)
+
+    def test_an_object_that_experts_share(self) -> None:
+        table = {"factor": 1.0}
+
+        class Sharing(Dense):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = table
+
+            def forward(self, batch: ExpertBatch) -> ExpertResult:
+                return ExpertResult(super().forward(batch).hidden * self.table["factor"])
+
+        model, compiled, _ = self.start(Sharing)
+        table["factor"] = 2.0
+        with pytest.raises(celmoe.ChangedError, match="compiles the model anew"):
+            compared(model, compiled)
+        compared(model, compiled)
+
+    def test_training_and_evaluation_take_turns(self) -> None:
+        class Dropped(Dense):
+            def forward(self, batch: ExpertBatch) -> ExpertResult:
+                return ExpertResult(super().forward(batch).hidden * (2.0 if self.training else 1.0))
+
+        model, compiled, backend = self.start(Dropped)
+        for turn in range(6):
+            model.train(turn % 2 == 0)
+            compared(model, compiled, seed=turn)
+        assert backend.graphs == 2
+
+    def test_flags_of_the_config(self) -> None:
+        model, compiled, _ = self.start()
+        for expert in model.levels[2].experts.values():
+            expert.gradient_scale = 0.5
+        compared(model, compiled)
+        for expert in model.levels[2].experts.values():
+            expert.stop_gradient_from_parent, expert.gradient_scale = True, None
+        compared(model, compiled)
+
+    def test_a_forward_hook(self) -> None:
+        model, _, _ = self.start()
+        calls: list[int] = []
+        model.level_modules["language"]["e3"].register_forward_hook(lambda *_: calls.append(1))  # type: ignore[index]
+        compiled = torch.compile(model, backend="aot_eager")
+        for seed in range(6):
+            compared(model, compiled, seed=seed)
+        assert calls
+
+    def test_experts_that_are_unstacked(self) -> None:
+        model, compiled, _ = self.start()
+        celmoe.unstack_experts(model)
+        for seed in range(3):
+            compared(model, compiled, seed=seed)
+
+    def test_values(self) -> None:
+        model, compiled, backend = self.start()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        compared(model, compiled)
+        model.load_state_dict(built(lambda _: Dense()).state_dict(), assign=True)
+        compared(model, compiled)
+        assert backend.graphs <= 2
+
+
+def test_a_backward_pass_comes_once() -> None:
+    model = built(lambda _: Dense())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(torch.randn(16, WIDTH, dtype=torch.float64), routed(model, 16)).fused_hidden.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(celmoe.GraphError, match="once"):
+        loss.backward()
