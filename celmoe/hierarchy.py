@@ -22,6 +22,8 @@ from .routing.layout import Layout
 from .routing.plan import RoutingPlan
 from .routing.routes import Routing
 from .rows.context import NO_CONTEXT, ContextRows
+from .stacked.parallel import tied, ties_of
+from .stacked.stack import Stack
 
 # Methods that subclasses of celmoe-vp's model override. Nothing here would call them.
 _PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")
@@ -195,6 +197,7 @@ class HierarchicalCELMoE(nn.Module):
 
         output = CELMoEOutput({}, hidden)
         given = LevelInput(hidden, None, context_rows, mask)
+        ties = ties_of(self.level_modules) if Stack.is_used else {}
         recast = ""
         for level, present in zip(self._levels, experts, strict=True):
             planned = plan.levels[level.name]
@@ -205,6 +208,8 @@ class HierarchicalCELMoE(nn.Module):
                     error.add_note(recast)
                 raise
             recast = level_output._recast or recast
+            if ties:
+                level_output.hidden = tied(level_output.hidden, ties[level.name])
             output.levels[planned.name] = level_output
             if level_output.losses:
                 output.losses.update(level_output.losses)

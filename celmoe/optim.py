@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from .errors import ConfigError
+from .stacked.parallel import join_reached
 from .stacked.presence import reached
 from .torch_internals import without_amp_scaling
 
@@ -68,6 +69,7 @@ class _PerExpert(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        join_reached()
         for group in self.param_groups:
             if group["params"]:
                 self._step(group, [each for each in group["params"] if each.grad is not None])

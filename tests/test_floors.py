@@ -21,6 +21,7 @@ FLOORS = [
     {"rows.containers", "names", "routing.routes"},
     {"rows.context", "routing.planner", "reference_context", "fusion", "stacked.stack"},
     {"stacked.member", "stacked.presence"},
+    {"stacked.parallel"},
     {"optim"},
     {"stacked.fitness"},
     {"routing.plan"},

@@ -83,7 +83,8 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
         model: A `HierarchicalCELMoE`, or any module that holds some.
         objective: Takes the model and the caller's arguments, and returns the loss: a floating-point scalar.
         **options: Options of `DistributedDataParallel`. ``forward_sync_buffers`` is off by default: the first rank's
-            buffers say nothing of experts that the rank has not seen.
+            buffers say nothing of experts that the rank has not seen. ``find_unused_parameters=False`` is for stacked
+            experts: the objective must reach ``fused_hidden`` then, or the last level's hidden states, on every rank.
 
     Raises:
         ProcessGroupError: No process group is initialised. The result raises it for a trained parameter that was
@@ -104,12 +105,16 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
     require_process_group("prepare_ddp")
     if not callable(objective):
         raise ConfigTypeError(f"'objective' must be callable (got {objective!r})")
-    for name, (value, why) in _FIXED.items():
+    fixed = dict(_FIXED)
+    if any(STACKED in name for name, _ in model.named_parameters()):
+        # The model itself sees to it that a stack is used.
+        del fixed["find_unused_parameters"]
+    for name, (value, why) in fixed.items():
         if options.get(name, value) != value:
             raise ConfigError(f"{name!r} must be {value}, for {why} (got {options[name]!r})")
     refuse_collectives(model)
     refuse_sparse(model, "prepare_ddp")
-    options = {"forward_sync_buffers": False, **options, **{name: value for name, (value, _) in _FIXED.items()}}
+    options = {"forward_sync_buffers": False, **{name: value for name, (value, _) in _FIXED.items()}, **options}
     return DistributedDataParallel(_Objective(model, objective), **options)
 
 

@@ -151,10 +151,16 @@ class StackedModule(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of this module and those below, as views of the stacked ones."""
+        """The parameters of this module and those below, as views of the stacked ones.
+
+        Alone, without the modules below, the module answers as it holds none: the stack has them. Whoever asks each
+        module of a model in turn, as `DistributedDataParallel` does, finds each tensor once.
+        """
+        if not recurse:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+            return
         seen: set[int] = set()
-        modules = self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate) if recurse else [(prefix, self)]
-        for path, module in modules:
+        for path, module in self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
             for name, tensor in tensors_of(module).items():
                 if tensor is None or (remove_duplicate and id(tensor) in seen):
                     continue

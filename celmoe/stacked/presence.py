@@ -72,11 +72,16 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
         return
     for path in stack.keys:
         whole = stack.whole(path)
-        if (known := _REACHED.get(whole)) is None:
-            known = _REACHED[whole] = _Reached()
-            if whole.is_leaf and whole.requires_grad:
-                whole.register_post_accumulate_grad_hook(known.keep)
-        known.note(members, is_first=whole.grad is None)
+        _known(whole).note(members, is_first=whole.grad is None)
+
+
+def _known(parameter: torch.Tensor) -> _Reached:
+    known: _Reached | None = _REACHED.get(parameter)
+    if known is None:
+        known = _REACHED[parameter] = _Reached()
+        if parameter.is_leaf and parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(known.keep)
+    return known
 
 
 def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:
@@ -88,3 +93,29 @@ def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:
     # If no gradient was added up, someone has set it, as `torch.autograd.grad` gave it.
     found[list(known.members or known.waiting)] = True
     return found
+
+
+def kept(parameter: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """``[M]``: true for the members whose gradient backward passes have added up."""
+    known = _REACHED.get(parameter)
+    found = np.zeros(parameter.shape[0], dtype=np.bool_)
+    found[list(() if known is None else known.members)] = True
+    return found
+
+
+def set_reached(parameter: torch.Tensor, members: npt.NDArray[np.bool_]) -> None:
+    """Set the members that a stacked parameter's gradient is of.
+
+    Args:
+        parameter: ``[M, ...]``.
+        members: ``[M]``: true for these members.
+    """
+    known = _known(parameter)
+    known.members, known.waiting = set(np.flatnonzero(members).tolist()), set()
+
+
+def forget(parameters: Iterable[torch.Tensor]) -> None:
+    """Forget what reached parameters whose gradients have been cleared."""
+    for parameter in parameters:
+        if (known := _REACHED.get(parameter)) is not None:
+            known.members = set()

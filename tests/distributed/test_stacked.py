@@ -1,0 +1,252 @@
+"""Stacked experts on several ranks: they train as ordinary experts of one process on the joined batch."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import celmoe
+from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients
+from tests.distributed import jobs
+from tests.distributed.jobs import Job, assert_close
+from tests.distributed.test_data_parallel import ACCUMULATED, STEPS
+
+OPTIMIZERS = {
+    "SGD": lambda parameters: celmoe.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "AdamW": lambda parameters: celmoe.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
+}
+
+
+def drawn_steps(seed, number):
+    """Batches in which experts, or all samples of a rank, are absent at random."""
+    draw = random.Random(seed)
+    names = list(jobs.FAMILY_OF)
+    steps = []
+    while len(steps) < number:
+        batches = [[draw.choice(names) for _ in range(draw.choice([0, 1, 1, 2, 4]))] for _ in range(2)]
+        if any(batches):
+            steps.append([batches])
+    return steps
+
+
+JOBS = {
+    "looped": Job(STEPS),
+    "grouped": Job(STEPS, engine="grouped"),
+    "auto, SGD": Job(STEPS, engine="auto", optimizer="SGD"),
+    "ten steps with random absences": Job(drawn_steps(0, 10), engine="auto"),
+    "ten more, SGD": Job(drawn_steps(1, 10), engine="grouped", optimizer="SGD"),
+    "accumulated": Job(ACCUMULATED, engine="grouped"),
+    "clipped": Job(STEPS[:3], engine="auto", max_norm=0.05, optimizer="SGD"),
+    "detached": Job(STEPS[:4], detached=("ru", "fr"), engine="grouped"),
+    "sequences and context": Job(STEPS[1:5], positions=3, has_context=True, engine="grouped"),
+    "in a network": Job(STEPS[:5], has_network=True, engine="auto"),
+    "no gradient into the rows": Job(STEPS, hidden_grad=False, engine="auto"),
+}
+
+
+def stacked_model(job):
+    model = jobs.make_model(job)
+    report = celmoe.stack_experts(model)
+    assert [each.level for each in report.classes if not each.reason] == ["family", "language"]
+    return model
+
+
+def values_of(model):
+    """The values of all parameters, by the names that they have without stacks."""
+    return {name: each.detach().clone() for name, each in model.state_dict().items()}
+
+
+def train_in_step(job, model, optimizer, run, *, backward=None):
+    """The values after each step; ``run(batch, is_last)`` gives the loss of one micro-batch."""
+    history = []
+    for step, micros in enumerate(job.steps):
+        optimizer.zero_grad()
+        for micro in range(len(micros)):
+            batch = jobs.make_batches(job, step, micro)[dist.get_rank()]
+            is_last = micro == len(micros) - 1
+            loss = run(batch, is_last)
+            (backward or torch.Tensor.backward)(loss)
+        if job.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), job.max_norm)
+        optimizer.step()
+        history.append(values_of(model))
+    return history
+
+
+def loss_of(job, network, batch):
+    return joined_mean(jobs.loss_sum(job, network(**batch.inputs(job)), batch), len(batch.languages))
+
+
+def train_with_plain_ddp(job, **options):
+    hierarchy = stacked_model(job)
+    model = jobs.network_of(hierarchy, job)
+    parallel = DistributedDataParallel(model, **options)
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters())
+
+    def run(batch, is_last):
+        with contextlib.nullcontext() if is_last else parallel.no_sync():
+            loss = loss_of(job, parallel, batch)
+            if not is_last:
+                loss.backward()
+                return None
+        return loss
+
+    return train_in_step(job, model, optimizer, run, backward=lambda loss: None if loss is None else loss.backward())
+
+
+def train_with_prepare_ddp(job, **options):
+    hierarchy = stacked_model(job)
+    model = jobs.network_of(hierarchy, job)
+    parallel = prepare_ddp(model, lambda network, batch: loss_of(job, network, batch), **options)
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters())
+
+    def run(batch, is_last):
+        with contextlib.nullcontext() if is_last else parallel.no_sync():
+            return parallel(batch)
+
+    return train_in_step(job, model, optimizer, run)
+
+
+def assert_values_as_alone(job, histories):
+    """Each rank has, after each step, the values of one process with ordinary experts, and all have the same bits."""
+    for step, (alone, _) in enumerate(jobs.train_alone(job)):
+        for rank, history in enumerate(histories):
+            assert history[step].keys() == alone.keys()
+            for name, theirs in alone.items():
+                assert_close(f"rank {rank}, step {step}, {name}", history[step][name], theirs["value"], jobs.TOLERANCE)
+                assert_close(f"ranks, step {step}, {name}", history[step][name], histories[0][step][name], 0.0)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_plain_ddp_does_not_search(two, name):
+    job = JOBS[name]
+    assert_values_as_alone(job, two.run(train_with_plain_ddp, job))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_prepared_ddp(two, name):
+    job = JOBS[name]
+    assert_values_as_alone(job, two.run(train_with_prepare_ddp, job))
+
+
+def by_one_reduction(job):
+    """A rank without samples makes no backward pass."""
+    model = stacked_model(job)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters())
+
+    def run(batch, is_last):
+        loss = loss_of(job, model, batch)
+        if batch.languages:
+            loss.backward()
+        if is_last:
+            reduce_gradients(model.parameters(), mesh)
+
+    return train_in_step(job, model, optimizer, run, backward=lambda _: None)
+
+
+@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if not job.has_network])
+def test_one_reduction_after_the_backward_passes(two, name):
+    job = JOBS[name]
+    assert_values_as_alone(job, two.run(by_one_reduction, job))
+
+
+class Checkpointed(jobs.Network):
+    """A network whose experts run again in the backward pass, then outside of the wrapper."""
+
+    def __init__(self, model, job, use_reentrant):
+        super().__init__(model, job)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, hidden, routing):
+        def run(rows):
+            return self.model(rows, routing).fused_hidden
+
+        rows = torch.utils.checkpoint.checkpoint(run, self.first(hidden), use_reentrant=self.use_reentrant)
+        return celmoe.CELMoEOutput({}, self.last(rows))
+
+
+WAYS = {
+    "gradients are views of buckets": {"gradient_as_bucket_view": True},
+    "small buckets": {"bucket_cap_mb": 0.0001},
+    "prepared, no search": {},
+    "cleared before the backward pass": {},
+    "checkpointed": {},
+    "checkpointed, reentrant": {},
+    "a wrapper after another": {},
+}
+
+
+def train_in_a_way(job, way):
+    hierarchy = stacked_model(job)
+    model = jobs.network_of(hierarchy, job)
+    if way.startswith("checkpointed"):
+        model = Checkpointed(hierarchy, job, way.endswith("reentrant"))
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters())
+    parallel = DistributedDataParallel(model, **WAYS[way])
+    if way == "prepared, no search":
+        parallel = prepare_ddp(model, lambda network, batch: loss_of(job, network, batch), find_unused_parameters=False)
+        return train_in_step(job, model, optimizer, lambda batch, _: parallel(batch))
+    if way == "a wrapper after another":
+        loss_of(job, parallel, jobs.make_batches(job, 0, 0)[0]).backward()
+        parallel = DistributedDataParallel(model)
+
+    def backward(loss):
+        if way.startswith("cleared"):
+            optimizer.zero_grad()
+        loss.backward()
+
+    return train_in_step(job, model, optimizer, lambda batch, _: loss_of(job, parallel, batch), backward=backward)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_use_ddp(two, way):
+    job = Job(drawn_steps(2, 6), engine="auto", has_network=True, objective="fused")
+    assert_values_as_alone(job, two.run(train_in_a_way, job, way))
+
+
+def errors_of_ddp():
+    """What is refused, before any collective."""
+    batch = jobs.make_batches(Job(STEPS), 0, 0)[dist.get_rank()].inputs(Job(STEPS))
+    found = []
+
+    def trying(model, *, joins=False, **options):
+        parallel = DistributedDataParallel(model, **options)
+        with parallel.join() if joins else contextlib.nullcontext():
+            with pytest.raises(celmoe.StackedError) as caught:
+                parallel(**batch)
+            # A rank that leaves the block waits for the others.
+            parallel._join_config = parallel._join_config._replace(enable=False)
+        found.append(str(caught.value))
+
+    trying(stacked_model(Job([])), static_graph=True)
+    model = stacked_model(Job([]))
+    model.level_modules["language"]["ru"].up = nn.Linear(jobs.WIDTH, 2 * jobs.WIDTH, dtype=torch.float64)
+    trying(model)
+    trying(stacked_model(Job([])), joins=True)
+    return found
+
+
+def test_what_would_hang_is_refused(two):
+    first, second = two.run(errors_of_ddp)
+    assert first == second
+    assert first == [
+        (
+            "'static_graph' must be False for a model with stacked experts, for no step has the graph of the step "
+            "before (got True)"
+        ),
+        (
+            "'find_unused_parameters' must be True where not all of a level's experts are stacked (got False, and in "
+            "level 'language' 'ru', which a rank's batch may lack; call celmoe.distributed.prepare_ddp)"
+        ),
+        (
+            "'join' must not be entered by a DDP of stacked experts, for ranks that have ended join no members (got a "
+            "forward pass in it; give a rank without samples an empty batch)"
+        ),
+    ]
