@@ -168,7 +168,7 @@ class _Tie(Function):
 
 def tied(value: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The value. A backward pass from the value reaches the tensors, too, without a gradient for them."""
-    return cast(Any, _Tie).apply(value, *tensors) if tensors and torch.is_grad_enabled() else value
+    return cast(Any, _Tie.apply)(value, *tensors) if tensors and torch.is_grad_enabled() else value
 
 
 def ties_of(levels: nn.ModuleDict) -> Mapping[str, Sequence[nn.Parameter]]:
