@@ -89,8 +89,8 @@ class _Parallel:
                     f"celmoe.distributed.prepare_ddp)"
                 )
             # The only expert of a level is absent from a batch without samples.
-            own: list[Any] = [*stacks, *(each for some in others.values() for each in some)]
-            before += [each for each in own if each is not None and id(each) in self._trained]
+            tied_to: list[Any] = [*stacks, *(each for some in others.values() for each in some)]
+            before += [each for each in tied_to if each is not None and id(each) in self._trained]
             ties[level] = list(before)
         return ties
 
