@@ -27,6 +27,8 @@ ESCAPED = ""
 SLOT = "_celmoe_slot"
 # How the names of a registry's own parameters begin, which hold its experts' tensors: checkpoints have the experts'.
 STACKED = "stack:"
+# How the names of those begin that stand for stacks on other ranks.
+ELSEWHERE = f"{STACKED}elsewhere:"
 # Names that ``nn.ModuleDict`` refuses because it has attributes of these names.
 _TAKEN = frozenset(dir(nn.ModuleDict)) | frozenset(vars(nn.ModuleDict()))
 

@@ -662,7 +662,7 @@ def test_stacking_after_the_optimizer_is_refused():
 
 
 @needs_distributed
-@pytest.mark.parametrize("call", ["shard_experts", "shard_levels"])
+@pytest.mark.parametrize("call", ["shard_levels"])
 def test_sharding_stacks_is_refused(call, tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

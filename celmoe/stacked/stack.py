@@ -62,9 +62,9 @@ class Stack:
         self.__dict__.update(state)
         self._forget()
 
-    def whole(self, path: str) -> torch.Tensor:
+    def whole(self, path: str) -> nn.Parameter:
         """``[M, ...]``: the stacked tensor."""
-        return cast(torch.Tensor, self.registry._parameters[self.keys[path]])
+        return cast(nn.Parameter, self.registry._parameters[self.keys[path]])
 
     def entry(self, path: str, index: int, *, is_written: bool = False) -> torch.Tensor:
         """A member's tensor, as a view of the stack that carries gradients to the stack.
@@ -355,6 +355,11 @@ def slot_of(module: nn.Module) -> Slot | None:
 def slots_of(modules: Sequence[nn.Module]) -> Sequence[Slot | None]:
     """Where the modules' tensors are stacked; costs next to nothing where no stack was ever made."""
     return [module.__dict__.get(SLOT) for module in modules] if Stack.is_used else [None] * len(modules)
+
+
+def stacks_of(registry: nn.Module) -> list[Stack]:
+    """The stacks whose members are among a level's experts, in the order of these."""
+    return list(dict.fromkeys(slot.stack for module in registry.modules() if (slot := slot_of(module)) is not None))
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from torch import nn
 
 from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
 from celmoe.hierarchy import HierarchicalCELMoE
+from celmoe.level import Level
 from celmoe.names import STACKED, NamedModules
 
 from .fitness import Owners, holding, likeness
 from .member import close, reopen
-from .stack import Slot, Stack, slot_of
+from .stack import Slot, Stack, slot_of, stacks_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
     Raises:
         InputTypeError: ``model`` is no `HierarchicalCELMoE`.
         UnknownLevelError: The model has no such level.
-        StackedError: An optimizer holds the experts' parameters.
+        StackedError: An optimizer holds the experts' parameters, or the model is spread over ranks.
     """
     names = _levels(model, levels)
     registries = [cast(nn.ModuleDict, model.level_modules[level]) for level in names]
@@ -90,8 +92,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
         alike: dict[tuple[str | None, Any], list[str]] = {}
         for name, expert in registry.items():
             # By class and reason, for the report.
-            is_own = type(registry) is NamedModules or slot_of(registry) is not None
-            why = owners.obstacle(expert) if is_own else "are held by other ranks, too"
+            why = owners.obstacle(expert)
             alike.setdefault((why, type(expert) if why else likeness(expert)), []).append(name)
         for (found, _), experts in alike.items():
             why = found or ("have no others like them" if len(experts) < 2 else None)
@@ -101,11 +102,11 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
             else:
                 groups.append((level, experts))
     modules = [model.level_modules[level][name] for level, experts in groups for name in experts]  # type: ignore[index]
-    _require_no_optimizer([parameter for module in modules for parameter in module.parameters()])
+    require_no_optimizer([parameter for module in modules for parameter in module.parameters()], "stacked")
     for level, experts in groups:
         registry = cast(NamedModules, model.level_modules[level])
         kind = type(registry[experts[0]]).__name__
-        classes.append(StackedClass(level, kind, tuple(experts), _stack(registry, experts).keys))
+        classes.append(StackedClass(level, kind, tuple(experts), stack_members(registry, experts).keys))
     order = {level: place for place, level in enumerate(names)}
     return StackReport(tuple(sorted(classes, key=lambda each: order[each.level])))
 
@@ -121,6 +122,7 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
     Raises:
         InputTypeError: ``model`` is no `HierarchicalCELMoE`.
         UnknownLevelError: The model has no such level.
+        StackedError: The model is spread over ranks.
     """
     names = _levels(model, levels)
     wholes = [
@@ -137,8 +139,7 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
         )
     for level in names:
         registry = cast(nn.ModuleDict, model.level_modules[level])
-        stacks = {slot.stack for module in registry.modules() if (slot := slot_of(module)) is not None}
-        for module in {*registry.modules(), *(each for stack in stacks for each in stack.modules)}:
+        for module in {*registry.modules(), *(each for stack in stacks_of(registry) for each in stack.modules)}:
             if slot_of(module) is not None:
                 reopen(module)
         for name in [each for each in registry._parameters if each.startswith(STACKED)]:
@@ -148,6 +149,11 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
 def _levels(model: HierarchicalCELMoE, levels: Collection[str] | None) -> list[str]:
     if not isinstance(model, HierarchicalCELMoE):
         raise InputTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
+    if any(type(level) is not Level for level in model._levels):
+        raise StackedError(
+            "'model' must be stacked or unstacked before it is spread over ranks (got one that is; save a checkpoint, "
+            "and load it into a new model)"
+        )
     known = list(model.level_modules)
     wanted = known if levels is None else [levels] if isinstance(levels, str) else list(levels)
     if unknown := [each for each in wanted if each not in known]:
@@ -157,28 +163,43 @@ def _levels(model: HierarchicalCELMoE, levels: Collection[str] | None) -> list[s
     return list(dict.fromkeys(wanted))
 
 
-def _require_no_optimizer(parameters: Sequence[nn.Parameter]) -> None:
+def require_no_optimizer(parameters: Sequence[nn.Parameter], what: str) -> None:
     """Refuse parameters that an optimizer holds: it would go on to step what no expert reads any more.
+
+    Args:
+        parameters: The parameters.
+        what: What is done to the model.
 
     Raises:
         StackedError: An optimizer holds some of the parameters.
     """
+    if holding(torch.optim.Optimizer, parameters):
+        # An optimizer that is gone may wait for the collector.
+        gc.collect()
     for each in holding(torch.optim.Optimizer, parameters):
         raise StackedError(
-            f"'model' must be stacked before its optimizer is made (got parameters that a {type(each).__name__} holds; "
+            f"'model' must be {what} before its optimizer is made (got parameters that a {type(each).__name__} holds; "
             f"make it anew from model.parameters() afterwards)"
         )
 
 
-def _stack(registry: NamedModules, names: Sequence[str]) -> Stack:
+def stack_members(registry: NamedModules, names: Sequence[str], number: int | None = None) -> Stack:
+    """Stack the tensors of alike experts of a level.
+
+    Args:
+        registry: The level's experts.
+        names: The names of those to stack.
+        number: The stack's number among the level's; by default the first that is free.
+    """
     experts = [registry[name] for name in names]
     paths = [path for path, _ in experts[0].named_parameters()]
-    number = next(
-        number
-        for number in range(len(registry) + 1)
-        if not any(_key(number, path) in registry._parameters for path in paths)
-    )
-    stack = Stack(registry, names, {path: _key(number, path) for path in paths})
+    if number is None:
+        number = next(
+            number
+            for number in range(len(registry) + 1)
+            if not any(key_of(number, path) in registry._parameters for path in paths)
+        )
+    stack = Stack(registry, names, {path: key_of(number, path) for path in paths})
     for path in paths:
         tensors = [expert.get_parameter(path) for expert in experts]
         registry._parameters[stack.keys[path]] = _stacked(tensors)
@@ -190,7 +211,8 @@ def _stack(registry: NamedModules, names: Sequence[str]) -> Stack:
     return stack
 
 
-def _key(number: int, path: str) -> str:
+def key_of(number: int, path: str) -> str:
+    """The name in the registry of a stacked parameter: the stack's number, and the tensor's path in an expert."""
     # Neither a name of an expert, nor with a dot, which would part it for whoever looks parameters up by name.
     return f"{STACKED}{number}:{path.replace('.', '/')}"
 

@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
-from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients
+from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts
+from celmoe.stacked.stack import slot_of
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import ACCUMULATED, STEPS
+from tests.distributed.test_expert_parallel import TWO_BY_TWO
 
 OPTIMIZERS = {
     "SGD": lambda parameters: celmoe.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -23,13 +25,13 @@ OPTIMIZERS = {
 }
 
 
-def drawn_steps(seed, number):
+def drawn_steps(seed, number, ranks=2):
     """Batches in which experts, or all samples of a rank, are absent at random."""
     draw = random.Random(seed)
     names = list(jobs.FAMILY_OF)
     steps = []
     while len(steps) < number:
-        batches = [[draw.choice(names) for _ in range(draw.choice([0, 1, 1, 2, 4]))] for _ in range(2)]
+        batches = [[draw.choice(names) for _ in range(draw.choice([0, 1, 1, 2, 4]))] for _ in range(ranks)]
         if any(batches):
             steps.append([batches])
     return steps
@@ -155,6 +157,93 @@ def by_one_reduction(job):
 def test_one_reduction_after_the_backward_passes(two, name):
     job = JOBS[name]
     assert_values_as_alone(job, two.run(by_one_reduction, job))
+
+
+def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):
+    rank = dist.get_rank()
+    model = stacked_model(job)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(rank == 0)  # the first rank's are everyone's
+    sharding = shard_experts(model, dist.init_device_mesh("cpu", shape, mesh_dim_names=names), **options)
+    model = jobs.network_of(model, job)
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters())
+
+    def run(batch, is_last):
+        loss_of(job, model, batch).backward()
+        if is_last:
+            sharding.reduce_gradients(model)
+
+    return train_in_step(job, model, optimizer, run, backward=lambda _: None)
+
+
+def assert_spread_values_as_alone(job, histories):
+    """Each expert is on one rank of the experts' dimension, with the values of one process; the rest is everywhere."""
+    for step, (alone, _) in enumerate(jobs.train_alone(job)):
+        here = [history[step] for history in histories]
+        assert set().union(*here) == alone.keys()
+        for name, theirs in alone.items():
+            some = [each[name] for each in here if name in each]
+            assert len(some) in (
+                {1, len(here) // 2} if "level_modules.language" in name else {1, len(here) // 2, len(here)}
+            )
+            for each in some:
+                assert_close(f"step {step}, {name}", each, theirs["value"], jobs.TOLERANCE)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_experts_spread(two, name):
+    job = JOBS[name]
+    assert_spread_values_as_alone(job, two.run(train_with_experts_spread, job))
+
+
+def in_copies(job):
+    return train_with_experts_spread(job, (2, 2), ("copies", "expert"))
+
+
+def test_experts_spread_in_copies(four):
+    """Copies of a stack meet other members."""
+    job = Job([*TWO_BY_TWO, *drawn_steps(3, 4, ranks=4)], engine="grouped")
+    assert_spread_values_as_alone(job, four.run(in_copies, job))
+
+
+def look_at_spread_stacks():
+    """How many parameters there are, and of how many experts; and what bad calls say."""
+    model = stacked_model(Job([]))
+    mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))
+    # One rank's is everyone's fault.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if dist.get_rank() else None
+    said = []
+    with pytest.raises(celmoe.StackedError) as caught:
+        shard_experts(model, mesh)
+    said.append(str(caught.value))
+    assert slot_of(model.level_modules["language"]["ru"]).stack.names == tuple(jobs.FAMILY_OF)
+    del optimizer, caught
+    sharding = shard_experts(model, mesh)
+    for call in (celmoe.stack_experts, celmoe.unstack_experts):
+        with pytest.raises(celmoe.StackedError) as caught:
+            call(model)
+        said.append(str(caught.value))
+    own = {name for name, rank in sharding.owners["language"].items() if rank == dist.get_rank()}
+    stacks = {slot.stack for each in model.level_modules["language"].modules() if (slot := slot_of(each)) is not None}
+    assert [set(stack.names) for stack in stacks] == [own]
+    return len(list(model.level_modules["language"].parameters())), len(own), said
+
+
+def test_spread_stacks_hold_their_own_members(two):
+    (number, first, said), (same_number, second, same_said) = two.run(look_at_spread_stacks)
+    assert (first, second) == (3, 3)
+    assert number == same_number == 2 * len(list(jobs.Expert(jobs.WIDTH, Job([])).parameters()))
+    assert said == same_said
+    spread = (
+        "'model' must be stacked or unstacked before it is spread over ranks (got one that is; save a checkpoint, and "
+        "load it into a new model)"
+    )
+    held = (
+        "'model' must be spread over ranks before its optimizer is made (got parameters that a SGD holds; make it anew "
+        "from model.parameters() afterwards)"
+    )
+    assert said == [held, spread, spread]
 
 
 class Checkpointed(jobs.Network):
