@@ -19,7 +19,7 @@ FLOORS = [
     {"version", "errors", "files", "torch_internals"},
     {"config", "experts", "rows.slots", "routing.layout"},
     {"rows.containers", "names", "routing.routes", "patterns", "stacked.frozen"},
-    {"rows.context", "routing.planner", "reference_context", "fusion", "stacked.stack"},
+    {"rows.context", "routing.planner", "reference_context", "fusion", "stacked.stack", "stacked.rows"},
     {"stacked.member", "stacked.presence", "stacked.naming", "stacked.freezing"},
     {"stacked.parallel"},
     {"optim.per_expert"},

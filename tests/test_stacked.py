@@ -689,8 +689,6 @@ def test_a_checkpoint_of_a_stacked_model_is_the_experts(tmp_path):
     other = build()
     distributed.load_checkpoint(tmp_path / "stacked", other)
     assert_same_state(plain, other)
-    with pytest.raises(celmoe.CheckpointError, match="no stacked experts for"):
-        distributed.save_checkpoint(tmp_path / "more", model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_unknown_levels_and_other_modules_are_refused():

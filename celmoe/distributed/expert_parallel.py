@@ -165,7 +165,9 @@ def shard_experts(
     _refuse_shared(model, owners)
     registries = {level: cast(NamedModules, model.level_modules[level]) for level in owners}
     stacks = {level: stacks_of(registry) for level, registry in registries.items()}
-    wholes = [stack.whole(path) for some in stacks.values() for stack in some for path in stack.keys]
+    wholes = [
+        cast(nn.Parameter, stack.whole(path)) for some in stacks.values() for stack in some for path in stack.keys
+    ]
     _require_alike(model, owners, wholes)
     _broadcast(model, mesh)
     # The members of each stack, as long as they are alike.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
@@ -20,6 +21,7 @@ from celmoe.errors import StackedError
 from celmoe.names import SLOT
 from celmoe.torch_internals import RECURRENT_WEIGHTS, empty_recurrent, fill_recurrent, recurrent_weights
 
+from .rows import is_sharded, local, members_here
 from .stack import Entry, Place, Slot, kind_of, ordinary, slot_of
 
 # A weak reference: a class with a module's parametrizations holds the module.
@@ -171,7 +173,7 @@ class StackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         kept = self._parameters
-        self.__dict__["_parameters"] = tensors_of(self)
+        self.__dict__["_parameters"] = tensors_of(self, prefix)
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
@@ -238,13 +240,45 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
     return made
 
 
-def tensors_of(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters by name, in order, with views for the stacked ones."""
+def tensors_of(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """A module's parameters by name, in order, with views for the stacked ones.
+
+    Args:
+        module: The module.
+        prefix: The beginning of the parameters' names in the model, for `held`.
+    """
     slot = slot_of(module)
     if slot is None:
         return dict(module._parameters)
-    stacked = {name: None if path is None else slot.stack.entry(path, slot.member) for name, path in slot.paths.items()}
+    elsewhere: set[str] | None = getattr(_HELD, "elsewhere", None)
+    stacked: dict[str, Any] = {}
+    for name, path in slot.paths.items():
+        if path is None:
+            stacked[name] = None
+        elif elsewhere is None or not is_sharded(whole := slot.stack.whole(path)):
+            stacked[name] = slot.stack.entry(path, slot.member)
+        elif slot.member in (here := members_here(whole)):
+            stacked[name] = local(whole.detach()).select(0, slot.member - here.start)
+        else:
+            elsewhere.add(f"{prefix}{name}")
     return stacked | module._parameters
+
+
+_HELD = threading.local()
+
+
+def held(model: nn.Module) -> tuple[dict[str, Any], set[str]]:
+    """The ``state_dict`` of a model, with those members of sharded stacks that this rank holds.
+
+    Returns:
+        The state, and the names of the members' tensors that are on other ranks.
+    """
+    elsewhere: set[str] = set()
+    _HELD.elsewhere = elsewhere
+    try:
+        return dict(model.state_dict()), elsewhere
+    finally:
+        _HELD.elsewhere = None
 
 
 @contextlib.contextmanager

@@ -70,9 +70,9 @@ class Stack:
         if self.frozen:
             note(self)
 
-    def whole(self, path: str) -> nn.Parameter:
+    def whole(self, path: str) -> torch.Tensor:
         """``[M, ...]``: the stacked tensor."""
-        return cast(nn.Parameter, self.registry._parameters[self.keys[path]])
+        return cast(torch.Tensor, self.registry._parameters[self.keys[path]])
 
     def entry(self, path: str, index: int, *, is_written: bool = False) -> torch.Tensor:
         """A member's tensor, as a view of the stack that carries gradients to the stack.
