@@ -15,7 +15,6 @@ from celmoe.errors import (
     InputError,
     InputTypeError,
     ProcessGroupError,
-    StackedError,
     listed,
 )
 from celmoe.hierarchy import HierarchicalCELMoE
@@ -159,24 +158,6 @@ def refuse_sparse(model: nn.Module, call: str) -> None:
             raise ConfigError(
                 f"'model' must have no embedding with sparse=True in its experts for '{call}' (got one at "
                 f"'level_modules.{name}': set sparse=False, or call reduce_gradients instead)"
-            )
-
-
-def refuse_stacks(model: nn.Module, call: str) -> None:
-    """Refuse stacked experts, whose parameters are no expert's own.
-
-    Args:
-        model: The model.
-        call: The call that places the parameters of experts.
-
-    Raises:
-        StackedError: Some experts are stacked.
-    """
-    for name, parameter in model.named_parameters():
-        if STACKED in name:
-            raise StackedError(
-                f"'model' must have no stacked experts for '{call}' (got the stacked parameter {name!r} of shape "
-                f"{tuple(parameter.shape)}; call celmoe.unstack_experts first)"
             )
 
 

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from celmoe.errors import ConfigError
+from celmoe.stacked.rows import is_sharded, local
 from celmoe.torch_internals import without_amp_scaling
 
 from .per_expert import PerExpert, Share, grad_of, parts_of
@@ -142,12 +143,13 @@ class SGD(PerExpert, torch.optim.SGD):
                 continue
             own = self.state[parameter]
             if runs is None:
-                momenta.append(own.get("momentum_buffer"))
+                before = own.get("momentum_buffer")
+                momenta.append(None if before is None else local(before))
                 kept.append(None)
                 continue
             if own.get("momentum_buffer") is None:
                 own["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            parts = runs.of(own["momentum_buffer"])
+            parts = parts_of(runs, own["momentum_buffer"])
             momenta += [part if step else None for part, step in zip(parts, runs.steps.tolist(), strict=True)]
             kept += parts
         # Fused kernels take either no momenta or all.
@@ -175,7 +177,12 @@ class SGD(PerExpert, torch.optim.SGD):
         ordinary = [each for each, runs in zip(parameters, all_runs, strict=True) if runs is None and has_momentum]
         new_of = [made for part, made in zip(kept, momenta, strict=True) if part is None]
         for parameter, momentum in zip(ordinary, new_of, strict=True):
-            self.state[parameter]["momentum_buffer"] = momentum
+            own = self.state[parameter]
+            if not is_sharded(parameter):
+                own["momentum_buffer"] = momentum
+            elif own.get("momentum_buffer") is None and momentum is not None:
+                own["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                local(own["momentum_buffer"]).copy_(momentum)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from celmoe.errors import CheckpointError, ConfigError
 from celmoe.stacked.frozen import frozen_members
 from celmoe.stacked.parallel import join_reached
 from celmoe.stacked.presence import reached
+from celmoe.stacked.rows import is_sharded, local, members_here
 from celmoe.stacked.stack import Entry
 
 #: A group's entry with the members of stacks that are its own. See [Note: Groups of experts].
@@ -189,15 +190,17 @@ class PerExpert(torch.optim.Optimizer):
             own = np.zeros(len(parameter), dtype=np.bool_)
             own[share.members] = True
             present &= own
+        here = members_here(parameter)
         if not is_counted:
-            return Runs(present, np.zeros(len(parameter), dtype=np.float32))
+            return Runs(present[here.start : here.stop], np.zeros(len(here), dtype=np.float32))
         if steps is None:
             # A state without steps is of steps that were all members'.
             steps = torch.full((len(parameter),), 1.0 if state else 0.0)
         elif not steps.dim() or steps.device.type != "cpu":
             # The host reads which runs there are.
             steps = steps.cpu().expand(len(parameter)).clone()
-        runs = Runs(present, steps.numpy())
+        # Each rank counts the steps of all members, also where it holds some of them.
+        runs = Runs(present[here.start : here.stop], steps.numpy()[here.start : here.stop])
         self.state[parameter]["step"] = steps + torch.from_numpy(present)
         return runs
 
@@ -221,11 +224,14 @@ def _parameters(groups: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
 
 
 def parts_of(runs: Runs | None, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The runs' parts of a stack; an ordinary tensor whole."""
-    return [tensor] if runs is None else runs.of(tensor)
+    """The runs' parts of a stack; an ordinary tensor whole. Of a sharded tensor, this rank's part."""
+    return [local(tensor)] if runs is None else runs.of(local(tensor))
 
 
 def grad_of(parameter: torch.Tensor) -> torch.Tensor:
     """The gradient, which the parameter has."""
-    assert parameter.grad is not None
-    return parameter.grad
+    grad: Any = parameter.grad
+    if is_sharded(parameter) and grad.placements != (wanted := cast(Any, parameter).placements):
+        grad = grad.redistribute(placements=wanted)
+    assert grad is not None
+    return cast(torch.Tensor, grad)

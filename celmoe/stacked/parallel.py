@@ -27,7 +27,7 @@ from celmoe.errors import StackedError, listed
 from celmoe.names import STACKED, NamedModules
 from celmoe.torch_internals import active_ddp, is_joining
 
-from .presence import forget, kept, set_reached
+from .presence import forget, kept, reached, set_reached
 
 
 class _Parallel:
@@ -103,10 +103,12 @@ class _Parallel:
         """Join the ranks' notes of reached members, once for each reduction."""
         if not self._is_due or not self.stacks or not torch.distributed.is_initialized():
             return
-        own = [kept(each) for each in self.stacks]
+        # The last tells if a backward pass has ever noted members: else the gradient is of all.
+        own = [np.append(kept(each), reached(each) is not None) for each in self.stacks]
         joined = joined_members(own, [self._group], self.stacks[0].device)
         for each, members in zip(self.stacks, joined, strict=True):
-            set_reached(each, members)
+            if members[-1]:
+                set_reached(each, members[:-1])
         self._is_due = False
 
 
@@ -189,6 +191,11 @@ def ties_of(levels: nn.ModuleDict) -> Mapping[str, Sequence[nn.Parameter]]:
             raise StackedError(
                 "'join' must not be entered by a DDP of stacked experts, for ranks that have ended join no members "
                 "(got a forward pass in it; give a rank without samples an empty batch)"
+            )
+        if not ddp.find_unused_parameters and not all(each.requires_grad for each in parallel.stacks):
+            raise StackedError(
+                "'model' must have a trained expert in each stack that DistributedDataParallel was given (got one whose "
+                "experts are all frozen since; wrap the model anew, or call celmoe.distributed.prepare_ddp)"
             )
         parallel.syncs = ddp.require_backward_grad_sync
         return parallel.ties(levels) if parallel.stacks else {}

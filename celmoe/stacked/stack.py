@@ -21,6 +21,7 @@ from celmoe.names import SLOT, NamedModules
 from celmoe.torch_internals import PlainTensor, fill_recurrent, version_of
 
 from .frozen import note
+from .rows import is_sharded, local, members_here
 
 
 class Stack:
@@ -82,7 +83,7 @@ class Stack:
             index: The member's place.
             is_written: True if the forward pass itself writes into the tensor.
         """
-        whole = self.whole(path)
+        whole = self._gathered(path, index)
         if index in self.frozen:
             whole = whole.detach()
         views: dict[int, Any] | None = getattr(_LOOP, "views", None)
@@ -101,7 +102,23 @@ class Stack:
 
     def parameter(self, path: str, index: int) -> nn.Parameter:
         """A member's tensor as an ordinary parameter, in the stack's memory."""
-        return nn.Parameter(self.whole(path).detach().select(0, index), requires_grad=self.trains(path, index))
+        whole = self._gathered(path, index)
+        return nn.Parameter(whole.detach().select(0, index), requires_grad=self.trains(path, index))
+
+    def _gathered(self, path: str, index: int) -> torch.Tensor:
+        """``[M, ...]``: the stacked tensor, which this rank holds as a whole.
+
+        Raises:
+            StackedError: Other ranks hold parts of it.
+        """
+        whole = self.whole(path)
+        if is_sharded(whole):
+            raise StackedError(
+                f"{path!r} of expert {self.names[index]!r} must be read or written while this rank holds the whole "
+                f"stack (got one that is sharded over ranks; call the level's unshard() on all ranks, "
+                f"model.level_modules[...].unshard(), or save_checkpoint and load_checkpoint)"
+            )
+        return whole
 
     def trains(self, path: str, index: int) -> bool:
         """True if a member's tensor requires gradients."""
@@ -128,7 +145,8 @@ class Stack:
             if are_all:
                 whole.grad = None
             elif whole.grad is not None:
-                whole.grad[sorted(new)] = 0
+                here = members_here(whole)
+                local(whole.grad)[[member - here.start for member in sorted(new) if member in here]] = 0
         if are_all:
             self._paused = self.trained_paths
             for path in self._paused:
@@ -317,7 +335,7 @@ class Entry(PlainTensor):
     def grad(self) -> torch.Tensor | None:
         """The expert's part of the stack's gradient."""
         stack, path, member = self.place
-        grad = stack.whole(path).grad
+        grad = stack._gathered(path, member).grad
         return None if grad is None or member in stack.frozen else grad.select(0, member)
 
     @grad.setter

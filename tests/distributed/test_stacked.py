@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
-from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts
+from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
+from celmoe.stacked.member import held
 from celmoe.stacked.stack import slot_of
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
@@ -60,8 +63,9 @@ def stacked_model(job):
 
 
 def values_of(model):
-    """The values of all parameters, by the names that they have without stacks."""
-    return {name: each.detach().clone() for name, each in model.state_dict().items()}
+    """The values that are here, by the names that they have without stacks."""
+    here, _ = held(model)
+    return {name: (each.full_tensor() if isinstance(each, DTensor) else each).clone() for name, each in here.items()}
 
 
 def train_in_step(job, model, optimizer, run, *, backward=None):
@@ -244,6 +248,45 @@ def test_spread_stacks_hold_their_own_members(two):
         "from model.parameters() afterwards)"
     )
     assert said == [held, spread, spread]
+
+
+def train_with_levels_sharded(job, shape=None, **options):
+    model = stacked_model(job)
+    shape = shape or (dist.get_world_size(),)
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+    shard_levels(model, mesh, **options)
+    model = jobs.network_of(model, job)
+    if job.has_network:
+        fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters())
+
+    def run(batch, is_last):
+        model.set_requires_gradient_sync(is_last)
+        return loss_of(job, model, batch)
+
+    return train_in_step(job, model, optimizer, run)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_levels_sharded(two, name):
+    job = JOBS[name]
+    assert_spread_values_as_alone(job, two.run(train_with_levels_sharded, job))
+
+
+def in_copies_of_parts(job):
+    return train_with_levels_sharded(job, (2, 2))
+
+
+def test_levels_sharded_in_copies(four):
+    job = Job([*TWO_BY_TWO, *drawn_steps(3, 4, ranks=4)], engine="grouped")
+    assert_spread_values_as_alone(job, four.run(in_copies_of_parts, job))
+
+
+def test_levels_sharded_over_more_ranks_than_a_level_has_experts(four):
+    """Of three families, the fourth rank holds none."""
+    job = Job(drawn_steps(5, 5, ranks=4), engine="auto")
+    assert_spread_values_as_alone(job, four.run(train_with_levels_sharded, job))
 
 
 class Checkpointed(jobs.Network):

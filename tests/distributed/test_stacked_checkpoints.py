@@ -9,7 +9,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
-from celmoe.distributed import load_checkpoint, load_file, reduce_gradients, save_checkpoint, shard_experts, write_file
+from celmoe.distributed import (
+    load_checkpoint,
+    load_file,
+    reduce_gradients,
+    save_checkpoint,
+    shard_experts,
+    shard_levels,
+    write_file,
+)
 from celmoe.stacked.member import held
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
@@ -36,6 +44,8 @@ class Layout:
         if kind == "experts":
             sharding = shard_experts(self.model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
             self.reduce = sharding.reduce_gradients
+        elif kind == "levels":
+            shard_levels(self.model, dist.init_device_mesh("cpu", (2,)))
         elif kind == "ddp":
             self.network = DistributedDataParallel(self.model)
         elif kind == "copies":
@@ -68,7 +78,7 @@ def _whole(tensor):
 
 
 ALONE = ["alone", "alone, stacked"]
-TOGETHER = ["copies", "copies, stacked", "ddp, stacked", "experts", "experts, stacked"]
+TOGETHER = ["copies", "copies, stacked", "ddp, stacked", "experts", "experts, stacked", "levels", "levels, stacked"]
 
 
 def save(name, job, folder):
@@ -134,7 +144,7 @@ def test_an_optimizer_with_one_step_for_all_refuses_different_ones(tmp_path):
     celmoe.stack_experts(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(celmoe.CheckpointError, match=r"^'optimizer' must keep the experts' states apart.*of celmoe\.optim"):
+    with pytest.raises(celmoe.CheckpointError, match=r"^'optimizer' must keep the experts' states apart"):
         load_checkpoint(tmp_path / "saved", model, optimizer)
     assert not optimizer.state
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
