@@ -194,8 +194,8 @@ def ties_of(levels: nn.ModuleDict) -> Mapping[str, Sequence[nn.Parameter]]:
             )
         if not ddp.find_unused_parameters and not all(each.requires_grad for each in parallel.stacks):
             raise StackedError(
-                "'model' must have a trained expert in each stack that DistributedDataParallel was given (got one whose "
-                "experts are all frozen since; wrap the model anew, or call celmoe.distributed.prepare_ddp)"
+                "'model' must have a trained expert in each stack of its DistributedDataParallel (got a stack of experts "
+                "that are all frozen since; wrap the model anew, or call celmoe.distributed.prepare_ddp)"
             )
         parallel.syncs = ddp.require_backward_grad_sync
         return parallel.ties(levels) if parallel.stacks else {}
