@@ -27,7 +27,7 @@ from celmoe.errors import StackedError, listed
 from celmoe.names import STACKED, NamedModules
 from celmoe.torch_internals import active_ddp, is_joining
 
-from .presence import forget, kept, reached, set_reached
+from .presence import forget_cleared, kept, reached, set_reached
 
 
 class _Parallel:
@@ -96,7 +96,7 @@ class _Parallel:
 
     def _begin(self, _grad: torch.Tensor | None) -> None:
         """Forget what reached stacks before their gradients were cleared, as a backward pass begins to add new ones."""
-        forget(each for each in self.stacks if each.grad is None)
+        forget_cleared(each for each in self.stacks if each.grad is None)
         self._is_due |= self.syncs
 
     def join(self) -> None:

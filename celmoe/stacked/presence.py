@@ -96,6 +96,16 @@ def _known(parameter: torch.Tensor) -> _Reached:
     return known
 
 
+def forget(parameter: torch.Tensor, members: Sequence[int]) -> bool:
+    """Forget that backward passes reached some members; true if the gradient is of others, too."""
+    known = _REACHED.get(parameter)
+    if known is None:
+        return len(set(members)) < len(parameter)
+    known.members -= set(members)
+    known.waiting -= set(members)
+    return bool(known.members or known.waiting)
+
+
 def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:
     """``[M]``: true for the members that the gradient is of; ``None`` for a parameter that no backward pass noted."""
     known = _REACHED.get(parameter)
@@ -126,7 +136,7 @@ def set_reached(parameter: torch.Tensor, members: npt.NDArray[np.bool_]) -> None
     known.members, known.waiting = set(np.flatnonzero(members).tolist()), set()
 
 
-def forget(parameters: Iterable[torch.Tensor]) -> None:
+def forget_cleared(parameters: Iterable[torch.Tensor]) -> None:
     """Forget what reached parameters whose gradients have been cleared."""
     for parameter in parameters:
         if (known := _REACHED.get(parameter)) is not None:
