@@ -16,6 +16,7 @@ import torch
 from .errors import InputTypeError
 from .hierarchy import HierarchicalCELMoE
 from .names import NamedModules
+from .stacked.parallel import is_joined
 from .stacked.presence import reached
 from .stacked.stack import Stack, slots_of
 
@@ -25,12 +26,14 @@ class _Part(NamedTuple):
 
     Attributes:
         names: The experts' names: all members of a stack, or one.
-        is_asked: ``[M]``: true for the members that have a gradient.
+        is_asked: ``[M]``: true for the members that have a gradient, or may have one.
+        is_known: False if the gradient is of more members than this rank knows, as under DDP: those have norms.
         norms: T times ``[M]``: the norms of their tensors' gradients.
     """
 
     names: Sequence[str]
     is_asked: npt.NDArray[np.bool_]
+    is_known: bool
     norms: list[torch.Tensor]
 
 
@@ -65,7 +68,8 @@ def gradient_norms(model: HierarchicalCELMoE) -> dict[str, dict[str, float]]:
         for part in own:
             end = start + len(part.norms) * len(part.names)
             together = np.sqrt(np.square(values[start:end].reshape(-1, len(part.names))).sum(axis=0))
-            by_name |= compress(zip(part.names, together.tolist(), strict=True), part.is_asked.tolist())
+            is_asked = part.is_asked if part.is_known else part.is_asked & (together > 0)
+            by_name |= compress(zip(part.names, together.tolist(), strict=True), is_asked.tolist())
             start = end
         registry = cast(NamedModules, model.level_modules[level])
         found[level] = {name: by_name[name] for name in registry if name in by_name}
@@ -80,18 +84,19 @@ def _parts(registry: NamedModules) -> list[_Part]:
         if slot is not None and slot.member in slot.stack.intact:
             stacks.setdefault(slot.stack, []).append(slot.member)
         elif norms := [_norm(each.grad, 0) for each in expert.parameters() if each.grad is not None]:
-            found.append(_Part([name], np.ones(1, dtype=np.bool_), norms))
+            found.append(_Part([name], np.ones(1, dtype=np.bool_), True, norms))
     return found + [part for stack, members in stacks.items() if (part := _of_stack(stack, members)).norms]
 
 
 def _of_stack(stack: Stack, members: Sequence[int]) -> _Part:
     wholes = [whole for whole in map(stack.whole, stack.keys) if whole.grad is not None]
     is_asked = np.zeros(len(stack.names), dtype=np.bool_)
+    is_known = all(map(is_joined, wholes))
     for whole in wholes:
-        present = reached(whole)
+        present = reached(whole) if is_known else None
         is_asked |= True if present is None else present
     is_asked[list(set(range(len(stack.names))) - set(members) | stack.frozen)] = False
-    return _Part(stack.names, is_asked, [_norm(cast(torch.Tensor, whole.grad), 1) for whole in wholes])
+    return _Part(stack.names, is_asked, is_known, [_norm(cast(torch.Tensor, whole.grad), 1) for whole in wholes])
 
 
 def _norm(grad: torch.Tensor, num_axes: int) -> torch.Tensor:

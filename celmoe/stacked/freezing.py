@@ -8,7 +8,7 @@ from torch import nn
 
 from celmoe.names import FROZEN
 
-from .stack import Entry, Stack, slot_of
+from .stack import Stack, slot_of
 
 
 def freeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> None:
@@ -67,11 +67,10 @@ def trained_paths(expert: nn.Module) -> frozenset[str]:
 
 def _own(expert: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that are in no stack, by path."""
-    return (
-        (path, parameter)
-        for path, parameter in expert.named_parameters(remove_duplicate=False)
-        if not isinstance(parameter, Entry)
-    )
+    for path, module in expert.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def _held(experts: Iterable[nn.Module]) -> set[int]:

@@ -40,6 +40,7 @@ class _Parallel:
         ddp: A weak reference to the wrapper.
         stacks: The trained stacked parameters, in the model's order.
         syncs: True if the last forward pass is one whose backward pass reduces gradients.
+        is_due: True if ranks have reduced gradients since they joined their notes.
         known: By the experts of a model, the parameters by level that its hidden states are tied to.
         hook: The handle of the hook on gradients; ``None`` without stacks.
     """
@@ -52,7 +53,7 @@ class _Parallel:
         self._group = ddp.process_group
         self._trained = {id(each) for each in trained.values()}
         self.known: Any = weakref.WeakKeyDictionary()
-        self._is_due = False
+        self.is_due = False
         # DDP needs a gradient of some parameter on every rank, in every backward pass.
         watched = list(trained.values()) if self.stacks else []
         self.hook = register_multi_grad_hook(watched, self._begin, mode="any") if watched else None
@@ -97,11 +98,11 @@ class _Parallel:
     def _begin(self, _grad: torch.Tensor | None) -> None:
         """Forget what reached stacks before their gradients were cleared, as a backward pass begins to add new ones."""
         forget_cleared(each for each in self.stacks if each.grad is None)
-        self._is_due |= self.syncs
+        self.is_due |= self.syncs
 
     def join(self) -> None:
         """Join the ranks' notes of reached members, once for each reduction."""
-        if not self._is_due or not self.stacks or not torch.distributed.is_initialized():
+        if not self.is_due or not self.stacks or not torch.distributed.is_initialized():
             return
         # The last tells if a backward pass has ever noted members: else the gradient is of all.
         own = [np.append(kept(each), reached(each) is not None) for each in self.stacks]
@@ -109,7 +110,7 @@ class _Parallel:
         for each, members in zip(self.stacks, joined, strict=True):
             if members[-1]:
                 set_reached(each, members[:-1])
-        self._is_due = False
+        self.is_due = False
 
 
 def joined_members(
@@ -194,8 +195,8 @@ def ties_of(levels: nn.ModuleDict) -> Mapping[str, Sequence[nn.Parameter]]:
             )
         if not ddp.find_unused_parameters and not all(each.requires_grad for each in parallel.stacks):
             raise StackedError(
-                "'model' must have a trained expert in each stack of its DistributedDataParallel (got a stack of experts "
-                "that are all frozen since; wrap the model anew, or call celmoe.distributed.prepare_ddp)"
+                "'model' must have a trained expert in each stack of its DistributedDataParallel (got a stack whose "
+                "experts are all frozen since; wrap the model anew, or call celmoe.distributed.prepare_ddp)"
             )
         parallel.syncs = ddp.require_backward_grad_sync
         return parallel.ties(levels) if parallel.stacks else {}
@@ -207,3 +208,8 @@ def join_reached() -> None:
     """Let all ranks know the members that gradients under DDP are of; to be called before presence is read."""
     for each in _PARALLEL:
         each.join()
+
+
+def is_joined(stack: torch.Tensor) -> bool:
+    """True if this rank knows all members that a stack's gradient is of."""
+    return not any(each.is_due and any(stack is one for one in each.stacks) for each in _PARALLEL)

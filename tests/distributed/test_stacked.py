@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
@@ -50,6 +50,7 @@ JOBS = {
     "clipped": Job(STEPS[:3], engine="auto", max_norm=0.05, optimizer="SGD"),
     "detached": Job(STEPS[:4], detached=("ru", "fr"), engine="grouped"),
     "sequences and context": Job(STEPS[1:5], positions=3, has_context=True, engine="grouped"),
+    "frozen for a while": Job(drawn_steps(6, 6), engine="auto", frozen_at={1: ("ru",), 2: ("ru", "fr"), 4: ("de",)}),
     "in a network": Job(STEPS[:5], has_network=True, engine="auto"),
     "no gradient into the rows": Job(STEPS, hidden_grad=False, engine="auto"),
 }
@@ -71,7 +72,11 @@ def values_of(model):
 def train_in_step(job, model, optimizer, run, *, backward=None):
     """The values after each step; ``run(batch, is_last)`` gives the loss of one micro-batch."""
     history = []
+    (hierarchy,) = [each for each in model.modules() if isinstance(each, celmoe.HierarchicalCELMoE)]
     for step, micros in enumerate(job.steps):
+        for name in jobs.FAMILY_OF if job.frozen_at else ():
+            freezes = hierarchy.freeze if name in job.frozen_at.get(step, ()) else hierarchy.unfreeze
+            freezes("language", name)
         optimizer.zero_grad()
         for micro in range(len(micros)):
             batch = jobs.make_batches(job, step, micro)[dist.get_rank()]
@@ -287,6 +292,106 @@ def test_levels_sharded_over_more_ranks_than_a_level_has_experts(four):
     """Of three families, the fourth rank holds none."""
     job = Job(drawn_steps(5, 5, ranks=4), engine="auto")
     assert_spread_values_as_alone(job, four.run(train_with_levels_sharded, job))
+
+
+def look_at_sharded_stacks():
+    """What can be done with a stack of which this rank holds some members."""
+    job = Job(STEPS)
+    model = stacked_model(job)
+    shard_levels(model, dist.init_device_mesh("cpu", (2,)))
+    expert = model.level_modules["language"]["ru"]
+    attempts = {
+        "read": lambda: expert.up.weight,
+        "list": lambda: list(expert.parameters()),
+        "save": model.state_dict,
+        "load": lambda: model.load_state_dict(jobs.make_model(job).state_dict()),
+        "groups": lambda: celmoe.parameter_groups(model, {"language/r*": {"lr": 0.1}}),
+        "unstack": lambda: celmoe.unstack_experts(model),
+        "stack": lambda: celmoe.stack_experts(model),
+    }
+    said = {}
+    for what, attempt in attempts.items():
+        with pytest.raises(celmoe.StackedError) as caught:
+            attempt()
+        said[what] = str(caught.value)
+    explained = str(model.explain({"language": ["ru", "fr"]}))
+    names = [name for name, _ in model.named_parameters()]
+    model.level_modules["language"].unshard()
+    weight = expert.up.weight.detach().clone()
+    model.level_modules["language"].reshard()
+    return said, explained.count("language"), names, weight
+
+
+def test_views_of_sharded_stacks_are_refused(two):
+    (said, explained, names, weight), (same, *_) = two.run(look_at_sharded_stacks)
+    assert said == same
+    view = "'up.weight' of expert 'ru' must be read or written while this rank holds the whole stack (got one that is "
+    cure = (
+        "sharded over ranks; call the level's unshard() on all ranks, model.level_modules[...].unshard(), or "
+        "save_checkpoint and load_checkpoint)"
+    )
+    assert said["read"] == view + cure
+    for what in ("list", "save", "load", "groups"):
+        assert said[what].endswith(cure), what
+    for what in ("stack", "unstack"):
+        assert said[what].startswith("'model' must be stacked or unstacked before it is spread over ranks")
+    assert explained
+    assert sum("stack:" in name for name in names) == 2 * len(list(jobs.Expert(jobs.WIDTH, Job([])).parameters()))
+    assert_close("a view", weight, jobs.make_model(Job([])).level_modules["language"]["ru"].up.weight.detach(), 0.0)
+
+
+def refuse_other_axes():
+    model = stacked_model(Job([]))
+    with pytest.raises(celmoe.StackedError) as caught:
+        shard_levels(model, dist.init_device_mesh("cpu", (2,)), shard_placement_fn=lambda _: Shard(1))
+    return str(caught.value), not any(isinstance(each, DTensor) for each in model.parameters())
+
+
+def test_stacks_are_sharded_by_experts_only(two):
+    for said, is_unchanged in two.run(refuse_other_axes):
+        assert said.startswith(
+            "'shard_placement_fn' must leave stacks to be sharded by experts, on their first axis (got"
+        )
+        assert is_unchanged
+
+
+def norms_by_expert(layout):
+    """The norms of a step's gradients, by one process or by ranks, before a step is made."""
+    job = Job(drawn_steps(7, 2), engine="auto", objective="fused")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    model = jobs.make_model(job) if layout == "alone" else stacked_model(job)
+    parallel, reduces = model, lambda: None
+    if layout == "ddp":
+        parallel = DistributedDataParallel(model)
+    elif layout == "experts":
+        reduces = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))).reduce_gradients
+    elif layout == "levels":
+        shard_levels(model, dist.init_device_mesh("cpu", (2,)))
+    found = []
+    for step in range(2):
+        model.zero_grad()
+        batches = jobs.make_batches(job, step, 0)
+        if layout == "alone":
+            batch = jobs.joined(batches)
+            (jobs.loss_sum(job, model(**batch.inputs(job)), batch) / len(batch.languages)).backward()
+        else:
+            loss_of(job, parallel, batches[rank]).backward()
+        reduces()
+        found.append(celmoe.gradient_norms(model))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["ddp", "levels", "experts"])
+def test_norms_by_expert(two, layout):
+    """A rank that holds some experts only knows the norms of these."""
+    by_rank = two.run(norms_by_expert, layout)
+    for step, theirs in enumerate(norms_by_expert("alone")):
+        for level, norms in theirs.items():
+            here = [found[step][level] for found in by_rank]
+            assert set().union(*here) == norms.keys(), (step, level)
+            assert layout == "experts" or here[0].keys() == here[1].keys()
+            for each in here:
+                assert each == pytest.approx({name: norms[name] for name in each}, rel=1e-10)
 
 
 class Checkpointed(jobs.Network):
