@@ -43,6 +43,7 @@ from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
 from .grouped.declared import rowwise
 from .grouped.kernels import operators as operators
+from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
 from .loss import (
     BridgeLossCallable,
@@ -54,6 +55,7 @@ from .loss import (
     LossResult,
     LossTerm,
 )
+from .norms import gradient_norms
 from .outputs import CELMoEOutput, LevelOutput
 from .routing.compiler import RoutingCompiler
 from .routing.plan import LevelPlan, RoutingPlan
@@ -124,8 +126,10 @@ __all__ = [
     "UnknownExpertError",
     "UnknownLevelError",
     "__version__",
+    "gradient_norms",
     "merge_routing",
     "optim",
+    "parameter_groups",
     "reference",
     "routing_constant",
     "rowwise",

@@ -6,12 +6,15 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .names import NamedModules
 from .routing.plan import LevelPlan
+from .stacked.stack import slot_of
 
 _HEADINGS = {
     "level": "level",
@@ -174,10 +177,22 @@ def _movement(plan: LevelPlan) -> str:
     return "one gather each way"
 
 
-def _initialized(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The modules' parameters, each once, without those that a lazy module has not sized yet."""
-    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+def _initialized(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """The modules' parameters, each once, without those that a lazy module has not sized yet.
+
+    A stacked expert's are given by their shapes only: other ranks may hold their values.
+    """
+    found: dict[Any, torch.Tensor] = {}
+    for part in (part for module in modules for part in module.modules()):
+        found |= {id(each): each for each in part._parameters.values() if each is not None}
+        if (slot := slot_of(part)) is not None:
+            wholes = [slot.stack.whole(path) for path in slot.paths.values() if path is not None]
+            found |= {(id(each), slot.member): _one_of(each) for each in wholes if id(each) not in found}
     return [parameter for parameter in found.values() if not is_lazy(parameter)]
+
+
+def _one_of(stack: torch.Tensor) -> torch.Tensor:
+    return torch.empty(stack.shape[1:], dtype=stack.dtype, device="meta")
 
 
 def _cells(line: LevelExplanation) -> tuple[str, ...]:

@@ -555,3 +555,13 @@ def without_amp_scaling(optimizer: torch.optim.Optimizer) -> None:
 def current_backward() -> int:
     """The number of the backward pass that runs in this thread."""
     return torch._C._current_graph_task_id()
+
+
+def active_ddp() -> torch.nn.parallel.DistributedDataParallel | None:
+    """The `DistributedDataParallel` whose forward pass runs."""
+    return torch.nn.parallel.DistributedDataParallel._active_ddp_module
+
+
+def is_joining(ddp: torch.nn.parallel.DistributedDataParallel) -> bool:
+    """True within ``ddp.join()``, where ranks may end before others."""
+    return bool(ddp._join_config.enable)

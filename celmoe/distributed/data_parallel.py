@@ -15,7 +15,6 @@ from celmoe.errors import (
     InputError,
     InputTypeError,
     ProcessGroupError,
-    StackedError,
     listed,
 )
 from celmoe.hierarchy import HierarchicalCELMoE
@@ -83,7 +82,8 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
         model: A `HierarchicalCELMoE`, or any module that holds some.
         objective: Takes the model and the caller's arguments, and returns the loss: a floating-point scalar.
         **options: Options of `DistributedDataParallel`. ``forward_sync_buffers`` is off by default: the first rank's
-            buffers say nothing of experts that the rank has not seen.
+            buffers say nothing of experts that the rank has not seen. ``find_unused_parameters=False`` is for stacked
+            experts: the objective must reach ``fused_hidden`` then, or the last level's hidden states, on every rank.
 
     Raises:
         ProcessGroupError: No process group is initialised. The result raises it for a trained parameter that was
@@ -104,12 +104,16 @@ def prepare_ddp(model: nn.Module, objective: Callable[..., torch.Tensor], **opti
     require_process_group("prepare_ddp")
     if not callable(objective):
         raise ConfigTypeError(f"'objective' must be callable (got {objective!r})")
-    for name, (value, why) in _FIXED.items():
+    fixed = dict(_FIXED)
+    if any(STACKED in name for name, _ in model.named_parameters()):
+        # The model itself sees to it that a stack is used.
+        del fixed["find_unused_parameters"]
+    for name, (value, why) in fixed.items():
         if options.get(name, value) != value:
             raise ConfigError(f"{name!r} must be {value}, for {why} (got {options[name]!r})")
     refuse_collectives(model)
     refuse_sparse(model, "prepare_ddp")
-    options = {"forward_sync_buffers": False, **options, **{name: value for name, (value, _) in _FIXED.items()}}
+    options = {"forward_sync_buffers": False, **{name: value for name, (value, _) in _FIXED.items()}, **options}
     return DistributedDataParallel(_Objective(model, objective), **options)
 
 
@@ -154,24 +158,6 @@ def refuse_sparse(model: nn.Module, call: str) -> None:
             raise ConfigError(
                 f"'model' must have no embedding with sparse=True in its experts for '{call}' (got one at "
                 f"'level_modules.{name}': set sparse=False, or call reduce_gradients instead)"
-            )
-
-
-def refuse_stacks(model: nn.Module, call: str) -> None:
-    """Refuse stacked experts, whose parameters are no expert's own.
-
-    Args:
-        model: The model.
-        call: The call that places the parameters of experts.
-
-    Raises:
-        StackedError: Some experts are stacked.
-    """
-    for name, parameter in model.named_parameters():
-        if STACKED in name:
-            raise StackedError(
-                f"'model' must have no stacked experts for '{call}' (got the stacked parameter {name!r} of shape "
-                f"{tuple(parameter.shape)}; call celmoe.unstack_experts first)"
             )
 
 

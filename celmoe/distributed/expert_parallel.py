@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,18 +11,28 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from celmoe.config import HierarchyLevelConfig, require_finite
-from celmoe.errors import ConfigError, ProcessGroupError, UnknownExpertError, UnknownLevelError, listed, nearest
+from celmoe.errors import (
+    ConfigError,
+    ProcessGroupError,
+    StackedError,
+    UnknownExpertError,
+    UnknownLevelError,
+    listed,
+    nearest,
+)
 from celmoe.explain import parameter_bytes
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
-from celmoe.names import NamedModules
+from celmoe.names import ELSEWHERE, STACKED, NamedModules
+from celmoe.stacked.stack import stacks_of
+from celmoe.stacked.stacking import key_of, require_no_optimizer, stack_members, unstack_experts
 
-from .data_parallel import refuse_collectives, refuse_stacks, require_hierarchy
+from .data_parallel import refuse_collectives, require_hierarchy
 from .gradients import buckets, reduce_over
 from .groups import groups_of, require_dimension, require_mesh, require_process_group, require_whole_world
 from .meeting import Table
 from .placement import balanced
-from .remote import GradientNorms, Place, RemoteExpert, stand_ins
+from .remote import GradientNorms, Place, RemoteExpert, stand_in_of, stand_ins
 from .sharded_level import Passage, ShardedLevel
 
 
@@ -115,6 +125,9 @@ def shard_experts(
     No sample is dropped, however many come. Levels that are not spread stay data-parallel, and so does everything along
     the mesh's other dimensions. All ranks get the first rank's parameters and buffers.
 
+    Stacked experts stay stacked: each rank has a stack of those that it holds. Stack experts before, and make the
+    optimizer afterwards.
+
     After the backward pass, call `ExpertSharding.reduce_gradients`. Every rank makes the same number of calls and
     backward passes; a rank without samples passes an empty batch. The objective must reach ``fused_hidden`` on every
     rank; or else the same levels' hidden states, and no expert's losses. Context that an expert sees whole (see
@@ -134,11 +147,11 @@ def shard_experts(
         UnknownLevelError, UnknownExpertError: The model has no such level or expert.
         ConfigError, ConfigTypeError: There is no level to spread; a load is negative or no number; the model is already
             sharded; an expert has a collective of its own; or experts on several ranks share a tensor.
+        StackedError: An optimizer holds stacked parameters.
     """
     require_process_group("shard_experts")
     require_mesh(mesh)
     require_hierarchy(model)
-    refuse_stacks(model, "shard_experts")
     position = require_dimension(mesh, dimension, "dimension")
     require_whole_world(mesh)
     refuse_collectives(model)
@@ -150,8 +163,20 @@ def shard_experts(
         for level in chosen
     }
     _refuse_shared(model, owners)
-    _require_alike(model, owners)
+    registries = {level: cast(NamedModules, model.level_modules[level]) for level in owners}
+    stacks = {level: stacks_of(registry) for level, registry in registries.items()}
+    wholes = [
+        cast(nn.Parameter, stack.whole(path)) for some in stacks.values() for stack in some for path in stack.keys
+    ]
+    _require_alike(model, owners, wholes)
     _broadcast(model, mesh)
+    # The members of each stack, as long as they are alike.
+    members = {
+        level: [[stack.names[place] for place in sorted(stack.intact)] for stack in some]
+        for level, some in stacks.items()
+    }
+    if wholes:
+        unstack_experts(model, owners)
 
     group = mesh.get_group(position)
     passage = Passage(group, Table(group, {level.name: tuple(level.experts) for level in chosen}), chosen[0].name)
@@ -161,9 +186,13 @@ def shard_experts(
     for index, config in enumerate(model.levels):
         if config.name not in owners:
             continue
-        modules = cast(NamedModules, model.level_modules[config.name])
+        modules = registries[config.name]
+        own_members = members[config.name]
+        _stack_anew(config.name, modules, own_members, owners[config.name], places, rank)
+        stacked = {name for names in own_members for name in names}
         for name, owner in owners[config.name].items():
-            parameters = {each: it for each, it in modules[name].named_parameters() if it not in placed}
+            ordinary = {} if name in stacked else dict(modules[name].named_parameters())
+            parameters = {each: it for each, it in ordinary.items() if it not in placed}
             placed.update(parameters.values())
             places[owner] += [(config.name, name, each) for each in parameters]
             if owner != rank:
@@ -171,6 +200,43 @@ def shard_experts(
         model._levels[index] = ShardedLevel(config, modules, tuple(owners[config.name].values()), passage)
     model.register_forward_hook(passage.leave)
     return ExpertSharding(model, mesh, dimension, owners, GradientNorms(group, places))
+
+
+def _stack_anew(
+    level: str,
+    modules: NamedModules,
+    members: Sequence[Sequence[str]],
+    owners: Mapping[str, int],
+    places: Sequence[list[Place]],
+    rank: int,
+) -> None:
+    """Stack the members of former stacks that stay on this rank; stand-ins take the places of other ranks' stacks.
+
+    Stacks and stand-ins stand in one order on all ranks. See [Note: Gradients elsewhere].
+
+    Args:
+        level: The level's name.
+        modules: The level's experts, all of them ordinary ones.
+        members: The names of each former stack's members.
+        owners: The rank of each expert.
+        places: By rank, the parameters there; added to.
+        rank: This rank.
+    """
+    number = 0
+    for names in members:
+        for owner, there in enumerate(places):
+            own = [name for name in names if owners[name] == owner]
+            if not own:
+                continue
+            tensors = dict(modules[own[0]].named_parameters())
+            keys = {path: key_of(number, path) for path in tensors}
+            there += [(level, "", key) for key in keys.values()]
+            if owner == rank:
+                stack_members(modules, own, number)
+            else:
+                for path, key in keys.items():
+                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = stand_in_of(tensors[path])
+            number += 1
 
 
 def _chosen(model: HierarchicalCELMoE, levels: Iterable[str] | None) -> list[HierarchyLevelConfig]:
@@ -222,7 +288,7 @@ def _costs(
 
 def _refuse_shared(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, int]]) -> None:
     """Refuse shared tensors that would land on several ranks, and diverge there."""
-    places: dict[int, tuple[object, str]] = {}
+    places: dict[int, tuple[object, str, torch.Tensor]] = {}
     for level in model.levels:
         for expert in level.experts:
             rank = owners[level.name][expert] if level.name in owners else None
@@ -230,9 +296,12 @@ def _refuse_shared(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, 
     _place(model.fusion, None, "fusion", places)
 
 
-def _place(module: nn.Module, rank: int | None, owner: str, places: dict[int, tuple[object, str]]) -> None:
+def _place(
+    module: nn.Module, rank: int | None, owner: str, places: dict[int, tuple[object, str, torch.Tensor]]
+) -> None:
     for name, tensor in [*module.named_parameters(owner), *module.named_buffers(owner)]:
-        other_rank, other = places.setdefault(id(tensor), (rank, name))
+        # Another tensor may take the number of one that is gone.
+        other_rank, other, _ = places.setdefault(id(tensor), (rank, name, tensor))
         if other_rank != rank:
             raise ConfigError(
                 f"'model' must share no tensor between experts on different ranks, or with what every rank holds (got "
@@ -240,14 +309,24 @@ def _place(module: nn.Module, rank: int | None, owner: str, places: dict[int, tu
             )
 
 
-def _require_alike(model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, int]]) -> None:
-    """Refuse models that differ from rank to rank."""
+def _require_alike(
+    model: HierarchicalCELMoE, owners: Mapping[str, Mapping[str, int]], stacks: Sequence[nn.Parameter]
+) -> None:
+    """Refuse models that differ from rank to rank, or of whose stacks a rank has an optimizer; every rank raises."""
+    said = ""
+    try:
+        require_no_optimizer(stacks, "spread over ranks")
+    except StackedError as error:
+        said = str(error)
     tensors = [
         (name, tuple(tensor.shape), tensor.dtype)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
     ]
     everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, (owners, tensors))
+    dist.all_gather_object(everyones, ((owners, tensors), said))
+    if said := next((text for _, text in everyones if text), ""):
+        raise StackedError(said)
+    everyones = [each for each, _ in everyones]
     differing = [rank for rank, each in enumerate(everyones) if each != everyones[0]]
     if differing:
         theirs, ours = everyones[differing[0]], everyones[0]

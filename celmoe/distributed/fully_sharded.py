@@ -11,24 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from celmoe.config import HierarchyLevelConfig
-from celmoe.errors import ConfigError, ConfigTypeError
+from celmoe.errors import ConfigError, ConfigTypeError, StackedError
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level, LevelInput
-from celmoe.names import NamedModules
+from celmoe.names import STACKED, NamedModules
 from celmoe.outputs import LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.dispatch import Blocks
-from celmoe.torch_internals import after_backward, tree_flatten, tree_unflatten
+from celmoe.stacked.parallel import joined_members
+from celmoe.stacked.presence import kept, set_reached
+from celmoe.torch_internals import after_backward, current_backward, tree_flatten, tree_unflatten
 
-from .data_parallel import refuse_collectives, refuse_sparse, refuse_stacks, require_hierarchy
+from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
 from .groups import groups_of, require_mesh, require_process_group, require_whole_world
 
 # Takes the token, and returns the tensors of a level's output.
@@ -52,7 +55,7 @@ class Usage:
     """Records the experts' parameters that had gradients, on any rank, since the last reduction.
 
     ``fully_shard`` reduces zeros if a rank has no gradient. A parameter without a gradient on any rank gets `None`
-    back.
+    back. Of a stack, the members that had gradients are recorded, too.
 
     Args:
         mesh: The ranks.
@@ -64,38 +67,47 @@ class Usage:
         self._device = mesh.device_type
         self._registries = list(registries)
         self._sharded = [list(registry.parameters()) for registry in self._registries]
-        self._had = [[False] * len(each) for each in self._sharded]
-        self._used = [[False] * len(each) for each in self._sharded]
-        self._is_queued = False
-
-    def enter(self, level: int) -> None:
-        """Note a level's gradients before the level runs: its parameters are sharded, as the optimizer sees them."""
-        self._had[level] = [parameter.grad is not None for parameter in self._sharded[level]]
+        are_stacks = [[STACKED in name for name, _ in registry.named_parameters()] for registry in self._registries]
+        # By level and parameter: 1 if it had a gradient; of a stack, if each of its members had.
+        self._none = [
+            [np.zeros(len(each) if is_stack else 1, dtype=np.bool_) for each, is_stack in zip(some, are, strict=True)]
+            for some, are in zip(self._sharded, are_stacks, strict=True)
+        ]
+        self._used = [list(each) for each in self._none]
+        # For the backward pass of this number.
+        self._had: list[list[bool]] = []
+        self._backward = -1
+        self._are_stacks = are_stacks
 
     def leave(self, level: int) -> None:
         """Note a level's gradients after its backward pass: the gathered parameters have them."""
-        used = self._used[level]
-        for place, parameter in enumerate(self._registries[level].parameters()):
-            used[place] |= parameter.grad is not None
-        if not self._is_queued:
-            self._is_queued = True
+        if self._backward != (backward := current_backward()):
+            self._backward = backward
+            # Those that the optimizer sees: this pass has not reduced any yet.
+            self._had = [[parameter.grad is not None for parameter in some] for some in self._sharded]
             # Runs after the callback of ``fully_shard``, queued when this backward pass reached the first level.
             after_backward(self._settle)
+        used = self._used[level]
+        for place, parameter in enumerate(self._registries[level].parameters()):
+            if parameter.grad is not None:
+                members = kept(parameter) if self._are_stacks[level][place] else self._none[level][place]
+                # A gradient that came in another way than by members' results is of all members.
+                used[place] = used[place] | (members if members.any() else True)
 
     def _settle(self) -> None:
-        self._is_queued = False
-        flat = torch.tensor([used for level in self._used for used in level], dtype=torch.uint8, device=self._device)
-        for group in self._groups:
-            dist.all_reduce(flat, dist.ReduceOp.MAX, group)
-        anywhere = iter(flat.tolist())
+        flat = [each for used in self._used for each in used]
+        anywhere = iter(joined_members(flat, self._groups, torch.device(self._device)))
         for level, parameters in enumerate(self._sharded):
-            self._used[level] = [bool(next(anywhere)) for _ in parameters]
+            used = self._used[level] = [next(anywhere) for _ in parameters]
             if all(parameter.grad is None for parameter in parameters):
                 continue  # not reduced yet: gradients are being accumulated
-            for parameter, had, used in zip(parameters, self._had[level], self._used[level], strict=True):
-                if not had and not used:
+            for place, parameter in enumerate(parameters):
+                has_more = self._had[level][place]
+                if self._are_stacks[level][place]:
+                    set_reached(parameter, used[place] | kept(parameter) if has_more else used[place])
+                if not has_more and not used[place].any():
                     parameter.grad = None
-            self._used[level] = [False] * len(parameters)
+            self._used[level] = list(self._none[level])
 
 
 class _Enter(Function):
@@ -217,7 +229,6 @@ class FullyShardedLevel(Level):
             given = given._replace(blocks=None)  # the blocks are the rows before the cast
         if self.is_detached:
             hidden = hidden.detach()
-        self._usage.enter(self._position)
         found: list[Any] = []
 
         def run(token: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -246,6 +257,8 @@ def shard_levels(
 ) -> HierarchicalCELMoE:
     """Spread every parameter of a model over ranks by ``fully_shard``, level by level, in place.
 
+    Stacks are sharded by experts, on their first axis. Stack experts before.
+
     Every rank calls the model as before, with its own samples. The backward pass averages gradients, and experts that
     are absent on all ranks keep ``None``. Make the optimizer afterwards. A network around the model may be wrapped by
     ``fully_shard`` next. Every rank makes the same number of calls and backward passes; a rank without samples passes
@@ -267,22 +280,24 @@ def shard_levels(
         MeshError: The mesh leaves processes out.
         ConfigError, ConfigTypeError: The model is no `HierarchicalCELMoE`, is already sharded, or has an expert with a
             collective of its own or sparse gradients; or the policy is no `MixedPrecisionPolicy`.
+        StackedError: ``shard_placement_fn`` would shard a stack on another axis than the first.
     """
     require_process_group("shard_levels")
     require_mesh(mesh)
     require_hierarchy(model)
-    refuse_stacks(model, "shard_levels")
     require_whole_world(mesh)
     refuse_collectives(model)
     refuse_sparse(model, "shard_levels")
     if any(type(level) is not Level for level in model._levels) or isinstance(model, FSDPModule):
         raise ConfigError("'model' must not be sharded yet (got one that is)")
+    _require_rows(model, options.get("shard_placement_fn"))
     if not isinstance(mp_policy, MixedPrecisionPolicy):
         raise ConfigTypeError(f"'mp_policy' must be a MixedPrecisionPolicy (got {mp_policy!r})")
     registries = []
     for level in model.levels:
-        experts = GatheredExperts(dict(cast(NamedModules, model.level_modules[level.name]).items()))
-        model.level_modules[level.name] = experts
+        experts = cast(GatheredExperts, model.level_modules[level.name])
+        # In place, for stacks know the module that holds them.
+        object.__setattr__(experts, "__class__", GatheredExperts)
         wrapped = fully_shard(experts, mesh=mesh, mp_policy=replace(mp_policy, output_dtype=None), **options)
         wrapped.set_reduce_scatter_unused_params(True, recurse=False)
         registries.append(experts)
@@ -296,3 +311,18 @@ def shard_levels(
         for position, (level, registry) in enumerate(zip(model.levels, registries, strict=True))
     ]
     return model
+
+
+def _require_rows(model: nn.Module, placement: Any) -> None:
+    """Refuse to shard stacks in another way than by experts.
+
+    Raises:
+        StackedError: The option ``shard_placement_fn`` wants to.
+    """
+    for name, parameter in model.named_parameters():
+        wanted = placement(parameter) if STACKED in name and placement is not None else None
+        if wanted is not None and not (isinstance(wanted, Shard) and wanted.dim == 0):
+            raise StackedError(
+                f"'shard_placement_fn' must leave stacks to be sharded by experts, on their first axis (got {wanted} "
+                f"for {name!r}; return None for it)"
+            )

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,6 +18,8 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from celmoe.errors import InputError, InputTypeError
+from celmoe.stacked.parallel import joined_members
+from celmoe.stacked.presence import reached, set_reached
 
 from .groups import groups_of, require_mesh, require_process_group
 
@@ -70,6 +74,9 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
     pass takes part like any other. Nothing is sent for experts that are absent everywhere; `prepare_ddp` sends zeros
     for such experts.
 
+    Ranks also join their notes of the members that stacks' gradients are of, so that `celmoe.optim` steps the same
+    experts on all ranks.
+
     Sparse gradients (``nn.Embedding(sparse=True)``) stay sparse: ranks send their entries alone. A parameter whose
     gradient is dense on any rank gets a dense gradient on all ranks.
 
@@ -87,8 +94,8 @@ def reduce_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> No
 
 
 # Kinds of gradients. Ranks' gradients join to the largest of their kinds. A sparse gradient's kind is the number of its
-# sparse axes.
-_NONE, _DENSE = 0, 255
+# sparse axes. A stack's is of some of its members.
+_NONE, _DENSE, _OF_MEMBERS = 0, 254, 255
 
 
 def reduce_over(parameters: Sequence[nn.Parameter], groups: Sequence[dist.ProcessGroup], divisor: int) -> None:
@@ -103,25 +110,43 @@ def reduce_over(parameters: Sequence[nn.Parameter], groups: Sequence[dist.Proces
     if not trained:
         return
     kinds = _joined_kinds(trained, groups)
+    stacks = [each for each, kind in zip(trained, kinds, strict=True) if kind == _OF_MEMBERS]
+    own = [_members(each) for each in stacks]
     with torch.no_grad():
-        for bucket in buckets([each for each, kind in zip(trained, kinds, strict=True) if kind == _DENSE]):
+        for bucket in buckets([each for each, kind in zip(trained, kinds, strict=True) if kind >= _DENSE]):
             _reduce_bucket(bucket, groups, divisor)
         for parameter, kind in zip(trained, kinds, strict=True):
             if _NONE < kind < _DENSE:
                 _reduce_sparse(parameter, kind, groups, divisor)
+    if groups:
+        for stack, members in zip(stacks, joined_members(own, groups, parameters[0].device), strict=True):
+            set_reached(stack, members)
+
+
+def _members(parameter: nn.Parameter) -> npt.NDArray[np.bool_]:
+    """``[M]``: true for the members that the gradient of a stack is of."""
+    if parameter.grad is None:
+        return np.zeros(len(parameter), dtype=np.bool_)
+    found = reached(parameter)
+    # A gradient that no backward pass gave is of all members.
+    return np.ones(len(parameter), dtype=np.bool_) if found is None else found
 
 
 def _joined_kinds(parameters: Sequence[nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> list[int]:
-    grads = [parameter.grad for parameter in parameters]
-    kinds = torch.tensor(
-        [_NONE if grad is None else grad.sparse_dim() if grad.is_sparse else _DENSE for grad in grads],
-        dtype=torch.uint8,
-    )
+    kinds = torch.tensor(list(map(_kind, parameters)), dtype=torch.uint8)
     if groups:
         kinds = kinds.to(parameters[0].device)
         for group in groups:
             dist.all_reduce(kinds, dist.ReduceOp.MAX, group)
     return cast(list[int], kinds.tolist())
+
+
+def _kind(parameter: nn.Parameter) -> int:
+    if (grad := parameter.grad) is None:
+        return _NONE
+    if grad.is_sparse:
+        return grad.sparse_dim()
+    return _DENSE if reached(parameter) is None else _OF_MEMBERS
 
 
 def buckets(tensors: Iterable[_Tensor]) -> list[list[_Tensor]]:

@@ -18,12 +18,13 @@ from torch import nn
 
 from celmoe.errors import ProcessGroupError, listed
 from celmoe.experts import ExpertBatch, ExpertModule, ExpertResult
-from celmoe.names import NamedModules
+from celmoe.names import ELSEWHERE, STACKED, NamedModules
 from celmoe.torch_internals import norms_as_clipped
 
 from .gradients import all_gathered
 
-# A parameter of an expert: the level's name, the expert's, and the parameter's name in the expert.
+# A parameter of an expert: the level's name, the expert's, and the parameter's name in the expert. A stack's parameter
+# has no expert, and the name in the level's registry.
 Place: TypeAlias = tuple[str, str, str]
 
 # Kinds of gradients.
@@ -43,7 +44,7 @@ class _StandIns(nn.Module):
             if rest:
                 below.setdefault(head, {})[rest] = parameter
             else:
-                self._parameters[head] = _stand_in(parameter)
+                self._parameters[head] = stand_in_of(parameter)
         for head, inner in below.items():
             # Not `add_module`: it refuses the names of attributes, which modules in an expert may have.
             self._modules[head] = _StandIns(inner)
@@ -64,7 +65,7 @@ class _StandIns(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, [], unexpected_keys, error_msgs)
 
 
-def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+def stand_in_of(parameter: torch.Tensor) -> nn.Parameter:
     """A stand-in with as many axes as the parameter: optimizers are chosen by the number of axes."""
     shape = (*(1 for _ in parameter.shape[1:]), 2) if parameter.dim() else ()
     return nn.Parameter(parameter.new_zeros(shape), parameter.requires_grad)
@@ -81,7 +82,8 @@ class RemoteExpert(ExpertModule):
         level: The level's name.
         expert: The expert's name.
         rank: The rank of the mesh's dimension that holds the expert.
-        parameters: The expert's parameters, by name; shared ones only for the first expert that has them.
+        parameters: The expert's parameters, by name; shared ones only for the first expert that has them, and none that
+            are stacked.
 
     Attributes:
         level: The level's name.
@@ -112,8 +114,31 @@ class RemoteExpert(ExpertModule):
 
 
 def stand_ins(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a model that stand for parameters on other ranks."""
-    return (each for module in model.modules() if isinstance(module, RemoteExpert) for each in module.parameters())
+    """The parameters of a model that stand for parameters on other ranks: experts' own, and stacked ones."""
+    for module in model.modules():
+        if isinstance(module, RemoteExpert):
+            yield from module.parameters()
+        elif isinstance(module, NamedModules):
+            for name, parameter in module._parameters.items():
+                if parameter is not None and name.startswith(ELSEWHERE):
+                    yield parameter
+
+
+def _places(level: str, experts: NamedModules) -> tuple[dict[Place, nn.Parameter], dict[Place, nn.Parameter]]:
+    """A level's parameters here, and the stand-ins for others, each by the place of the real one."""
+    here: dict[Place, nn.Parameter] = {}
+    there: dict[Place, nn.Parameter] = {}
+    for name, parameter in experts._parameters.items():
+        if parameter is not None:
+            place = level, "", name.replace(ELSEWHERE, STACKED)
+            (there if name.startswith(ELSEWHERE) else here)[place] = parameter
+    for expert, module in experts.items():
+        root, found = (module.elsewhere, there) if isinstance(module, RemoteExpert) else (module, here)
+        for path, part in root.named_modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    found[level, expert, f"{path}.{name}" if path else name] = parameter
+    return here, there
 
 
 class GradientNorms:
@@ -146,20 +171,11 @@ class GradientNorms:
         if len(self._places) == 1:
             return
         own = self._places[self._rank]
-        here = {
-            (level, expert, name): parameter
-            for level, experts in levels.items()
-            for expert, module in experts.items()
-            if not isinstance(module, RemoteExpert)
-            for name, parameter in module.named_parameters()
-        }
-        there = {
-            (level, expert, name): parameter
-            for level, experts in levels.items()
-            for expert, module in experts.items()
-            if isinstance(module, RemoteExpert)
-            for name, parameter in module.elsewhere.named_parameters()
-        }
+        here: dict[Place, nn.Parameter] = {}
+        there: dict[Place, nn.Parameter] = {}
+        for level, experts in levels.items():
+            for all_places, those in zip((here, there), _places(level, experts), strict=True):
+                all_places.update(those)
         known = {here[place] for place in own if place in here}
         new = [place for place, each in here.items() if each.grad is not None and each not in known]
         grads = [here[place].grad if place in here else None for place in own]
@@ -190,7 +206,7 @@ class GradientNorms:
 
     def _refuse(self, new: Sequence[Place]) -> None:
         everyones: list[Any] = [None] * len(self._places)
-        dist.all_gather_object(everyones, [".".join(place) for place in new], self._group)
+        dist.all_gather_object(everyones, [".".join(filter(None, place)) for place in new], self._group)
         ranks = [rank for rank, names in enumerate(everyones) if names]
         names = listed(name for each in everyones for name in each)
         raise ProcessGroupError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, cast
@@ -20,6 +21,7 @@ from celmoe.errors import StackedError
 from celmoe.names import SLOT
 from celmoe.torch_internals import RECURRENT_WEIGHTS, empty_recurrent, fill_recurrent, recurrent_weights
 
+from .rows import is_sharded, local, members_here
 from .stack import Entry, Place, Slot, kind_of, ordinary, slot_of
 
 # A weak reference: a class with a module's parametrizations holds the module.
@@ -67,7 +69,8 @@ _ON_ALL = "call it on the model, or on the level's modules"
 # Methods that act on parameters, with the cure.
 _OF_PARAMETERS = {
     **dict.fromkeys(("to", "to_empty", "type", "cpu", "cuda", "half", "float", "double", "bfloat16"), _ON_ALL),
-    **dict.fromkeys(("share_memory", "requires_grad_", "zero_grad"), f"{_ON_ALL}, or {_ALONE}"),
+    **dict.fromkeys(("share_memory", "zero_grad"), f"{_ON_ALL}, or {_ALONE}"),
+    "requires_grad_": f"call the model's freeze or unfreeze with the expert's name, or {_ALONE}",
 }
 
 
@@ -156,10 +159,16 @@ class StackedModule(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of this module and those below, as views of the stacked ones."""
+        """The parameters of this module and those below, as views of the stacked ones.
+
+        Alone, without the modules below, the module answers as it holds none: the stack has them. Whoever asks each
+        module of a model in turn, as `DistributedDataParallel` does, finds each tensor once.
+        """
+        if not recurse:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+            return
         seen: set[int] = set()
-        modules = self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate) if recurse else [(prefix, self)]
-        for path, module in modules:
+        for path, module in self.named_modules(prefix=prefix, remove_duplicate=remove_duplicate):
             for name, tensor in tensors_of(module).items():
                 if tensor is None or (remove_duplicate and id(tensor) in seen):
                     continue
@@ -169,7 +178,7 @@ class StackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         kept = self._parameters
-        self.__dict__["_parameters"] = tensors_of(self)
+        self.__dict__["_parameters"] = tensors_of(self, prefix)
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
@@ -236,13 +245,45 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
     return made
 
 
-def tensors_of(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters by name, in order, with views for the stacked ones."""
+def tensors_of(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """A module's parameters by name, in order, with views for the stacked ones.
+
+    Args:
+        module: The module.
+        prefix: The beginning of the parameters' names in the model, for `held`.
+    """
     slot = slot_of(module)
     if slot is None:
         return dict(module._parameters)
-    stacked = {name: None if path is None else slot.stack.entry(path, slot.member) for name, path in slot.paths.items()}
+    elsewhere: set[str] | None = getattr(_HELD, "elsewhere", None)
+    stacked: dict[str, Any] = {}
+    for name, path in slot.paths.items():
+        if path is None:
+            stacked[name] = None
+        elif elsewhere is None or not is_sharded(whole := slot.stack.whole(path)):
+            stacked[name] = slot.stack.entry(path, slot.member)
+        elif slot.member in (here := members_here(whole)):
+            stacked[name] = local(whole.detach()).select(0, slot.member - here.start)
+        else:
+            elsewhere.add(f"{prefix}{name}")
     return stacked | module._parameters
+
+
+_HELD = threading.local()
+
+
+def held(model: nn.Module) -> tuple[dict[str, Any], set[str]]:
+    """The ``state_dict`` of a model, with those members of sharded stacks that this rank holds.
+
+    Returns:
+        The state, and the names of the members' tensors that are on other ranks.
+    """
+    elsewhere: set[str] = set()
+    _HELD.elsewhere = elsewhere
+    try:
+        return dict(model.state_dict()), elsewhere
+    finally:
+        _HELD.elsewhere = None
 
 
 @contextlib.contextmanager
@@ -295,8 +336,10 @@ def reopen(module: nn.Module) -> None:
             own[name] = None
             continue
         whole = slot.stack.whole(path)
-        own[name] = made = nn.Parameter(whole.detach()[slot.member].clone(), requires_grad=whole.requires_grad)
-        if whole.grad is not None:
+        own[name] = made = nn.Parameter(
+            whole.detach()[slot.member].clone(), requires_grad=slot.stack.trains(path, slot.member)
+        )
+        if whole.grad is not None and slot.member not in slot.stack.frozen:
             made.grad = whole.grad[slot.member].clone()
     kind = kind_of(module)
     del module.__dict__[SLOT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from torch import nn
 
 from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
 from celmoe.hierarchy import HierarchicalCELMoE
-from celmoe.names import STACKED, NamedModules
+from celmoe.level import Level
+from celmoe.names import FROZEN, STACKED, NamedModules
 
 from .fitness import Owners, holding, likeness
+from .freezing import is_frozen, trained_paths
 from .member import close, reopen
-from .stack import Slot, Stack, slot_of
+from .stack import Slot, Stack, slot_of, stacks_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
     and order. The experts stay where they are, and their tensors are views of the stacks. Make optimizers afterwards.
 
     Experts are alike if their modules have the same classes, and their parameters the same names, shapes, dtypes,
-    devices and ``requires_grad``. Buffers stay as they are.
+    devices and ``requires_grad``; frozen experts are like those that are not. Buffers stay as they are.
 
     Args:
         model: The model.
@@ -79,7 +82,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
     Raises:
         InputTypeError: ``model`` is no `HierarchicalCELMoE`.
         UnknownLevelError: The model has no such level.
-        StackedError: An optimizer holds the experts' parameters.
+        StackedError: An optimizer holds the experts' parameters, or the model is spread over ranks.
     """
     names = _levels(model, levels)
     registries = [cast(nn.ModuleDict, model.level_modules[level]) for level in names]
@@ -90,8 +93,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
         alike: dict[tuple[str | None, Any], list[str]] = {}
         for name, expert in registry.items():
             # By class and reason, for the report.
-            is_own = type(registry) is NamedModules or slot_of(registry) is not None
-            why = owners.obstacle(expert) if is_own else "are held by other ranks, too"
+            why = owners.obstacle(expert)
             alike.setdefault((why, type(expert) if why else likeness(expert)), []).append(name)
         for (found, _), experts in alike.items():
             why = found or ("have no others like them" if len(experts) < 2 else None)
@@ -102,11 +104,11 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
                 # In the order of their rows: see `LevelPlan.present`.
                 groups.append((level, sorted(experts)))
     modules = [model.level_modules[level][name] for level, experts in groups for name in experts]  # type: ignore[index]
-    _require_no_optimizer([parameter for module in modules for parameter in module.parameters()])
+    require_no_optimizer([parameter for module in modules for parameter in module.parameters()], "stacked")
     for level, experts in groups:
         registry = cast(NamedModules, model.level_modules[level])
         kind = type(registry[experts[0]]).__name__
-        stack = _stack(registry, experts)
+        stack = stack_members(registry, experts)
         model._stacks.setdefault(level, []).append(stack)
         classes.append(StackedClass(level, kind, tuple(experts), stack.keys))
     order = {level: place for place, level in enumerate(names)}
@@ -115,7 +117,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
 
 @torch.inference_mode(False)
 def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> None:
-    """Give all stacked experts parameters of their own again, with the same values and gradients.
+    """Give all stacked experts parameters of their own again, with the same values and gradients, frozen as before.
 
     Args:
         model: The model.
@@ -124,6 +126,7 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
     Raises:
         InputTypeError: ``model`` is no `HierarchicalCELMoE`.
         UnknownLevelError: The model has no such level.
+        StackedError: The model is spread over ranks.
     """
     names = _levels(model, levels)
     wholes = [
@@ -140,8 +143,11 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
         )
     for level in names:
         registry = cast(nn.ModuleDict, model.level_modules[level])
-        stacks = {slot.stack for module in registry.modules() if (slot := slot_of(module)) is not None}
-        for module in {*registry.modules(), *(each for stack in stacks for each in stack.modules)}:
+        for expert in registry.values():
+            slot = slot_of(expert)
+            if slot is not None and slot.member in slot.stack.frozen:
+                expert.__dict__[FROZEN] = (*expert.__dict__.get(FROZEN, ()), *slot.stack.trained_paths)
+        for module in {*registry.modules(), *(each for stack in stacks_of(registry) for each in stack.modules)}:
             if slot_of(module) is not None:
                 reopen(module)
         for name in [each for each in registry._parameters if each.startswith(STACKED)]:
@@ -152,6 +158,11 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
 def _levels(model: HierarchicalCELMoE, levels: Collection[str] | None) -> list[str]:
     if not isinstance(model, HierarchicalCELMoE):
         raise InputTypeError(f"'model' must be a HierarchicalCELMoE (got {type(model).__name__})")
+    if any(type(level) is not Level for level in model._levels):
+        raise StackedError(
+            "'model' must be stacked or unstacked before it is spread over ranks (got one that is; save a checkpoint, "
+            "and load it into a new model)"
+        )
     known = list(model.level_modules)
     wanted = known if levels is None else [levels] if isinstance(levels, str) else list(levels)
     if unknown := [each for each in wanted if each not in known]:
@@ -161,46 +172,66 @@ def _levels(model: HierarchicalCELMoE, levels: Collection[str] | None) -> list[s
     return list(dict.fromkeys(wanted))
 
 
-def _require_no_optimizer(parameters: Sequence[nn.Parameter]) -> None:
+def require_no_optimizer(parameters: Sequence[nn.Parameter], what: str) -> None:
     """Refuse parameters that an optimizer holds: it would go on to step what no expert reads any more.
+
+    Args:
+        parameters: The parameters.
+        what: What is done to the model.
 
     Raises:
         StackedError: An optimizer holds some of the parameters.
     """
+    if holding(torch.optim.Optimizer, parameters):
+        # An optimizer that is gone may wait for the collector.
+        gc.collect()
     for each in holding(torch.optim.Optimizer, parameters):
         raise StackedError(
-            f"'model' must be stacked before its optimizer is made (got parameters that a {type(each).__name__} holds; "
+            f"'model' must be {what} before its optimizer is made (got parameters that a {type(each).__name__} holds; "
             f"make it anew from model.parameters() afterwards)"
         )
 
 
-def _stack(registry: NamedModules, names: Sequence[str]) -> Stack:
+def stack_members(registry: NamedModules, names: Sequence[str], number: int | None = None) -> Stack:
+    """Stack the tensors of alike experts of a level.
+
+    Args:
+        registry: The level's experts.
+        names: The names of those to stack.
+        number: The stack's number among the level's; by default the first that is free.
+    """
     experts = [registry[name] for name in names]
     paths = [path for path, _ in experts[0].named_parameters()]
-    number = next(
-        number
-        for number in range(len(registry) + 1)
-        if not any(_key(number, path) in registry._parameters for path in paths)
-    )
-    stack = Stack(registry, names, {path: _key(number, path) for path in paths})
+    if number is None:
+        number = next(
+            number
+            for number in range(len(registry) + 1)
+            if not any(key_of(number, path) in registry._parameters for path in paths)
+        )
+    stack = Stack(registry, names, {path: key_of(number, path) for path in paths})
+    trained = trained_paths(experts[0])
+    frozen = [index for index, expert in enumerate(experts) if is_frozen(expert)]
     for path in paths:
         tensors = [expert.get_parameter(path) for expert in experts]
-        registry._parameters[stack.keys[path]] = _stacked(tensors)
+        registry._parameters[stack.keys[path]] = _stacked(tensors, is_trained=path in trained)
     for index, expert in enumerate(experts):
+        expert.__dict__.pop(FROZEN, None)
         for prefix, module in list(expert.named_modules()):
             dotted = f"{prefix}." if prefix else ""
             paths_of = {name: None if each is None else f"{dotted}{name}" for name, each in module._parameters.items()}
             close(module, Slot(stack, index, paths_of))
+    stack.freeze(frozen)
     return stack
 
 
-def _key(number: int, path: str) -> str:
+def key_of(number: int, path: str) -> str:
+    """The name in the registry of a stacked parameter: the stack's number, and the tensor's path in an expert."""
     # Neither a name of an expert, nor with a dot, which would part it for whoever looks parameters up by name.
     return f"{STACKED}{number}:{path.replace('.', '/')}"
 
 
-def _stacked(tensors: Sequence[nn.Parameter]) -> nn.Parameter:
-    whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=tensors[0].requires_grad)
+def _stacked(tensors: Sequence[nn.Parameter], *, is_trained: bool) -> nn.Parameter:
+    whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=is_trained)
     if any(each.grad is not None for each in tensors):
         grads = [torch.zeros_like(each) if each.grad is None else each.grad.to_dense() for each in tensors]
         whole.grad = torch.stack(grads)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from celmoe.errors import CheckpointError
+from celmoe.errors import CheckpointError, StackedError
 
 _Said = TypeVar("_Said")
 _Answer = TypeVar("_Answer")
@@ -25,6 +25,9 @@ def told(rule: str, cure: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
+    except StackedError as error:
+        # The optimizer is at fault, not the checkpoint.
+        raise CheckpointError(str(error)) from error
     except Exception as error:
         raise CheckpointError(f"{rule} (got {type(error).__name__}: {_first_line(error)}). {cure}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from celmoe.distributed.remote import RemoteExpert
 from celmoe.errors import CheckpointError, listed
+from celmoe.stacked.member import held
 
 from .agreement import agree
 from .manifest import CURE, Content, Piece, Place, read_manifest
@@ -118,8 +120,8 @@ def _ready(
     read: Callable[[Place, Piece, torch.Tensor], None],
 ) -> Callable[[], None]:
     """Read the tensors that this rank needs, and return the function that puts them in place."""
-    own = dict(model.state_dict())
-    _require_fit(model, own, optimizer, content)
+    own, elsewhere = held(model)
+    _require_fit(model, own, elsewhere, optimizer, content)
     wanted: dict[Place, torch.Tensor] = {("model", name): value for name, value in own.items()}
     if optimizer is not None:
         wanted |= targets(model, optimizer, content)
@@ -137,13 +139,17 @@ def _ready(
 
 
 def _require_fit(
-    model: nn.Module, own: Mapping[str, Any], optimizer: torch.optim.Optimizer | None, content: Content
+    model: nn.Module,
+    own: Mapping[str, Any],
+    elsewhere: AbstractSet[str],
+    optimizer: torch.optim.Optimizer | None,
+    content: Content,
 ) -> None:
     """Refuse a checkpoint of another model or optimizer."""
-    elsewhere = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, RemoteExpert))
+    spread = tuple(f"{name}." for name, each in model.named_modules() if isinstance(each, RemoteExpert))
     saved = {place[1]: each.shape for place, each in content.tensors.items() if place[0] == "model"}
-    missing = [name for name in own if name not in saved]
-    unknown = [name for name in saved if name not in own and not name.startswith(elsewhere)]
+    missing = [name for name in (*own, *elsewhere) if name not in saved]
+    unknown = [name for name in saved if name not in own and name not in elsewhere and not name.startswith(spread)]
     other = [name for name, value in own.items() if name in saved and saved[name] != tuple(value.shape)]
     num_groups = len(content.groups or ())
     fault = None

@@ -4,41 +4,90 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from celmoe.distributed.data_parallel import refuse_stacks
 from celmoe.distributed.remote import stand_ins
 from celmoe.errors import CheckpointError, listed
+from celmoe.optim.members import Part, cut, joined
+from celmoe.optim.per_expert import MEMBERS, PerExpert, shares_of
+from celmoe.stacked.member import held
+from celmoe.stacked.rows import is_sharded, local, members_here
+from celmoe.stacked.stack import slot_of
 
 from .manifest import Content, Place
 
+# Entries of a group that name its parameters by their places.
+_OF_PARAMETERS = frozenset({"params", "param_names", MEMBERS})
 
-def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, list[str]]:
-    """The optimizer's parameters, each with all its names in the model's ``state_dict``; tied ones have several.
+
+class Owned(NamedTuple):
+    """A parameter of one expert, or of no expert, in an optimizer.
+
+    Attributes:
+        parameter: The optimizer's parameter: the expert's own, or a stack of several experts' ``[M, ...]``.
+        names: All its names in the model's ``state_dict``; tied parameters have several.
+        member: The expert's place in the stack; ``None`` for a parameter that is no stack.
+        group: The optimizer's group.
+    """
+
+    parameter: nn.Parameter
+    names: list[str]
+    member: int | None
+    group: dict[str, Any]
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Owned]:
+    """The optimizer's parameters, by expert.
 
     The parameters of a `RemoteExpert` stand for gradients on other ranks, and are left out.
 
     Raises:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
-    saved = model.state_dict().keys()
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in saved:
-            names.setdefault(parameter, []).append(name)
+    names = _names(model)
     elsewhere = set(stand_ins(model))
-    own = [each for group in optimizer.param_groups for each in group["params"] if each not in elsewhere]
-    refuse_stacks(model, "an optimizer's state")
-    if strangers := [each for each in own if each not in names]:
+    found: list[Owned] = []
+    strangers = 0
+    for group, shares in zip(optimizer.param_groups, shares_of(optimizer), strict=True):
+        for share in shares:
+            parameter = cast(nn.Parameter, share.parameter)
+            if parameter in elsewhere:
+                continue
+            by_member = names.get(parameter, {})
+            strangers += not by_member
+            found += [
+                Owned(parameter, its, member, group)
+                for member, its in by_member.items()
+                if share.members is None or member is None or member in share.members
+            ]
+    if strangers:
         raise CheckpointError(
-            f"'optimizer' must be of the model's parameters (got {len(strangers)} that the model does not have). Make "
+            f"'optimizer' must be of the model's parameters (got {strangers} that the model does not have). Make "
             f"it from model.parameters()"
         )
-    return {parameter: names[parameter] for parameter in own}
+    return found
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, dict[int | None, list[str]]]:
+    """The names of each parameter in the model's ``state_dict``, by member of a stack."""
+    here, elsewhere = held(model)
+    saved = here.keys() | elsewhere
+    names: dict[nn.Parameter, dict[int | None, list[str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dotted = f"{prefix}." if prefix else ""
+        own: dict[str, tuple[Any, int | None]] = {name: (each, None) for name, each in module._parameters.items()}
+        if (slot := slot_of(module)) is not None:
+            own |= {
+                name: (slot.stack.whole(path), slot.member) for name, path in slot.paths.items() if path is not None
+            }
+        for name, (parameter, member) in own.items():
+            if parameter is not None and f"{dotted}{name}" in saved:
+                names.setdefault(parameter, {}).setdefault(member, []).append(f"{dotted}{name}")
+    return names
 
 
 def state_by_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[Place, Any], dict[Place, Any]]:
@@ -46,16 +95,38 @@ def state_by_place(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
 
     Raises:
         CheckpointError: See `trained`; or JSON can't hold a value.
+        StackedError: The state of a stack can't be told apart by expert.
     """
     tensors: dict[Place, Any] = {}
     values: dict[Place, Any] = {}
-    for parameter, names in trained(model, optimizer).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for owned in trained(model, optimizer):
+        for key, value in _state_of(owned, optimizer).items():
             if not isinstance(value, torch.Tensor):
-                require_json(value, f"the optimizer's state {key!r} of {names[0]!r}")
-            for name in names:
+                require_json(value, f"the optimizer's state {key!r} of {owned.names[0]!r}")
+            for name in owned.names:
                 (tensors if isinstance(value, torch.Tensor) else values)["optimizer", name, key] = value
     return tensors, values
+
+
+def _state_of(owned: Owned, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of one expert's parameter; none for a member of a stack that another rank holds."""
+    state: dict[str, Any] = optimizer.state.get(owned.parameter, {})
+    if owned.member is None or not state:
+        return state
+    here = members_here(owned.parameter)
+    if owned.member not in here:
+        return {}
+    state = {key: _of_members(value, owned.parameter, here) for key, value in state.items()}
+    part = Part(owned.names[0], local(owned.parameter), 0, owned.member - here.start)
+    return cut(state, part, optimizer, owned.group)
+
+
+def _of_members(value: Any, stack: torch.Tensor, here: range) -> Any:
+    """The part of a stack's state that is of the members here."""
+    if not isinstance(value, torch.Tensor) or not is_sharded(stack):
+        return value
+    # Each rank knows the steps of all members.
+    return value[here.start : here.stop] if value.dim() == 1 and not is_sharded(value) else local(value)
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -68,7 +139,7 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         {
             key: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
             for key, value in group.items()
-            if key not in ("params", "param_names")
+            if key not in _OF_PARAMETERS
         }
         for group in optimizer.param_groups
     ]
@@ -96,11 +167,15 @@ def require_json(value: Any, what: str) -> None:
 def targets(model: nn.Module, optimizer: torch.optim.Optimizer, content: Content) -> dict[Place, torch.Tensor]:
     """By place, tensors that are spread as the optimizer's state is to be; only the tensors' layout counts."""
     found: dict[Place, torch.Tensor] = {}
-    for parameter, places in _places(model, optimizer, content).items():
+    for owned, places in _places(model, optimizer, content):
+        is_here = owned.member is None or owned.member in members_here(owned.parameter)
         for place in places:
             if place in content.tensors:
                 shape = content.tensors[place].shape
-                found[place] = parameter if _is_like(parameter, shape) else torch.empty(shape, device="meta")
+                if owned.member is None and _is_like(owned.parameter, shape):
+                    found[place] = owned.parameter
+                elif is_here or place[2] == "step":
+                    found[place] = torch.empty(shape, device="meta")
     return found
 
 
@@ -114,28 +189,63 @@ def prepared(
     in float32.
 
     Raises:
-        CheckpointError: The optimizer's groups can't take the saved hyperparameters.
+        CheckpointError: The optimizer's groups can't take the saved hyperparameters, or its state not the saved one.
+        StackedError: The optimizer can't keep the experts' states apart in a stack.
     """
     _require_groups(optimizer, content)
-    on_device = {
-        parameter
-        for group in optimizer.param_groups
-        if group.get("capturable") or group.get("fused")
-        for parameter in group["params"]
+    by_parameter: dict[nn.Parameter, list[tuple[Owned, dict[str, Any]]]] = {}
+    for owned, places in _places(model, optimizer, content):
+        own = {
+            place[2]: content.values[place] if place in content.values else staged[place]
+            for place in places
+            if place in content.values or place in staged
+        }
+        by_parameter.setdefault(owned.parameter, []).append((owned, own))
+    return {
+        parameter: _of_stack(parameter, parts, optimizer)
+        if parts[0][0].member is not None
+        else {key: _placed(parts[0][0], key, value, content) for key, value in parts[0][1].items()}
+        for parameter, parts in by_parameter.items()
     }
-    state: dict[nn.Parameter, dict[str, Any]] = {}
-    for parameter, places in _places(model, optimizer, content).items():
-        own = state[parameter] = {}
-        for place in places:
-            key = place[2]
-            if place in content.values:
-                own[key] = content.values[place]
-            elif key == "step":
-                value = staged[place]
-                own[key] = value.to(parameter.device, torch.float32) if parameter in on_device else value
-            else:
-                own[key] = _placed(parameter, staged[place], content.tensors[place].shape)
-    return state
+
+
+def _placed(owned: Owned, key: str, value: Any, content: Content) -> Any:
+    parameter = owned.parameter
+    if not isinstance(value, torch.Tensor):
+        return value
+    if key == "step":
+        is_on_device = owned.group.get("capturable") or owned.group.get("fused")
+        return value.to(parameter.device, torch.float32) if is_on_device else value
+    place = next(each for name in owned.names if (each := ("optimizer", name, key)) in content.tensors)
+    return _spread(value.to(parameter.device), parameter, content.tensors[place].shape)
+
+
+def _of_stack(
+    stack: nn.Parameter, parts: Sequence[tuple[Owned, dict[str, Any]]], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The state of a stack from its experts' states. See [Note: Device of a step].
+
+    Raises:
+        CheckpointError, StackedError: See `joined`.
+    """
+    here = members_here(stack)
+    given, own_parts, steps = {}, [], torch.zeros(len(stack))
+    for owned, own in parts:
+        assert owned.member is not None
+        steps[owned.member] = float(own.get("step", any(value is not None for value in own.values())))
+        if owned.member in here:
+            given[owned.names[0]] = own
+            own_parts.append(Part(owned.names[0], local(stack), 0, owned.member - here.start))
+    made = joined(own_parts, given, {}, optimizer) if own_parts else {}
+    if isinstance(optimizer, PerExpert) and steps.any() and is_sharded(stack):
+        made["step"] = steps
+    is_on_device = any(owned.group.get("capturable") or owned.group.get("fused") for owned, _ in parts)
+    for key, value in made.items():
+        if key == "step" and (isinstance(optimizer, PerExpert) or not is_on_device):
+            continue
+        if isinstance(value, torch.Tensor):
+            made[key] = _spread(value.to(stack.device), stack, tuple(stack.shape) if value.dim() else ())
+    return made
 
 
 def restore(
@@ -159,16 +269,16 @@ def restore(
 
 def _places(
     model: nn.Module, optimizer: torch.optim.Optimizer, content: Content
-) -> dict[nn.Parameter, Sequence[Place]]:
+) -> list[tuple[Owned, Sequence[Place]]]:
     """The places of each parameter's saved state, under the first of the parameter's names that has some."""
     by_name: dict[str, list[Place]] = {}
     for place in (*content.tensors, *content.values):
         if place[0] == "optimizer":
             by_name.setdefault(place[1], []).append(place)
-    return {
-        parameter: next((by_name[name] for name in names if name in by_name), ())
-        for parameter, names in trained(model, optimizer).items()
-    }
+    return [
+        (owned, next((by_name[name] for name in owned.names if name in by_name), ()))
+        for owned in trained(model, optimizer)
+    ]
 
 
 def _is_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
@@ -176,8 +286,8 @@ def _is_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
     return bool(shape) and shape == tuple(parameter.shape)
 
 
-def _placed(parameter: nn.Parameter, value: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    value = value.to(parameter.device)
+def _spread(value: torch.Tensor, parameter: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
+    """A rank's part of state, sharded as its parameter is if it has the parameter's shape."""
     if not (isinstance(parameter, DTensor) and _is_like(parameter, shape)):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -192,7 +302,7 @@ def _require_groups(optimizer: torch.optim.Optimizer, content: Content) -> None:
         wrong = [
             key
             for key, value in saved.items()
-            if key in {"params", "param_names"}
+            if key in _OF_PARAMETERS
             or (isinstance(group.get(key), torch.Tensor) and not isinstance(value, bool | int | float))
             or (isinstance(group.get(key), tuple) and not isinstance(value, list))
         ]

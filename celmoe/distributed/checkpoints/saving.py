@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from celmoe.errors import CheckpointError
 from celmoe.files import flush_folder
+from celmoe.stacked.member import held
 
 from .agreement import agree, is_first
 from .manifest import Content, Place, key_of, new_generation, old_generations, place_of, write_manifest
@@ -109,7 +110,7 @@ class _Beside(NamedTuple):
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Any], dict[Place, Any]]:
     """This rank's part: tensors, by their place as one string, and values that are no tensors."""
-    tensors: dict[Place, Any] = {("model", name): value for name, value in model.state_dict().items()}
+    tensors: dict[Place, Any] = {("model", name): value for name, value in held(model)[0].items()}
     others = [name for (_, name), value in tensors.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise CheckpointError(
