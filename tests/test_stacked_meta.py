@@ -166,8 +166,9 @@ def frozen_unnoted(patch: Patch) -> None:
     right = Stack.freeze
 
     def wrong(self, members):
+        mark = self.mark
         right(self, members)
-        self.version = 0
+        self.mark = mark
 
     patch.setattr(Stack, "freeze", wrong)
 
