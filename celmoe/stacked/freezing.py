@@ -9,7 +9,7 @@ from torch import nn
 from celmoe.names import FROZEN
 
 from .presence import forget
-from .stack import Entry, Stack, slot_of
+from .stack import Stack, slot_of
 
 
 def freeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> None:
