@@ -42,7 +42,7 @@ from .experts import (
 from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
 from .grouped.declared import rowwise
-from .grouped.kernels import operators as operators
+from .grouped.kernels import operators as _operators  # noqa: F401  # exported programs call them
 from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
 from .loss import (

@@ -17,6 +17,8 @@ CELMoEError
 |- InputTypeError     TypeError     an argument that is no tensor, or marked as rows and has none
 |- ResultError        ValueError    an expert's result has the wrong shape, dtype or device
 |- ResultTypeError    TypeError     an expert's result is no ExpertResult
+|- ChangedError       RuntimeError  experts that are no longer those of a compiled graph
+|- GraphError         RuntimeError  a model, or a routing, that a compiled or exported graph can't hold
 |- UnknownDeviceError ValueError    a device that does not exist
 |- DeviceMissingError RuntimeError  a device that is not there, or does not work
 |- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
@@ -111,7 +113,7 @@ class ChangedError(CELMoEError, RuntimeError):
 
 
 class GraphError(CELMoEError, RuntimeError):
-    """A level can't be part of an exported graph."""
+    """A compiled or exported graph can't hold a level or a routing, or is asked for a second backward pass."""
 
 
 class UnknownDeviceError(CELMoEError, ValueError):

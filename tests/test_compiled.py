@@ -415,3 +415,42 @@ def test_a_backward_pass_comes_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(celmoe.GraphError, match="once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_absent_experts_stay_as_they_are(name: str) -> None:
+    models = [built(lambda _: Dense()) for _ in range(2)]
+    celmoe.stack_experts(models[0])
+    options: Any = {"lr": 0.01, "weight_decay": 0.1} | ({"momentum": 0.9} if name == "SGD" else {})
+    optimizers = [
+        getattr(celmoe.optim, name)(models[0].parameters(), **options),
+        getattr(torch.optim, name)(models[1].parameters(), **options),
+    ]
+    compiled = torch.compile(models[0], fullgraph=True, backend="aot_eager")
+    for seed in range(8):
+        for model, call, optimizer in zip(models, (compiled, models[1]), optimizers, strict=True):
+            torch.manual_seed(seed)
+            # Two backward passes for some steps, and a pass whose gradient is cleared.
+            for part in range(1 + seed % 3):
+                if part == 2:
+                    optimizer.zero_grad()
+                hidden, plan = torch.randn(16, WIDTH, dtype=torch.float64), routed(model, 16, seed + part)
+                call(hidden, plan).fused_hidden.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (key, found), wanted in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_frozen_experts() -> None:
+    model = built(lambda _: Dense())
+    celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compared(model, compiled)
+    model.freeze("language", "e[1-3]")
+    for seed in range(3):
+        compared(model, compiled, seed=seed)
+    model.freeze("language")
+    compared(model, compiled)
+    model.unfreeze("language")
+    compared(model, compiled)

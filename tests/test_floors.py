@@ -30,9 +30,8 @@ FLOORS = [
     {"stacked.fitness"},
     {"routing.plan"},
     {"routing.compiler", "rows.dispatch", "outputs", "explain"},
-    {"loss"},
+    {"loss", "grouped.values"},
     {
-        "grouped.values",
         "grouped.segments",
         "grouped.inline",
         "grouped.waiting",
@@ -41,7 +40,7 @@ FLOORS = [
         "grouped.boundary",
     },
     {"grouped.kernels.product", "grouped.identities"},
-    {"grouped.kernels.members", "grouped.kernels.affine", "grouped.guard"},
+    {"grouped.kernels.members", "grouped.kernels.affine", "grouped.kernels.operators", "grouped.guard"},
     {"grouped.ops.table", "grouped.capture"},
     {*(f"grouped.ops.{name}" for name in ("shape", "reduce", "product", "norm", "parameters", "complex_numbers"))},
     {*(f"grouped.ops.{name}" for name in ("distance", "image", "elementwise", "loss", "attention", "recurrent"))},
@@ -56,6 +55,10 @@ FLOORS = [
     {"engines.grouped"},
     {"engines.registry"},
     {"level"},
+    {"traced.registered", "traced.modes"},
+    {"traced.decision"},
+    {"traced.inside", "traced.opaque"},
+    {"traced.forward"},
     {"hierarchy"},
     {"stacked.stacking", "groups", "norms"},
     {"reference"},
@@ -75,7 +78,7 @@ FLOORS = [
     {"distributed"},
 ]
 # Packages whose file is a map, and nothing else.
-MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked"}
+MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced"}
 FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in floor}
 
 
@@ -146,6 +149,7 @@ def test_the_street_is_used():
     assert {"distributed.gradients", "hierarchy"} <= reached["distributed.data_parallel"]
     assert {file for file, found in reached.items() if not found} <= MAPS | {
         *("version", "errors", "directml", "experts", "files", "names", "rows.slots", "torch_internals"),
+        "traced.registered",
         *(
             "grouped.segments",
             "grouped.inline",

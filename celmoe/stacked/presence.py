@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,8 @@ class _Reached:
         members: The places of the members that the gradient is of.
         waiting: The members that a backward pass has reached, which may end without a gradient: `torch.autograd.grad`.
         backward: The number of that backward pass.
+        stack: The stack, if compiled graphs count its members' rows in `Stack.seen`.
+        grad: The gradient that was added up last.
         late: Members that were frozen after their forward pass, which that backward pass has reached.
     """
 
@@ -31,6 +34,8 @@ class _Reached:
         self.waiting: set[int] = set()
         self.backward = -1
         self.late: set[int] = set()
+        self.stack: weakref.ref[Stack] | None = None
+        self.grad: weakref.ref[torch.Tensor] | None = None
 
     def note(self, members: Sequence[int], frozen: frozenset[int], *, is_first: bool) -> None:
         """Note members that the running backward pass has reached.
@@ -52,6 +57,12 @@ class _Reached:
 
     def keep(self, parameter: torch.Tensor) -> None:
         """Keep the members that wait: the parameter has got its gradient."""
+        stack = None if self.stack is None else self.stack()
+        if stack is not None:
+            if members := _counted(stack):
+                is_first = self.grad is None or self.grad() is not parameter.grad
+                self.note(members, stack.frozen, is_first=is_first)
+            self.grad = None if parameter.grad is None else weakref.ref(parameter.grad)
         self.members |= self.waiting
         if self.late and parameter.grad is not None:
             # A parameter that is frozen between the passes gets no gradient.
@@ -85,6 +96,27 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
     for path in stack.keys:
         whole = stack.whole(path)
         _known(whole).note(members, stack.frozen, is_first=whole.grad is None)
+
+
+def follow(stack: Stack) -> None:
+    """Note members of a stack once a backward pass of a compiled graph has counted their rows in `Stack.seen`."""
+    for path in stack.keys:
+        _known(stack.whole(path)).stack = weakref.ref(stack)
+
+
+# By stack, the members that the latest backward pass has counted, and its number: a stack has several parameters.
+_COUNTED: weakref.WeakKeyDictionary[Stack, tuple[int, list[int]]] = weakref.WeakKeyDictionary()
+
+
+def _counted(stack: Stack) -> list[int]:
+    backward = current_backward()
+    known = _COUNTED.get(stack)
+    if known is None or known[0] != backward:
+        counts = [] if stack.seen is None else stack.seen.tolist()
+        if any(counts) and stack.seen is not None:
+            stack.seen.zero_()
+        known = _COUNTED[stack] = backward, [member for member, count in enumerate(counts) if count]
+    return known[1]
 
 
 def _known(parameter: torch.Tensor) -> _Reached:

@@ -40,6 +40,8 @@ class Stack:
         mark: A text for the version, and for the number of the members' modules that are in training. A compiler
             guards texts by their values.
         frozen: The places of the members that are frozen.
+        seen: ``[M]`` int64: the rows of each member that backward passes of compiled graphs have reached, until
+            `presence` reads them; ``None`` before there is such a graph.
     """
 
     #: True once a stack was made in this process.
@@ -59,6 +61,7 @@ class Stack:
     def _forget(self) -> None:
         Stack.is_used = True
         self.mark = f"{self.version}, {self._num_training}"
+        self.seen: torch.Tensor | None = None
         # The stacked modules, as long as they live: those that were taken out of the model, too.
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # By place, a twin, and the state that it was filled in.

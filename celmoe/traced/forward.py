@@ -21,7 +21,7 @@ from celmoe.outputs import CELMoEOutput, LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.context import ContextRows
 from celmoe.stacked.stack import Stack
-from celmoe.torch_internals import is_functional, is_symbolic_tensor, tree_map, unfollowed
+from celmoe.torch_internals import apart, is_functional, is_symbolic_tensor, tree_map, unfollowed
 
 from .decision import APART, INSIDE, Way, way_of
 from .inside import run_inside
@@ -71,7 +71,8 @@ def forward_traced(
             tensors = _tensors_of(model, level)
             marks = [stack.mark for stack in model._stacks.get(level.name, ())]
             marks += [FLAGS.mark]
-            hidden = _level_run(model._key, index, ways[index], hidden, packed, list(indices), tensors, marks)
+            seen = _seen(model, level)
+            hidden = _level_run(model._key, index, ways[index], hidden, packed, list(indices), tensors, seen, marks)
             level_output = LevelOutput.with_deferred_routes(level.name, hidden, plan.routes)
         outputs[level.name] = level_output
     fused = model.fusion([each.hidden for each in outputs.values()])
@@ -146,6 +147,14 @@ def _tensors_of(model: Any, level: Level) -> dict[str, torch.Tensor]:
     return _first_trained(modules)
 
 
+def _seen(model: Any, level: Level) -> list[torch.Tensor]:
+    """The counts of a level's only stack, if gradients flow: see `Stack.seen`."""
+    stacks: list[Stack] = model._stacks.get(level.name, [])
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled() or len(stacks) != 1:
+        return []
+    return [stacks[0].seen] if stacks[0].seen is not None else []
+
+
 def _first_trained(modules: Any) -> dict[str, torch.Tensor]:
     for parameter in modules.parameters():
         if parameter.requires_grad:
@@ -209,6 +218,10 @@ def _decided(key: str, index: int, number: int, hidden: torch.Tensor, packed: An
             f"{listed(level.experts)}, which {way.reason})"
         )
     _WAYS.setdefault(model, {})[number] = way
+    stack = None if way.way != INSIDE or way.unit is None else way.unit.stack
+    if stack is not None and not is_exported and (stack.seen is None or stack.seen.device != hidden.device):
+        with apart(), torch.inference_mode(False):
+            stack.seen = torch.zeros(len(stack.names), dtype=torch.int64, device=hidden.device)
     return way
 
 
@@ -221,6 +234,7 @@ def _level_run(
     packed: Any,
     indices: list[torch.Tensor],
     tensors: dict[str, torch.Tensor],
+    seen: list[torch.Tensor],
     _marks: list[str],
 ) -> torch.Tensor:
     """Run a level; the marks are of what the tracer must not take for the same."""
@@ -236,7 +250,7 @@ def _level_run(
     if not is_functional(hidden) and not way.fits(hidden, requires_grad=requires_grad):
         way = _decided(key, index, number, hidden, packed, requires_grad)
     if way.way == INSIDE:
-        return run_inside(level, way, hidden, mask, context, indices, tensors)
+        return run_inside(level, way, hidden, mask, context, indices, tensors, seen[0] if seen else None)
     return run_opaque(key, index, hidden, (context, mask), indices, list(tensors.values()), way.dtype, way.modes)
 
 

@@ -9,9 +9,10 @@ import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.autograd import Function
 
 from celmoe.errors import ChangedError
 from celmoe.grouped.capture import Sample, sample_of
@@ -21,6 +22,7 @@ from celmoe.grouped.segments import DeviceSegments
 from celmoe.level import scaled
 from celmoe.rows.context import ContextRows
 from celmoe.rows.dispatch import permuted
+from celmoe.stacked.presence import follow
 from celmoe.stacked.stack import Stack
 from celmoe.torch_internals import apart
 
@@ -36,6 +38,7 @@ def run_inside(
     context: Any,
     indices: Sequence[torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
+    seen: torch.Tensor | None,
 ) -> torch.Tensor:
     """Run a level's experts as one.
 
@@ -47,6 +50,7 @@ def run_inside(
         context: The context as passed.
         indices: The plan's order, its inverse, and the expert ids, ``[B]`` int64 each.
         tensors: By path in an expert, the members' tensors ``[M, ...]``.
+        seen: The stack's `Stack.seen`, or ``None``.
 
     Returns:
         ``[B, ...]``: the experts' rows in batch order.
@@ -73,8 +77,26 @@ def run_inside(
     bound = Bound(sample, [tensors[name] for name in record.captured.names])
     # Kernels were resolved for rows that the host counts.
     program = replace(record.program, calls=None)
-    outcome = run_program(program, bound, DeviceSegments(members, len(names)))
-    return permuted(outcome.hidden, inverse, order)
+    segments = DeviceSegments(members, len(names))
+    result = run_program(program, bound, segments).hidden
+    if seen is not None and torch.is_grad_enabled():
+        ends = segments.ends()
+        result = cast(Any, _Counted.apply)(result, seen, torch.diff(ends, prepend=ends.new_zeros(1)))
+    return permuted(result, inverse, order)
+
+
+class _Counted(Function):
+    """The identity, which counts the members' rows once a backward pass reaches them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        ctx.seen, ctx.counts = seen, counts
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.seen.add_(ctx.counts)
+        return grads[0], None, None
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,8 @@ def looked(members: torch.Tensor, name: str) -> torch.Tensor:
         look.question["expert"] = stack.twins([member], [0])[0]
         with as_called(look.modes):
             if record.captured.guard.holds(look.question):
+                if look.modes.is_grad_enabled:
+                    follow(stack)
                 return members.clone()
         stack.changed()
     raise ChangedError(
