@@ -16,7 +16,7 @@ from .explain import Explanation
 from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
 from .level import Level, LevelInput, present_experts
 from .names import NamedModules
-from .outputs import CELMoEOutput
+from .outputs import CELMoEOutput, LevelOutput
 from .patterns import matching
 from .routing.compiler import RoutingCompiler
 from .routing.layout import Layout
@@ -260,7 +260,9 @@ class HierarchicalCELMoE(nn.Module):
         if not batch_size:
             experts = [[*cast(NamedModules, self.level_modules[level]).values()] for level in plan.levels]
 
-        output = CELMoEOutput({}, hidden)
+        outputs: dict[str, LevelOutput] = {}
+        losses: dict[str, torch.Tensor] = {}
+        loss_weights: dict[str, float] = {}
         given = LevelInput(hidden, None, context_rows, mask)
         ties = ties_of(self.level_modules) if Stack.is_used else {}
         recast = ""
@@ -275,13 +277,14 @@ class HierarchicalCELMoE(nn.Module):
             recast = level_output._recast or recast
             if ties:
                 level_output.hidden = tied(level_output.hidden, ties[level.name])
-            output.levels[planned.name] = level_output
+            outputs[planned.name] = level_output
             if level_output.losses:
-                output.losses.update(level_output.losses)
-                output.loss_weights.update(level_output.loss_weights)
+                losses.update(level_output.losses)
+                loss_weights.update(level_output.loss_weights)
             given = LevelInput(level_output.hidden, blocks, context_rows, mask)
-        output.fused_hidden = fusion([level.hidden for level in output.levels.values()])
-        return output
+        fused = fusion([level.hidden for level in outputs.values()])
+        # Made last, which a tracer can do again: none follows what is put into an object's dict.
+        return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not

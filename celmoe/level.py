@@ -105,6 +105,7 @@ class Level:
         config: The level's config.
         name: The level's name.
         choice: Decides how the level's experts run.
+        anchor: An empty leaf, by which a graph that holds the level as one operator finds its way back into it.
     """
 
     def __init__(self, config: HierarchyLevelConfig) -> None:
@@ -112,6 +113,7 @@ class Level:
         self.name = config.name
         self._built = dict(config.experts)
         self.choice = LevelChoice(self.name, len(self._built))
+        self.anchor = torch.zeros(0, requires_grad=True)
 
     @property
     def experts(self) -> tuple[str, ...]:

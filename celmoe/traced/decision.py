@@ -44,6 +44,7 @@ class Way(NamedTuple):
         given: The few rows that the level's classes were asked with.
         dtype: The dtype of the results.
         modes: The modes at hand.
+        is_trained: True if a parameter of the experts requires gradients.
     """
 
     way: str
@@ -53,6 +54,7 @@ class Way(NamedTuple):
     given: LevelInputLike
     dtype: torch.dtype
     modes: Modes
+    is_trained: bool
 
     def fits(self, hidden: torch.Tensor, *, requires_grad: bool) -> bool:
         """True if the level was asked about such hidden states."""
@@ -82,6 +84,7 @@ def way_of(
         is_exported: If true, parameters are symbolic, too, and stay parameters of their own.
     """
     choice: LevelChoice = level.choice
+    is_trained = any(each.requires_grad for each in modules.parameters())
     modes = modes_of(hidden.device.type)
     # Leaving the inference mode turns gradients on.
     with apart(), torch.inference_mode(False), torch.set_grad_enabled(modes.is_grad_enabled):
@@ -94,7 +97,7 @@ def way_of(
     for unit in units:
         if unit.record is None or unit.record.captured.losses:
             reason = unit.fault or "return losses, of which every routing has others"
-            return Way(APART, reason, None, None, given, given.hidden.dtype, modes)
+            return Way(APART, reason, None, None, given, given.hidden.dtype, modes, is_trained)
     why_not = "are of several classes" if len(units) > 1 else _reason(units[0], is_exported=is_exported)
     dtype = _dtype_of(units, given)
     return Way(
@@ -105,6 +108,7 @@ def way_of(
         given,
         dtype,
         modes,
+        is_trained,
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from celmoe.config import FLAGS
 from celmoe.engines.choice import LOOPED
 from celmoe.errors import GraphError, listed
+from celmoe.grouped.values import CannotGroupError
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules
 from celmoe.outputs import CELMoEOutput, LevelOutput
@@ -72,7 +73,8 @@ def forward_traced(
             marks = [stack.mark for stack in model._stacks.get(level.name, ())]
             marks += [FLAGS.mark]
             seen = _seen(model, level)
-            hidden = _level_run(model._key, index, ways[index], hidden, packed, list(indices), tensors, seen, marks)
+            given = [hidden, level.anchor, *indices]
+            hidden = _level_run(model._key, index, ways[index], given, packed, tensors, seen, marks)
             level_output = LevelOutput.with_deferred_routes(level.name, hidden, plan.routes)
         outputs[level.name] = level_output
     fused = model.fusion([each.hidden for each in outputs.values()])
@@ -119,23 +121,18 @@ def _ways(model: Any, hidden: torch.Tensor, packed: Any) -> list[int] | None:
     out otherwise, and is then asked about again.
     """
     found = []
-    is_trained = False
     for index, level in enumerate(model._levels):
         number = 0
         if len(level.experts) > 1:
-            number = _asked(model._key, index, hidden, packed, is_trained)
+            number = _asked(model._key, index, hidden, packed)
             if not number:
                 return None
         found.append(number)
-        is_trained = is_trained or bool(_first_trained(model.level_modules[level.name]))
     return found
 
 
 def _tensors_of(model: Any, level: Level) -> dict[str, torch.Tensor]:
-    """By path in an expert, the members' tensors ``[M, ...]``, if a graph takes them.
-
-    Else one parameter that is trained, if any: without it, the compiler would keep no way back into the experts.
-    """
+    """By path in an expert, the members' tensors ``[M, ...]``, if a graph takes them."""
     modules = model.level_modules[level.name]
     stacks: list[Stack] = model._stacks.get(level.name, [])
     if len(stacks) == 1 and len(stacks[0].names) == len(level.experts):
@@ -144,7 +141,7 @@ def _tensors_of(model: Any, level: Level) -> dict[str, torch.Tensor]:
         experts = [modules[name] for name in sorted(level.experts)]
         named = [dict([*each.named_parameters(), *each.named_buffers()]) for each in experts]
         return {path: torch.stack([each[path] for each in named]) for path in named[0]}
-    return _first_trained(modules)
+    return {}
 
 
 def _seen(model: Any, level: Level) -> list[torch.Tensor]:
@@ -153,13 +150,6 @@ def _seen(model: Any, level: Level) -> list[torch.Tensor]:
     if torch.compiler.is_exporting() or not torch.is_grad_enabled() or len(stacks) != 1:
         return []
     return [stacks[0].seen] if stacks[0].seen is not None else []
-
-
-def _first_trained(modules: Any) -> dict[str, torch.Tensor]:
-    for parameter in modules.parameters():
-        if parameter.requires_grad:
-            return {"": parameter}
-    return {}
 
 
 # For `None`, which the tracer takes for no argument of a function that it does not follow.
@@ -191,7 +181,7 @@ _LATEST: dict[tuple[str, int], int] = {}
 
 
 @unfollowed
-def _asked(key: str, index: int, hidden: torch.Tensor, packed: Any, is_trained: bool) -> int:
+def _asked(key: str, index: int, hidden: torch.Tensor, packed: Any) -> int:
     """The number of a level's way in `_WAYS`; 0 if its experts can't be part of a graph.
 
     Raises:
@@ -200,10 +190,16 @@ def _asked(key: str, index: int, hidden: torch.Tensor, packed: Any, is_trained: 
     if is_functional(hidden) or not is_symbolic_tensor(hidden):
         # A later pass of the compiler, or a run.
         return _LATEST[key, index]
-    requires_grad = torch.is_grad_enabled() and (is_trained or hidden.requires_grad)
+    requires_grad = torch.is_grad_enabled() and (hidden.requires_grad or _is_trained(MODELS[key], index))
     facts = key, index, hidden.dtype, hidden.dim(), requires_grad
     number = _LATEST[key, index] = _BY_FACTS.setdefault(facts, len(_BY_FACTS) + 1)
     return number if _decided(key, index, number, hidden, packed, requires_grad).way != APART else 0
+
+
+def _is_trained(model: Any, num_levels: int) -> bool:
+    """True if a model's first levels have parameters that require gradients."""
+    registries = [model.level_modules[level.name] for level in model._levels[:num_levels]]
+    return any(each.requires_grad for registry in registries for each in registry.parameters())
 
 
 def _decided(key: str, index: int, number: int, hidden: torch.Tensor, packed: Any, requires_grad: bool) -> Way:
@@ -213,10 +209,7 @@ def _decided(key: str, index: int, number: int, hidden: torch.Tensor, packed: An
     is_exported = torch.compiler.is_exporting()
     way = way_of(level, modules, hidden, mask, context, requires_grad=requires_grad, is_exported=is_exported)
     if is_exported and way.way != INSIDE:
-        raise GraphError(
-            f"'model' must have experts of one class at level {level.name!r} to be exported (got "
-            f"{listed(level.experts)}, which {way.reason})"
-        )
+        raise _not_exported(level, way.reason)
     _WAYS.setdefault(model, {})[number] = way
     stack = None if way.way != INSIDE or way.unit is None else way.unit.stack
     if stack is not None and not is_exported and (stack.seen is None or stack.seen.device != hidden.device):
@@ -225,19 +218,29 @@ def _decided(key: str, index: int, number: int, hidden: torch.Tensor, packed: An
     return way
 
 
+def _not_exported(level: Level, reason: str) -> GraphError:
+    return GraphError(
+        f"'model' must have experts of one class at level {level.name!r} to be exported (got {listed(level.experts)}, "
+        f"which {reason})"
+    )
+
+
 @unfollowed
 def _level_run(
     key: str,
     index: int,
     number: int,
-    hidden: torch.Tensor,
+    given: list[torch.Tensor],
     packed: Any,
-    indices: list[torch.Tensor],
     tensors: dict[str, torch.Tensor],
     seen: list[torch.Tensor],
     _marks: list[str],
 ) -> torch.Tensor:
-    """Run a level; the marks are of what the tracer must not take for the same."""
+    """Run a level on its hidden states, its anchor and its plan's indices.
+
+    The marks are of what the tracer must not take for the same.
+    """
+    hidden, anchor, *indices = given
     level, modules, model = _found(key, index)
     context, mask = _unpacked(packed)
     if not is_symbolic_tensor(hidden):
@@ -250,8 +253,12 @@ def _level_run(
     if not is_functional(hidden) and not way.fits(hidden, requires_grad=requires_grad):
         way = _decided(key, index, number, hidden, packed, requires_grad)
     if way.way == INSIDE:
-        return run_inside(level, way, hidden, mask, context, indices, tensors, seen[0] if seen else None)
-    return run_opaque(key, index, hidden, (context, mask), indices, list(tensors.values()), way.dtype, way.modes)
+        try:
+            return run_inside(level, way, hidden, mask, context, indices, tensors, seen[0] if seen else None)
+        except CannotGroupError as fault:
+            if torch.compiler.is_exporting():
+                raise _not_exported(level, fault.args[0]) from None
+    return run_opaque((key, index), hidden, (context, mask), indices, anchor, way)
 
 
 def _found(key: str, index: int) -> tuple[Level, NamedModules, nn.Module]:

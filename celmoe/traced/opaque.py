@@ -16,13 +16,15 @@ from typing import Any, cast
 
 import torch
 
-from celmoe.errors import GraphError
+from celmoe.config import FLAGS
+from celmoe.errors import ChangedError, GraphError
 from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules, modules_named
 from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.context import NO_CONTEXT, ContextRows
 from celmoe.torch_internals import tree_flatten, tree_unflatten
 
+from .decision import Way
 from .modes import Modes, as_called
 from .registered import MODELS
 
@@ -104,26 +106,22 @@ _NUMBERS = itertools.count()
 
 
 def run_opaque(
-    key: str,
-    index: int,
+    place: tuple[str, int],
     hidden: torch.Tensor,
     packed: Any,
     indices: Sequence[torch.Tensor],
-    trained: Sequence[torch.Tensor],
-    dtype: torch.dtype,
-    modes: Modes,
+    anchor: torch.Tensor,
+    way: Way,
 ) -> torch.Tensor:
     """Run a level as one operator.
 
     Args:
-        key: The model's key.
-        index: The level's place.
+        place: The model's key, and the level's place in it.
         hidden: ``[B, ...]``, symbolic.
         packed: The context as passed, and the mask.
         indices: As for `run_level`.
-        trained: A parameter of the level that requires gradients, if one does.
-        dtype: The dtype of the results.
-        modes: The modes of the trace.
+        anchor: The level's `Level.anchor`.
+        way: The decision for the level.
 
     Returns:
         As `run_level`.
@@ -132,15 +130,16 @@ def run_opaque(
     tensors = [each for each in leaves if isinstance(each, torch.Tensor)]
     name = str(next(_NUMBERS))
     _CALLS[name] = _Call(
-        key,
-        index,
+        *place,
         tuple(_TENSOR if isinstance(each, torch.Tensor) else each for each in leaves),
         spec,
-        dtype,
-        tuple(modes.is_grad_enabled and each.requires_grad for each in (hidden, *tensors)),
-        modes,
+        way.dtype,
+        tuple(way.modes.is_grad_enabled and each.requires_grad for each in (hidden, *tensors)),
+        way.modes,
     )
-    result: torch.Tensor = torch.ops.celmoe.level(hidden, tensors, list(indices), list(trained), name)[0]
+    if not way.is_trained:
+        anchor = anchor.detach()
+    result: torch.Tensor = torch.ops.celmoe.level(hidden, tensors, list(indices), anchor, name)[0]
     return result
 
 
@@ -165,7 +164,7 @@ def run_operator(
     hidden: torch.Tensor,
     tensors: list[torch.Tensor],
     indices: list[torch.Tensor],
-    trained: list[torch.Tensor],  # noqa: ARG001  # lets the result require gradients
+    anchor: torch.Tensor,
     name: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a level; the second result, a number, is for the backward pass."""
@@ -187,6 +186,12 @@ def run_operator(
             f"'model' must have experts that return {call.dtype} at level {level.name!r}, as at the time of compiling "
             f"(got {result.dtype})"
         )
+    if result.requires_grad and not anchor.requires_grad and not any(call.require_grad):
+        FLAGS.changed()
+        raise ChangedError(
+            f"'model' must have no trained experts at level {level.name!r}, as when it was compiled (got some that are "
+            f"trained now; the next call compiles the model anew)"
+        )
     if result.requires_grad:
         key = int(number)
         _RUNS[key] = _Run(result, given)
@@ -195,9 +200,7 @@ def run_operator(
 
 
 @run_operator.register_fake
-def _(
-    hidden: torch.Tensor, _tensors: Any, _indices: Any, _trained: Any, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(hidden: torch.Tensor, _tensors: Any, _indices: Any, _anchor: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return hidden.new_empty(hidden.shape, dtype=_CALLS[name].dtype), torch.empty((), dtype=torch.int64)
 
 
@@ -209,14 +212,19 @@ def run_backward(
     tensors: list[torch.Tensor],  # noqa: ARG001
     name: str,
 ) -> list[torch.Tensor]:
-    """Run a level's backward pass, for the gradients of those that have them of hidden states and other tensors."""
+    """Run a level's backward pass.
+
+    Returns:
+        The gradient of the anchor, and of those of hidden states and other tensors that require gradients.
+    """
     run, call = _RUNS.pop(int(number), None), _CALLS[name]
     if run is None:
         raise GraphError("'backward' must be called once on a compiled level (got a second call)")
     with as_called(call.modes):
         torch.autograd.backward(run.result, grad)
     wanted = [each for each, requires_grad in zip(run.given, call.require_grad, strict=True) if requires_grad]
-    return [torch.zeros_like(each) if each.grad is None else each.grad for each in wanted]
+    grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in wanted]
+    return [torch.zeros(0), *grads]
 
 
 @run_backward.register_fake
@@ -224,21 +232,21 @@ def _(
     _grad: torch.Tensor, _number: torch.Tensor, hidden: torch.Tensor, tensors: list[torch.Tensor], name: str
 ) -> list[torch.Tensor]:
     pairs = zip((hidden, *tensors), _CALLS[name].require_grad, strict=True)
-    return [torch.empty_like(each) for each, requires_grad in pairs if requires_grad]
+    return [torch.empty(0), *(torch.empty_like(each) for each, requires_grad in pairs if requires_grad)]
 
 
 def _set_up(ctx: Any, inputs: Any, output: Any) -> None:
-    hidden, tensors, indices, trained, ctx.name = inputs
+    hidden, tensors, indices, _, ctx.name = inputs
     ctx.save_for_backward(output[1], hidden, *tensors)
-    ctx.lengths = len(tensors), len(indices), len(trained)
+    ctx.num_indices = len(indices)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _number: Any) -> Any:
     number, hidden, *tensors = ctx.saved_tensors
     found = iter(torch.ops.celmoe.level_backward(grad.contiguous(), number, hidden, tensors, ctx.name))
+    of_anchor = next(found)
     of_hidden, *of_tensors = [next(found) if each else None for each in _CALLS[ctx.name].require_grad]
-    _, num_indices, num_trained = ctx.lengths
-    return of_hidden, of_tensors, [None] * num_indices, [None] * num_trained, None
+    return of_hidden, of_tensors, [None] * ctx.num_indices, of_anchor, None
 
 
 run_operator.register_autograd(_backward, setup_context=_set_up)

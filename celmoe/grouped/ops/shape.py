@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from celmoe.directml import is_directml
+from celmoe.grouped.segments import DeviceSegments
 from celmoe.grouped.values import (
     CannotGroupError,
     Common,
@@ -307,7 +308,7 @@ def look_up(run: Run, table: Ragged, ids: Ragged, *, by_embedding: bool = False)
         return like(ids, table.plain[ids.plain.long()])
     length = table.plain.shape[1]
     places = ids.plain.long()
-    if places.device.type == "cpu" and places.numel():
+    if places.device.type == "cpu" and not isinstance(run.segments, DeviceSegments) and places.numel():
         low, high = places.aminmax()
         if low < -length or high >= length:
             raise IndexError(f"index out of range for a table of {length} entries")
@@ -319,8 +320,8 @@ def look_up(run: Run, table: Ragged, ids: Ragged, *, by_embedding: bool = False)
         raise CannotGroupError("mixed samples (what was reduced over the batch was looked up)")
     offsets = run.segments.member_of_row(ids.factor) * length
     offsets = offsets.view(-1, *(1,) * (ids.dim() - 1 - ids.axis))
-    # Other devices check indices themselves, so an id out of range becomes an index behind the last entry of all.
-    reached = torch.where(places < length, places + offsets, flat.shape[0])
+    # Elsewhere indices are checked when they are read, so an id out of range becomes one behind the last entry of all.
+    reached = torch.where((places >= 0) & (places < length), places + offsets, flat.shape[0])
     if by_embedding and is_directml(flat.device):
         # On DirectML, indexing goes through the CPU both ways; an embedding, as the expert calls it, at most one way.
         return rows(F.embedding(reached, flat), ids.axis, ids.factor)
@@ -338,8 +339,10 @@ def embedding(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     )
     if max_norm is not None or by_frequency or sparse:
         raise CannotGroupError("looked embeddings up with max_norm, scale_grad_by_freq or sparse gradients")
-    if ids.device.type == "cpu" and ids.plain.numel() and ids.plain.min() < 0:
-        # A negative index would count from the end.
+    # A negative index would count from the end.
+    if isinstance(run.segments, DeviceSegments):
+        ids = like(ids, ids.plain.where(ids.plain >= 0, table.shape[0]))
+    elif ids.device.type == "cpu" and ids.plain.numel() and ids.plain.min() < 0:
         raise IndexError("index out of range in self")
     found = look_up(run, table, ids, by_embedding=True)
     if padding is None:
