@@ -40,8 +40,10 @@ def read_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 def _in_our_words(error: argparse.ArgumentError, arguments: Sequence[str]) -> str:
     name = error.argument_name
     for argument in arguments:
-        if argument.startswith(f"{name}="):
-            return f"'{name}' must stand without a value (got {argument.partition('=')[2]!r})"
+        option, equals, value = argument.partition("=")
+        # An option that can be negated is named with its negation: ``--stacked/--no-stacked``.
+        if equals and option in str(name).split("/"):
+            return f"'{option}' must stand without a value (got {value!r})"
     return f"'{name}' must be followed by a value (got none)"
 
 

@@ -51,6 +51,8 @@ class Options:
     report: Path
     resume: bool
     compare: bool
+    stacked: bool
+    compile: bool
     parallel: str | None
 
 
@@ -118,7 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", default=str(DEFAULT_WORKERS), help=f"loader processes, 0 for none (default {DEFAULT_WORKERS})")
     add("--report", default=str(DEFAULT_REPORT), help=f"folder to write to (default {DEFAULT_REPORT})")
     add("--resume", action="store_true", help="go on from the checkpoint in the report folder")
-    add("--compare", action="store_true", help="time the same steps with celmoe-vp 1.1.4 and with the reference loop")
+    add("--compare", action="store_true", help="time the same steps plain, stacked, compiled and with celmoe-vp 1.1.4")
+    add(
+        "--stacked",
+        action=argparse.BooleanOptionalAction,
+        help="train alike experts as one parameter a tensor (default: yes, but without it under --parallel)",
+    )
+    add("--compile", action="store_true", help="run the hierarchy by torch.compile; compiling is timed by itself")
     add("--parallel", help=f"under torchrun, how ranks share the training: {', '.join(LAYOUTS)}")
     return parser
 
@@ -139,6 +147,15 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parallel = _parallel(given.parallel)
     if parallel is not None and given.compare:
         raise OptionError("'--parallel' and '--compare' must not stand together (got both: one process is compared)")
+    if given.compare and (given.compile or given.stacked is not None):
+        raise OptionError(
+            "'--compare' must stand without '--compile' and '--stacked' (got one of them: a comparison has each way)"
+        )
+    if parallel is not None and (given.compile or given.stacked):
+        raise OptionError(
+            "'--parallel' must stand without '--compile' and '--stacked' (got one of them: ranks share experts' own "
+            "parameters)"
+        )
     device = _device(given.device)
     if parallel is not None and device.type != "cpu":
         raise OptionError(f"'--device' must be cpu where '--parallel' is given (got {given.device!r})")
@@ -155,6 +172,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
         report=Path(given.report),
         resume=given.resume,
         compare=given.compare,
+        stacked=parallel is None if given.stacked is None else given.stacked,
+        compile=given.compile,
         parallel=parallel,
     )
 
@@ -174,4 +193,6 @@ def resume_command(options: Options) -> str:
     ):
         if value != default:
             words += [option, str(value)]
+    words += ["--no-stacked"] if options.parallel is None and not options.stacked else []
+    words += ["--compile"] if options.compile else []
     return shlex.join(words)
