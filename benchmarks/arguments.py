@@ -53,6 +53,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
 
 
+def one_of(option: str, text: str, known: Sequence[str]) -> str:
+    """The value of ``option``, one of those known."""
+    if text not in known:
+        raise OptionError(f"'{option}' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
+    return text
+
+
 def whole_number(option: str, text: str, least: int, most: int | None = None) -> int:
     """The value of ``option``, a whole number in this range."""
     rule = f"a whole number, at least {least}" if most is None else f"a whole number from {least} to {most}"

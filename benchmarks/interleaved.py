@@ -45,6 +45,11 @@ class Timings:
         low, _, high = statistics.quantiles(self._ratios(slower, faster), n=4)
         return low, high
 
+    def spread(self, name: str) -> tuple[float, float]:
+        """Between which two times the middle half of a contender's steps lies."""
+        low, _, high = statistics.quantiles(self.seconds[name], n=4)
+        return low, high
+
     def _ratios(self, slower: str, faster: str) -> list[float]:
         return [a / b for a, b in zip(self.seconds[slower], self.seconds[faster], strict=True)]
 

@@ -107,7 +107,7 @@ def test_what_ranks_refuse_alike_the_first_one_says(
 def test_ranks_train_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(options, "_device", torch.device)
+    monkeypatch.setattr(options, "open_device", torch.device)
     with pytest.raises(OptionError, match=r"^'--device' must be cpu where '--parallel' is given \(got 'cuda:0'\)$"):
         parse_options(["--parallel", "ddp", "--device", "cuda:0"])
 
