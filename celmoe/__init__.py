@@ -40,6 +40,7 @@ from .experts import (
 from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
 from .grouped.declared import rowwise
+from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
 from .loss import (
     BridgeLossCallable,
@@ -121,6 +122,7 @@ __all__ = [
     "__version__",
     "merge_routing",
     "optim",
+    "parameter_groups",
     "reference",
     "routing_constant",
     "rowwise",

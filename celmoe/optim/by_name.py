@@ -17,10 +17,11 @@ from celmoe.errors import CheckpointError, InputTypeError, listed, nearest
 from celmoe.stacked.naming import named_tensors
 
 from .members import Part, cut, joined
+from .per_expert import MEMBERS, shares_of
 
 # Entries of a group that say how a step is computed, not what it gives.
 _MEANS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-_OF_PARAMETERS = frozenset({"params", "param_names"})
+_OF_PARAMETERS = frozenset({"params", "param_names", MEMBERS})
 
 
 def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         found.append({key: value for key, value in group.items() if key not in _OF_PARAMETERS} | named)
         for part in parts:
             own = packed["state"].get(part.number)
-            if own and (mine := cut(own, part, optimizer)):
+            if own and (mine := cut(own, part, optimizer, group)):
                 state[part.name] = mine
     return {"state": state, "param_groups": found}
 
@@ -114,14 +115,17 @@ def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[Par
         places.setdefault(id(parameter), []).append((name, member))
         order[name] = len(order)
     found: list[list[Part]] = []
-    strangers = number = 0
-    for group in optimizer.param_groups:
+    strangers = 0
+    for shares in shares_of(optimizer):
         parts: list[Part] = []
-        for parameter in group["params"]:
+        for parameter, number, members in shares:
             names = places.get(id(parameter), ())
             strangers += not names
-            parts += [Part(name, parameter, number, member) for name, member in names]
-            number += 1
+            parts += [
+                Part(name, parameter, number, member)
+                for name, member in names
+                if members is None or member is None or member in members
+            ]
         has_stacks = any(part.member is not None for part in parts)
         found.append(sorted(parts, key=lambda part: order[part.name]) if has_stacks else parts)
     if strangers:

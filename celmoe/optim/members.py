@@ -16,6 +16,8 @@ from celmoe.errors import CheckpointError, StackedError, listed
 from .optimizers import SGD
 from .per_expert import PerExpert
 
+# State that experts of one stack have if their groups ask for it.
+_OPTIONAL = frozenset({"max_exp_avg_sq"})
 # State of which a stack has one for all members, also if its members are scalars.
 _COMMON = frozenset({"step", "mu_product", "eta", "mu"})
 
@@ -36,7 +38,9 @@ class Part(NamedTuple):
     member: int | None
 
 
-def cut(own: Mapping[str, Any], part: Part, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def cut(
+    own: Mapping[str, Any], part: Part, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]
+) -> dict[str, Any]:
     """A member's part of a stack's state; empty if the member was never stepped. An ordinary parameter's state.
 
     Raises:
@@ -48,8 +52,9 @@ def cut(own: Mapping[str, Any], part: Part, optimizer: torch.optim.Optimizer) ->
     counts = isinstance(steps, torch.Tensor) and steps.dim() == 1
     if isinstance(steps, torch.Tensor) and counts and not steps[member]:
         return {}
-    # PyTorch's SGD keeps no number of steps.
-    keys = [key for key in own if not (key == "step" and isinstance(optimizer, SGD))]
+    # PyTorch's SGD keeps no number of steps, and only groups with ``amsgrad`` keep maxima.
+    left_out = {"step"} if isinstance(optimizer, SGD) else set() if group.get("amsgrad") else {*_OPTIONAL}
+    keys = [key for key in own if key not in left_out]
     return {
         key: own[key].select(0, member).clone() if key == "step" and counts else _cut_one(key, own[key], part, member)
         for key in keys
@@ -113,14 +118,14 @@ def joined(
     is_per_expert = isinstance(optimizer, PerExpert)
     if not is_per_expert and (lacking := [part.name for part in parts if part not in found]):
         raise _can_not_keep(optimizer, f"no state for {listed(lacking)}, and one for others")
-    keys = _keys_of(found)
+    keys = _keys_of(found, is_per_expert=is_per_expert)
     is_counted = is_per_expert and not isinstance(optimizer, SGD)
     if is_counted and "step" not in keys:
         raise CheckpointError(f"'state' must have the 'step' of {parts[0].name!r} (got {listed(keys)})")
-    members = torch.tensor([part.member for part in found])
     made: dict[str, Any] = {}
     for key in keys:
-        values = [own[key] for own in found.values()]
+        mine = {part: own[key] for part, own in found.items() if key in own}
+        values, members = list(mine.values()), torch.tensor([part.member for part in mine])
         if key == "step" and is_counted:
             steps = torch.tensor([float(value) for value in values])
             made[key] = torch.zeros(len(parts[0].parameter)).index_copy_(0, members, steps)
@@ -131,11 +136,13 @@ def joined(
         else:
             made[key] = copy.deepcopy(values[0])
     if isinstance(optimizer, SGD):
-        made["step"] = torch.zeros(len(parts[0].parameter)).index_fill_(0, members, 1.0)
+        made["step"] = torch.zeros(len(parts[0].parameter)).index_fill_(
+            0, torch.tensor([part.member for part in found]), 1.0
+        )
     return made
 
 
-def _keys_of(found: Mapping[Part, Mapping[str, Any]]) -> list[str]:
+def _keys_of(found: Mapping[Part, Mapping[str, Any]], *, is_per_expert: bool) -> list[str]:
     """The entries of all experts' states.
 
     Raises:
@@ -143,14 +150,15 @@ def _keys_of(found: Mapping[Part, Mapping[str, Any]]) -> list[str]:
     """
     (first, own), *_ = found.items()
     for part, other in found.items():
-        if other.keys() != own.keys():
+        differing = other.keys() ^ own.keys()
+        if differing - _OPTIONAL if is_per_expert else differing:
             raise CheckpointError(
                 f"'state' must have the same entries for all experts of a stack (got {listed(other)} for "
                 f"{part.name!r}, and {listed(own)} for {first.name!r})"
             )
         for key, value in other.items():
             _require_shape(key, value, part)
-    return list(own)
+    return list(dict.fromkeys(key for other in found.values() for key in other))
 
 
 def _stacked(key: str, values: Sequence[torch.Tensor], members: torch.Tensor, part: Part) -> torch.Tensor:

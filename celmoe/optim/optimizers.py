@@ -2,8 +2,9 @@
 
 PyTorch's optimizers see one parameter in a stack. Experts without a sample in the batch have gradients of zero there:
 weight decay and old momentum move these experts. The optimizers here leave them as they are, with their moments and
-their number of steps, as PyTorch's do with parameters whose gradient is ``None``. They take the same arguments. They
-compute by PyTorch's own functions, over runs of neighbouring experts that have made equally many steps.
+their number of steps, as PyTorch's do with parameters whose gradient is ``None``. They take the same arguments. Their
+parameter groups may hold stacked experts' own tensors. They compute by PyTorch's own functions, over runs of
+neighbouring experts that have made equally many steps.
 
 Axes: M members of a stack.
 """
@@ -21,22 +22,25 @@ from torch.optim.sgd import sgd
 from celmoe.errors import ConfigError
 from celmoe.torch_internals import without_amp_scaling
 
-from .per_expert import PerExpert, grad_of, parts_of
+from .per_expert import PerExpert, Share, grad_of, parts_of
 
 
 class _AdamLike(PerExpert):
     _function: Callable[..., None]
 
-    def step_group(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
+    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
+        """Step a group's shares of parameters that have a gradient."""
+        parameters = [share.parameter for share in shares]
         is_fused = _is_fused(group, parameters)
         averages = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         stepped: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         steps: list[torch.Tensor] = []
         state: dict[str, list[torch.Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
-        for parameter in parameters:
+        for share in shares:
+            parameter = share.parameter
             device = parameter.device if is_fused else torch.device("cpu")
-            runs, own = self.runs_of(parameter), self.state[parameter]
+            runs, own = self.runs_of(share), self.state[parameter]
             if runs is None:
                 if "step" not in own:
                     own["step"] = torch.zeros((), device=device)
@@ -50,6 +54,8 @@ class _AdamLike(PerExpert):
             grads += parts_of(runs, grad_of(parameter))
             for key in averages:
                 state[key] += parts_of(runs, own[key])
+        if not stepped:
+            return
         beta1, beta2 = group["betas"]
         type(self)._function(
             *(stepped, grads, *state.values(), steps),
@@ -119,10 +125,11 @@ class SGD(PerExpert, torch.optim.SGD):
         super().__init__(params, *args, **_plain(kwargs))
         without_amp_scaling(self)
 
-    def step_group(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
-        """Step a group's parameters that have a gradient."""
+    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
+        """Step a group's shares of parameters that have a gradient."""
+        parameters = [share.parameter for share in shares]
         has_momentum = bool(group["momentum"])
-        all_runs = [self.runs_of(each, is_counted=has_momentum) for each in parameters]
+        all_runs = [self.runs_of(each, is_counted=has_momentum) for each in shares]
         stepped: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         # A first step takes the gradient for the momentum.

@@ -294,6 +294,11 @@ class Entry(PlainTensor):
     def requires_grad(self, _value: bool) -> None:
         self.place.refuse("requires_grad", _FREEZE)
 
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]  # nobody writes it
+        """Always false, so that PyTorch's optimizers refuse the view also where it was read without gradients."""
+        return False
+
     def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take over another tensor's values."""
         if args or kwargs or not isinstance(source, torch.Tensor) or source.shape != self.shape:
