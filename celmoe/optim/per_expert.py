@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from celmoe.errors import CheckpointError, ConfigError
+from celmoe.stacked.frozen import frozen_members
 from celmoe.stacked.presence import reached
 from celmoe.stacked.stack import Entry
 
@@ -57,6 +58,13 @@ class Share(NamedTuple):
     number: int
     members: list[int] | None
 
+    def without(self, frozen: frozenset[int]) -> Share:
+        """The share without frozen members of its stack."""
+        if not frozen:
+            return self
+        members = range(len(self.parameter)) if self.members is None else self.members
+        return self._replace(members=sorted(set(members) - frozen))
+
 
 class PerExpert(torch.optim.Optimizer):
     """A step over the groups' parameters, stacked and ordinary ones.
@@ -65,6 +73,8 @@ class PerExpert(torch.optim.Optimizer):
     then stands in the ``params`` of one group, the first with one of its members. Every group with some of its members
     keeps them in an entry `MEMBERS`: ``[[number, [member, ...]], ...]``, by the stack's number in the ``state_dict``.
     """
+
+    keeps_frozen = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
@@ -80,8 +90,12 @@ class PerExpert(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        frozen = frozen_members()
         for group, shares in zip(self.param_groups, shares_of(self), strict=True):
-            if some := [share for share in shares if share.parameter.grad is not None]:
+            some = [share for share in shares if share.parameter.grad is not None]
+            if frozen:
+                some = [share.without(frozen.get(id(share.parameter), frozenset())) for share in some]
+            if some:
                 self.step_group(group, some)
         return loss
 
