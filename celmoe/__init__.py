@@ -52,6 +52,7 @@ from .loss import (
     LossResult,
     LossTerm,
 )
+from .norms import gradient_norms
 from .outputs import CELMoEOutput, LevelOutput
 from .routing.compiler import RoutingCompiler
 from .routing.plan import LevelPlan, RoutingPlan
@@ -120,6 +121,7 @@ __all__ = [
     "UnknownExpertError",
     "UnknownLevelError",
     "__version__",
+    "gradient_norms",
     "merge_routing",
     "optim",
     "parameter_groups",

@@ -56,7 +56,7 @@ FLOORS = [
     {"engines.registry"},
     {"level"},
     {"hierarchy"},
-    {"stacked.stacking", "groups"},
+    {"stacked.stacking", "groups", "norms"},
     {"reference"},
     {"devices"},
     {"", "__main__"},
