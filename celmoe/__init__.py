@@ -40,6 +40,7 @@ from .experts import (
 from .explain import ClassExplanation, Explanation, LevelExplanation
 from .fusion import LearnedFusion, MeanFusion, PositionAwareFusion
 from .grouped.declared import rowwise
+from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
 from .loss import (
     BridgeLossCallable,
@@ -51,6 +52,7 @@ from .loss import (
     LossResult,
     LossTerm,
 )
+from .norms import gradient_norms
 from .outputs import CELMoEOutput, LevelOutput
 from .routing.compiler import RoutingCompiler
 from .routing.plan import LevelPlan, RoutingPlan
@@ -119,8 +121,10 @@ __all__ = [
     "UnknownExpertError",
     "UnknownLevelError",
     "__version__",
+    "gradient_norms",
     "merge_routing",
     "optim",
+    "parameter_groups",
     "reference",
     "routing_constant",
     "rowwise",

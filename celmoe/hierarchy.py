@@ -10,18 +10,20 @@ from torch import nn
 
 from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
 from .engines.registry import resolve_engine
-from .errors import ConfigError, ConfigTypeError, InputError, InputTypeError
+from .errors import ConfigError, ConfigTypeError, InputError, InputTypeError, UnknownLevelError, nearest
 from .experts import ExpertContext, ExpertMetadata
 from .explain import Explanation
 from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
 from .level import Level, LevelInput, present_experts
 from .names import NamedModules
 from .outputs import CELMoEOutput
+from .patterns import matching
 from .routing.compiler import RoutingCompiler
 from .routing.layout import Layout
 from .routing.plan import RoutingPlan
 from .routing.routes import Routing
 from .rows.context import NO_CONTEXT, ContextRows
+from .stacked.freezing import freeze, unfreeze
 
 # Methods that subclasses of celmoe-vp's model override. Nothing here would call them.
 _PEERS_METHODS = ("_run_level", "_select_context", "_normalize_routing", "_level_registry", "_expert_module")
@@ -155,6 +157,62 @@ class HierarchicalCELMoE(nn.Module):
             experts = list(modules.values()) if present is None else present[index]
             lines.append(level.explain(modules, self._engine, experts, None if plan is None else plan.levels[name]))
         return Explanation(tuple(lines))
+
+    def freeze(self, level: str, pattern: str = "*") -> list[str]:
+        """Freeze experts: they run as before, and are not trained.
+
+        Their parameters get no gradients, and lose those that they have. Optimizers of PyTorch and `celmoe.optim` leave
+        these experts as they are; of stacked experts, only those of `celmoe.optim` do, and others refuse to step.
+
+        Args:
+            level: The level's name.
+            pattern: A pattern of the experts' names, as in the shell: ``"r*"``.
+
+        Returns:
+            The names that match, in the level's order.
+
+        Raises:
+            UnknownLevelError: The model has no such level.
+            UnknownExpertError: No expert matches.
+            InputTypeError: The pattern is no string.
+        """
+        names, experts = self._matching(level, pattern)
+        freeze(experts, self._experts())
+        return names
+
+    def unfreeze(self, level: str, pattern: str = "*") -> list[str]:
+        """Let experts be trained as before `freeze`.
+
+        Parameters that required no gradients before stay so: a frozen base below adapters, for example. Those that an
+        expert shares with a frozen one stay frozen.
+
+        Args:
+            level: The level's name.
+            pattern: A pattern of the experts' names, as in the shell: ``"r*"``.
+
+        Returns:
+            The names that match, in the level's order.
+
+        Raises:
+            UnknownLevelError: The model has no such level.
+            UnknownExpertError: No expert matches.
+            InputTypeError: The pattern is no string.
+        """
+        names, experts = self._matching(level, pattern)
+        unfreeze(experts, self._experts())
+        return names
+
+    def _matching(self, level: str, pattern: str) -> tuple[list[str], list[nn.Module]]:
+        if level not in self.level_modules:
+            raise UnknownLevelError(
+                f"'level' must be a level of the model (got {level!r}; {nearest(level, self.level_modules)})"
+            )
+        registry = cast(NamedModules, self.level_modules[level])
+        names = matching(pattern, registry, f"experts of level {level!r}")
+        return names, [registry[name] for name in names]
+
+    def _experts(self) -> list[nn.Module]:
+        return [each for registry in self.level_modules.values() for each in cast(NamedModules, registry).values()]
 
     def forward(
         self,

@@ -25,6 +25,8 @@ from .errors import StackedError
 ESCAPED = ""
 # Under which a module of a stacked expert keeps where its tensors are: a `celmoe.stacked.stack.Slot`.
 SLOT = "_celmoe_slot"
+# Under which an expert that was frozen keeps the paths of its parameters that were trained before.
+FROZEN = "_celmoe_frozen"
 # How the names of a registry's own parameters begin, which hold its experts' tensors: checkpoints have the experts'.
 STACKED = "stack:"
 # Names that ``nn.ModuleDict`` refuses because it has attributes of these names.

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import celmoe.engines.grouped
-import celmoe.optim
 from celmoe.grouped.classes import LevelClasses
+from celmoe.optim import per_expert
 from celmoe.stacked import member, presence
 from celmoe.stacked.stack import Stack
 from tests import test_optim as optimizers
@@ -81,7 +81,7 @@ def a_gradient_of_the_first_only(patch: Patch) -> None:
 
 
 def all_are_reached(patch: Patch) -> None:
-    patch.setattr(celmoe.optim, "reached", lambda _: None)
+    patch.setattr(per_expert, "reached", lambda _: None)
 
 
 def reached_since_ever(patch: Patch) -> None:
@@ -89,14 +89,14 @@ def reached_since_ever(patch: Patch) -> None:
 
 
 def steps_of_all(patch: Patch) -> None:
-    right = celmoe.optim._Runs
+    right = per_expert.Runs
 
     class Wrong(right):
         def __init__(self, present, steps):
             super().__init__(present, steps)
             self.steps = self.steps * 0 + self.steps.max(initial=0)
 
-    patch.setattr(celmoe.optim, "_Runs", Wrong)
+    patch.setattr(per_expert, "Runs", Wrong)
 
 
 def _compute(**options) -> None:

@@ -189,6 +189,9 @@ def _stacked(
             found.append(each)
             continue
         whole = stack.whole(name)
+        if unit.members[0] in stack.frozen:
+            # All the unit's members are: frozen ones are of another class.
+            whole = whole.detach()
         found.append(whole if members is None else whole.index_select(0, members.to(whole.device, non_blocking=True)))
     return found, counts
 

@@ -16,26 +16,32 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from celmoe.torch_internals import RECURRENT, is_hooked
 
+from .freezing import trained_paths
 from .member import stacked_kind
 from .stack import slot_of
 
 
 def likeness(expert: nn.Module) -> tuple[Any, ...]:
-    """A key that experts share whose tensors can be stacked: their modules' classes, and their parameters' facts."""
+    """A key that experts share whose tensors can be stacked: their modules' classes, and their parameters' facts.
+
+    Frozen experts have the key that they have when they are trained again.
+    """
+    trained = trained_paths(expert)
     return tuple(
         (
             path,
             type_before_parametrizations(module),
-            tuple((name, _facts(each)) for name, each in module._parameters.items()),
+            tuple(
+                (name, _facts(each), f"{path}{'.' if path else ''}{name}" in trained)
+                for name, each in module._parameters.items()
+            ),
         )
         for path, module in expert.named_modules()
     )
 
 
 def _facts(parameter: nn.Parameter | None) -> Any:
-    if parameter is None:
-        return None
-    return tuple(parameter.shape), parameter.dtype, parameter.device, parameter.requires_grad
+    return None if parameter is None else (tuple(parameter.shape), parameter.dtype, parameter.device)
 
 
 class Owners:

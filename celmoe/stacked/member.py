@@ -67,7 +67,8 @@ _ON_ALL = "call it on the model, or on the level's modules"
 # Methods that act on parameters, with the cure.
 _OF_PARAMETERS = {
     **dict.fromkeys(("to", "to_empty", "type", "cpu", "cuda", "half", "float", "double", "bfloat16"), _ON_ALL),
-    **dict.fromkeys(("share_memory", "requires_grad_", "zero_grad"), f"{_ON_ALL}, or {_ALONE}"),
+    **dict.fromkeys(("share_memory", "zero_grad"), f"{_ON_ALL}, or {_ALONE}"),
+    "requires_grad_": f"call the model's freeze or unfreeze with the expert's name, or {_ALONE}",
 }
 
 
@@ -289,8 +290,10 @@ def reopen(module: nn.Module) -> None:
             own[name] = None
             continue
         whole = slot.stack.whole(path)
-        own[name] = made = nn.Parameter(whole.detach()[slot.member].clone(), requires_grad=whole.requires_grad)
-        if whole.grad is not None:
+        own[name] = made = nn.Parameter(
+            whole.detach()[slot.member].clone(), requires_grad=slot.stack.trains(path, slot.member)
+        )
+        if whole.grad is not None and slot.member not in slot.stack.frozen:
             made.grad = whole.grad[slot.member].clone()
     kind = kind_of(module)
     del module.__dict__[SLOT]

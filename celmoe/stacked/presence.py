@@ -23,30 +23,40 @@ class _Reached:
         members: The places of the members that the gradient is of.
         waiting: The members that a backward pass has reached, which may end without a gradient: `torch.autograd.grad`.
         backward: The number of that backward pass.
+        late: Members that were frozen after their forward pass, which that backward pass has reached.
     """
 
     def __init__(self) -> None:
         self.members: set[int] = set()
         self.waiting: set[int] = set()
         self.backward = -1
+        self.late: set[int] = set()
 
-    def note(self, members: Sequence[int], *, is_first: bool) -> None:
+    def note(self, members: Sequence[int], frozen: frozenset[int], *, is_first: bool) -> None:
         """Note members that the running backward pass has reached.
 
         Args:
             members: The members' places.
+            frozen: The places of frozen members.
             is_first: True if the parameter has no gradient yet.
         """
         if self.backward != (backward := current_backward()):
-            self.waiting, self.backward = set(), backward
+            self.waiting, self.late, self.backward = set(), set(), backward
             if is_first:
                 # An earlier gradient has been cleared.
                 self.members = set()
         self.waiting.update(members)
+        if frozen:
+            self.late |= self.waiting & frozen
+            self.waiting -= frozen
 
-    def keep(self, _parameter: torch.Tensor) -> None:
+    def keep(self, parameter: torch.Tensor) -> None:
         """Keep the members that wait: the parameter has got its gradient."""
         self.members |= self.waiting
+        if self.late and parameter.grad is not None:
+            # A parameter that is frozen between the passes gets no gradient.
+            with torch.no_grad():
+                parameter.grad[sorted(self.late)] = 0
 
 
 # By stacked parameter.
@@ -61,7 +71,9 @@ def watch(results: Iterable[torch.Tensor], stack: Stack, members: Sequence[int])
         stack: The stack.
         members: The members' places in it.
     """
-    for result in results:
+    if stack.frozen:
+        members = sorted(set(members) - stack.frozen)
+    for result in results if members else ():
         if result.requires_grad:
             result.register_hook(partial(_note, stack, members))
 
@@ -76,7 +88,7 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
             known = _REACHED[whole] = _Reached()
             if whole.is_leaf and whole.requires_grad:
                 whole.register_post_accumulate_grad_hook(known.keep)
-        known.note(members, is_first=whole.grad is None)
+        known.note(members, stack.frozen, is_first=whole.grad is None)
 
 
 def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:

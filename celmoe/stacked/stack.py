@@ -10,7 +10,7 @@ import enum
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -19,6 +19,8 @@ from torch import nn
 from celmoe.errors import StackedError
 from celmoe.names import SLOT, NamedModules
 from celmoe.torch_internals import PlainTensor, fill_recurrent, version_of
+
+from .frozen import note
 
 
 class Stack:
@@ -33,7 +35,8 @@ class Stack:
         registry: See above.
         names: See above.
         keys: See above.
-        version: Grows with every change of a member's attributes.
+        version: Grows with every change of a member's attributes, and with every member that is frozen or not any more.
+        frozen: The places of the members that are frozen.
     """
 
     #: True once a stack was made in this process.
@@ -44,6 +47,9 @@ class Stack:
         self.names = tuple(names)
         self.keys = dict(keys)
         self.version = 0
+        self.frozen: frozenset[int] = frozenset()
+        # The paths whose parameters are not trained only because all members are frozen.
+        self._paused: tuple[str, ...] = ()
         self._forget()
 
     def _forget(self) -> None:
@@ -56,11 +62,13 @@ class Stack:
         self._intact: tuple[Any, frozenset[int]] = None, frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("registry", "names", "keys", "version")}
+        return {name: self.__dict__[name] for name in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+        if self.frozen:
+            note(self)
 
     def whole(self, path: str) -> torch.Tensor:
         """``[M, ...]``: the stacked tensor."""
@@ -75,6 +83,8 @@ class Stack:
             is_written: True if the forward pass itself writes into the tensor.
         """
         whole = self.whole(path)
+        if index in self.frozen:
+            whole = whole.detach()
         views: dict[int, Any] | None = getattr(_LOOP, "views", None)
         if views is not None and whole.requires_grad and torch.is_grad_enabled() and not is_written:
             # The gradients of all members are put together once. A write into the stack would spoil earlier views.
@@ -91,8 +101,48 @@ class Stack:
 
     def parameter(self, path: str, index: int) -> nn.Parameter:
         """A member's tensor as an ordinary parameter, in the stack's memory."""
-        whole = self.whole(path)
-        return nn.Parameter(whole.detach().select(0, index), requires_grad=whole.requires_grad)
+        return nn.Parameter(self.whole(path).detach().select(0, index), requires_grad=self.trains(path, index))
+
+    def trains(self, path: str, index: int) -> bool:
+        """True if a member's tensor requires gradients."""
+        return index not in self.frozen and self.whole(path).requires_grad
+
+    @property
+    def trained_paths(self) -> tuple[str, ...]:
+        """The paths of the tensors that are trained in members that are not frozen."""
+        return tuple(path for path in self.keys if path in self._paused or self.whole(path).requires_grad)
+
+    @torch.no_grad()
+    def freeze(self, members: Collection[int]) -> None:
+        """Freeze members: their tensors get no gradients, and lose those that they have.
+
+        If all members are frozen, the stacked parameters require no gradients.
+        """
+        if not (new := set(members) - self.frozen):
+            return
+        self.frozen |= new
+        self.version += 1
+        note(self)
+        are_all = len(self.frozen) == len(self.names)
+        for whole in map(self.whole, self.keys):
+            if are_all:
+                whole.grad = None
+            elif whole.grad is not None:
+                whole.grad[sorted(new)] = 0
+        if are_all:
+            self._paused = self.trained_paths
+            for path in self._paused:
+                self.whole(path).requires_grad_(False)
+
+    def unfreeze(self, members: Collection[int]) -> None:
+        """Let members be trained as before they were frozen."""
+        if self.frozen.isdisjoint(members):
+            return
+        self.frozen -= set(members)
+        self.version += 1
+        for path in self._paused:
+            self.whole(path).requires_grad_()
+        self._paused = ()
 
     def assign(self, path: str, index: int, tensor: torch.Tensor) -> None:
         """Take over a tensor for a member. The whole stack takes over its dtype and device.
@@ -177,6 +227,7 @@ class Stack:
         return all(_are_fixed(alike) for alike in zip(*modules, strict=True))
 
 
+_KEPT = ("registry", "names", "keys", "version", "frozen", "_paused")
 _NO_VIEWS: tuple[int, Any, Any] = -1, None, None
 
 
@@ -265,8 +316,9 @@ class Entry(PlainTensor):
     @property
     def grad(self) -> torch.Tensor | None:
         """The expert's part of the stack's gradient."""
-        grad = self.place.stack.whole(self.place.path).grad
-        return None if grad is None else grad.select(0, self.place.member)
+        stack, path, member = self.place
+        grad = stack.whole(path).grad
+        return None if grad is None or member in stack.frozen else grad.select(0, member)
 
     @grad.setter
     def grad(self, value: object) -> None:
@@ -287,12 +339,17 @@ class Entry(PlainTensor):
 
     @property
     def requires_grad(self) -> bool:
-        """True if the stack requires gradients."""
-        return self.place.stack.whole(self.place.path).requires_grad
+        """True if the stack requires gradients, and the expert is not frozen."""
+        return self.place.stack.trains(self.place.path, self.place.member)
 
     @requires_grad.setter
     def requires_grad(self, _value: bool) -> None:
         self.place.refuse("requires_grad", _FREEZE)
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]  # nobody writes it
+        """Always false, so that PyTorch's optimizers refuse the view also where it was read without gradients."""
+        return False
 
     def set_(self, source: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Take over another tensor's values."""
@@ -324,7 +381,7 @@ class Entry(PlainTensor):
         return self.detach().clone().requires_grad_(self.requires_grad)
 
 
-_FREEZE = "freeze the stacked parameter, or call celmoe.unstack_experts first"
+_FREEZE = "call the model's freeze or unfreeze with the expert's name, or celmoe.unstack_experts first"
 
 
 def _is_same(value: object, tensor: torch.Tensor) -> bool:

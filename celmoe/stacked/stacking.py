@@ -12,9 +12,10 @@ from torch import nn
 
 from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
 from celmoe.hierarchy import HierarchicalCELMoE
-from celmoe.names import STACKED, NamedModules
+from celmoe.names import FROZEN, STACKED, NamedModules
 
 from .fitness import Owners, holding, likeness
+from .freezing import is_frozen, trained_paths
 from .member import close, reopen
 from .stack import Slot, Stack, slot_of
 
@@ -67,7 +68,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
     and order. The experts stay where they are, and their tensors are views of the stacks. Make optimizers afterwards.
 
     Experts are alike if their modules have the same classes, and their parameters the same names, shapes, dtypes,
-    devices and ``requires_grad``. Buffers stay as they are.
+    devices and ``requires_grad``; frozen experts are like those that are not. Buffers stay as they are.
 
     Args:
         model: The model.
@@ -112,7 +113,7 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
 
 @torch.inference_mode(False)
 def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> None:
-    """Give all stacked experts parameters of their own again, with the same values and gradients.
+    """Give all stacked experts parameters of their own again, with the same values and gradients, frozen as before.
 
     Args:
         model: The model.
@@ -137,6 +138,10 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
         )
     for level in names:
         registry = cast(nn.ModuleDict, model.level_modules[level])
+        for expert in registry.values():
+            slot = slot_of(expert)
+            if slot is not None and slot.member in slot.stack.frozen:
+                expert.__dict__[FROZEN] = (*expert.__dict__.get(FROZEN, ()), *slot.stack.trained_paths)
         stacks = {slot.stack for module in registry.modules() if (slot := slot_of(module)) is not None}
         for module in {*registry.modules(), *(each for stack in stacks for each in stack.modules)}:
             if slot_of(module) is not None:
@@ -179,14 +184,18 @@ def _stack(registry: NamedModules, names: Sequence[str]) -> Stack:
         if not any(_key(number, path) in registry._parameters for path in paths)
     )
     stack = Stack(registry, names, {path: _key(number, path) for path in paths})
+    trained = trained_paths(experts[0])
+    frozen = [index for index, expert in enumerate(experts) if is_frozen(expert)]
     for path in paths:
         tensors = [expert.get_parameter(path) for expert in experts]
-        registry._parameters[stack.keys[path]] = _stacked(tensors)
+        registry._parameters[stack.keys[path]] = _stacked(tensors, is_trained=path in trained)
     for index, expert in enumerate(experts):
+        expert.__dict__.pop(FROZEN, None)
         for prefix, module in list(expert.named_modules()):
             dotted = f"{prefix}." if prefix else ""
             paths_of = {name: None if each is None else f"{dotted}{name}" for name, each in module._parameters.items()}
             close(module, Slot(stack, index, paths_of))
+    stack.freeze(frozen)
     return stack
 
 
@@ -195,8 +204,8 @@ def _key(number: int, path: str) -> str:
     return f"{STACKED}{number}:{path.replace('.', '/')}"
 
 
-def _stacked(tensors: Sequence[nn.Parameter]) -> nn.Parameter:
-    whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=tensors[0].requires_grad)
+def _stacked(tensors: Sequence[nn.Parameter], *, is_trained: bool) -> nn.Parameter:
+    whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=is_trained)
     if any(each.grad is not None for each in tensors):
         grads = [torch.zeros_like(each) if each.grad is None else each.grad.to_dense() for each in tensors]
         whole.grad = torch.stack(grads)

@@ -2,8 +2,9 @@
 
 PyTorch's optimizers see one parameter in a stack. Experts without a sample in the batch have gradients of zero there:
 weight decay and old momentum move these experts. The optimizers here leave them as they are, with their moments and
-their number of steps, as PyTorch's do with parameters whose gradient is ``None``. They take the same arguments. They
-compute by PyTorch's own functions, over runs of neighbouring experts that have made equally many steps.
+their number of steps, as PyTorch's do with parameters whose gradient is ``None``. They take the same arguments. Their
+parameter groups may hold stacked experts' own tensors. They compute by PyTorch's own functions, over runs of
+neighbouring experts that have made equally many steps.
 
 Axes: M members of a stack.
 """
@@ -11,118 +12,50 @@ Axes: M members of a stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .errors import ConfigError
-from .stacked.presence import reached
-from .torch_internals import without_amp_scaling
+from celmoe.errors import ConfigError
+from celmoe.torch_internals import without_amp_scaling
 
-__all__ = ["SGD", "Adam", "AdamW"]
-
-
-class _Runs:
-    """Runs of neighbouring members that are present and have made equally many steps.
-
-    Args:
-        present: ``[M]``: true for the members that are stepped.
-        steps: ``[M]``: each member's number of steps until now.
-
-    Attributes:
-        steps: The number of steps of each run.
-    """
-
-    def __init__(self, present: npt.NDArray[np.bool_], steps: npt.NDArray[np.float32]) -> None:
-        numbers = np.where(present, steps, -1.0)
-        starts = np.flatnonzero(np.diff(numbers, prepend=-2.0))
-        self._sizes = np.diff(starts, append=len(numbers)).tolist()
-        self._are_present = present[starts].tolist()
-        self.steps = numbers[starts][present[starts]].astype(np.float32)
-
-    def of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The runs' parts of a tensor ``[M, ...]``."""
-        return list(compress(tensor.split(self._sizes), self._are_present))
+from .per_expert import PerExpert, Share, grad_of, parts_of
 
 
-class _PerExpert(torch.optim.Optimizer):
-    """A step over the groups' parameters, stacked and ordinary ones."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
-        """Make one step.
-
-        Args:
-            closure: Computes the loss anew, and its gradients.
-
-        Returns:
-            The closure's loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            if group["params"]:
-                self._step(group, [each for each in group["params"] if each.grad is not None])
-        return loss
-
-    def _step(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
-        raise NotImplementedError
-
-    def _runs_of(self, parameter: torch.Tensor) -> _Runs | None:
-        """The runs of a stack that are stepped now, which are counted; ``None`` for an ordinary parameter."""
-        state: dict[str, Any] = self.state[parameter]
-        steps: torch.Tensor | None = state.get("step")
-        present = reached(parameter)
-        if present is None:
-            if steps is None or not steps.dim():
-                return None
-            # A gradient that no backward pass gave is of all members.
-            present = np.ones(len(parameter), dtype=np.bool_)
-        if steps is None:
-            steps = torch.zeros(len(parameter))
-        elif not steps.dim() or steps.device.type != "cpu":
-            # The host reads which runs there are.
-            steps = steps.cpu().expand(len(parameter)).clone()
-        runs = _Runs(present, steps.numpy())
-        state["step"] = steps + torch.from_numpy(present)
-        return runs
-
-
-class _AdamLike(_PerExpert):
+class _AdamLike(PerExpert):
     _function: Callable[..., None]
 
-    def _step(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
+    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
+        """Step a group's shares of parameters that have a gradient."""
+        parameters = [share.parameter for share in shares]
         is_fused = _is_fused(group, parameters)
         averages = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         stepped: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         steps: list[torch.Tensor] = []
         state: dict[str, list[torch.Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
-        for parameter in parameters:
-            own = self.state[parameter]
-            for key in averages:
-                if key not in own:
-                    own[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for share in shares:
+            parameter = share.parameter
             device = parameter.device if is_fused else torch.device("cpu")
-            runs = self._runs_of(parameter)
+            runs, own = self.runs_of(share), self.state[parameter]
             if runs is None:
                 if "step" not in own:
                     own["step"] = torch.zeros((), device=device)
                 steps.append(own["step"])
             else:
                 steps += torch.from_numpy(runs.steps).to(device).unbind(0)
-            stepped += _parts(runs, parameter)
-            grads += _parts(runs, _grad_of(parameter))
             for key in averages:
-                state[key] += _parts(runs, own[key])
+                if key not in own:
+                    own[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            stepped += parts_of(runs, parameter)
+            grads += parts_of(runs, grad_of(parameter))
+            for key in averages:
+                state[key] += parts_of(runs, own[key])
+        if not stepped:
+            return
         beta1, beta2 = group["betas"]
         type(self)._function(
             *(stepped, grads, *state.values(), steps),
@@ -177,7 +110,7 @@ class Adam(_AdamLike, torch.optim.Adam):
         without_amp_scaling(self)
 
 
-class SGD(_PerExpert, torch.optim.SGD):
+class SGD(PerExpert, torch.optim.SGD):
     """`torch.optim.SGD`, which leaves the absent experts of a stack as they are.
 
     Args:
@@ -192,19 +125,22 @@ class SGD(_PerExpert, torch.optim.SGD):
         super().__init__(params, *args, **_plain(kwargs))
         without_amp_scaling(self)
 
-    def _step(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
+    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
+        """Step a group's shares of parameters that have a gradient."""
+        parameters = [share.parameter for share in shares]
+        has_momentum = bool(group["momentum"])
+        all_runs = [self.runs_of(each, is_counted=has_momentum) for each in shares]
         stepped: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         # A first step takes the gradient for the momentum.
         momenta: list[torch.Tensor | None] = []
         kept: list[torch.Tensor | None] = []
-        for parameter in parameters:
-            own = self.state[parameter]
-            runs = self._runs_of(parameter)
-            stepped += _parts(runs, parameter)
-            grads += _parts(runs, _grad_of(parameter))
-            if not group["momentum"]:
+        for parameter, runs in zip(parameters, all_runs, strict=True):
+            stepped += parts_of(runs, parameter)
+            grads += parts_of(runs, grad_of(parameter))
+            if not has_momentum:
                 continue
+            own = self.state[parameter]
             if runs is None:
                 momenta.append(own.get("momentum_buffer"))
                 kept.append(None)
@@ -236,19 +172,10 @@ class SGD(_PerExpert, torch.optim.SGD):
                     momenta[place] = made
                     if (part := kept[place]) is not None and made is not None:
                         part.copy_(made)
-        ordinary = [each for each in parameters if "step" not in self.state[each]]
+        ordinary = [each for each, runs in zip(parameters, all_runs, strict=True) if runs is None and has_momentum]
         new_of = [made for part, made in zip(kept, momenta, strict=True) if part is None]
-        for parameter, momentum in zip(ordinary, new_of, strict=bool(group["momentum"])):
+        for parameter, momentum in zip(ordinary, new_of, strict=True):
             self.state[parameter]["momentum_buffer"] = momentum
-
-
-def _parts(runs: _Runs | None, tensor: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor] if runs is None else runs.of(tensor)
-
-
-def _grad_of(parameter: torch.Tensor) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -268,5 +195,5 @@ def _is_fused(group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> bool
     if group["fused"] is not None or group["foreach"] is not None:
         return bool(group["fused"])
     are_usual = all(each.is_floating_point() and each.device.type == "cpu" for each in parameters)
-    has_sparse = any(_grad_of(each).layout is not torch.strided for each in parameters)
+    has_sparse = any(grad_of(each).layout is not torch.strided for each in parameters)
     return True if are_usual and not has_sparse and not isinstance(group["lr"], torch.Tensor) else None

@@ -1,0 +1,229 @@
+"""Steps over runs of neighbouring members of a stack.
+
+Axes: M members of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from celmoe.errors import CheckpointError, ConfigError
+from celmoe.stacked.frozen import frozen_members
+from celmoe.stacked.presence import reached
+from celmoe.stacked.stack import Entry
+
+#: A group's entry with the members of stacks that are its own. See [Note: Groups of experts].
+MEMBERS = "members"
+
+
+class Runs:
+    """Runs of neighbouring members that are present and have made equally many steps.
+
+    Args:
+        present: ``[M]``: true for the members that are stepped.
+        steps: ``[M]``: each member's number of steps until now.
+
+    Attributes:
+        steps: The number of steps of each run.
+    """
+
+    def __init__(self, present: npt.NDArray[np.bool_], steps: npt.NDArray[np.float32]) -> None:
+        numbers = np.where(present, steps, -1.0)
+        starts = np.flatnonzero(np.diff(numbers, prepend=-2.0))
+        self._sizes = np.diff(starts, append=len(numbers)).tolist()
+        self._are_present = present[starts].tolist()
+        self.steps = numbers[starts][present[starts]].astype(np.float32)
+
+    def of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The runs' parts of a tensor ``[M, ...]``."""
+        return list(compress(tensor.split(self._sizes), self._are_present))
+
+
+class Share(NamedTuple):
+    """The part of a parameter that a group steps.
+
+    Attributes:
+        parameter: The parameter.
+        number: The parameter's place among all of the optimizer's, as in its ``state_dict``.
+        members: The places of the members of a stack that are the group's; ``None`` for the whole parameter.
+    """
+
+    parameter: torch.Tensor
+    number: int
+    members: list[int] | None
+
+    def without(self, frozen: frozenset[int]) -> Share:
+        """The share without frozen members of its stack."""
+        if not frozen:
+            return self
+        members = range(len(self.parameter)) if self.members is None else self.members
+        return self._replace(members=sorted(set(members) - frozen))
+
+
+class PerExpert(torch.optim.Optimizer):
+    """A step over the groups' parameters, stacked and ordinary ones.
+
+    [Note: Groups of experts] A group may be given a stacked expert's own tensors, which are views of stacks. Each stack
+    then stands in the ``params`` of one group, the first with one of its members. Every group with some of its members
+    keeps them in an entry `MEMBERS`: ``[[number, [member, ...]], ...]``, by the stack's number in the ``state_dict``.
+    """
+
+    keeps_frozen = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as torch's
+        """Make one step.
+
+        Args:
+            closure: Computes the loss anew, and its gradients.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        frozen = frozen_members()
+        for group, shares in zip(self.param_groups, shares_of(self), strict=True):
+            some = [share for share in shares if share.parameter.grad is not None]
+            if frozen:
+                some = [share.without(frozen.get(id(share.parameter), frozenset())) for share in some]
+            if some:
+                self.step_group(group, some)
+        return loss
+
+    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
+        """Step a group's shares of parameters that have a gradient."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As usual; the parameters may be a stacked expert's own.
+
+        Raises:
+            ConfigError: An expert's tensor is in a group already, or has a name.
+        """
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        given = [params] if isinstance(params, torch.Tensor) else params
+        if isinstance(given, set) or not isinstance(given, Iterable):
+            # PyTorch has the words for these.
+            super().add_param_group(param_group)
+            return
+        given = list(given)
+        if any(isinstance(each, tuple) and any(isinstance(part, Entry) for part in each) for each in given):
+            raise ConfigError("'params' must have stacked experts' tensors without names (got some with names)")
+        own: dict[int, tuple[torch.Tensor, list[int]]] = {}
+        rest = []
+        for each in given:
+            if isinstance(each, Entry):
+                whole = each.place.stack.whole(each.place.path)
+                own.setdefault(id(whole), (whole, []))[1].append(each.place.member)
+            else:
+                rest.append(each)
+        self._require_free(own.values(), rest)
+        numbers = {id(each): number for number, each in enumerate(_parameters(self.param_groups))}
+        new = [whole for key, (whole, _) in own.items() if key not in numbers]
+        numbers |= {id(each): len(numbers) + len(rest) + place for place, each in enumerate(new)}
+        entry = {MEMBERS: [[numbers[key], sorted(members)] for key, (_, members) in own.items()]} if own else {}
+        super().add_param_group({**param_group, "params": rest + new, **entry})
+
+    def _require_free(self, own: Iterable[tuple[torch.Tensor, list[int]]], rest: Sequence[Any]) -> None:
+        """Refuse a second group for an expert's tensor.
+
+        Raises:
+            ConfigError: Some tensors have a group already, or are given twice.
+        """
+        taken: dict[int, list[int] | None] = {}
+        for share in chain.from_iterable(shares_of(self) if self.param_groups else ()):
+            before = taken.get(id(share.parameter), [])
+            taken[id(share.parameter)] = None if share.members is None or before is None else before + share.members
+        wholes = set(map(id, rest))
+        for whole, members in own:
+            others = taken.get(id(whole), [])
+            if id(whole) in wholes or others is None or len({*others, *members}) < len(others) + len(members):
+                raise ConfigError(
+                    "'params' must have each expert's tensor in one parameter group only (got some parameters that "
+                    "appear in more than one, or twice)"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As usual.
+
+        Raises:
+            CheckpointError: The state is of groups with other members of stacks.
+        """
+        groups = state_dict["param_groups"]
+        for place, (own, saved) in enumerate(zip(self.param_groups, groups, strict=False)):
+            if own.get(MEMBERS) != saved.get(MEMBERS):
+                raise CheckpointError(
+                    f"'state_dict' must be of groups with the same experts as the optimizer's (got others for group "
+                    f"{place}; make the optimizer with the groups that were saved)"
+                )
+        super().load_state_dict(state_dict)
+
+    def runs_of(self, share: Share, *, is_counted: bool = True) -> Runs | None:
+        """The runs of a stack that are stepped now; ``None`` for an ordinary parameter.
+
+        Args:
+            share: The share of the parameter.
+            is_counted: True if the state keeps each member's number of steps. Else all steps are like first ones.
+        """
+        parameter = share.parameter
+        state: dict[str, Any] = self.state.get(parameter, {})
+        steps: torch.Tensor | None = state.get("step")
+        present = reached(parameter)
+        if present is None:
+            if share.members is None and (steps is None or not steps.dim()):
+                return None
+            # A gradient that no backward pass gave is of all members.
+            present = np.ones(len(parameter), dtype=np.bool_)
+        if share.members is not None:
+            own = np.zeros(len(parameter), dtype=np.bool_)
+            own[share.members] = True
+            present &= own
+        if not is_counted:
+            return Runs(present, np.zeros(len(parameter), dtype=np.float32))
+        if steps is None:
+            # A state without steps is of steps that were all members'.
+            steps = torch.full((len(parameter),), 1.0 if state else 0.0)
+        elif not steps.dim() or steps.device.type != "cpu":
+            # The host reads which runs there are.
+            steps = steps.cpu().expand(len(parameter)).clone()
+        runs = Runs(present, steps.numpy())
+        self.state[parameter]["step"] = steps + torch.from_numpy(present)
+        return runs
+
+
+def shares_of(optimizer: torch.optim.Optimizer) -> list[list[Share]]:
+    """The shares of each group's parameters. See [Note: Groups of experts]."""
+    groups = optimizer.param_groups
+    everything = _parameters(groups) if any(MEMBERS in group for group in groups) else []
+    found: list[list[Share]] = []
+    start = 0
+    for group in groups:
+        members = dict(group.get(MEMBERS, ()))
+        own = [Share(each, number, members.pop(number, None)) for number, each in enumerate(group["params"], start)]
+        found.append(own + [Share(everything[number], number, places) for number, places in members.items()])
+        start += len(group["params"])
+    return found
+
+
+def _parameters(groups: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+    return [each for group in groups for each in group["params"]]
+
+
+def parts_of(runs: Runs | None, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The runs' parts of a stack; an ordinary tensor whole."""
+    return [tensor] if runs is None else runs.of(tensor)
+
+
+def grad_of(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient, which the parameter has."""
+    assert parameter.grad is not None
+    return parameter.grad
