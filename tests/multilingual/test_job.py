@@ -202,6 +202,35 @@ def test_a_compiled_run_tells_what_compiling_took(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(("first", "then"), [([], ["--no-stacked"]), (["--no-stacked"], ["--stacked"])])
+def test_a_run_goes_on_stacked_or_not(
+    first: list[str], then: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_to = Bar.move_to
+
+    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
+        move_to(bar, done, total, figures)
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "move_to", interrupt_at_three)
+        assert main([*SMALL, *HERE, *first, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
+    assert main(["--resume", *HERE, *then, "--report", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "accuracy.json").read_text())["run"]["stacked"] == (then == ["--stacked"])
+    ours, theirs = parameters(tmp_path), parameters(uninterrupted)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4, msg=name)
+    for contender in ("experts", "universal"):
+        states = [torch.load(folder / "checkpoint.pt")["contenders"][contender] for folder in (tmp_path, uninterrupted)]
+        one, other = (state["optimizer"] for state in states)
+        for group, wanted in zip(one["param_groups"], other["param_groups"], strict=True):
+            assert group["params"] == wanted["params"]
+        assert one["state"].keys() == other["state"].keys()
+        torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=1e-4)
+
+
 def test_resuming_a_finished_run_says_so_and_writes_nothing(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,7 +381,8 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, capsys: pytes
 def test_interrupting_the_process_saves_and_says_how_to_go_on(
     steps: int, awaited: str, seconds: float, tmp_path: Path
 ) -> None:
-    arguments = [*SMALL, "--workers", "1", "--steps", str(steps), "--report", str(tmp_path)]
+    # The looped engine traces nothing, which it would tell of where that takes long.
+    arguments = [*SMALL, "--engine", "looped", "--workers", "1", "--steps", str(steps), "--report", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.multilingual", *arguments],
         cwd=ROOT,
