@@ -9,7 +9,6 @@ from benchmarks.extras import missing_extra
 if __name__ == "__main__" and (missing := missing_extra("bench")):
     sys.exit(missing)
 
-import subprocess
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,10 +19,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
-from benchmarks.devices import CUDA, open_device
+from benchmarks.devices import open_device
 from benchmarks.points import NAMED
-from benchmarks.setting import make_console, prepare_folder, processor_name
+from benchmarks.setting import make_console, prepare_folder, read_setting
 from benchmarks.whole_steps.bounded import last_told
+from benchmarks.whole_steps.notes import Block
 from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
 from benchmarks.whole_steps.row import MAKERS, Row, measure
 from benchmarks.workloads import Workload
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--minutes", default="10", help="bound on the whole run (default 10)")
     add("--threads", default="1", help="threads of the CPU (default 1)")
     add("--report", default="celmoe-report/whole-steps", help="folder to write to (default celmoe-report/whole-steps)")
+    add("--notes", help="a file of notes whose table of whole steps is replaced by this run's")
     console, errors = make_console(), Console(stderr=True, highlight=False, soft_wrap=True)
     begun = time.monotonic()
     try:
@@ -67,11 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = open_device(given.device)
         report = Path(given.report)
         prepare_folder(report)
+        notes = None if given.notes is None else Block(Path(given.notes), device.type)
     except OptionError as error:
         errors.print(str(error), markup=False)
         return REFUSED
-    setting = _setting(device, threads)
-    console.print(setting, markup=False)
+    setting = read_setting(device, threads)
+    told = f"{setting}, commit {setting.commit}{' with changes' * setting.is_changed}"
+    console.print(told, markup=False)
     rows: list[Row] = []
     for place, workload in enumerate(track(workloads, "timing", console=console)):
         left = seconds - (time.monotonic() - begun)
@@ -79,9 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, why in rows[-1].absent.items():
             console.print(f"{workload}: without {name}: {why}", markup=False, soft_wrap=True)
         write_steps(report / "whole_steps.csv", rows)
-    draw_growth(report / "whole_steps.png", rows, setting)
-    (report / "setting.txt").write_text(f"{setting}\n", encoding="utf-8")
-    console.print(steps_table(rows, dict(zip(NAMED, GOALS, strict=True))))
+    draw_growth(report / "whole_steps.png", rows, told)
+    (report / "setting.txt").write_text(f"{told}\n", encoding="utf-8")
+    goals = dict(zip(NAMED, GOALS, strict=True))
+    console.print(steps_table(rows, goals))
+    if notes is not None:
+        notes.fill(rows, goals, setting)
     console.print(mean_line(rows), markup=False)
     is_good = any(row.timings.seconds for row in rows) and not any(row.is_unequal for row in rows)
     return 0 if is_good else BAD
@@ -94,18 +100,6 @@ def _row(workload: Workload, device: str, threads: int, seconds: float) -> Row:
         if name not in {*row.timings.seconds, *row.absent}:
             row = row.without(name, why)
     return row
-
-
-def _setting(device: torch.device, threads: int) -> str:
-    """The hardware, the versions and the commit."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    try:
-        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    hardware = f"{torch.cuda.get_device_name(device)}, " if device.type == CUDA else ""
-    count = f"{threads} thread{'s' * (threads > 1)}"
-    return f"{hardware}{processor_name()}, {count}, torch {torch.__version__}, commit {commit}"
 
 
 if __name__ == "__main__":

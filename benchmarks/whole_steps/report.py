@@ -15,6 +15,7 @@ from benchmarks.workloads import Workload
 
 # In the order of the table.
 CONTENDERS = (PEER, *(name for name in MAKERS if name != PEER))
+DASH = "\N{EN DASH}"
 # Against whom ratios are told.
 AGAINST = (PEER, BY_HAND, PLAIN)
 _MEASURED = ("ms", "against", "ratio", "first_quartile", "third_quartile", "rounds", "first_seconds", "absent")
@@ -41,7 +42,7 @@ def steps_table(rows: Sequence[Row], goals: Mapping[Workload, tuple[float, float
 
 def _cell(row: Row, name: str) -> str:
     if name not in row.timings.seconds:
-        return "\N{EN DASH}"
+        return DASH
     words = ms_words(1e3 * row.timings.median(name))
     if name == PEER or PEER not in row.timings.seconds:
         return words
@@ -50,10 +51,12 @@ def _cell(row: Row, name: str) -> str:
 
 def mean_line(rows: Sequence[Row]) -> str:
     """Stacked beside the stack by hand, over all workloads that have one."""
-    found = [each.timings.ratio(BY_HAND, STACKED) for each in rows if {BY_HAND, STACKED} <= each.timings.seconds.keys()]
-    if not found:
+    both = [each.timings for each in rows if {BY_HAND, STACKED} <= each.timings.seconds.keys()]
+    if not both:
         return "no workload has a stack by hand beside the stacked one"
-    return f"stacked is {geometric_mean(found):.3f} times as fast as by hand, geometric mean of {len(found)} workloads"
+    # As the CSV file rounds them.
+    mean = geometric_mean([round(timings.ratio(BY_HAND, STACKED), 3) for timings in both])
+    return f"stacked is {mean:.2f} times as fast as by hand, geometric mean of {len(both)} workloads"
 
 
 def write_steps(path: Path, rows: Sequence[Row]) -> None:

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 import celmoe
+from benchmarks.arguments import OptionError
 from benchmarks.contenders import models
 from benchmarks.interleaved import Timings
 from benchmarks.points import NAMED
+from benchmarks.setting import Setting
 from benchmarks.whole_steps import __main__ as command
 from benchmarks.whole_steps import row as rows
 from benchmarks.whole_steps.bounded import last_told
+from benchmarks.whole_steps.notes import Block
 from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
 from benchmarks.whole_steps.row import BY_HAND, COMPILED, MAKERS, PEER, PLAIN, STACKED, Row, measure
 from benchmarks.workloads import Workload
@@ -149,7 +152,7 @@ def test_what_a_run_leaves(tmp_path):
     assert (line["ms"], line["rounds"], line["first_seconds"]) == ("1000.0000", "5", "1.50")
     assert by_key["4", STACKED, BY_HAND]["ratio"] == "0.500"
     assert by_key["256", COMPILED, ""]["absent"] == "it took more than 9 s"
-    assert mean_line(found) == "stacked is 0.500 times as fast as by hand, geometric mean of 1 workloads"
+    assert mean_line(found) == "stacked is 0.50 times as fast as by hand, geometric mean of 1 workloads"
     table = steps_table(found, {many: (5.5, 7.0)})
     cells = [list(column.cells) for column in table.columns]
     assert cells[1] == ["5,000 ms", "5,000 ms"]
@@ -186,9 +189,34 @@ def test_the_command_measures_here(tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     assert 50 < limits[0] <= 60 < limits[1] <= 120
     said = capsys.readouterr().out
-    assert f"1 thread, torch {torch.__version__}, commit " in said
+    assert f"1 thread, float32, torch {torch.__version__}, commit " in said
     assert "without compiled: it took more than" in said
     assert {path.name for path in tmp_path.iterdir()} == {"whole_steps.csv", "whole_steps.png", "setting.txt"}
+
+
+def test_a_run_replaces_the_block_of_its_device_in_notes(tmp_path):
+    path = tmp_path / "notes.md"
+    (tmp_path / "figures").mkdir()
+    frame = "before\n<!-- whole steps, cpu: begin -->\n{}<!-- whole steps, cpu: end -->\nafter\n"
+    path.write_text(frame.format("old\n"))
+    workload = NAMED[1]
+    found = [a_row(workload, celmoe_vp="three", plain="one", stacked="one", by_hand="half")]
+    for _ in range(2):
+        Block(path, "cpu").fill(found, {workload: (3.3, 4.0)}, Setting("a machine", 1, "1234567", is_changed=True))
+    text = path.read_text()
+    assert text.startswith("before\n<!-- whole steps, cpu: begin -->\nMeasured on ")
+    assert text.endswith("against=by hand -->\n<!-- whole steps, cpu: end -->\nafter\n")
+    assert "at commit `1234567` with changes; a machine, 1 thread, float32, torch" in text
+    ratio = "4.00 (3.00 to 4.50)"
+    cells = ["linear, H = 64, zipf routes", "512", "256", "5000.00", ratio, ratio, "8.00 (6.00 to 9.00)", "\N{EN DASH}"]
+    assert f"| {' | '.join([*cells, '3.3, aim 4'])} |" in text.splitlines()
+    assert "Stacked is 0.50 times as fast as by hand" in text
+    assert "<!-- whole_steps_cpu.csv: 0.50 = gmean ratio where contender=stacked, against=by hand -->" in text
+    assert (tmp_path / "figures" / "whole_steps_cpu.csv").is_file()
+    with pytest.raises(
+        OptionError, match=r"^'--notes' must be a file with the lines .*cuda: begin.* \(got '.*notes.md'\)$"
+    ):
+        Block(path, "cuda")
 
 
 def test_a_run_that_times_nothing_has_failed(tmp_path, monkeypatch):
@@ -208,6 +236,10 @@ def test_a_run_that_times_nothing_has_failed(tmp_path, monkeypatch):
             "'--device' must be a device that works here, such as cpu, cuda or directml (got 'meta'",
         ),
         (["--minutes", "0"], "'--minutes' must be a number above 0 (got '0')"),
+        (
+            ["--notes", "README.md"],
+            "'--notes' must be a file with the lines '<!-- whole steps, cpu: begin -->' and '<!-- ",
+        ),
         (["--threads", "0"], "'--threads' must be a whole number, at least 1 (got '0')"),
     ],
 )
