@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -25,7 +24,7 @@ from benchmarks.setting import make_console, prepare_folder, read_setting
 from benchmarks.whole_steps.bounded import last_told
 from benchmarks.whole_steps.notes import Block
 from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
-from benchmarks.whole_steps.row import MAKERS, Row, measure
+from benchmarks.whole_steps.row import MAKERS, Row, run_row
 from benchmarks.workloads import Workload
 
 # What stacked steps must reach and what they aim at, as multiples of celmoe-vp's speed on one thread of a CPU.
@@ -36,12 +35,6 @@ GROWTH = tuple(Workload(expert, width, 4096, count) for expert, width in KINDS f
 ALL = "all"
 SETS = {"named": NAMED, "growth": GROWTH, ALL: tuple(dict.fromkeys((*NAMED, *GROWTH)))}
 BAD, REFUSED = 1, 2
-
-
-def run_row(workload: Workload, device: str, threads: int, deadline: float, tell: object) -> None:
-    """`measure` in a process of its own."""
-    torch.set_num_threads(threads)
-    measure(workload, torch.device(device), deadline, tell)  # type: ignore[arg-type]  # a pipe's end
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,11 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (report / "setting.txt").write_text(f"{told}\n", encoding="utf-8")
     goals = dict(zip(NAMED, GOALS, strict=True))
     console.print(steps_table(rows, goals))
+    console.print(mean_line(rows), markup=False)
+    if not any(row.timings.seconds for row in rows) or any(row.is_unequal for row in rows):
+        return BAD
     if notes is not None:
         notes.fill(rows, goals, setting)
-    console.print(mean_line(rows), markup=False)
-    is_good = any(row.timings.seconds for row in rows) and not any(row.is_unequal for row in rows)
-    return 0 if is_good else BAD
+    return 0
 
 
 def _row(workload: Workload, device: str, threads: int, seconds: float) -> Row:

@@ -63,6 +63,12 @@ class Row:
         return replace(self, absent={**self.absent, name: why})
 
 
+def run_row(workload: Workload, device: str, threads: int, deadline: float, tell: Callable[[Row], None]) -> None:
+    """`measure` in a process of its own, which knows nothing of the command's."""
+    torch.set_num_threads(threads)
+    measure(workload, torch.device(device), deadline, tell)
+
+
 def measure(workload: Workload, device: torch.device, deadline: float, tell: Callable[[Row], None]) -> None:
     """Time the contenders in turn: first those that need no compiling, then all.
 

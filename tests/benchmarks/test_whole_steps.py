@@ -127,6 +127,16 @@ def test_work_that_takes_too_long_is_ended_and_what_it_told_is_kept():
     assert last_told(telling.dies, 60.0) == ("something", "its process ended with 7")
 
 
+def test_a_row_is_measured_in_a_process_of_its_own(monkeypatch):
+    # There, too, compiling would take longer than all else.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    row, why = last_told(partial(rows.run_row, Workload("gru", 8, 6, 3), "cpu", 1), 40.0)
+    assert why == ""
+    assert {PLAIN, STACKED, COMPILED} <= row.timings.seconds.keys()
+    # Spawned processes don't import a package's `__main__`.
+    assert rows.run_row.__module__ == "benchmarks.whole_steps.row"
+
+
 def a_row(workload, **seconds):
     timings = Timings(
         {name.replace("_", " ").replace("celmoe vp", PEER): SECONDS[key] for name, key in seconds.items()}
