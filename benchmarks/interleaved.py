@@ -54,13 +54,19 @@ class Timings:
         return [a / b for a, b in zip(self.seconds[slower], self.seconds[faster], strict=True)]
 
 
-def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda: None) -> Timings:
+def interleave(
+    steps: Mapping[str, Step],
+    seconds: float,
+    between: Step = lambda: None,
+    after_round: Callable[[Timings], object] = lambda _: None,
+) -> Timings:
     """Run all contenders in turn, each round in another order: what ran before leaves its traces in the caches.
 
     Args:
         steps: What is timed, by contender.
         seconds: About how long to go on, the limits on rounds aside.
         between: Run before each timed step, unseen by the clock.
+        after_round: Told after each round what has been found.
     """
     names = list(steps)
     shuffle = random.Random(0).shuffle
@@ -81,6 +87,7 @@ def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda
                 start = time.perf_counter()
                 steps[name]()
                 found[name].append(time.perf_counter() - start)
+            after_round(Timings({name: list(taken) for name, taken in found.items()}))
             shuffle(names)
     finally:
         if collecting:

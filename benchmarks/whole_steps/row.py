@@ -38,6 +38,8 @@ MAKERS: Mapping[str, Maker] = MappingProxyType(
 RATE = 1e-3
 # The shares of the time that is left, for rounds without the compiled model and then with it.
 FIRST_SHARE, SECOND_SHARE = 0.3, 0.7
+# Fewer rounds have no quartiles to speak of. In seconds: how often what is known is told.
+FEWEST_TOLD, SECONDS_BETWEEN = 3, 1.0
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,14 @@ def measure(workload: Workload, device: torch.device, deadline: float, tell: Cal
         workload: What to run.
         device: Where.
         deadline: When all should be told, by ``time.time()``.
-        tell: Told what is known before something is compiled, and in the end. Nobody but the end of its process stops
-            a compiler.
+        tell: Told what is known after rounds, and in the end.
     """
     # Contenders are compared in float32.
     torch.backends.cudnn.allow_tf32 = False
-    contest = _Contest(Terms(workload, device))
+    contest = _Contest(Terms(workload, device), tell)
     for name in MAKERS:
         if name == COMPILED:
             contest.run(FIRST_SHARE * (deadline - time.time()))
-            tell(contest.row)
         contest.add(name)
     if COMPILED not in contest.row.absent:
         contest.run(SECOND_SHARE * (deadline - time.time()))
@@ -93,8 +93,10 @@ def measure(workload: Workload, device: torch.device, deadline: float, tell: Cal
 
 
 class _Contest:
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, tell: Callable[[Row], None]) -> None:
         self._terms = terms
+        self._tell = tell
+        self._told_at = 0.0
         self._steps: dict[str, Callable[[], None]] = {}
         self._wanted: Evidence = {}
         self.row = Row(terms.workload)
@@ -131,4 +133,11 @@ class _Contest:
     def run(self, seconds: float) -> None:
         """Time all that are there, in turn, for about so many seconds."""
         if self._steps:
-            self.row = replace(self.row, timings=interleave(self._steps, seconds))
+            self.row = replace(self.row, timings=interleave(self._steps, seconds, after_round=self._tell_round))
+            self._tell(self.row)
+
+    def _tell_round(self, timings: Timings) -> None:
+        # What was told survives when a clock ends the process.
+        if timings.rounds >= FEWEST_TOLD and time.monotonic() - self._told_at > SECONDS_BETWEEN:
+            self._tell(replace(self.row, timings=timings))
+            self._told_at = time.monotonic()

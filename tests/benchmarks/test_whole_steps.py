@@ -45,7 +45,8 @@ def measured(workload):
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("workload", [SMALL, Workload("masked-block", 16, 12, 4)], ids=str)
 def test_all_are_timed_first_without_what_is_compiled(workload):
-    first, last = measured(workload)
+    told = measured(workload)
+    first, last = told[0], told[-1]
     others = MAKERS.keys() - {COMPILED} - ({BY_HAND} if workload.expert == "masked-block" else set())
     if PEER in first.absent:
         assert "could not be installed" in first.absent[PEER]
@@ -118,6 +119,15 @@ def test_the_compiled_model_is_stacked_and_given_plans(monkeypatch):
     assert len(list(model.parameters())) < len(model.state_dict())
 
 
+def test_rounds_are_told_as_they_come(monkeypatch):
+    monkeypatch.setattr(rows, "MAKERS", {PLAIN: MAKERS[PLAIN]})
+    monkeypatch.setattr(rows, "SECONDS_BETWEEN", 0.0)
+    contest = rows._Contest(models.Terms(SMALL, CPU), (told := []).append)
+    contest.add(PLAIN)
+    contest.run(0.0)
+    assert [row.timings.rounds for row in told] == [3, 4, 5, 5]
+
+
 def test_work_that_takes_too_long_is_ended_and_what_it_told_is_kept():
     begun = time.monotonic()
     work = partial(telling.goes_on, ["little", "more"], 60.0)
@@ -130,7 +140,7 @@ def test_work_that_takes_too_long_is_ended_and_what_it_told_is_kept():
 def test_a_row_is_measured_in_a_process_of_its_own(monkeypatch):
     # There, too, compiling would take longer than all else.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    row, why = last_told(partial(rows.run_row, Workload("gru", 8, 6, 3), "cpu", 1), 40.0)
+    row, why = last_told(partial(telling.hurried, partial(rows.run_row, SMALL, "cpu", 1)), 120.0)
     assert why == ""
     assert {PLAIN, STACKED, COMPILED} <= row.timings.seconds.keys()
     # Spawned processes don't import a package's `__main__`.
