@@ -24,8 +24,9 @@ def freeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> Non
         for expert in experts
     ]
     for expert, paths in zip(experts, kept, strict=True):
-        # Not by `setattr`, which a class may give a meaning of its own.
-        expert.__dict__[FROZEN] = tuple(dict.fromkeys((*expert.__dict__.get(FROZEN, ()), *paths)))
+        if paths:
+            # Not by `setattr`, which a class may give a meaning of its own.
+            expert.__dict__[FROZEN] = tuple(dict.fromkeys((*expert.__dict__.get(FROZEN, ()), *paths)))
         for _, parameter in _own(expert):
             parameter.requires_grad_(False)
             parameter.grad = None
