@@ -15,7 +15,7 @@ import torch
 
 from celmoe.errors import CheckpointError, ConfigError
 from celmoe.stacked.frozen import frozen_members
-from celmoe.stacked.presence import reached
+from celmoe.stacked.presence import forget, reached
 from celmoe.stacked.stack import Entry
 
 #: A group's entry with the members of stacks that are its own. See [Note: Groups of experts].
@@ -151,6 +151,30 @@ class PerExpert(torch.optim.Optimizer):
                     "'params' must have each expert's tensor in one parameter group only (got some parameters that "
                     "appear in more than one, or twice)"
                 )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As usual; of a stack with members in no group, the gradients of those are kept.
+
+        Args:
+            set_to_none: See `torch.optim.Optimizer.zero_grad`.
+        """
+        own: dict[torch.Tensor, list[int]] = {}
+        for parameter, _, members in chain.from_iterable(shares_of(self)):
+            if members is not None:
+                own.setdefault(parameter, []).extend(members)
+        kept = []
+        for parameter, members in own.items():
+            grad = parameter.grad
+            if grad is None or len(members) == len(parameter):
+                continue
+            if not set_to_none or forget(parameter, members):
+                with torch.no_grad():
+                    grad[members] = 0
+                kept.append((parameter, grad))
+                parameter.grad = None
+        super().zero_grad(set_to_none)
+        for parameter, grad in kept:
+            parameter.grad = grad
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As usual.

@@ -91,6 +91,16 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
         known.note(members, stack.frozen, is_first=whole.grad is None)
 
 
+def forget(parameter: torch.Tensor, members: Sequence[int]) -> bool:
+    """Forget that backward passes reached some members; true if the gradient is of others, too."""
+    known = _REACHED.get(parameter)
+    if known is None:
+        return len(set(members)) < len(parameter)
+    known.members -= set(members)
+    known.waiting -= set(members)
+    return bool(known.members or known.waiting)
+
+
 def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:
     """``[M]``: true for the members that the gradient is of; ``None`` for a parameter that no backward pass noted."""
     known = _REACHED.get(parameter)
