@@ -135,14 +135,14 @@ def states_of_the_absent(patch: Patch) -> None:
 
 
 def options_of_the_neighbour(patch: Patch) -> None:
-    right = per_expert.PerExpert.runs_of
+    right = per_expert.PerExpert._runs_of
 
-    def wrong(self, share, **options):
+    def wrong(self, share, known, **options):
         if share.members is not None:
             share = share._replace(members=[(member + 1) % len(share.parameter) for member in share.members])
-        return right(self, share, **options)
+        return right(self, share, known, **options)
 
-    patch.setattr(per_expert.PerExpert, "runs_of", wrong)
+    patch.setattr(per_expert.PerExpert, "_runs_of", wrong)
 
 
 def frozen_members_moved(patch: Patch) -> None:
