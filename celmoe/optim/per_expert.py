@@ -19,7 +19,7 @@ from celmoe.stacked.presence import forget, reached
 from celmoe.stacked.stack import Entry
 
 #: A group's entry with the members of stacks that are its own. See [Note: Groups of experts].
-MEMBERS = "members"
+MEMBERS = "stack_members"
 
 
 class Runs:
@@ -140,9 +140,10 @@ class PerExpert(torch.optim.Optimizer):
             else:
                 rest.append(each)
         self._require_free(own.values(), rest)
-        numbers = {id(each): number for number, each in enumerate(_parameters(self.param_groups))}
+        held = _parameters(self.param_groups)
+        numbers = {id(each): number for number, each in enumerate(held)}
         new = [whole for key, (whole, _) in own.items() if key not in numbers]
-        numbers |= {id(each): len(numbers) + len(rest) + place for place, each in enumerate(new)}
+        numbers |= {id(each): number for number, each in enumerate(new, len(held) + len(rest))}
         entry = {MEMBERS: [[numbers[key], sorted(members)] for key, (_, members) in own.items()]} if own else {}
         super().add_param_group({**param_group, "params": rest + new, **entry})
 
