@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -91,7 +91,7 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
         known.note(members, stack.frozen, is_first=whole.grad is None)
 
 
-def forget(parameter: torch.Tensor, members: Sequence[int]) -> bool:
+def forget(parameter: torch.Tensor, members: Collection[int]) -> bool:
     """Forget that backward passes reached some members; true if the gradient is of others, too."""
     known = _REACHED.get(parameter)
     if known is None:
