@@ -24,7 +24,8 @@ def parameter_groups(model: HierarchicalCELMoE, patterns: Mapping[str, Mapping[s
     parameter that experts of several groups share is in the first of these groups.
 
     A stack whose experts are in several groups is given by the experts' own tensors, which are views. The optimizers of
-    `celmoe.optim` take them; PyTorch's refuse them.
+    `celmoe.optim` take them; PyTorch's refuse them. Give all experts of a stack to one optimizer if a `GradScaler`
+    unscales their gradients: it would do so once for each optimizer.
 
     Args:
         model: The model.

@@ -5,13 +5,24 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import celmoe
-from celmoe import HierarchicalCELMoE, InputTypeError, StackedError, UnknownExpertError, UnknownLevelError, optim
+from celmoe import (
+    CELMoEConfig,
+    ExpertConfig,
+    HierarchicalCELMoE,
+    HierarchyLevelConfig,
+    InputTypeError,
+    StackedError,
+    UnknownExpertError,
+    UnknownLevelError,
+    optim,
+)
 from celmoe.optim import state_by_name
 from celmoe.reference import reference_forward
 from tests.test_optim import OPTIONS, assert_same_parameters, routes_of
@@ -182,10 +193,6 @@ def test_a_frozen_expert_keeps_weights_moments_and_steps():
     for step in range(4):
         run(model, [*routes_of(step), "e2"], torch.float64)
         optimizer.step()
-    # Gradients that someone sets are of all experts: of those that are not frozen.
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
     now = state_by_name(model, optimizer)["state"]
     assert torch.equal(weights, expert_of(model, "e2").up.weight)
     frozen = [name for name in state if ".e2." in name]
@@ -194,6 +201,19 @@ def test_a_frozen_expert_keeps_weights_moments_and_steps():
     assert not torch.equal(
         now["level_modules.language.e1.up.weight"]["exp_avg"], state["level_modules.language.e1.up.weight"]["exp_avg"]
     )
+
+
+def test_gradients_that_someone_sets_do_not_move_a_frozen_expert():
+    model = stacked()
+    model.freeze("language", "e2")
+    optimizer = optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    before = {name: tensor.clone() for name, tensor in by_expert(model).items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, tensor in by_expert(model).items():
+        torch.testing.assert_close(tensor, before[name] - (0.0 if name.startswith("e2.") else 0.5))
+    assert not any(".e2." in name for name in state_by_name(model, optimizer)["state"])
 
 
 def _between_passes(model, optimizer, step):
@@ -211,8 +231,20 @@ def _before_the_step(model, optimizer, step):
     optimizer.step()
 
 
+def _for_a_moment(model, optimizer, step):
+    hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step)).double()
+    model(hidden, {"language": ["e0", "e1", "e1"]}).fused_hidden.square().sum().backward()
+    if step % 2:
+        model.freeze("language", "e1")
+        model(hidden, {"language": ["e1", "e2", "e1"]}).fused_hidden.square().sum().backward()
+        model.unfreeze("language", "e1")
+    optimizer.step()
+    if step == 5:
+        model.freeze("language", "e1")
+
+
 @pytest.mark.parametrize("engine", ["looped", "grouped"])
-@pytest.mark.parametrize("way", [_between_passes, _before_the_step])
+@pytest.mark.parametrize("way", [_between_passes, _before_the_step, _for_a_moment])
 def test_freezing_at_odd_times(way, engine):
     plain, model = build(MLP, "looped").double(), stacked(MLP, engine).double()
     for each, kind in ((plain, torch.optim.AdamW), (model, optim.AdamW)):
@@ -417,3 +449,48 @@ def test_a_penalty_on_a_frozen_experts_weights_reaches_none_of_them():
         sum(expert_of(each, name).up.weight.square().sum() for name in ("e0", "e1")).backward()
     assert_same_gradients(plain, model, {"e1"})
     assert not expert_of(model, "e1").up.weight.square().requires_grad
+
+
+def _calls(num_experts: int, pattern: str) -> int:
+    """Calls of Python functions in a forward and a backward pass."""
+    names = [f"e{number}" for number in range(num_experts)]
+    level = HierarchyLevelConfig("language", {name: ExpertConfig(name) for name in names})
+    model = HierarchicalCELMoE(CELMoEConfig(WIDTH, [level]), lambda *_: MLP(), engine="grouped")
+    celmoe.stack_experts(model)
+    model.freeze("language", pattern)
+    plan = model.compile_routing({"language": names * 2})
+    hidden = torch.randn(2 * num_experts, WIDTH)
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    for _ in range(3):
+        model(hidden, plan).fused_hidden.sum().backward()
+    sys.setprofile(count)
+    try:
+        model(hidden, plan).fused_hidden.sum().backward()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("pattern", ["e1", "e[12]"])
+def test_the_hosts_work_does_not_grow_with_the_experts(pattern):
+    """With one expert frozen, which runs alone, and with two."""
+    few, many = _calls(6, pattern), _calls(60, pattern)
+    assert many <= 1.05 * few
+
+
+@pytest.mark.parametrize("pattern", ["e0", "e[024]", "e[0-4]"])
+def test_what_was_found_for_frozen_members_holds_for_these_only(pattern):
+    """Batches of other members, after some were found to run as one, or alone."""
+    plain, model = build(MLP, "looped"), stacked(MLP, "grouped")
+    for each in (plain, model):
+        each.freeze("language", pattern)
+    frozen = {name for name in NAMES if not expert_of(plain, name).up.weight.requires_grad}
+    for routes in (["e0", "e1"], ["e0", "e2", "e5"], ["e5"], ["e0", "e2"], NAMES, ["e4", "e0", "e3"], NAMES):
+        for found, expected in zip(run(model, routes), by_the_oracle(plain, routes), strict=True):
+            torch.testing.assert_close(found, expected)
+        assert_same_gradients(plain, model, frozen)

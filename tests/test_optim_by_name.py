@@ -397,6 +397,18 @@ def test_a_loaded_state_has_memory_of_its_own():
     assert_same_states(state_by_name(model, optimizer), kept, 0.0)
 
 
+@pytest.mark.parametrize("is_stacked", [True, False])
+def test_a_loaded_state_holds_no_more_memory_than_it_needs(is_stacked):
+    """A copy of a view may keep the whole stack that it was of."""
+    model, optimizer = made("AdamW", {}, is_stacked=True)
+    train(model, optimizer, range(6), torch.float64)
+    goal, again = made("AdamW", {}, is_stacked=is_stacked)
+    load_state_by_name(goal, again, state_by_name(model, optimizer))
+    for parameter, own in again.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert own[key].untyped_storage().nbytes() == parameter.untyped_storage().nbytes()
+
+
 def _saved(state):
     file = io.BytesIO()
     torch.save(state, file)

@@ -14,7 +14,7 @@ from celmoe import CheckpointError, ConfigError, InputTypeError, UnknownExpertEr
 from celmoe.optim import load_state_by_name, state_by_name
 from tests.test_optim import STEPS, WAYS, assert_same_parameters, train
 from tests.test_optim_by_name import assert_same_states
-from tests.test_stacked import MLP, build, expert_of, stacked
+from tests.test_stacked import MLP, WIDTH, build, by_expert, expert_of, stacked
 
 PATTERNS = {
     "language/e[03]": {"lr": 0.05, "weight_decay": 0.3},
@@ -91,6 +91,31 @@ def test_experts_in_no_group_are_not_stepped():
         pair.append(optimizer)
     assert_same_parameters(plain, model, torch.float64)
     assert_same_states(state_by_name(model, pair[1]), state_by_name(plain, pair[0]))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("is_stepped", ["both", "one"])
+def test_experts_of_one_stack_in_two_optimizers(is_stepped, set_to_none):
+    """Each clears its own experts' gradients only."""
+    plain, model = build(MLP, "looped").double(), build(MLP, "looped").double()
+    celmoe.stack_experts(model)
+    for each, kinds in ((plain, (torch.optim.AdamW, torch.optim.SGD)), (model, (optim.AdamW, optim.SGD))):
+        often = kinds[0]([{"params": expert_of(each, name).parameters()} for name in ("e0", "e2")], lr=0.01)
+        seldom = kinds[1]([{"params": expert_of(each, name).parameters()} for name in ("e1", "e3")], lr=0.01)
+        for step in range(9):
+            often.zero_grad(set_to_none)
+            if step % 3 == 0:
+                seldom.zero_grad(set_to_none)
+            hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step)).double()
+            routes = [f"e{step % 3}", "e1", f"e{step % 4}"]
+            each(hidden, {"language": routes}).fused_hidden.square().sum().backward()
+            often.step()
+            if step % 3 == 2 and is_stepped == "both":
+                seldom.step()
+    assert_same_parameters(plain, model, torch.float64)
+    for name, tensor in by_expert(plain).items():
+        if tensor.grad is not None and name.split(".")[0] in ("e0", "e1", "e2", "e3"):
+            torch.testing.assert_close(by_expert(model)[name].grad, tensor.grad)
 
 
 def test_a_single_tensor_is_a_group():

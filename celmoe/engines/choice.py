@@ -133,13 +133,13 @@ class LevelChoice:
                     raise refusal(self._level, present.names, present.experts[0], why_not)
                 return []
             if (settled := self._settled(present, slots, given)) is not None:
-                return [settled]
+                return settled
             twins = present._replace(experts=_ordinary(present.experts, slots))
             return [_on_stacks(each, present, slots) for each in self._decide(engine, twins, given, slots)]
         return self._decide(engine, present, given, slots)
 
-    def _settled(self, present: Present, slots: Sequence[Slot | None], given: LevelInputLike) -> Decision | None:
-        """The decision of an earlier call, if all experts are of one stack, and nothing can have changed.
+    def _settled(self, present: Present, slots: Sequence[Slot | None], given: LevelInputLike) -> list[Decision] | None:
+        """The decisions of an earlier call, if all experts are of one stack, and nothing can have changed.
 
         Takes a time that depends little on the number of experts.
         """
@@ -151,13 +151,32 @@ class LevelChoice:
             return None
         if given.context.irregular is not None or _passing_refusal() is not None:
             return None
-        twin = first.stack.twins(present.experts[:1], members[:1])[0]
-        record = self.classes.settled(first.stack, members, (present.names[0], twin), scale, given)
+        frozen = first.stack.frozen
+        # Frozen members are of another class.
+        parts: list[Sequence[int]] = [range(len(members))]
+        if frozen:
+            parts = [[place for place, member in enumerate(members) if (member in frozen) == each] for each in (0, 1)]
+        decisions = []
+        for places in sorted(filter(None, parts), key=min):
+            own = present if len(places) == len(members) else present.taken(places)
+            decision = self._settled_part(first.stack, [members[place] for place in places], own, given)
+            if decision is None:
+                return None
+            decisions.append(decision._replace(unit=decision.unit._replace(positions=tuple(places))))
+        return [] if all(decision.unit.is_alone for decision in decisions) else decisions
+
+    def _settled_part(
+        self, stack: Stack, members: Sequence[int], present: Present, given: LevelInputLike
+    ) -> Decision | None:
+        """The decision of an earlier call for members of a stack that were one class before."""
+        twin = stack.twins(present.experts[:1], members[:1])[0]
+        scale = present.scales[0]
+        record = self.classes.settled(stack, members, (present.names[0], twin), scale, given)
         if record is None:
             return None
         cost = _cost_of(self.classes.layouts(present.names[:1], [twin])[0], present.experts, is_stacked=True)
         unit = Unit(tuple(range(len(members))), tuple(present.experts), record, scale, None)
-        return Decision(unit._replace(stack=first.stack, members=tuple(members)), cost)
+        return Decision(unit._replace(stack=stack, members=tuple(members)), cost)
 
     def _decide(
         self, engine: str, present: Present, given: LevelInputLike, slots: Sequence[Slot | None]
@@ -198,7 +217,7 @@ class LevelChoice:
 
     def _settle(self, unit: Unit, asked: Present, slots: Sequence[Slot | None]) -> None:
         """Keep what was found for a unit, if it is of a stack."""
-        if slots[0] is not None and not unit.is_alone:
+        if slots[0] is not None and unit.fault is None:
             names = [asked.names[each] for each in unit.positions]
             members = [slot.member for slot in slots if slot is not None]
             self.classes.settle(slots[0].stack, names, unit, members)
@@ -349,10 +368,10 @@ def _ordinary(experts: Sequence[nn.Module], slots: Sequence[Slot | None]) -> lis
 
 
 def _by_stack(unit: Unit, slots: Sequence[Slot | None]) -> list[Unit]:
-    """The unit, split into experts of one stack each, and experts that are not stacked."""
-    parts: dict[Stack | None, list[int]] = {}
+    """The unit, split into experts of one stack each, frozen or not, and experts that are not stacked."""
+    parts: dict[tuple[Stack, bool] | None, list[int]] = {}
     for place, slot in enumerate(slots):
-        parts.setdefault(slot and slot.stack, []).append(place)
+        parts.setdefault(slot and (slot.stack, slot.member in slot.stack.frozen), []).append(place)
     return [unit] if len(parts) == 1 else [unit.taken(places) for places in parts.values()]
 
 

@@ -190,7 +190,7 @@ def _stacked(
             continue
         whole = stack.whole(name)
         if unit.members[0] in stack.frozen:
-            # All the unit's members are: frozen ones are of another class.
+            # All the unit's members are.
             whole = whole.detach()
         found.append(whole if members is None else whole.index_select(0, members.to(whole.device, non_blocking=True)))
     return found, counts

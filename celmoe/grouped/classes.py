@@ -236,6 +236,8 @@ class LevelClasses:
     def settle(self, stack: Stack, names: Sequence[str], unit: Unit, members: Sequence[int]) -> None:
         """Keep that members of a stack are one class, as long as the stack's state stays as it is.
 
+        A member alone was not verified: it is kept apart.
+
         Args:
             stack: The stack.
             names: The members' names.
@@ -249,7 +251,7 @@ class LevelClasses:
         records = {self.known(name, module) for name, module in zip(names, unit.modules, strict=True)}
         record = records.pop()
         if known.is_fixed and record is not None and not records:
-            known.members.setdefault(record, set()).update(members)
+            (known.members if len(members) > 1 else known.alone).setdefault(record, set()).update(members)
 
     def settled(
         self, stack: Stack, members: Sequence[int], first: tuple[str, nn.Module], scale: float, given: LevelInputLike
@@ -267,7 +269,10 @@ class LevelClasses:
         if known is None or known.stack() is not stack or known.state is not stack.state or tracer_missing():
             return None
         record = self.known(*first)
-        if record is None or record.first.program is None or not known.members.get(record, _NONE).issuperset(members):
+        if record is None or record.first.program is None:
+            return None
+        is_known = known.members.get(record, _NONE).issuperset(members)
+        if not is_known and (len(members) > 1 or members[0] not in known.alone.get(record, _NONE)):
             return None
         search = _Search(self, given, retries=False, is_grad_enabled=torch.is_grad_enabled())
         search._sample(scale == 0.0)
@@ -287,12 +292,14 @@ class _Settled:
         state: The stack's state then.
         is_fixed: See `Stack.is_fixed`.
         members: By record of a graph, the places of the members that it was found to hold for, and verified with.
+        alone: By record of a graph, the places of the members that it was found to hold for, each alone.
     """
 
     stack: weakref.ref[Stack]
     state: object
     is_fixed: bool
     members: dict[ClassRecord, set[int]] = field(default_factory=dict)
+    alone: dict[ClassRecord, set[int]] = field(default_factory=dict)
 
 
 class _Search:

@@ -31,8 +31,9 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     their own. An expert that `celmoe.optim` has never stepped has no state. PyTorch's optimizers count one step for all
     experts of a stack: each of them gets it.
 
-    Moments share memory with the optimizer's, as in ``optimizer.state_dict()``, until its next step. Copy the result
-    with `copy.deepcopy` to keep it longer.
+    Moments share memory with the optimizer's, as in ``optimizer.state_dict()``; those of a stack's experts are views of
+    one tensor. The optimizer's next step writes into them: copy the result with `copy.deepcopy` to keep it longer.
+    `torch.save` writes such a tensor once; `pickle` would write it anew for each of its views.
 
     Args:
         model: The model, or any module that holds it.

@@ -111,7 +111,7 @@ def joined(
             # Some optimizers keep tensors of shapes of their own.
             if not (isinstance(value, torch.Tensor) and getattr(current.get(key), "shape", None) == value.shape):
                 _require_shape(key, value, parts[0])
-        return copy.deepcopy(dict(own))
+        return {key: _copied(value) for key, value in own.items()}
     found = {part: own for part, own in states.items() if any(value is not None for value in own.values())}
     if not found:
         return {}
@@ -134,12 +134,17 @@ def joined(
         elif any(value != values[0] for value in values):
             raise _can_not_keep(optimizer, f"several values of {key!r}")
         else:
-            made[key] = copy.deepcopy(values[0])
+            made[key] = _copied(values[0])
     if isinstance(optimizer, SGD):
         made["step"] = torch.zeros(len(parts[0].parameter)).index_fill_(
             0, torch.tensor([part.member for part in found]), 1.0
         )
     return made
+
+
+def _copied(value: Any) -> Any:
+    # A deep copy of a view would copy the whole stack that it is of.
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
 def _keys_of(found: Mapping[Part, Mapping[str, Any]], *, is_per_expert: bool) -> list[str]:

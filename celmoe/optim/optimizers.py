@@ -22,31 +22,31 @@ from torch.optim.sgd import sgd
 from celmoe.errors import ConfigError
 from celmoe.torch_internals import without_amp_scaling
 
-from .per_expert import PerExpert, Share, grad_of, parts_of
+from .per_expert import PerExpert, Runs, grad_of, parts_of
 
 
 class _AdamLike(PerExpert):
     _function: Callable[..., None]
 
-    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
-        """Step a group's shares of parameters that have a gradient."""
-        parameters = [share.parameter for share in shares]
+    def step_group(
+        self, group: dict[str, Any], parameters: Sequence[torch.Tensor], all_runs: Sequence[Runs | None]
+    ) -> None:
+        """See `PerExpert.step_group`."""
         is_fused = _is_fused(group, parameters)
         averages = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         stepped: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         steps: list[torch.Tensor] = []
         state: dict[str, list[torch.Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
-        for share in shares:
-            parameter = share.parameter
-            device = parameter.device if is_fused else torch.device("cpu")
-            runs, own = self.runs_of(share), self.state[parameter]
+        for parameter, runs in zip(parameters, all_runs, strict=True):
+            device, own = parameter.device if is_fused else torch.device("cpu"), self.state[parameter]
             if runs is None:
                 if "step" not in own:
                     own["step"] = torch.zeros((), device=device)
                 steps.append(own["step"])
             else:
-                steps += torch.from_numpy(runs.steps).to(device).unbind(0)
+                # A copy, for PyTorch counts in place, and other parameters have the same runs.
+                steps += torch.tensor(runs.steps, device=device).unbind(0)
             for key in averages:
                 if key not in own:
                     own[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -125,11 +125,11 @@ class SGD(PerExpert, torch.optim.SGD):
         super().__init__(params, *args, **_plain(kwargs))
         without_amp_scaling(self)
 
-    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
-        """Step a group's shares of parameters that have a gradient."""
-        parameters = [share.parameter for share in shares]
+    def step_group(
+        self, group: dict[str, Any], parameters: Sequence[torch.Tensor], all_runs: Sequence[Runs | None]
+    ) -> None:
+        """See `PerExpert.step_group`."""
         has_momentum = bool(group["momentum"])
-        all_runs = [self.runs_of(each, is_counted=has_momentum) for each in shares]
         stepped: list[torch.Tensor] = []
         grads: list[torch.Tensor] = []
         # A first step takes the gradient for the momentum.

@@ -15,11 +15,11 @@ import torch
 
 from celmoe.errors import CheckpointError, ConfigError
 from celmoe.stacked.frozen import frozen_members
-from celmoe.stacked.presence import reached
+from celmoe.stacked.presence import forget, reached
 from celmoe.stacked.stack import Entry
 
 #: A group's entry with the members of stacks that are its own. See [Note: Groups of experts].
-MEMBERS = "members"
+MEMBERS = "stack_members"
 
 
 class Runs:
@@ -35,10 +35,11 @@ class Runs:
 
     def __init__(self, present: npt.NDArray[np.bool_], steps: npt.NDArray[np.float32]) -> None:
         numbers = np.where(present, steps, -1.0)
-        starts = np.flatnonzero(np.diff(numbers, prepend=-2.0))
-        self._sizes = np.diff(starts, append=len(numbers)).tolist()
-        self._are_present = present[starts].tolist()
-        self.steps = numbers[starts][present[starts]].astype(np.float32)
+        starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1])))
+        self._sizes = (np.append(starts[1:], len(numbers)) - starts).tolist()
+        are_present = present[starts]
+        self._are_present = are_present.tolist()
+        self.steps = numbers[starts][are_present].astype(np.float32)
 
     def of(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The runs' parts of a tensor ``[M, ...]``."""
@@ -91,16 +92,28 @@ class PerExpert(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         frozen = frozen_members()
+        known: dict[Any, Runs] = {}
         for group, shares in zip(self.param_groups, shares_of(self), strict=True):
             some = [share for share in shares if share.parameter.grad is not None]
             if frozen:
                 some = [share.without(frozen.get(id(share.parameter), frozenset())) for share in some]
+            # PyTorch's SGD knows of no steps without momentum.
+            is_counted = bool(group.get("momentum", True))
+            runs = [self._runs_of(share, known, is_counted=is_counted) for share in some]
             if some:
-                self.step_group(group, some)
+                self.step_group(group, [share.parameter for share in some], runs)
         return loss
 
-    def step_group(self, group: dict[str, Any], shares: Sequence[Share]) -> None:
-        """Step a group's shares of parameters that have a gradient."""
+    def step_group(
+        self, group: dict[str, Any], parameters: Sequence[torch.Tensor], all_runs: Sequence[Runs | None]
+    ) -> None:
+        """Step a group's parameters that have a gradient.
+
+        Args:
+            group: The group.
+            parameters: The parameters.
+            all_runs: The runs of each stack that are stepped, which are counted; ``None`` for an ordinary parameter.
+        """
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,9 +140,10 @@ class PerExpert(torch.optim.Optimizer):
             else:
                 rest.append(each)
         self._require_free(own.values(), rest)
-        numbers = {id(each): number for number, each in enumerate(_parameters(self.param_groups))}
+        held = _parameters(self.param_groups)
+        numbers = {id(each): number for number, each in enumerate(held)}
         new = [whole for key, (whole, _) in own.items() if key not in numbers]
-        numbers |= {id(each): len(numbers) + len(rest) + place for place, each in enumerate(new)}
+        numbers |= {id(each): number for number, each in enumerate(new, len(held) + len(rest))}
         entry = {MEMBERS: [[numbers[key], sorted(members)] for key, (_, members) in own.items()]} if own else {}
         super().add_param_group({**param_group, "params": rest + new, **entry})
 
@@ -152,6 +166,30 @@ class PerExpert(torch.optim.Optimizer):
                     "appear in more than one, or twice)"
                 )
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As usual; of a stack with members in no group, the gradients of those are kept.
+
+        Args:
+            set_to_none: See `torch.optim.Optimizer.zero_grad`.
+        """
+        own: dict[torch.Tensor, list[int]] = {}
+        for parameter, _, members in chain.from_iterable(shares_of(self)):
+            if members is not None:
+                own.setdefault(parameter, []).extend(members)
+        kept = []
+        for parameter, members in own.items():
+            grad = parameter.grad
+            if grad is None or len(members) == len(parameter):
+                continue
+            if not set_to_none or forget(parameter, members):
+                with torch.no_grad():
+                    grad[members] = 0
+                kept.append((parameter, grad))
+                parameter.grad = None
+        super().zero_grad(set_to_none)
+        for parameter, grad in kept:
+            parameter.grad = grad
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As usual.
 
@@ -167,11 +205,12 @@ class PerExpert(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
 
-    def runs_of(self, share: Share, *, is_counted: bool = True) -> Runs | None:
+    def _runs_of(self, share: Share, known: dict[Any, Runs], *, is_counted: bool) -> Runs | None:
         """The runs of a stack that are stepped now; ``None`` for an ordinary parameter.
 
         Args:
             share: The share of the parameter.
+            known: The runs that were found in this step: a stack's tensors mostly have the same.
             is_counted: True if the state keeps each member's number of steps. Else all steps are like first ones.
         """
         parameter = share.parameter
@@ -188,15 +227,20 @@ class PerExpert(torch.optim.Optimizer):
             own[share.members] = True
             present &= own
         if not is_counted:
-            return Runs(present, np.zeros(len(parameter), dtype=np.float32))
-        if steps is None:
+            steps = torch.zeros(len(parameter))
+        elif steps is None:
             # A state without steps is of steps that were all members'.
             steps = torch.full((len(parameter),), 1.0 if state else 0.0)
         elif not steps.dim() or steps.device.type != "cpu":
             # The host reads which runs there are.
             steps = steps.cpu().expand(len(parameter)).clone()
-        runs = Runs(present, steps.numpy())
-        self.state[parameter]["step"] = steps + torch.from_numpy(present)
+        counts = steps.numpy()
+        key = present.tobytes(), counts.tobytes()
+        if (runs := known.get(key)) is None:
+            runs = known[key] = Runs(present, counts)
+        if is_counted:
+            counts += present
+            self.state[parameter]["step"] = steps
         return runs
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from celmoe.names import FROZEN
 
+from .presence import forget
 from .stack import Entry, Stack, slot_of
 
 
@@ -24,13 +25,16 @@ def freeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> Non
         for expert in experts
     ]
     for expert, paths in zip(experts, kept, strict=True):
-        # Not by `setattr`, which a class may give a meaning of its own.
-        expert.__dict__[FROZEN] = tuple(dict.fromkeys((*expert.__dict__.get(FROZEN, ()), *paths)))
+        if paths:
+            # Not by `setattr`, which a class may give a meaning of its own.
+            expert.__dict__[FROZEN] = tuple(dict.fromkeys((*expert.__dict__.get(FROZEN, ()), *paths)))
         for _, parameter in _own(expert):
             parameter.requires_grad_(False)
             parameter.grad = None
     for stack, members in _members(experts).items():
         stack.freeze(members)
+        for path in stack.keys:
+            forget(stack.whole(path), members)
 
 
 def unfreeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,6 +89,16 @@ def _note(stack: Stack, members: Sequence[int], grad: torch.Tensor | None) -> No
             if whole.is_leaf and whole.requires_grad:
                 whole.register_post_accumulate_grad_hook(known.keep)
         known.note(members, stack.frozen, is_first=whole.grad is None)
+
+
+def forget(parameter: torch.Tensor, members: Collection[int]) -> bool:
+    """Forget that backward passes reached some members; true if the gradient is of others, too."""
+    known = _REACHED.get(parameter)
+    if known is None:
+        return len(set(members)) < len(parameter)
+    known.members -= set(members)
+    known.waiting -= set(members)
+    return bool(known.members or known.waiting)
 
 
 def reached(parameter: torch.Tensor) -> npt.NDArray[np.bool_] | None:

@@ -83,7 +83,8 @@ class Stack:
             is_written: True if the forward pass itself writes into the tensor.
         """
         whole = self.whole(path)
-        if index in self.frozen:
+        # Asked twice, so that a compiler need not look at the index where nobody is frozen.
+        if self.frozen and index in self.frozen:
             whole = whole.detach()
         views: dict[int, Any] | None = getattr(_LOOP, "views", None)
         if views is not None and whole.requires_grad and torch.is_grad_enabled() and not is_written:
