@@ -207,7 +207,8 @@ def test_the_command_measures_here(tmp_path, monkeypatch, capsys):
         assert command.main(["--set", "growth", "--minutes", "2", "--report", str(tmp_path)]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert 50 < limits[0] <= 60 < limits[1] <= 120
+    # The first of two has three quarters; the other one all that is left, as its stand-in took next to nothing.
+    assert 80 < limits[0] <= 90 < limits[1] <= 120
     said = capsys.readouterr().out
     assert f"1 thread, float32, torch {torch.__version__}, commit " in said
     assert "without compiled: it took more than" in said
