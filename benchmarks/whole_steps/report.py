@@ -107,6 +107,6 @@ def draw_growth(path: Path, rows: Sequence[Row], title: str) -> bool:
         plain_numbers(axes, "y")
         label_values(axes, {row.workload.num_experts for row in line})
     panels[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=7)
     figure.savefig(path, dpi=DOTS_PER_INCH)
     return True

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.contenders import contender, models
 from benchmarks.contenders.contender import AbsentError, Maker, Terms
-from benchmarks.devices import finish
+from benchmarks.devices import finish, open_device
 from benchmarks.equality import Evidence, UnequalError, require_equal, training_evidence
 from benchmarks.interleaved import Timings, interleave
 from benchmarks.steps import ROUTINGS, TrainingStep
@@ -68,7 +68,7 @@ class Row:
 def run_row(workload: Workload, device: str, threads: int, deadline: float, tell: Callable[[Row], None]) -> None:
     """`measure` in a process of its own, which knows nothing of the command's."""
     torch.set_num_threads(threads)
-    measure(workload, torch.device(device), deadline, tell)
+    measure(workload, open_device(device), deadline, tell)
 
 
 def measure(workload: Workload, device: torch.device, deadline: float, tell: Callable[[Row], None]) -> None:
