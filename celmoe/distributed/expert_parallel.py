@@ -15,7 +15,7 @@ from celmoe.errors import ConfigError, ProcessGroupError, UnknownExpertError, Un
 from celmoe.explain import parameter_bytes
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
-from celmoe.names import NamedModules
+from celmoe.names import FROZEN, NamedModules
 
 from .data_parallel import refuse_collectives, refuse_stacks, require_hierarchy
 from .gradients import buckets, reduce_over
@@ -167,7 +167,10 @@ def shard_experts(
             placed.update(parameters.values())
             places[owner] += [(config.name, name, each) for each in parameters]
             if owner != rank:
-                modules[name] = RemoteExpert(config.name, name, owner, parameters)
+                frozen = modules[name].__dict__.get(FROZEN, ())
+                modules[name] = remote = RemoteExpert(config.name, name, owner, parameters)
+                # Frozen there, too, until all ranks let it be trained.
+                remote.__dict__[FROZEN] = tuple(f"elsewhere.{path}" for path in frozen)
         model._levels[index] = ShardedLevel(config, modules, tuple(owners[config.name].values()), passage)
     model.register_forward_hook(passage.leave)
     return ExpertSharding(model, mesh, dimension, owners, GradientNorms(group, places))
