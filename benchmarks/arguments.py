@@ -40,8 +40,10 @@ def read_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) ->
 def _in_our_words(error: argparse.ArgumentError, arguments: Sequence[str]) -> str:
     name = error.argument_name
     for argument in arguments:
-        if argument.startswith(f"{name}="):
-            return f"'{name}' must stand without a value (got {argument.partition('=')[2]!r})"
+        option, equals, value = argument.partition("=")
+        # An option that can be negated is named with its negation: ``--stacked/--no-stacked``.
+        if equals and option in str(name).split("/"):
+            return f"'{option}' must stand without a value (got {value!r})"
     return f"'{name}' must be followed by a value (got none)"
 
 
@@ -49,6 +51,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """What may have been meant, or all there is."""
     close = get_close_matches(name, known, n=3, cutoff=0.4)
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+
+
+def one_of(option: str, text: str, known: Sequence[str]) -> str:
+    """The value of ``option``, one of those known."""
+    if text not in known:
+        raise OptionError(f"'{option}' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
+    return text
 
 
 def whole_number(option: str, text: str, least: int, most: int | None = None) -> int:

@@ -15,7 +15,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.parts import time_parts
 from benchmarks.record import Record, make_record, memory_line, timing_line
 from benchmarks.rounds import Gathered, gather, hold
-from benchmarks.stages import MEMORY, TRAINING_STEP, tasks_of
+from benchmarks.stages import MEMORY, WHOLE_STEP, tasks_of
 from benchmarks.workloads import Workload
 
 # Steps up to so many seconds are cheap enough to be taken apart, for about as long as this in all.
@@ -64,7 +64,7 @@ class Contest:
             timings,
             gathered.absent,
             peak_bytes=peaks,
-            parts_ms=self._parts_ms(timings) if stage == TRAINING_STEP else {},
+            parts_ms=self._parts_ms(timings) if stage == WHOLE_STEP else {},
         )
         self.benchmark.extra_info.update(record)
         self._tell(record, timings)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 
+from benchmarks.arguments import OptionError
 from celmoe.devices import DEVICES, WORKS, report
 
 CPU, CUDA, DIRECTML = DEVICES
@@ -50,6 +53,32 @@ def _open_directml() -> torch.device:
     import torch_directml  # noqa: PLC0415  # a child process has shown that this one will survive it
 
     device: torch.device = torch_directml.device()
+    return device
+
+
+def open_device(text: str) -> torch.device:
+    """The value of ``--device``: a device that works here.
+
+    Raises:
+        OptionError: It does not.
+    """
+    directml: Any = None
+    if text == DIRECTML:
+        try:
+            directml = import_module("torch_directml")
+        except ImportError:
+            raise OptionError(
+                "'--device' must be cpu or cuda where torch-directml is missing (got 'directml')"
+            ) from None
+    try:
+        device: torch.device = torch.device(text) if directml is None else directml.device()
+        # A value has to come back: "meta" makes tensors too, but none that hold anything.
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OptionError(
+            f"'--device' must be a device that works here, such as cpu, cuda or directml (got {text!r}: {reason})"
+        ) from None
     return device
 
 

@@ -45,17 +45,28 @@ class Timings:
         low, _, high = statistics.quantiles(self._ratios(slower, faster), n=4)
         return low, high
 
+    def spread(self, name: str) -> tuple[float, float]:
+        """Between which two times the middle half of a contender's steps lies."""
+        low, _, high = statistics.quantiles(self.seconds[name], n=4)
+        return low, high
+
     def _ratios(self, slower: str, faster: str) -> list[float]:
         return [a / b for a, b in zip(self.seconds[slower], self.seconds[faster], strict=True)]
 
 
-def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda: None) -> Timings:
+def interleave(
+    steps: Mapping[str, Step],
+    seconds: float,
+    between: Step = lambda: None,
+    after_round: Callable[[Timings], object] = lambda _: None,
+) -> Timings:
     """Run all contenders in turn, each round in another order: what ran before leaves its traces in the caches.
 
     Args:
         steps: What is timed, by contender.
         seconds: About how long to go on, the limits on rounds aside.
         between: Run before each timed step, unseen by the clock.
+        after_round: Told after each round what has been found.
     """
     names = list(steps)
     shuffle = random.Random(0).shuffle
@@ -76,6 +87,7 @@ def interleave(steps: Mapping[str, Step], seconds: float, between: Step = lambda
                 start = time.perf_counter()
                 steps[name]()
                 found[name].append(time.perf_counter() - start)
+            after_round(Timings({name: list(taken) for name, taken in found.items()}))
             shuffle(names)
     finally:
         if collecting:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes.
+"""Where the time of a whole step goes.
 
 Each part is timed on its own, in turn with the others; the experts are what is left of a forward pass. Nothing is
 hooked into the model, since an engine may run hooked experts another way.
@@ -12,22 +12,23 @@ from typing import cast
 
 import celmoe
 from benchmarks.interleaved import interleave
-from benchmarks.steps import ROUTINGS, TrainingStep, nudge, string_routed, turns
+from benchmarks.steps import ROUTINGS, Passes, TrainingStep, nudge, string_routed, turns
 from benchmarks.workloads import Workload
 
 PLANNING, MOVING, EXPERTS_RUN, FUSION, BACKWARD = "planning", "moving rows", "experts", "fusion", "backward"
-_FORWARD, _STEP = "forward", "step"
+OPTIMIZER = "clip and step"
+_FORWARD, _PASSES, _STEP = "forward", "passes", "step"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A training step's milliseconds by part.
+    """A whole step's milliseconds by part.
 
     Attributes:
         workload: What was run.
         ms: `PLANNING`: names to plans. `MOVING`: two gathers for each level whose rows are not in order yet, forward.
             `EXPERTS_RUN`: the rest of the forward pass, checks and bookkeeping included. `FUSION`: forward.
-            `BACKWARD`: of all, with the clearing of gradients.
+            `BACKWARD`: of all, with the clearing of gradients. `OPTIMIZER`: clipping of gradients, and AdamW.
     """
 
     workload: Workload
@@ -52,6 +53,7 @@ def time_parts(workload: Workload, engine: str, seconds: float) -> Parts:
     timings = interleave(
         {
             _STEP: TrainingStep(string_routed(model, workload), model.parameters(), workload),
+            _PASSES: Passes(string_routed(model, workload), model.parameters(), workload),
             _FORWARD: lambda: forward(hidden),
             PLANNING: lambda: model.compile_routing(routings[planned()]),
             MOVING: move,
@@ -69,6 +71,7 @@ def time_parts(workload: Workload, engine: str, seconds: float) -> Parts:
             MOVING: ms[MOVING],
             EXPERTS_RUN: max(rest, 0.0),
             FUSION: ms[FUSION],
-            BACKWARD: max(ms[_STEP] - ms[_FORWARD], 0.0),
+            BACKWARD: max(ms[_PASSES] - ms[_FORWARD], 0.0),
+            OPTIMIZER: max(ms[_STEP] - ms[_PASSES], 0.0),
         },
     )

@@ -43,6 +43,7 @@ def _planned(batch_size: int, num_experts: int, hierarchy: str = TREE) -> Worklo
     return replace(PLANNED[0], batch_size=batch_size, num_experts=num_experts, hierarchy=hierarchy)
 
 
+_PASSES = [Workload("linear", 64, 4096, 256), Workload("mlp", 64, 4096, 256)]
 _PLANS = [*PLANNED, _planned(4096, 54, JOB), _planned(64, 32)]
 _MOVED = _one_level(
     [
@@ -79,8 +80,10 @@ DEFAULTS: Mapping[str, Sequence[Workload]] = {
             _LOW_RANK,
         ]
     ),
-    "training_step": list(dict.fromkeys([*_SHORT_STEPS, *_GROWTH])),
-    "inference": [Workload("linear", 64, 4096, 256), Workload("mlp", 64, 4096, 256), _JOB, _LOW_RANK],
+    "whole_step": list(dict.fromkeys([*_SHORT_STEPS, *_GROWTH])),
+    "forward": _PASSES,
+    "backward": _PASSES,
+    "inference": [*_PASSES, _JOB, _LOW_RANK],
     "memory": [Workload("linear", 64, 4096, 256), Workload("mlp", 128, 4096, 128), Workload("gru", 64, 64, 32)],
 }
 
@@ -116,7 +119,9 @@ _FULL: Mapping[str, Callable[[], Sequence[Workload]]] = {
     "dispatch": lambda: _one_level(_crossed(UNTOUCHED, (*BATCHES, LARGEST_BATCH))),
     "grouped_product": lambda: _one_level(_crossed(PRODUCT)),
     "experts": lambda: _one_level([*full_grid(), *_crossed(LOW_RANK)]),
-    "training_step": _all_steps,
+    "whole_step": _all_steps,
+    "forward": _all_steps,
+    "backward": _all_steps,
     "inference": _all_steps,
     "memory": lambda: [*NAMED, *WORST, _SKEWED, _JOB, _LOW_RANK],
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +28,44 @@ def processor_name() -> str:
         lines = []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(filter(None, named), platform.processor() or platform.machine())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a figure must be told with.
+
+    Attributes:
+        hardware: The accelerator, if there is one, and the processor.
+        threads: Threads of the processor.
+        commit: Seven digits of the commit; ``"unknown"`` outside of a clone.
+        is_changed: Whether the clone has changes that are not in the commit.
+    """
+
+    hardware: str
+    threads: int
+    commit: str
+    is_changed: bool
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.hardware}, {threads}, float32, torch {torch.__version__}"
+
+
+def read_setting(device: torch.device, threads: int) -> Setting:
+    """What is measured on and with."""
+    accelerator = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
+    commit, changes = (
+        _git(*words) for words in (("rev-parse", "--short=7", "HEAD"), ("status", "--porcelain", "-uno"))
+    )
+    return Setting(f"{accelerator}{processor_name()}", threads, commit or "unknown", bool(changes))
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def make_console() -> Console:

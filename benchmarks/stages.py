@@ -8,19 +8,31 @@ from functools import partial
 import torch
 
 from benchmarks.bodies import PRODUCT
-from benchmarks.contenders.contender import OURS, PEFT, AbsentError, Maker, Task, TaskMaker, Terms, claim_of, nothing
+from benchmarks.contenders.contender import (
+    OURS,
+    PEFT,
+    AbsentError,
+    Contender,
+    Maker,
+    Task,
+    TaskMaker,
+    Terms,
+    claim_of,
+    nothing,
+)
 from benchmarks.contenders.models import MODELS
 from benchmarks.contenders.moving import MOVERS
 from benchmarks.contenders.planning import planners
 from benchmarks.contenders.products import PRODUCTS
 from benchmarks.devices import CPU, finish
 from benchmarks.equality import Evidence, Weights, inference_evidence, training_evidence
-from benchmarks.steps import Forward, TrainingStep, inference_step, nudge
+from benchmarks.steps import BackwardPass, Forward, ForwardPass, Passes, TrainingStep, inference_step, nudge
 from benchmarks.workloads import Workload
 
 PLAN, DISPATCH, EXPERTS = "plan", "dispatch", "experts"
-TRAINING_STEP, INFERENCE, MEMORY = "training_step", "inference", "memory"
-STAGES = (PLAN, DISPATCH, EXPERTS, TRAINING_STEP, INFERENCE, MEMORY)
+WHOLE_STEP, FORWARD, BACKWARD = "whole_step", "forward", "backward"
+INFERENCE, MEMORY = "inference", "memory"
+STAGES = (PLAN, DISPATCH, EXPERTS, WHOLE_STEP, FORWARD, BACKWARD, INFERENCE, MEMORY)
 
 
 def tasks_of(stage: str, workload: Workload, device: torch.device) -> Mapping[str, TaskMaker]:
@@ -33,14 +45,14 @@ def tasks_of(stage: str, workload: Workload, device: torch.device) -> Mapping[st
         makers = MOVERS
     elif stage == EXPERTS and workload.expert == PRODUCT:
         makers = PRODUCTS
-    return {name: partial(_task, name, make, terms) for name, make in makers.items()}
+    return {name: partial(_task, stage, name, make, terms) for name, make in makers.items()}
 
 
-def _task(name: str, make: Maker, terms: Terms) -> Task:
+def _task(stage: str, name: str, make: Maker, terms: Terms) -> Task:
     if terms.device.type == CPU:
-        return _made(make, terms)
+        return _made(stage, make, terms)
     try:
-        task = _made(make, terms)
+        task = _made(stage, make, terms)
         task.step()
     except RuntimeError as error:
         if name in OURS or isinstance(error, AbsentError):
@@ -50,24 +62,32 @@ def _task(name: str, make: Maker, terms: Terms) -> Task:
     return task
 
 
-def _made(make: Maker, terms: Terms) -> Task:
+def _made(stage: str, make: Maker, terms: Terms) -> Task:
     contender = make(terms)
-    workload, device = terms.workload, terms.device
-    step: Callable[[], None]
-    clear: Callable[[], None] = nothing
-    if terms.is_training:
-        step = training = TrainingStep(contender.forward, contender.module.parameters(), workload, device)
-        clear = training.clear
-    else:
-        step = inference_step(contender.forward, workload, device)
+    step, move_weights = _step(stage, contender, terms), nudge([contender.module])
 
     def step_to_its_end() -> None:
         step()
-        finish(device)
+        finish(terms.device)
+
+    def between() -> None:
+        move_weights()
+        if isinstance(step, Passes):
+            step.prepare()
+        finish(terms.device)
 
     weights = sum(each.nbytes for each in contender.module.parameters())
     claim = claim_of(contender, partial(_evidence, terms))
-    return Task(step_to_its_end, nudge([contender.module]), claim.evidence, claim.expected, weights, clear)
+    clear = step.clear if isinstance(step, Passes) else nothing
+    return Task(step_to_its_end, between, claim.evidence, claim.expected, weights, clear)
+
+
+def _step(stage: str, contender: Contender, terms: Terms) -> Callable[[], None]:
+    if stage == INFERENCE:
+        return inference_step(contender.forward, terms.workload, terms.device)
+    given = contender.forward, contender.module.parameters(), terms.workload, terms.device
+    kinds: dict[str, type[Passes]] = {WHOLE_STEP: TrainingStep, FORWARD: ForwardPass, BACKWARD: BackwardPass}
+    return kinds.get(stage, Passes)(*given)
 
 
 def _evidence(terms: Terms, forward: Forward, weights: Weights) -> Evidence:

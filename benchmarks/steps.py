@@ -66,8 +66,12 @@ def string_routed(model: nn.Module, workload: Workload) -> Forward:
     return routed(model, workload, routings_of(workload))
 
 
-class TrainingStep:
-    """What a user does, all but the optimizer's step: forward, a loss, backward, and the clearing of gradients.
+# The largest norm of all gradients together.
+CLIP_NORM = 1.0
+
+
+class Passes:
+    """The two passes of a training step: clearing of gradients, forward, a loss, backward.
 
     Args:
         forward: The forward pass.
@@ -81,17 +85,88 @@ class TrainingStep:
     ) -> None:
         self._forward = forward
         self._hidden = workload.hidden().to(device).requires_grad_()
-        self._leaves = [self._hidden, *parameters]
+        self._parameters = list(parameters)
 
     def clear(self) -> None:
         """Let go of all gradients."""
-        for leaf in self._leaves:
+        for leaf in (self._hidden, *self._parameters):
             leaf.grad = None
+
+    def prepare(self) -> None:
+        """Do what a step needs to have been done before."""
+
+    def loss(self) -> torch.Tensor:
+        """The forward pass, up to the loss."""
+        return self._forward(self._hidden).square().mean()
+
+    def __call__(self) -> None:
+        """Both passes."""
+        self.clear()
+        self.loss().backward()
+
+
+class ForwardPass(Passes):
+    """The forward pass alone, with a graph for a backward pass that never comes."""
+
+    _loss: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Let go of the last graph."""
+        self._loss = None
+
+    def __call__(self) -> None:
+        """The pass."""
+        self._loss = self.loss()
+
+
+class BackwardPass(Passes):
+    """The backward pass alone."""
+
+    _loss: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Run the forward pass."""
+        self.clear()
+        self._loss = self.loss()
+
+    def __call__(self) -> None:
+        """The pass."""
+        if self._loss is None:
+            self.prepare()
+        assert self._loss is not None
+        self._loss.backward()
+        self._loss = None
+
+
+class TrainingStep(Passes):
+    """All that a user does for a step: both passes, clipping of the gradients' norm, AdamW.
+
+    Args:
+        forward: See `Passes`, as the next three.
+        parameters: All that is trained.
+        workload: See `Passes`.
+        device: See `Passes`.
+        rate: The learning rate. At zero the optimizer does all its work, and contenders keep their equal weights.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        parameters: Iterable[nn.Parameter],
+        workload: Workload,
+        device: torch.device = HOST,
+        rate: float = 0.0,
+    ) -> None:
+        super().__init__(forward, parameters, workload, device)
+        # DirectML has no fused kernel.
+        fused = device.type in {"cpu", "cuda"}
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, fused=fused)
 
     def __call__(self) -> None:
         """One step."""
-        self.clear()
-        self._forward(self._hidden).square().mean().backward()
+        super().__call__()
+        nn.utils.clip_grad_norm_(self._parameters, CLIP_NORM)
+        self._optimizer.step()
 
 
 def inference_step(forward: Forward, workload: Workload, device: torch.device = HOST) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The most memory that a training step takes, weights included."""
+"""The most memory that a forward and a backward pass take, weights included."""
 
 import pytest
 

@@ -164,6 +164,26 @@ def suite_rows(file, row, head, where):
             check(row, [(cell, found[names.get(contender, contender)])])
 
 
+def test_whole_steps():
+    head, *rows = table_of(PERFORMANCE, "whole step", "B", "E")
+    assert rows
+    for row in rows:
+        experts, width, routes = row[0].split(", ")
+        where = {"experts": experts, "H": width.removeprefix("H = "), "B": number(row[1]), "E": number(row[2])}
+        where |= {"routes": routes.removesuffix(" routes")}
+        (ms,) = {each["ms"] for each in rows_of("whole_steps_cpu.csv", **where, contender="celmoe-vp")}
+        assert (row[3] == "\N{EN DASH}") == (not ms), row
+        check(row, [(row[3], ms)] if ms else [])
+        for name, cell in zip(head[4:-1], row[4:-1], strict=True):
+            found = rows_of("whole_steps_cpu.csv", **where, contender=name, against="celmoe-vp")
+            assert (cell == "\N{EN DASH}") == (not found), (row, name)
+            for each in found:
+                cells = re.fullmatch(r"([\d.]+) \(([\d.]+) to ([\d.]+)\)", cell).groups()
+                check(
+                    row, zip(cells, [each[key] for key in ("ratio", "first_quartile", "third_quartile")], strict=True)
+                )
+
+
 def test_the_suites_training_steps():
     head, *rows = table_of(PERFORMANCE, "training step", "B", "E")
     for row in rows:

@@ -13,8 +13,9 @@ from benchmarks.equality import Claimed, Evidence, Weights
 from benchmarks.steps import Forward
 from benchmarks.workloads import Workload
 
-AUTO, GROUPED, LOOPED = "celmoe auto", "celmoe grouped", "celmoe looped"
-OURS = (AUTO, GROUPED, LOOPED)
+AUTO, STACKED = "celmoe auto", "celmoe stacked"
+GROUPED, LOOPED = "celmoe grouped", "celmoe looped"
+OURS = (AUTO, STACKED, GROUPED, LOOPED)
 PEERS = {f"celmoe-vp {version}": version for version in ("1.1.4", "3.0.0")}
 ORACLE, DENSE, STACK, VMAP = "oracle", "dense", "stack", "vmap"
 TRANSFORMERS, PEFT, LOOK_UPS = "transformers", "peft", "look-ups"

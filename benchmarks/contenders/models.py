@@ -19,6 +19,7 @@ from benchmarks.contenders.contender import (
     PEERS,
     PEFT,
     STACK,
+    STACKED,
     TRANSFORMERS,
     VMAP,
     AbsentError,
@@ -29,8 +30,9 @@ from benchmarks.contenders.contender import (
 from benchmarks.contenders.dense import make_dense
 from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
 from benchmarks.contenders.planned import padding
-from benchmarks.contenders.stack import MOST_PADDING, STACKED, fastest_stack, takes_grouped_mm
+from benchmarks.contenders.stack import HAND_STACKED, MOST_PADDING, fastest_stack, takes_grouped_mm
 from benchmarks.contenders.vmapped import Vmapped
+from benchmarks.equality import Part, Weights
 from benchmarks.peers import PeerUnavailableError, load_peer
 from benchmarks.steps import Routes, cycled, routed, routings_of
 from celmoe.reference import reference_forward
@@ -58,6 +60,42 @@ def _ours(engine: str, terms: Terms) -> Contender:
         except celmoe.EngineRefusedError as error:
             raise AbsentError(f"the engine refuses these experts: {error}") from None
     return Contender(model, forward, dict(model.named_parameters()))
+
+
+def make_compiled(terms: Terms) -> Contender:
+    """Stacked experts under ``torch.compile``; names are compiled to plans before, in the step's time."""
+    model = _model(terms, "auto")
+    weights = stacked_weights(model, celmoe.stack_experts(model))
+    compiled = torch.compile(model)
+    mask = terms.workload.mask()
+    mask = mask if mask is None else mask.to(terms.device)
+
+    def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
+        fused: torch.Tensor = compiled(hidden, model.compile_routing(routes).to(terms.device), mask=mask).fused_hidden
+        return fused
+
+    return Contender(model, cycled(call, routings_of(terms.workload)), weights)
+
+
+def _stacked(terms: Terms) -> Contender:
+    model = _model(terms, "auto")
+    report = celmoe.stack_experts(model)
+    return Contender(
+        model, routed(model, terms.workload, routings_of(terms.workload), terms.device), stacked_weights(model, report)
+    )
+
+
+def stacked_weights(model: celmoe.HierarchicalCELMoE, report: celmoe.StackReport) -> Weights:
+    """A stacked model's parameters by the names that they have without stacks, or the parts of them."""
+    parts = {
+        f"level_modules.{stacked.level}.{expert}.{path}": Part(whole, place)
+        for stacked in report.classes
+        for path, key in stacked.parameters.items()
+        for whole in [model.level_modules[stacked.level].get_parameter(key)]
+        for place, expert in enumerate(stacked.experts)
+    }
+    saved = model.state_dict().keys()
+    return parts | {name: parameter for name, parameter in model.named_parameters() if name in saved}
 
 
 def _peer(version: str, terms: Terms) -> Contender:
@@ -89,7 +127,7 @@ def _dense(terms: Terms) -> Contender:
 
 
 def _stack(terms: Terms) -> Contender:
-    _require_kind(terms, STACKED, "is written by hand for")
+    _require_kind(terms, HAND_STACKED, "is written by hand for")
     model = _model(terms, "looped")
     if not takes_grouped_mm(terms.device):
         _require_little_padding(terms, model)
@@ -126,6 +164,7 @@ def _peft(terms: Terms) -> Contender:
 # In the order of a report.
 MODELS: dict[str, Maker] = {
     AUTO: functools.partial(_ours, "auto"),
+    STACKED: _stacked,
     GROUPED: functools.partial(_ours, "grouped"),
     LOOPED: functools.partial(_ours, "looped"),
     **{name: functools.partial(_peer, version) for name, version in PEERS.items()},

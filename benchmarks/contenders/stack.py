@@ -22,12 +22,13 @@ from benchmarks.contenders.layouts import Alone, Layout, Padded, Ragged
 from benchmarks.contenders.planned import Planned, Stacked, bodies_of
 from benchmarks.devices import finish
 from benchmarks.interleaved import interleave
-from benchmarks.steps import HOST, TrainingStep, routings_of
+from benchmarks.steps import HOST, Passes, routings_of
 from benchmarks.workloads import Workload
 
 LayoutKind: TypeAlias = type[Ragged] | type[Padded]
 
-STACKED = ("linear", "mlp")
+# The kinds of experts that it is written for.
+HAND_STACKED = ("linear", "mlp")
 # Padding to more than so many times the rows is no choice that anyone would make.
 MOST_PADDING = 4
 
@@ -81,7 +82,7 @@ class Stack(Planned):
     """The hierarchy with stacked experts, and with the parameters of the model that it is made from.
 
     Args:
-        model: Of a workload of one of the kinds `STACKED`.
+        model: Of a workload of one of the kinds `HAND_STACKED`.
 
     Attributes:
         kinds: For each level with more than one expert, how its rows are laid out.
@@ -113,7 +114,7 @@ def takes_grouped_mm(device: torch.device) -> bool:
 
 
 def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload, device: torch.device = HOST) -> Stack:
-    """The stack with those layouts that train fastest on the workload, as tried out now on the model's device."""
+    """The stack with those layouts whose passes are fastest on the workload, as tried out now on the model's device."""
     stack = Stack(model)
     plan = stack.compiler(workload.routing())
     choices: list[list[LayoutKind]] = [
@@ -124,7 +125,7 @@ def fastest_stack(model: celmoe.HierarchicalCELMoE, workload: Workload, device: 
         for size, level in zip(stack.sizes, plan.levels.values(), strict=True)
         if size > 1
     ]
-    step = TrainingStep(stack.routed(routings_of(workload)), stack.parameters(), workload, device)
+    step = Passes(stack.routed(routings_of(workload)), stack.parameters(), workload, device)
 
     def step_with(kinds: tuple[LayoutKind, ...]) -> Callable[[], None]:
         def run() -> None:

@@ -1,1 +1,1 @@
-"""``python -m benchmarks.grouped``: an engine beside celmoe-vp, one dense expert and a hand-written stack."""
+"""``python -m benchmarks.grouped``: an engine beside celmoe-vp and a hand-written stack, over the grid."""

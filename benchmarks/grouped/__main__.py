@@ -20,28 +20,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.bodies import GROUPED_EXPERTS
-from benchmarks.contenders.stack import STACKED
+from benchmarks.contenders.stack import HAND_STACKED
 from benchmarks.equality import UnequalError
-from benchmarks.grouped.contest import (
-    INFERENCE,
-    PEER,
-    STACK,
-    TRAINING,
-    Compared,
-    TooLongError,
-    compare,
-    rivals_of,
-)
-from benchmarks.grouped.figures import draw_grid, draw_marks, draw_parts
-from benchmarks.grouped.marks import (
-    LONGER,
-    NAMED_LINES,
-    Mark,
-    grid_marks,
-    named_marks,
-    operation_marks,
-    worst_mark,
-)
+from benchmarks.grouped.contest import INFERENCE, PEER, STACK, TRAINING, Compared, TooLongError, compare
+from benchmarks.grouped.figures import draw_grid, draw_marks
+from benchmarks.grouped.marks import Mark, grid_marks, operation_marks
 from benchmarks.grouped.operations import ARRANGEMENTS, OperationCount, count_growth
 from benchmarks.grouped.tables import (
     marks_table,
@@ -49,15 +32,13 @@ from benchmarks.grouped.tables import (
     write_compared,
     write_marks,
     write_operations,
-    write_parts,
 )
-from benchmarks.parts import time_parts
-from benchmarks.points import ROUTES, WORST, full_grid, short_grid
+from benchmarks.points import ROUTES, full_grid, short_grid
 from benchmarks.setting import make_console, prepare
 from benchmarks.workloads import Workload
 from celmoe.engines.registry import AUTO, ENGINES, GROUPED
 
-NAMED, GRID, OPERATIONS = "named", "grid", "operations"
+GRID, OPERATIONS = "grid", "operations"
 
 
 @dataclass
@@ -66,6 +47,7 @@ class Run:
 
     Attributes:
         engine: Our engine.
+        stacked: Whether our experts are stacked.
         seconds: About how long a measure goes on.
         experts: The kinds of experts that are measured.
         report: Where the results go.
@@ -75,6 +57,7 @@ class Run:
     """
 
     engine: str
+    stacked: bool
     seconds: float
     experts: Sequence[str]
     report: Path
@@ -86,12 +69,10 @@ class Run:
         """One line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def compare(
-        self, workload: Workload, rivals: Sequence[str], measures: Sequence[str], longer: int = 1
-    ) -> list[Compared]:
+    def compare(self, workload: Workload, rivals: Sequence[str], measures: Sequence[str]) -> list[Compared]:
         """Time a workload and say what came out; nothing of it where contenders differ or take too long."""
         try:
-            found = compare(workload, self.peer, self.engine, longer * self.seconds, rivals, measures)
+            found = compare(workload, self.peer, self.engine, self.seconds, rivals, measures, is_stacked=self.stacked)
         except UnequalError as error:
             self.refused.append(f"{workload}: {error}")
             self.say(f"REFUSED {self.refused[-1]}")
@@ -110,32 +91,11 @@ class Run:
         """Those of the kinds of experts that are measured."""
         return [each for each in workloads if each.expert in self.experts]
 
-    def named(self) -> list[Mark]:
-        """The lines with a workload of their own, the worst workloads, and what bounds the former."""
-        compared: list[Compared] = []
-        worst: list[Compared] = []
-        lines = self.wanted([line.workload for line in NAMED_LINES])
-        for workload in track(lines, "named lines", console=self.console):
-            compared += self.compare(workload, rivals_of(workload), [TRAINING])
-        for workload in track(self.wanted(WORST), "worst workloads", console=self.console):
-            worst += self.compare(workload, [PEER], [TRAINING], LONGER)
-        if compared or worst:
-            write_compared(self.report / "named.csv", compared + worst)
-        measured = list(dict.fromkeys(each.workload for each in compared))
-        parts = [
-            time_parts(workload, self.engine, self.seconds)
-            for workload in track(measured, "what bounds them", console=self.console)
-        ]
-        if parts:
-            write_parts(self.report / "parts.csv", parts)
-            draw_parts(self.report / "parts.png", parts, compared)
-        return named_marks(compared) + ([worst_mark(worst)] if worst else [])
-
     def grid(self, workloads: Sequence[Workload]) -> list[Mark]:
         """All kinds and sizes against the peer, and those that can be stacked against the stack."""
         compared: list[Compared] = []
         for workload in track(self.wanted(workloads), "grid", console=self.console):
-            rivals = [PEER, STACK] if workload.expert in STACKED else [PEER]
+            rivals = [PEER, STACK] if workload.expert in HAND_STACKED else [PEER]
             compared += self.compare(workload, rivals, [TRAINING, INFERENCE])
             if compared:
                 write_compared(self.report / "grid.csv", compared)
@@ -151,7 +111,7 @@ class Run:
         engine = GROUPED if self.engine == AUTO else self.engine
         points = itertools.product(self.experts, ROUTES, ARRANGEMENTS)
         for expert, routes, arrangement in track(list(points), "operations", console=self.console):
-            counts.append(count_growth(expert, routes, engine, arrangement))
+            counts.append(count_growth(expert, routes, engine, arrangement, is_stacked=self.stacked))
             write_operations(self.report / "operations.csv", counts)
         self.console.print(operations_table(counts))
         return operation_marks(counts)
@@ -161,7 +121,8 @@ def main() -> int:
     """Measure; returns the exit code: 1 where a figure was missed or refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__)
     parser.add_argument("--engine", choices=list(ENGINES), default=AUTO, help="our engine")
-    parser.add_argument("--only", choices=[NAMED, GRID, OPERATIONS], help="one part of the figures")
+    parser.add_argument("--stacked", action="store_true", help="stack our experts")
+    parser.add_argument("--only", choices=[GRID, OPERATIONS], help="one part of the figures")
     parser.add_argument(
         "--experts", choices=GROUPED_EXPERTS, nargs="+", default=GROUPED_EXPERTS, help="kinds to measure"
     )
@@ -173,13 +134,11 @@ def main() -> int:
     peer = prepare(options.report, console)
     if peer is None:
         return 1
-    run = Run(options.engine, options.seconds, options.experts, options.report, console, peer)
-    run.say(f"engine {options.engine}")
+    run = Run(options.engine, options.stacked, options.seconds, options.experts, options.report, console, peer)
+    run.say(f"engine {options.engine}{', stacked' if options.stacked else ''}")
     marks: list[Mark] = []
     if options.only in (None, OPERATIONS):
         marks += run.operations()
-    if options.only in (None, NAMED):
-        marks += run.named()
     if options.only in (None, GRID):
         marks = run.grid(full_grid() if options.full else short_grid()) + marks
     if marks:

@@ -12,15 +12,15 @@ from typing import cast
 
 import celmoe
 from benchmarks.contenders.contender import Contender, claim_of
-from benchmarks.contenders.dense import make_dense
-from benchmarks.contenders.stack import STACKED, fastest_stack
-from benchmarks.equality import Claimed, inference_evidence, require_all_equal, training_evidence
+from benchmarks.contenders.models import stacked_weights
+from benchmarks.contenders.stack import fastest_stack
+from benchmarks.equality import Claimed, Weights, inference_evidence, require_all_equal, training_evidence
 from benchmarks.interleaved import Timings, interleave
 from benchmarks.steps import TrainingStep, inference_step, nudge, routings_of, string_routed
 from benchmarks.workloads import Workload
 
-OURS, PEER, DENSE, STACK = "celmoe", "celmoe-vp", "dense", "stack"
-TRAINING, INFERENCE = "training step", "forward in inference mode"
+OURS, PEER, STACK = "celmoe", "celmoe-vp", "stack"
+TRAINING, INFERENCE = "whole step", "forward in inference mode"
 # A contender's step may take no longer, in seconds.
 LONGEST_STEP = 20.0
 
@@ -56,11 +56,6 @@ class Compared:
     rounds: int
 
 
-def rivals_of(workload: Workload) -> list[str]:
-    """All that the workload's training step can be timed against."""
-    return [PEER, DENSE, *([STACK] if workload.expert in STACKED else [])]
-
-
 def compare(
     workload: Workload,
     peer: ModuleType,
@@ -68,6 +63,8 @@ def compare(
     seconds: float,
     rivals: Collection[str] = (PEER,),
     measures: Collection[str] = (TRAINING,),
+    *,
+    is_stacked: bool = False,
 ) -> list[Compared]:
     """Time our model against rivals, training first.
 
@@ -78,12 +75,13 @@ def compare(
         seconds: About how long each measure goes on.
         rivals: The contenders beside ours. In inference the peer alone is one.
         measures: What to time.
+        is_stacked: Whether our experts are stacked.
 
     Raises:
         UnequalError: A contender computes something else than it must; checked before anything is timed.
         TooLongError: A step of a contender takes more than `LONGEST_STEP`.
     """
-    contenders = _make_contenders(workload, peer, engine, rivals)
+    contenders = _make_contenders(workload, peer, engine, rivals, is_stacked=is_stacked)
     move_weights = nudge(each.module for each in contenders.values())
     steps = {name: TrainingStep(each.forward, each.module.parameters(), workload) for name, each in contenders.items()}
     for name, step in steps.items():
@@ -110,20 +108,22 @@ def compare(
 
 
 def _make_contenders(
-    workload: Workload, peer: ModuleType, engine: str, rivals: Collection[str]
+    workload: Workload, peer: ModuleType, engine: str, rivals: Collection[str], *, is_stacked: bool
 ) -> dict[str, Contender]:
     # Models hold themselves in cycles, and the last workload's may be large.
     gc.collect()
     ours = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
-    contenders = {OURS: Contender(ours, string_routed(ours, workload), dict(ours.named_parameters()))}
-    if PEER in rivals:
-        theirs = workload.build(peer)
-        contenders[PEER] = Contender(theirs, string_routed(theirs, workload), dict(theirs.named_parameters()))
-    if DENSE in rivals:
-        contenders[DENSE] = make_dense(workload)
+    contenders = {}
     if STACK in rivals:
         stack = fastest_stack(ours, workload)
         contenders[STACK] = Contender(stack, stack.routed(routings_of(workload)), stack.weights_of(ours))
+    weights: Weights = dict(ours.named_parameters())
+    if is_stacked:
+        weights = stacked_weights(ours, celmoe.stack_experts(ours))
+    contenders[OURS] = Contender(ours, string_routed(ours, workload), weights)
+    if PEER in rivals:
+        theirs = workload.build(peer)
+        contenders[PEER] = Contender(theirs, string_routed(theirs, workload), dict(theirs.named_parameters()))
     return contenders
 
 

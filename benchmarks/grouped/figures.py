@@ -11,12 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.grid.report import COLOURS, DOTS_PER_INCH, draw_panels, draw_ratios
-from benchmarks.grouped.contest import DENSE, STACK, Compared
+from benchmarks.grouped.contest import Compared
 from benchmarks.grouped.marks import Mark
-from benchmarks.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, PLANNING, Parts
 
 _VERDICT_COLOURS = {"missed": "#b2182b", "reached": COLOURS[0], "aim": "#1b7837"}
-_PART_COLOURS = {PLANNING: "#8c8c8c", MOVING: "#e08214", EXPERTS_RUN: "#0b6e99", FUSION: "#6a3d9a", BACKWARD: "#a6cee3"}
 _ROUTE_STYLES = {"uniform": "-", "zipf": "--"}
 _ROW_HEIGHT = 0.3
 
@@ -43,27 +41,6 @@ def draw_marks(path: Path, marks: Sequence[Mark]) -> None:
     axes.set(xscale="log", title="measured (dots), what must be reached (ticks), up to the aim (bars)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:g}"[-1] in "25" else ""))
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-
-
-def draw_parts(path: Path, parts: Sequence[Parts], compared: Sequence[Compared]) -> None:
-    """What bounds each workload: a step as long as it is beside the dense one, cut by its parts' shares."""
-    figure, axes = _new_rows([str(each.workload) for each in parts], 1.4 * _ROW_HEIGHT)
-    ratio_of = {(each.workload, each.against): each.ratio for each in compared}
-    axes.axvline(1.0, color="#222222", linewidth=0.8, linestyle="--", label="dense")
-    for row, each in enumerate(parts):
-        by_dense = ratio_of[each.workload, DENSE]
-        total = sum(each.ms.values())
-        end = 0.0
-        for name, ms in each.ms.items():
-            length = ms / total / by_dense
-            axes.barh(row, length, left=end, height=0.6, color=_PART_COLOURS[name], label=name if row == 0 else None)
-            end += length
-        if by_stack := ratio_of.get((each.workload, STACK)):
-            label = "stack" if row == 0 else None
-            axes.plot(by_stack / by_dense, row, color="#222222", marker="D", markersize=6, linestyle="", label=label)
-    axes.set_title("a training step and its parts, in dense steps")
-    figure.legend(loc="outside lower center", ncols=8, frameon=False, fontsize=8)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 

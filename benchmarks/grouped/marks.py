@@ -1,18 +1,13 @@
-"""What the grouped engine is held to: for each line of its figures what must be reached, and what is aimed at.
-
-Axes: B samples, S positions, H hidden size, E experts of the last level.
-"""
+"""What an engine is held to over the grid: what must be reached, and what is aimed at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.grid.report import geometric_mean
-from benchmarks.grouped.contest import DENSE, INFERENCE, PEER, STACK, TRAINING, Compared
+from benchmarks.grouped.contest import INFERENCE, PEER, STACK, TRAINING, Compared
 from benchmarks.grouped.operations import ACCELERATOR, OperationCount
-from benchmarks.points import NAMED
-from benchmarks.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -21,19 +16,6 @@ class Goal:
 
     must: float
     aim: float
-
-
-@dataclass(frozen=True)
-class NamedLine:
-    """A workload with a line of its own.
-
-    Attributes:
-        workload: What is run, as a training step.
-        goals: By contender, what the ratio to it is held to.
-    """
-
-    workload: Workload
-    goals: Mapping[str, Goal]
 
 
 @dataclass(frozen=True)
@@ -63,22 +45,8 @@ class Mark:
         return "missed"
 
 
-_NAMED_GOALS: tuple[Mapping[str, Goal], ...] = (
-    {PEER: Goal(11, 13), DENSE: Goal(0.85, 0.95)},
-    {PEER: Goal(7, 8.4), DENSE: Goal(0.50, 0.6)},
-    {DENSE: Goal(0.75, 0.85)},
-    {DENSE: Goal(0.52, 0.65)},
-    {DENSE: Goal(0.40, 0.58)},
-    {DENSE: Goal(0.30, 0.48)},
-    {PEER: Goal(2.5, 4)},
-)
-NAMED_LINES = tuple(NamedLine(workload, goals) for workload, goals in zip(NAMED, _NAMED_GOALS, strict=True))
-# The least ratio of the worst workloads is a line, so they are measured longer: this many times.
-WORST_GOAL = Goal(1.0, 1.05)
-LONGER = 3
-
 _MEAN_GOALS = {TRAINING: Goal(2.2, 2.6), INFERENCE: Goal(2.0, 2.5)}
-_STACK_GOAL = Goal(0.95, 1.05)
+_STACK_GOAL = Goal(1.0, 1.1)
 _COUNT_GOALS = {"uniform": Goal(1.2, 1.0), "zipf": Goal(2.0, 1.0)}
 
 
@@ -92,23 +60,6 @@ def grid_marks(compared: Sequence[Compared]) -> list[Mark]:
         line = f"Linear and MLP, geometric mean of {len(ratios)}"
         marks.append(Mark(line, f"{TRAINING} vs {STACK}", geometric_mean(ratios), _STACK_GOAL))
     return marks
-
-
-def named_marks(compared: Sequence[Compared]) -> list[Mark]:
-    """Each named line against those that it is held to."""
-    found = {(each.workload, each.against): each for each in compared}
-    return [
-        Mark(str(line.workload), f"{TRAINING} vs {_short(rival)}", found[line.workload, rival].ratio, goal)
-        for line in NAMED_LINES
-        for rival, goal in line.goals.items()
-        if (line.workload, rival) in found
-    ]
-
-
-def worst_mark(compared: Sequence[Compared]) -> Mark:
-    """The least ratio of the worst workloads."""
-    least = min(compared, key=lambda each: each.ratio)
-    return Mark(f"least of {len(compared)}: {least.workload}", f"{TRAINING} vs peer", least.ratio, WORST_GOAL)
 
 
 def operation_marks(counts: Sequence[OperationCount]) -> list[Mark]:
@@ -125,7 +76,3 @@ def operation_marks(counts: Sequence[OperationCount]) -> list[Mark]:
 
 def _ratios(compared: Sequence[Compared], measure: str, against: str) -> list[float]:
     return [each.ratio for each in compared if (each.measure, each.against) == (measure, against)]
-
-
-def _short(rival: str) -> str:
-    return "peer" if rival == PEER else rival

@@ -1,4 +1,4 @@
-"""Counting the ATen operations of a training step that launch work.
+"""Counting the ATen operations of a forward and a backward pass that launch work.
 
 It stands for accelerators, where a loop over experts is bound by the launches of kernels; no such machine is needed:
 products are counted as they are arranged there, though they run here. A CPU's own arrangement is counted beside it. It
@@ -13,7 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import celmoe
 import celmoe.engines.arrangement
 import celmoe.grouped.kernels.product
-from benchmarks.steps import TrainingStep, string_routed
+from benchmarks.steps import Passes, string_routed
 from benchmarks.workloads import Workload
 
 COUNTED_BATCH, COUNTED_WIDTH = 4096, 64
@@ -46,7 +46,7 @@ _LAUNCH_NOTHING = {
 
 @dataclass(frozen=True)
 class OperationCount:
-    """How many operations a step takes, with few experts and with many.
+    """How many operations both passes take, with few experts and with many.
 
     Attributes:
         expert: The kind of expert.
@@ -84,7 +84,7 @@ class _Counting(TorchDispatchMode):
 
 
 def count_operations(step: Callable[[], object]) -> Counter[str]:
-    """The work-launching operations of one step, forward and backward, by name; views are not counted."""
+    """The work-launching operations of one step by name; views are not counted."""
     counting = _Counting()
     with counting:
         step()
@@ -107,13 +107,17 @@ def arranged_for(arrangement: str) -> Iterator[None]:
         yield
 
 
-def count_growth(expert: str, routes: str, engine: str, arrangement: str) -> OperationCount:
-    """Count a training step with few experts and with many. What a first call does once is not counted."""
+def count_growth(
+    expert: str, routes: str, engine: str, arrangement: str, *, is_stacked: bool = False
+) -> OperationCount:
+    """Count both passes with few experts and with many. What a first call does once is not counted."""
     counts = []
     for experts in (FEW_EXPERTS, MANY_EXPERTS):
         workload = Workload(expert, COUNTED_WIDTH, COUNTED_BATCH, experts, routes)
-        model = workload.build(celmoe, engine=engine)
-        step = TrainingStep(string_routed(model, workload), model.parameters(), workload)
+        model = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
+        if is_stacked:
+            celmoe.stack_experts(model)
+        step = Passes(string_routed(model, workload), model.parameters(), workload)
         with arranged_for(arrangement):
             step()
             counts.append(count_operations(step))

@@ -11,7 +11,6 @@ from benchmarks.grid.report import ratio_columns, workload_columns, write_rows
 from benchmarks.grouped.contest import Compared
 from benchmarks.grouped.marks import Mark
 from benchmarks.grouped.operations import FEW_EXPERTS, MANY_EXPERTS, OperationCount
-from benchmarks.parts import Parts
 
 _MOST_GROWN = 3
 _STYLES = {"missed": "red", "reached": "", "aim": "green"}
@@ -30,7 +29,7 @@ def marks_table(marks: Sequence[Mark]) -> Table:
 
 def operations_table(counts: Sequence[OperationCount]) -> Table:
     """Operations with few and with many experts, and which of them grow most."""
-    table = Table(title="Work-launching ATen operations of a training step, views not counted")
+    table = Table(title="Work-launching ATen operations of both passes, views not counted")
     headings = (
         "experts",
         "routes",
@@ -95,15 +94,6 @@ def write_operations(path: Path, counts: Sequence[OperationCount]) -> None:
             "grown": _grown(each),
         }
         for each in counts
-    ]
-    write_rows(path, rows)
-
-
-def write_parts(path: Path, parts: Sequence[Parts]) -> None:
-    """One row a workload, a column a part, in milliseconds."""
-    rows = [
-        {"workload": str(each.workload), **{f"{name}_ms": f"{ms:.3f}" for name, ms in each.ms.items()}}
-        for each in parts
     ]
     write_rows(path, rows)
 

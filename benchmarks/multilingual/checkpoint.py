@@ -12,8 +12,9 @@ import torch
 from benchmarks.multilingual.training import Contender, Progress
 from benchmarks.multilingual.words import Vocabulary
 from celmoe.files import replaced, verify_archive
+from celmoe.optim import load_state_by_name, state_by_name
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "checkpoint.pt"
 
 
@@ -60,7 +61,8 @@ def save_checkpoint(
         "contenders": {
             each.name: {
                 "network": each.network.state_dict(),
-                "optimizer": each.optimizer.state_dict(),
+                # By the experts' names: a stacked run goes on from one that is not, and the other way round.
+                "optimizer": state_by_name(each.network, each.optimizer),
                 "seconds": each.seconds,
             }
             for each in contenders
@@ -113,7 +115,7 @@ def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[
     for each in contenders:
         saved = state["contenders"][each.name]
         each.network.load_state_dict(saved["network"])
-        each.optimizer.load_state_dict(saved["optimizer"])
+        load_state_by_name(each.network, each.optimizer, saved["optimizer"])
         each.seconds = saved["seconds"]
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():

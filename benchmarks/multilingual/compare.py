@@ -1,14 +1,20 @@
-"""``--compare``: the same steps looped, grouped, with celmoe-vp 1.1.4 and with the reference loop, side by side.
+"""``--compare``: the same steps plain, stacked, compiled and with celmoe-vp 1.1.4, side by side.
+
+*Plain* gives each expert parameters of its own, *stacked* is after `celmoe.stack_experts`, and *compiled* runs a
+stacked hierarchy by ``torch.compile``. The reference loop takes a few of the steps, as what all must equal.
 
 Every system has a network of its own, made from one seed, and takes the same steps on the same batches; the order
 within a step rotates, so that none always runs on the caches that another one left. Ours are given plans that the
 loader compiled, the peer is given strings, as its users do; what compiling costs stands beside.
 
 A step is all of a training step: forward, losses, backward, clipping, optimizer. The hierarchy's share is its forward
-and backward pass, timed within the same steps by a `HierarchyClock`. Two rows are there to hold the engines against:
-all words through one expert of each level, and no hierarchy. Nothing in this network drops out, so that no engine draws
+and backward pass, timed within the same steps by a `HierarchyClock`. Two rows are there to hold the others against:
+all words through one expert of each level, and no hierarchy. Nothing in this network drops out, so that no way draws
 numbers and all of them compute the same: they differ in what rounding leaves, which Adam makes larger where a gradient
 is next to nothing.
+
+The first steps of each system stand apart: they allocate, capture, verify and compile. A system that takes more than
+its share of the time leaves the comparison.
 """
 
 from __future__ import annotations
@@ -38,17 +44,17 @@ from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import Contender, make_contender, train_step, wait_for
 from benchmarks.peers import PeerUnavailableError, load_peer
 from benchmarks.setting import prepare_folder
-from celmoe.engines.registry import AUTO, ENGINES
 from celmoe.reference import reference_forward
 
 PEER_VERSION = "1.1.4"
+PLAIN, STACKED, COMPILED = "celmoe plain", "celmoe stacked", "celmoe compiled"
 PEER = f"celmoe-vp {PEER_VERSION}"
 REFERENCE = "celmoe.reference"
 DENSE = "one expert a level"
 BARE = "no hierarchy"
 STEPS = 30
 REFERENCE_STEPS = 5
-# The first steps pay for allocation, warming up, and an engine's proof; they train, but are not timed.
+# The first steps pay for allocation, warming up, an engine's proof and compiling; they train, but stand apart.
 UNTIMED_STEPS = 2
 RATE = 1e-3
 
@@ -109,25 +115,30 @@ class Timed:
         return self.contender.name
 
     @property
-    def step_seconds(self) -> float:
-        """Median over the timed steps."""
-        return median(_timed(self.seconds))
+    def first_seconds(self) -> float:
+        """Sum over the first steps, which stand apart."""
+        return sum(self.seconds[:UNTIMED_STEPS])
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median over the timed steps, if there were any."""
+        return _timed(self.seconds)
 
     @property
     def hierarchy_seconds(self) -> float | None:
         """Of which the hierarchy, likewise."""
-        return None if self.clock is None else median(_timed(self.clock.seconds))
+        return None if self.clock is None else _timed(self.clock.seconds)
 
     @property
     def hierarchy_share(self) -> float | None:
         """The median of the hierarchy's share of a step."""
         if self.clock is None:
             return None
-        return median(_timed([part / whole for part, whole in zip(self.clock.seconds, self.seconds, strict=True)]))
+        return _timed([part / whole for part, whole in zip(self.clock.seconds, self.seconds, strict=True)])
 
 
-def _timed(values: list[float]) -> list[float]:
-    return values[UNTIMED_STEPS:] or values
+def _timed(values: list[float]) -> float | None:
+    return median(values[UNTIMED_STEPS:]) if len(values) > UNTIMED_STEPS else None
 
 
 def _systems(data: Data, options: Options, seed: int, steps: int, reporter: Reporter) -> list[Timed]:
@@ -139,11 +150,14 @@ def _systems(data: Data, options: Options, seed: int, steps: int, reporter: Repo
         clock = None if isinstance(network, BareLemmatizer) else HierarchyClock(network)
         timed.append(Timed(make_contender(name, network, losses), most_steps, clock))
 
-    # Auto is no third way: it loops or groups each class.
-    for engine in [options.engine] if options.engine != AUTO else [each for each in ENGINES if each != AUTO]:
+    for name in (PLAIN, STACKED, COMPILED):
         torch.manual_seed(seed)
-        network = Lemmatizer(data.vocabulary, settings, engine=engine)
-        add(f"celmoe {engine}", network, Losses(network, LossWeights()), steps)
+        network = Lemmatizer(data.vocabulary, settings, engine=options.engine)
+        if name != PLAIN:
+            celmoe.stack_experts(network.hierarchy)
+        if name == COMPILED:
+            network.hierarchy.compile()
+        add(name, network, Losses(network, LossWeights()), steps)
     try:
         peer = load_peer(PEER_VERSION)
     except PeerUnavailableError as error:
@@ -165,7 +179,8 @@ def _systems(data: Data, options: Options, seed: int, steps: int, reporter: Repo
 
 
 def _parameters(timed: Timed) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in timed.contender.network.named_parameters()}
+    # By the experts' own names, stacked or not.
+    return {name: value.clone() for name, value in timed.contender.network.state_dict().items()}
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -175,9 +190,18 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 
 
 def _take_steps(
-    systems: Sequence[Timed], batches: Sequence[Batch], seed: int, deadline: Deadline, reporter: Reporter
+    systems: Sequence[Timed],
+    batches: Sequence[Batch],
+    seed: int,
+    deadline: Deadline,
+    most_seconds: float,
+    reporter: Reporter,
 ) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
-    """Train all systems; returns the parameters of each after the reference's last step and after its own last one."""
+    """Train all systems, each until it has taken ``most_seconds``.
+
+    Returns:
+        The parameters of each after the reference's last step and after its own last one.
+    """
     after: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
     device = next(systems[0].contender.network.parameters()).device
     with reporter.bar("comparing", len(batches)) as bar:
@@ -186,7 +210,11 @@ def _take_steps(
                 break
             for place in range(len(systems)):
                 timed = systems[(step + place) % len(systems)]
-                if step >= timed.most_steps:
+                if len(timed.seconds) < step or step >= timed.most_steps:
+                    continue
+                if sum(timed.seconds) > most_seconds:
+                    reporter.say(f"{timed.name} leaves after {sum(timed.seconds):.0f} s, at step {step}")
+                    timed.most_steps = step
                     continue
                 # The same random numbers for each, should anything draw them.
                 torch.manual_seed(seed + step)
@@ -196,7 +224,7 @@ def _take_steps(
                 wait_for(device)
                 timed.seconds.append(time.perf_counter() - started)
             if step + 1 == min(REFERENCE_STEPS, len(batches)):
-                after |= {(timed.name, step + 1): _parameters(timed) for timed in systems}
+                after |= {(each.name, step + 1): _parameters(each) for each in systems if len(each.seconds) > step}
             bar.move_to(step + 1)
     return after | {(timed.name, len(timed.seconds)): _parameters(timed) for timed in systems}
 
@@ -212,12 +240,13 @@ def compare(options: Options, reporter: Reporter) -> int:
     rows = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     count = options.steps or STEPS
     batches = [collator(rows[step]).to(options.device) for step in range(count)]
-    compile_seconds = _time_compiling(compiler, batches)
+    plan_seconds = _time_planning(compiler, batches)
     systems = _systems(data, options, identity.seed, count, reporter)
-    after = _take_steps(systems, batches, identity.seed, deadline, reporter)
+    after = _take_steps(systems, batches, identity.seed, deadline, options.minutes * 60 / len(systems), reporter)
     base = systems[0]
     table = Table(title=f"Training steps of {rows.batch_size:,} words, {len(identity.languages)} languages")
-    headings = ("steps", "ms a step", "words/s", "ms of hierarchy", "share", f"difference from {base.name}")
+    first = f"s of first {UNTIMED_STEPS}"
+    headings = ("steps", first, "ms a step", "words/s", "ms of hierarchy", "share", f"difference from {base.name}")
     for heading in ("system", *headings):
         table.add_column(heading, justify="left" if heading == "system" else "right")
     facts = []
@@ -226,13 +255,14 @@ def compare(options: Options, reporter: Reporter) -> int:
         # Networks that train other experts than the routes', or none, have parameters that say nothing.
         known = timed is not base and timed.name not in {DENSE, BARE} and (base.name, steps) in after
         difference = largest_difference(after[base.name, steps], after[timed.name, steps]) if known else None
-        part, share = timed.hierarchy_seconds, timed.hierarchy_share
-        speed = rows.batch_size / timed.step_seconds
+        whole, part, share = timed.step_seconds, timed.hierarchy_seconds, timed.hierarchy_share
+        speed = None if whole is None else rows.batch_size / whole
         table.add_row(
             timed.name,
             str(steps),
-            f"{1000 * timed.step_seconds:.1f}",
-            f"{speed:,.0f}",
+            f"{timed.first_seconds:.1f}",
+            "" if whole is None else f"{1000 * whole:.1f}",
+            "" if speed is None else f"{speed:,.0f}",
             "" if part is None else f"{1000 * part:.1f}",
             "" if share is None else f"{share:.0%}",
             "" if difference is None else f"{difference:.1e}",
@@ -241,7 +271,8 @@ def compare(options: Options, reporter: Reporter) -> int:
             {
                 "system": timed.name,
                 "steps": steps,
-                "milliseconds_a_step": 1000 * timed.step_seconds,
+                "first_seconds": timed.first_seconds,
+                "milliseconds_a_step": None if whole is None else 1000 * whole,
                 "words_per_second": speed,
                 "hierarchy_milliseconds": None if part is None else 1000 * part,
                 "hierarchy_share": share,
@@ -251,21 +282,21 @@ def compare(options: Options, reporter: Reporter) -> int:
     reporter.say(table)
     reporter.say(
         f"medians of interleaved steps, {torch.get_num_threads()} threads, {options.device}; compiling a batch's plan "
-        f"takes {1000 * compile_seconds:.2f} ms, in the loader"
+        f"takes {1000 * plan_seconds:.2f} ms, in the loader"
     )
     content = {
         **measurement_facts(options, NetworkSettings(), LossWeights()),
         "languages": identity.languages,
         "batch_size": rows.batch_size,
         "seed": identity.seed,
-        "compile_milliseconds": 1000 * compile_seconds,
+        "plan_milliseconds": 1000 * plan_seconds,
         "systems": facts,
     }
     write_json(options.report / "comparison.json", content)
     return 0
 
 
-def _time_compiling(compiler: celmoe.RoutingCompiler, batches: Sequence[Batch]) -> float:
+def _time_planning(compiler: celmoe.RoutingCompiler, batches: Sequence[Batch]) -> float:
     seconds = []
     for batch in batches:
         started = time.perf_counter()

@@ -38,6 +38,8 @@ def measurement_facts(options: Options, settings: NetworkSettings, weights: Loss
         "threads": torch.get_num_threads(),
         "device": options.device_name,
         "engine": options.engine,
+        "stacked": options.stacked,
+        "compiled": options.compile,
         "parallel": options.parallel,
         "ranks": launched_ranks() or 1,
         "minutes": options.minutes,

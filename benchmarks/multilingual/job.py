@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import celmoe
 from benchmarks.arguments import OptionError
 from benchmarks.multilingual import figures, report
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
@@ -41,7 +42,15 @@ from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, Netwo
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
 from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
 from benchmarks.multilingual.schedule import Deadline, plan_steps
-from benchmarks.multilingual.training import Contender, CurvePoint, Progress, Watchers, make_contender, train
+from benchmarks.multilingual.training import (
+    Contender,
+    CurvePoint,
+    Progress,
+    Watchers,
+    make_contender,
+    seconds_to_compile,
+    train,
+)
 from benchmarks.setting import prepare_folder
 
 EXPERTS = "experts"
@@ -55,7 +64,10 @@ LITTLE = 0.25
 
 @dataclass(kw_only=True)
 class Run:
-    """All that a run consists of. ``saved_step`` is where its checkpoint stands, if there is one."""
+    """All that a run consists of.
+
+    ``saved_step`` is where its checkpoint stands, if there is one, and ``compile_seconds`` what compiling took.
+    """
 
     options: Options
     reporter: Reporter
@@ -66,6 +78,7 @@ class Run:
     progress: Progress
     ranks: Ranks = ALONE
     saved_step: int | None = None
+    compile_seconds: float | None = None
 
     def save(self) -> None:
         """Write the checkpoint: that of one process, which the first rank writes. All must ask."""
@@ -84,6 +97,10 @@ def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
     for name, levels in ((EXPERTS, LEVELS), (UNIVERSAL, (UNIVERSAL,))):
         torch.manual_seed(seed)
         network = Lemmatizer(data.vocabulary, settings, levels=levels, engine=options.engine).to(options.device)
+        if options.stacked:
+            celmoe.stack_experts(network.hierarchy)
+        if options.compile and levels == LEVELS:
+            network.hierarchy.compile()
         contenders.append(make_contender(name, network, Losses(network, LossWeights())))
     return contenders
 
@@ -139,9 +156,10 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         return 0
     prepare_folder(options.report)
     where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
+    ways = (", stacked" if options.stacked else "") + (", compiled" if options.compile else "")
     reporter.say(
         f"{len(identity.languages)} languages, batches of {identity.batch_size:,} words, seed {identity.seed}, "
-        f"engine {options.engine}, device {options.device}, {where}{torch.get_num_threads()} threads"
+        f"engine {options.engine}{ways}, device {options.device}, {where}{torch.get_num_threads()} threads"
     )
     with ranks.watched():
         job = _prepare(options, reporter, identity, state, ranks)
@@ -265,6 +283,10 @@ def _train(job: Run, begun: float) -> bool:
         # The first rank's curve is the one that is kept.
         return rule_accuracy(network, iter(checks)) if job.ranks.is_first else 0.0
 
+    if options.compile:
+        batch = collator(job.steps[progress.step]).to(options.device)
+        job.compile_seconds = seconds_to_compile(job.contenders[0], batch)
+        reporter.say(f"compiled in {job.compile_seconds:.1f} s, with a step that trains nothing")
     left = progress.planned_steps - progress.step
     with InterruptGuard() as guard, reporter.bar("training", progress.total_steps) as bar:
         # Said under guard: from this line on Ctrl-C saves.
@@ -323,6 +345,7 @@ def _evaluate(job: Run) -> None:
         **_identity_facts(job.identity, progress),
         **measurement_facts(options, NetworkSettings(), LossWeights()),
         "engines": engines,
+        "compile_seconds": job.compile_seconds,
         "words_trained": words,
         "words_per_second": {each.name: words / max(each.seconds, 1e-9) for each in contenders},
         "training_seconds": {each.name: each.seconds for each in contenders},

@@ -6,13 +6,12 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.arguments import OptionError, above_zero, make_parser, nearest, read_arguments, whole_number
+from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
+from benchmarks.devices import open_device
 from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.ranks import launched_ranks
 from benchmarks.multilingual.schedule import MOST_EPOCHS, WORDS_PER_MINUTE
@@ -26,7 +25,6 @@ DEFAULT_MINUTES = 7.3
 DEFAULT_SEED = 0
 DEFAULT_WORKERS = 1
 DEFAULT_DEVICE = "cpu"
-DIRECTML = "directml"
 LARGEST_SEED = 2**63 - 1
 DDP, FSDP, EXPERT = "ddp", "fsdp", "expert"
 LAYOUTS = (DDP, FSDP, EXPERT)
@@ -51,35 +49,9 @@ class Options:
     report: Path
     resume: bool
     compare: bool
+    stacked: bool
+    compile: bool
     parallel: str | None
-
-
-def _device(text: str) -> torch.device:
-    directml: Any = None
-    if text == DIRECTML:
-        try:
-            directml = import_module("torch_directml")
-        except ImportError:
-            raise OptionError(
-                "'--device' must be cpu or cuda where torch-directml is missing (got 'directml')"
-            ) from None
-    try:
-        device: torch.device = torch.device(text) if directml is None else directml.device()
-        # A value has to come back: "meta" makes tensors too, but none that hold anything.
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OptionError(
-            f"'--device' must be a device that works here, such as cpu, cuda or directml (got {text!r}: {reason})"
-        ) from None
-    return device
-
-
-def _engine(text: str) -> str:
-    known = list(ENGINES)
-    if text not in known:
-        raise OptionError(f"'--engine' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
-    return text
 
 
 def _parallel(text: str | None) -> str | None:
@@ -90,8 +62,8 @@ def _parallel(text: str | None) -> str | None:
             f"'--parallel' must be given under torchrun, as one of {known} (got none: each of the ranks, {num_ranks}, "
             "would run a job of its own)"
         )
-    if text is not None and text not in LAYOUTS:
-        raise OptionError(f"'--parallel' must be one of {known} (got {text!r}; {nearest(text, LAYOUTS)})")
+    if text is not None:
+        one_of("--parallel", text, LAYOUTS)
     if text is not None and num_ranks is None:
         raise OptionError(
             f"'--parallel' must stand under torchrun (got {text!r} in a process that was started alone: "
@@ -118,7 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", default=str(DEFAULT_WORKERS), help=f"loader processes, 0 for none (default {DEFAULT_WORKERS})")
     add("--report", default=str(DEFAULT_REPORT), help=f"folder to write to (default {DEFAULT_REPORT})")
     add("--resume", action="store_true", help="go on from the checkpoint in the report folder")
-    add("--compare", action="store_true", help="time the same steps with celmoe-vp 1.1.4 and with the reference loop")
+    add("--compare", action="store_true", help="time the same steps plain, stacked, compiled and with celmoe-vp 1.1.4")
+    add(
+        "--stacked",
+        action=argparse.BooleanOptionalAction,
+        help="train alike experts as one parameter a tensor (default: yes, but without it under --parallel)",
+    )
+    add("--compile", action="store_true", help="run the hierarchy by torch.compile; compiling is timed by itself")
     add("--parallel", help=f"under torchrun, how ranks share the training: {', '.join(LAYOUTS)}")
     return parser
 
@@ -139,11 +117,20 @@ def parse_options(arguments: Sequence[str]) -> Options:
     parallel = _parallel(given.parallel)
     if parallel is not None and given.compare:
         raise OptionError("'--parallel' and '--compare' must not stand together (got both: one process is compared)")
-    device = _device(given.device)
+    if given.compare and (given.compile or given.stacked is not None):
+        raise OptionError(
+            "'--compare' must stand without '--compile' and '--stacked' (got one of them: a comparison has each way)"
+        )
+    if parallel is not None and (given.compile or given.stacked):
+        raise OptionError(
+            "'--parallel' must stand without '--compile' and '--stacked' (got one of them: ranks share experts' own "
+            "parameters)"
+        )
+    device = open_device(given.device)
     if parallel is not None and device.type != "cpu":
         raise OptionError(f"'--device' must be cpu where '--parallel' is given (got {given.device!r})")
     return Options(
-        engine=_engine(given.engine),
+        engine=one_of("--engine", given.engine, list(ENGINES)),
         device=device,
         device_name=given.device,
         languages=None if given.languages is None else language_codes(given.languages),
@@ -155,6 +142,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
         report=Path(given.report),
         resume=given.resume,
         compare=given.compare,
+        stacked=parallel is None if given.stacked is None else given.stacked,
+        compile=given.compile,
         parallel=parallel,
     )
 
@@ -174,4 +163,6 @@ def resume_command(options: Options) -> str:
     ):
         if value != default:
             words += [option, str(value)]
+    words += ["--no-stacked"] if options.parallel is None and not options.stacked else []
+    words += ["--compile"] if options.compile else []
     return shlex.join(words)

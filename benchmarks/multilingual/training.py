@@ -20,6 +20,7 @@ from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.losses import Losses
 from benchmarks.multilingual.network import Lemmatizer, rule_targets
 from benchmarks.multilingual.schedule import LEARNING_RATE, Deadline, learning_rate
+from celmoe.names import STACKED
 
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
@@ -67,13 +68,21 @@ class Contender:
 
 
 def make_contender(name: str, network: Lemmatizer, losses: Losses) -> Contender:
-    """A network with its optimizer: AdamW, weight decay on the matrices alone."""
-    matrices = [each for each in network.parameters() if each.ndim > 1]
-    vectors = [each for each in network.parameters() if each.ndim <= 1]
+    """A network with its optimizer: AdamW, weight decay on the matrices alone; experts may be stacked."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for path, parameter in network.named_parameters():
+        axes = parameter.ndim - is_stacked(path)
+        (matrices if axes > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     # One kernel for all parameters, where the device has it: a language expert's are too small for one each.
     fused = matrices[0].device.type in {"cpu", "cuda"}
-    return Contender(name, network, losses, torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=fused))
+    return Contender(name, network, losses, celmoe.optim.AdamW(groups, lr=LEARNING_RATE, fused=fused))
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter with this path is a stack, whose first axis is the experts."""
+    return path.rpartition(".")[2].startswith(STACKED)
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,16 @@ def train_step(contender: Contender, batch: Batch, rate: float, *, done: float, 
     bundle = contender.backward(batch)
     contender.optimizer.step()
     return contender.read(bundle, batch) if read else None
+
+
+def seconds_to_compile(contender: Contender, batch: Batch) -> float:
+    """Seconds of a forward and a backward pass that train nothing: the first ones compile what is to be compiled."""
+    contender.network.train()
+    started = time.perf_counter()
+    contender.backward(batch)
+    contender.optimizer.zero_grad(set_to_none=True)
+    wait_for(batch.targets.device)
+    return time.perf_counter() - started
 
 
 def wait_for(device: torch.device) -> None:

@@ -11,7 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks.contenders.contender import AUTO, DENSE, GROUPED, LOOPED, ORACLE, PEFT, STACK, TRANSFORMERS, VMAP
+from benchmarks.contenders.contender import (
+    AUTO,
+    DENSE,
+    GROUPED,
+    LOOPED,
+    ORACLE,
+    PEFT,
+    STACK,
+    STACKED,
+    TRANSFORMERS,
+    VMAP,
+)
 from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
 from benchmarks.report.reading import LATER_PEER, PEER, Record
 
@@ -19,6 +30,7 @@ from benchmarks.report.reading import LATER_PEER, PEER, Record
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#7a7a7a"
 CONTENDER_COLOURS = {
     AUTO: BLUE,
+    STACKED: "#44aa99",
     GROUPED: "#56b4e9",
     LOOPED: "#009e73",
     PEER: VERMILION,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.report.reading import Record, Suite
-from benchmarks.stages import INFERENCE, TRAINING_STEP
+from benchmarks.stages import INFERENCE, WHOLE_STEP
 
 # Of planning and moving alone nobody chooses a device.
-_STAGES = (TRAINING_STEP, INFERENCE)
+_STAGES = (WHOLE_STEP, INFERENCE)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from benchmarks.report.canvas import (
 )
 from benchmarks.report.reading import Record, Suite
 from benchmarks.report.wording import DEVICE_NAMES
-from benchmarks.stages import TRAINING_STEP
+from benchmarks.stages import WHOLE_STEP
 from benchmarks.workloads import Workload
 
 _MOST_PANELS = 8
@@ -27,7 +27,7 @@ _COLUMNS = 4
 def draw_devices(suite: Suite) -> list[Drawing]:
     """A panel for each kind and number of experts that several devices ran at several sizes; else nothing."""
     lines: dict[Workload, dict[str, list[Record]]] = {}
-    for record in suite.of(TRAINING_STEP):
+    for record in suite.of(WHOLE_STEP):
         if record.contender in record.timings.seconds:
             key = replace(record.workload, batch_size=0)
             lines.setdefault(key, {}).setdefault(record.device, []).append(record)
@@ -67,7 +67,7 @@ def draw_devices(suite: Suite) -> list[Drawing]:
     return [
         Drawing(
             "devices",
-            "The same training step on each device",
+            "The same whole step on each device",
             "Median milliseconds of celmoe, both axes logarithmic. Devices are timed one after another.",
             figure,
             rows,

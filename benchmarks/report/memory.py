@@ -49,7 +49,7 @@ def draw_memory(records: Sequence[Record]) -> list[Drawing]:
         Drawing(
             f"memory_{measured[0].device}",
             f"Peak memory, {device}",
-            "The most that a training step holds; logarithmic. Further to the left is better.",
+            "The most that a forward and a backward pass hold; logarithmic. Further to the left is better.",
             figure,
             [
                 {**record_columns(record), "contender": contender, "bytes": size}

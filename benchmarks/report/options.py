@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.arguments import OptionError, above_zero, make_parser, nearest, read_arguments
+from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments
 from benchmarks.report.reading import ReadError, Suite, read_suite
 from celmoe.devices import DEVICES
 
@@ -50,7 +50,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     devices = None if given.device is None else tuple(dict.fromkeys(map(_device, given.device)))
     return Options(
         devices=devices,
-        workloads=_one_of("--set", given.set, SETS),
+        workloads=one_of("--set", given.set, SETS),
         seconds=None if given.seconds is None else above_zero("--seconds", given.seconds),
         compare=None if given.compare is None else _other_run(given.compare),
         report=Path(given.report),
@@ -74,13 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _device(text: str) -> str:
-    return _one_of("--device", text, DEVICES)
-
-
-def _one_of(option: str, text: str, known: Sequence[str]) -> str:
-    if text not in known:
-        raise OptionError(f"'{option}' must be one of {', '.join(known)} (got {text!r}; {nearest(text, known)})")
-    return text
+    return one_of("--device", text, DEVICES)
 
 
 def _other_run(text: str) -> Suite:

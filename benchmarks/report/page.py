@@ -10,11 +10,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from benchmarks.contenders.contender import AUTO, OURS, STACKED
 from benchmarks.report.canvas import Drawing
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.devices import draw_devices
 from benchmarks.report.memory import draw_memory
-from benchmarks.report.reading import CONTENDERS, OURS, PEER, Record, Suite
+from benchmarks.report.reading import CONTENDERS, PEER, Record, Suite
 from benchmarks.report.regressions import FASTER, RULE, SAME, SLOWER, Comparison
 from benchmarks.report.scaling import draw_scaling
 from benchmarks.report.speedups import draw_speedups
@@ -36,7 +37,7 @@ from benchmarks.report.wording import (
     times_words,
     workload_words,
 )
-from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP
+from benchmarks.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
 
 PAGE = "index.html"
 _TEMPLATE = "page.html.jinja"
@@ -132,28 +133,32 @@ def _listed(words: set[str]) -> str:
 
 def _lead(suite: Suite) -> str:
     device = suite.devices[0]
-    found = headline(suite.of(TRAINING_STEP, device), PEER)
+    records = suite.of(WHOLE_STEP, device)
+    found = headline(records, PEER, AUTO)
     if found is None:
-        return f"{len(suite.records)} benchmarks; no training step was timed beside {PEER}'s."
+        return f"{len(suite.records)} benchmarks; no whole step was timed beside {PEER}'s."
     mean, least, greatest, count = found
+    stacked = headline(records, PEER, STACKED)
     return (
-        f"Training steps are {times_words(mean)} times as fast as those of {PEER} in the geometric mean over {count} "
-        f"workloads on {DEVICE_NAMES.get(device, device)}: from {times_words(least.ratio)} "
+        f"Whole training steps are {times_words(mean)} times as fast as those of {PEER} in the geometric mean over "
+        f"{count} workloads on {DEVICE_NAMES.get(device, device)}: from {times_words(least.ratio)} "
         f"({workload_words(least.workload)}) to {times_words(greatest.ratio)} ({workload_words(greatest.workload)})."
+        + ("" if stacked is None else f" Stacked, they are {times_words(stacked[0])} times as fast.")
     )
 
 
 def _tiles(suite: Suite) -> list[dict[str, str]]:
     tiles = []
-    for stage in (TRAINING_STEP, INFERENCE, PLAN):
+    for stage, contender in ((WHOLE_STEP, AUTO), (WHOLE_STEP, STACKED), (INFERENCE, AUTO), (PLAN, AUTO)):
         for device in suite.devices:
-            if (found := headline(suite.of(stage, device), PEER)) is None:
+            if (found := headline(suite.of(stage, device), PEER, contender)) is None:
                 continue
             mean, least, greatest, count = found
+            way = ", stacked" if contender == STACKED else ""
             tiles.append(
                 {
                     "figure": f"{times_words(mean)}\N{MULTIPLICATION SIGN}",
-                    "meaning": f"{STAGE_NAMES[stage]}, {DEVICE_NAMES.get(device, device)}",
+                    "meaning": f"{STAGE_NAMES[stage]}{way}, {DEVICE_NAMES.get(device, device)}",
                     "detail": f"as fast as {PEER}; {count} workloads, {times_words(least.ratio)} to "
                     f"{times_words(greatest.ratio)}",
                 }
@@ -164,7 +169,7 @@ def _tiles(suite: Suite) -> list[dict[str, str]]:
 def _sections(findings: Findings) -> list[Section]:
     suite = findings.suite
     return [
-        _speed_section(suite, TRAINING_STEP, "Training steps"),
+        _speed_section(suite, WHOLE_STEP, "Whole steps"),
         _speed_section(suite, INFERENCE, "Inference"),
         _stages_section(suite),
         Section(
@@ -174,7 +179,7 @@ def _sections(findings: Findings) -> list[Section]:
             [
                 Part(drawing=drawing)
                 for device in suite.devices
-                for drawing in draw_scaling(suite.of(TRAINING_STEP, device))
+                for drawing in draw_scaling(suite.of(WHOLE_STEP, device))
             ],
         ),
         _devices_section(suite),
@@ -194,10 +199,8 @@ def _speed_section(suite: Suite, stage: str, title: str) -> Section:
 
 
 def _stages_section(suite: Suite) -> Section:
-    parts = [
-        Part(drawing=drawing) for device in suite.devices for drawing in draw_stages(suite.of(TRAINING_STEP, device))
-    ]
-    for stage in (PLAN, DISPATCH, EXPERTS):
+    parts = [Part(drawing=drawing) for device in suite.devices for drawing in draw_stages(suite.of(WHOLE_STEP, device))]
+    for stage in (FORWARD, BACKWARD, PLAN, DISPATCH, EXPERTS):
         for device in suite.devices:
             if records := suite.of(stage, device):
                 title = f"{STAGE_NAMES[stage].capitalize()}: {STAGE_MEANINGS[stage]}"
@@ -225,7 +228,7 @@ def _memory_section(suite: Suite) -> Section:
         if records := [record for record in suite.of(MEMORY, device) if record.bytes]:
             name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
             parts.append(Part(name, draw_memory(records)[0], memory_table(records)))
-    text = "The most MiB that live at once in a training step, weights included; below, how many times ours that is."
+    text = "The most MiB that live at once in both passes, weights included; below, how many times ours that is."
     return Section("memory", "Memory", text, parts)
 
 

@@ -1,4 +1,4 @@
-"""The figure of growth: time of a training step by batch size and by number of experts, with the dense floor."""
+"""The figure of growth: time of a whole step by batch size and by number of experts, with the dense floor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from matplotlib.axes import Axes
 
-from benchmarks.contenders.contender import AUTO, DENSE, ORACLE, STACK
+from benchmarks.contenders.contender import AUTO, DENSE, ORACLE, OURS, STACK, STACKED
 from benchmarks.report.canvas import (
     CONTENDER_COLOURS,
     FEWEST_POINTS,
@@ -26,14 +26,14 @@ from benchmarks.report.wording import DEVICE_NAMES
 from benchmarks.workloads import Workload
 
 # Who is drawn: more lines would hide each other.
-_DRAWN = (PEER, LATER_PEER, ORACLE, STACK, DENSE, AUTO)
+_DRAWN = (PEER, LATER_PEER, ORACLE, STACK, DENSE, STACKED, AUTO)
 _WIDTH, _HEIGHT = 3.9, 2.9
 
 Line = Sequence[Record]
 
 
 def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
-    """The training steps of one device; a column a kind of expert, by B above, by E below."""
+    """The whole steps of one device; a column a kind of expert, by B above, by E below."""
     lines = {
         "B": _longest_lines(records, lambda workload: replace(workload, batch_size=0), lambda each: each.batch_size),
         "E": _longest_lines(records, lambda workload: replace(workload, num_experts=0), lambda each: each.num_experts),
@@ -60,7 +60,7 @@ def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
     return [
         Drawing(
             f"scaling_{records[0].device}",
-            f"How a training step grows, {device}",
+            f"How a whole step grows, {device}",
             "Median milliseconds, both axes logarithmic. Dashed grey is the dense floor: the same rows through one "
             "expert a level, nothing routed, nothing moved.",
             figure,
@@ -102,7 +102,7 @@ def _draw_line(axes: Axes, line: Line, axis: str) -> list[dict[str, object]]:
         ms = [1e3 * record.timings.median(contender) for record in timed]
         colour = CONTENDER_COLOURS.get(contender, GREY)
         style = "--" if contender == DENSE else "-"
-        heavy = contender == AUTO
+        heavy = contender in OURS
         axes.plot(at, ms, color=colour, linestyle=style, linewidth=2.2 if heavy else 1.3, marker="o", markersize=3.5)
         ends[contender] = End(ms[-1], colour)
         rows += [

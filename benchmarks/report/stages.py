@@ -15,7 +15,7 @@ _DARK = (SERIES_COLOURS[0], SERIES_COLOURS[2], SERIES_COLOURS[5], SERIES_COLOURS
 
 
 def draw_stages(records: Sequence[Record]) -> list[Drawing]:
-    """The training steps of one device whose parts were told apart; nothing where none were."""
+    """The whole steps of one device whose parts were told apart; nothing where none were."""
     timed = [record for record in records if sum(record.parts_ms.values()) > 0]
     if not timed:
         return []
@@ -42,7 +42,7 @@ def draw_stages(records: Sequence[Record]) -> list[Drawing]:
     return [
         Drawing(
             f"stages_{timed[0].device}",
-            f"Where a training step's time goes, {device}",
+            f"Where a whole step's time goes, {device}",
             f"{timed[0].contender}. Each part is timed on its own, and the experts are the rest of the forward pass; "
             "behind each bar stands how long all parts take.",
             figure,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.bodies import UNTOUCHED
-from benchmarks.contenders.contender import AUTO, FLOORS
+from benchmarks.contenders.contender import FLOORS
 from benchmarks.grid.report import geometric_mean
 from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.crossover import Crossover
@@ -152,9 +152,9 @@ def absences(records: Iterable[Record], devices: Mapping[str, str]) -> Table:
     return Table(["what", "where", "why, and how to get it"], rows, 3)
 
 
-def headline(records: Sequence[Record], against: str) -> tuple[float, Ratio, Ratio, int] | None:
+def headline(records: Sequence[Record], against: str, ours: str) -> tuple[float, Ratio, Ratio, int] | None:
     """Geometric mean, least, greatest and number of the ratios to a contender; ``None`` where it was never timed."""
-    found = [each for record in records if (each := ratio_of(record, against, AUTO)) is not None]
+    found = [each for record in records if (each := ratio_of(record, against, ours)) is not None]
     if not found:
         return None
     by_ratio = sorted(found, key=lambda each: each.ratio)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.contenders.contender import AUTO
+from benchmarks.contenders.contender import AUTO, STACKED
 from benchmarks.report.reading import Suite
 from benchmarks.report.regressions import SLOWER, Comparison
 from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
@@ -59,13 +60,13 @@ def _short(name: str) -> str:
 def tell(console: Console, suite: Suite, outcome: Outcome, comparison: Comparison | None) -> None:
     """Means by stage and contender, what has no result, and what got slower."""
     table = Table(title="times as fast as each contender: geometric mean, least, greatest")
-    for heading in ("stage", "device", "contender", "mean", "least", "greatest", "workloads"):
+    for heading in ("stage", "device", "ours", "contender", "mean", "least", "greatest", "workloads"):
         table.add_column(heading, justify="right" if heading in ("mean", "least", "greatest", "workloads") else "left")
-    for stage, device, contender in _groups(suite):
-        if (found := headline(suite.of(stage, device), contender)) is not None:
+    for (stage, device, contender), ours in itertools.product(_groups(suite), (AUTO, STACKED)):
+        if ours != contender and (found := headline(suite.of(stage, device), contender, ours)) is not None:
             mean, least, greatest, count = found
             numbers = (times_words(mean), times_words(least.ratio), times_words(greatest.ratio), str(count))
-            table.add_row(STAGE_NAMES[stage], DEVICE_NAMES[device], contender, *numbers)
+            table.add_row(STAGE_NAMES[stage], DEVICE_NAMES[device], ours, contender, *numbers)
     console.print(table)
     for reason in dict.fromkeys(outcome.left_out.values()):
         count = list(outcome.left_out.values()).count(reason)

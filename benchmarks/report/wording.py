@@ -11,19 +11,22 @@ from benchmarks.contenders.contender import (
     ORACLE,
     PEFT,
     STACK,
+    STACKED,
     TRANSFORMERS,
     VMAP,
 )
 from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.reading import LATER_PEER, PEER
-from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, MEMORY, PLAN, TRAINING_STEP
+from benchmarks.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
 from benchmarks.workloads import Workload
 
 STAGE_NAMES = {
     PLAN: "planning",
     DISPATCH: "dispatch and combine",
     EXPERTS: "experts",
-    TRAINING_STEP: "training step",
+    WHOLE_STEP: "whole step",
+    FORWARD: "forward pass",
+    BACKWARD: "backward pass",
     INFERENCE: "inference",
     MEMORY: "peak memory",
 }
@@ -31,13 +34,16 @@ STAGE_MEANINGS = {
     PLAN: "names to index tensors",
     DISPATCH: "one level from names to rows in expert order and back, with experts that return them",
     EXPERTS: "one level from names: planned, moved, run; its products alone, with sorted rows at hand",
-    TRAINING_STEP: "forward with names for routes, a loss, backward, and the clearing of gradients",
+    WHOLE_STEP: "clearing of gradients, forward with names for routes, a loss, backward, clipping, fused AdamW",
+    FORWARD: "forward with names for routes and a loss, in training",
+    BACKWARD: "backward alone",
     INFERENCE: "a forward pass under inference_mode",
-    MEMORY: "the most that a training step holds",
+    MEMORY: "the most that a forward and a backward pass hold",
 }
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA", "directml": "DirectML"}
 CONTENDER_MEANINGS = {
     AUTO: "this library as it comes: groups a level's experts where that pays, loops over them where not",
+    STACKED: "the same after stack_experts: one parameter for each tensor of alike experts",
     GROUPED: "this library, told to run experts of one architecture as one",
     LOOPED: "this library, told to run experts one after another",
     PEER: "the package that celmoe replaces",

@@ -9,7 +9,7 @@ import celmoe
 from benchmarks.bodies import EXPERTS
 from benchmarks.contenders.dense import Dense
 from benchmarks.contenders.layouts import Padded, Ragged
-from benchmarks.contenders.stack import STACKED, Stack, fastest_stack
+from benchmarks.contenders.stack import HAND_STACKED, Stack, fastest_stack
 from benchmarks.steps import ROUTINGS, routings_of, string_routed
 from benchmarks.workloads import Workload
 from tests.features import needs_grouped_mm
@@ -55,7 +55,7 @@ NAMES = {
     ],
 )
 @pytest.mark.parametrize("routes", ["uniform", "zipf"])
-@pytest.mark.parametrize("expert", STACKED)
+@pytest.mark.parametrize("expert", HAND_STACKED)
 def test_stack_is_the_model(expert, routes, kinds):
     # Fewer samples than experts: some are absent.
     workload = Workload(expert, 8, 20, 24, routes)

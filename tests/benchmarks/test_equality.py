@@ -16,6 +16,7 @@ from benchmarks.contenders.contender import (
     PEERS,
     PEFT,
     STACK,
+    STACKED,
     TRANSFORMERS,
     VMAP,
     Terms,
@@ -23,7 +24,7 @@ from benchmarks.contenders.contender import (
 from benchmarks.equality import Claimed, Part, UnequalError, require_all_equal, require_equal
 from benchmarks.hierarchies import ONE_LEVEL
 from benchmarks.rounds import gather
-from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, PLAN, TRAINING_STEP, tasks_of
+from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, PLAN, WHOLE_STEP, tasks_of
 from benchmarks.workloads import Workload
 from tests.benchmarks.wrong import GRADIENTS, two_alike, with_another_input_gradient, with_gradients
 from tests.features import needs_grouped_mm
@@ -88,13 +89,13 @@ def test_a_part_has_its_experts_gradient():
     assert parts[2].grad is None
 
 
-MAKERS = {TRAINING_STEP: models.MODELS, INFERENCE: models.MODELS, DISPATCH: moving.MOVERS, EXPERTS: products.PRODUCTS}
+MAKERS = {WHOLE_STEP: models.MODELS, INFERENCE: models.MODELS, DISPATCH: moving.MOVERS, EXPERTS: products.PRODUCTS}
 MLP = Workload("mlp", 8, 12, 3)
 SORTED_ROWS = Workload(PRODUCT, 8, 12, 3, hierarchy=ONE_LEVEL)
 MOVED = Workload(UNTOUCHED, 8, 12, 3, hierarchy=ONE_LEVEL)
-WHOLE = [AUTO, GROUPED, LOOPED, *PEERS, ORACLE, DENSE, STACK, VMAP, TRANSFORMERS]
+WHOLE = [AUTO, STACKED, GROUPED, LOOPED, *PEERS, ORACLE, DENSE, STACK, VMAP, TRANSFORMERS]
 TRAINED = [
-    *((TRAINING_STEP, MLP, name) for name in WHOLE),
+    *((WHOLE_STEP, MLP, name) for name in WHOLE),
     *((EXPERTS, SORTED_ROWS, name) for name in (AUTO, LOOPED, DENSE, STACK, VMAP)),
 ]
 NAMED = [pytest.param(*case, id=" ".join([case[0], case[2]])) for case in TRAINED]
@@ -116,7 +117,7 @@ def hold(stage, workload, name, contender, monkeypatch):
 
 
 def test_every_contender_is_held_to_its_gradients():
-    for stage in (TRAINING_STEP, EXPERTS):
+    for stage in (WHOLE_STEP, EXPERTS):
         assert {name for where, _, name in TRAINED if where == stage} == MAKERS[stage].keys() - {PEFT}
 
 
@@ -147,7 +148,7 @@ def test_a_wrong_gradient_of_the_input_is_refused(stage, workload, name, monkeyp
 
 
 @needs_grouped_mm
-@pytest.mark.parametrize("stage", [INFERENCE, TRAINING_STEP])
+@pytest.mark.parametrize("stage", [INFERENCE, WHOLE_STEP])
 @pytest.mark.parametrize("name", WHOLE)
 def test_another_weight_is_refused(name, stage, monkeypatch):
     contender = make(stage, MLP, name)

@@ -9,10 +9,10 @@ import torch
 from benchmarks.bodies import EXPERTS
 from benchmarks.contenders import stack as stacks
 from benchmarks.contenders.layouts import Padded, Ragged
-from benchmarks.contenders.stack import STACKED, Stack, fastest_stack
+from benchmarks.contenders.stack import HAND_STACKED, Stack, fastest_stack
 from benchmarks.equality import UnequalError
 from benchmarks.grouped import contest
-from benchmarks.grouped.contest import DENSE, INFERENCE, OURS, PEER, STACK, TRAINING, Compared, compare, rivals_of
+from benchmarks.grouped.contest import INFERENCE, OURS, PEER, STACK, TRAINING, Compared, compare
 from benchmarks.interleaved import Timings
 from benchmarks.steps import string_routed
 from benchmarks.workloads import Workload
@@ -21,7 +21,7 @@ from tests.benchmarks.wrong import GRADIENTS, two_alike, with_another_input_grad
 from tests.features import needs_grouped_mm
 from tests.peer import FIRST, peer
 
-SECONDS = {OURS: "one", PEER: "three", DENSE: "half", STACK: "three"}
+SECONDS = {OURS: "one", PEER: "three", STACK: "half"}
 
 
 @pytest.fixture
@@ -32,12 +32,14 @@ def rounds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "expert", [pytest.param(name, marks=needs_grouped_mm if name in STACKED else ()) for name in EXPERTS]
+    "expert", [pytest.param(name, marks=needs_grouped_mm if name in HAND_STACKED else ()) for name in EXPERTS]
 )
-def test_equal_contenders_are_compared(expert):
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_equal_contenders_are_compared(expert, is_stacked):
     workload = Workload(expert, 8, 24, 5, "zipf")
-    found = compare(workload, peer(FIRST), "looped", 0.0, rivals_of(workload), (TRAINING, INFERENCE))
-    assert Counter(each.measure for each in found) == {TRAINING: len(rivals_of(workload)), INFERENCE: 1}
+    rivals = [PEER, STACK] if expert in HAND_STACKED else [PEER]
+    found = compare(workload, peer(FIRST), "looped", 0.0, rivals, (TRAINING, INFERENCE), is_stacked=is_stacked)
+    assert Counter(each.measure for each in found) == {TRAINING: len(rivals), INFERENCE: 1}
     assert [each.rounds for each in found] == [5] * len(found)
 
 
@@ -45,26 +47,25 @@ def test_equal_contenders_are_compared(expert):
 def test_ratios_are_the_others_by_ours(rounds, monkeypatch):
     workload = Workload("linear", 8, 24, 5)
     right, made = contest._make_contenders, {}
-    monkeypatch.setattr(contest, "_make_contenders", lambda *arguments: made.update(right(*arguments)) or made)
+    monkeypatch.setattr(contest, "_make_contenders", lambda *given, **more: made.update(right(*given, **more)) or made)
     rounds.watched = lambda: [each.module for each in made.values()]
-    found = compare(workload, peer(FIRST), "looped", 0.0, [PEER, DENSE, STACK], (TRAINING, INFERENCE))
+    found = compare(workload, peer(FIRST), "looped", 0.0, [PEER, STACK], (TRAINING, INFERENCE))
     slower = (1000.0, 5000.0, RATIO, LOW, HIGH, 5)
     assert found == [
         Compared(workload, TRAINING, PEER, *slower),
-        Compared(workload, TRAINING, DENSE, 1000.0, 500.0, 0.5, 0.5, 0.5, 5),
-        Compared(workload, TRAINING, STACK, *slower),
+        Compared(workload, TRAINING, STACK, 1000.0, 500.0, 0.5, 0.5, 0.5, 5),
         Compared(workload, INFERENCE, PEER, *slower),
     ]
     # All weights move before each step.
-    assert rounds.runs == [(name, True) for name in (OURS, PEER, DENSE, STACK, OURS, PEER)]
+    assert rounds.runs == [(name, True) for name in (STACK, OURS, PEER, OURS, PEER)]
 
 
 def wrong_peer(monkeypatch, spoil):
     """The peer's contender, spoiled once it is made."""
     right = contest._make_contenders
 
-    def make(*arguments):
-        contenders = right(*arguments)
+    def make(*arguments, **options):
+        contenders = right(*arguments, **options)
         (rival,) = contenders.keys() - {OURS}
         contenders[rival] = spoil(contenders[rival]) or contenders[rival]
         return contenders
@@ -72,7 +73,7 @@ def wrong_peer(monkeypatch, spoil):
     monkeypatch.setattr(contest, "_make_contenders", make)
 
 
-@pytest.mark.parametrize("rival", [PEER, DENSE, pytest.param(STACK, marks=needs_grouped_mm)])
+@pytest.mark.parametrize("rival", [PEER, pytest.param(STACK, marks=needs_grouped_mm)])
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_a_wrong_gradient_in_any_rival_is_refused_before_anything_is_timed(kind, rival, rounds, monkeypatch):
     def spoil(contender):
@@ -86,7 +87,7 @@ def test_a_wrong_gradient_in_any_rival_is_refused_before_anything_is_timed(kind,
     assert rounds.runs == []
 
 
-@pytest.mark.parametrize("rival", [PEER, DENSE, pytest.param(STACK, marks=needs_grouped_mm)])
+@pytest.mark.parametrize("rival", [PEER, pytest.param(STACK, marks=needs_grouped_mm)])
 def test_a_wrong_gradient_of_the_input_is_refused(rival, rounds, monkeypatch):
     wrong_peer(monkeypatch, with_another_input_gradient)
     with pytest.raises(UnequalError, match="the gradient of the input differs"):

@@ -6,21 +6,12 @@ import itertools
 import pytest
 
 from benchmarks.bodies import GROUPED_EXPERTS
-from benchmarks.grouped.contest import DENSE, INFERENCE, PEER, STACK, TRAINING, Compared, rivals_of
-from benchmarks.grouped.figures import draw_grid, draw_marks, draw_parts
-from benchmarks.grouped.marks import (
-    NAMED_LINES,
-    Goal,
-    Mark,
-    grid_marks,
-    named_marks,
-    operation_marks,
-    worst_mark,
-)
+from benchmarks.grouped.contest import INFERENCE, PEER, STACK, TRAINING, Compared
+from benchmarks.grouped.figures import draw_grid, draw_marks
+from benchmarks.grouped.marks import Goal, Mark, grid_marks, operation_marks
 from benchmarks.grouped.operations import ACCELERATOR, CPU, OperationCount
-from benchmarks.grouped.tables import write_compared, write_marks, write_parts
-from benchmarks.parts import time_parts
-from benchmarks.points import MOST_BYTES, WORST, full_grid, needed_bytes, short_grid
+from benchmarks.grouped.tables import write_compared, write_marks
+from benchmarks.points import MOST_BYTES, full_grid, needed_bytes, short_grid
 from benchmarks.workloads import Workload
 
 
@@ -49,7 +40,7 @@ def test_means_are_of_their_own_measure_and_rival():
     assert [mark.verdict for mark in grid_marks(found)] == ["aim", "aim", "missed"]
 
 
-def test_the_worst_of_operations_and_of_workloads_count():
+def test_the_worst_of_operations_count():
     counts = [
         OperationCount("mlp", "uniform", ACCELERATOR, 10, 11, ()),
         OperationCount("gru", "uniform", ACCELERATOR, 10, 30, ()),
@@ -58,7 +49,6 @@ def test_the_worst_of_operations_and_of_workloads_count():
     (mark,) = operation_marks(counts)
     assert mark.measured == 3.0
     assert "gru" in mark.line
-    assert worst_mark([compared(WORST[0], 1.2), compared(WORST[1], 0.9)]).measured == 0.9
 
 
 def test_the_grid_holds_every_value():
@@ -78,21 +68,13 @@ def test_the_grid_holds_every_value():
 
 
 def test_what_a_run_leaves(tmp_path):
-    workloads = [line.workload for line in NAMED_LINES]
-    found = [compared(workload, 1.5, rival) for workload in workloads for rival in rivals_of(workload)]
-    marks = named_marks(found)
-    assert [(mark.measure.split()[-1]) for mark in marks if "65536" in mark.line] == ["peer", "dense"]
-    assert len(marks) == sum(len(line.goals) for line in NAMED_LINES)
-    parts = [time_parts(Workload("linear", 8, 20, 3), "looped", 0.0)]
-    of_parts = [compared(parts[0].workload, 0.5, rival) for rival in (DENSE, STACK)]
     grid = [compared(each, 1.5) for each in itertools.islice(short_grid(), 20)]
     draw_grid(tmp_path / "grid.png", grid)
+    marks = grid_marks(grid)
     draw_marks(tmp_path / "marks.png", marks)
-    draw_parts(tmp_path / "parts.png", parts, of_parts)
     write_compared(tmp_path / "grid.csv", grid)
     write_marks(tmp_path / "marks.csv", marks)
-    write_parts(tmp_path / "parts.csv", parts)
-    assert {each.name for each in tmp_path.iterdir()} >= {"grid.png", "marks.png", "parts.png"}
+    assert {each.name for each in tmp_path.iterdir()} >= {"grid.png", "marks.png", "marks.csv"}
     with (tmp_path / "grid.csv").open() as file:
         first = next(csv.DictReader(file))
     assert (first["experts"], first["H"], first["routes"], first["ratio"]) == ("linear", "64", "uniform", "1.500")

@@ -5,7 +5,7 @@ import torch
 
 import celmoe
 from benchmarks.memory import can_measure, kept_bytes, peak_bytes
-from benchmarks.steps import TrainingStep, string_routed
+from benchmarks.steps import Passes, string_routed
 from benchmarks.workloads import Workload
 
 MEGABYTE = 1 << 20
@@ -55,7 +55,7 @@ def test_a_grouped_step_takes_little_more_than_a_looped_one(expert, batch_size):
     peaks = {}
     for engine in ("grouped", "looped"):
         model = workload.build(celmoe, engine=engine)
-        step = TrainingStep(string_routed(model, workload), model.parameters(), workload)
+        step = Passes(string_routed(model, workload), model.parameters(), workload)
         step()
         step.clear()
         peaks[engine] = weights_of(model) + peak_bytes(step, CPU)
@@ -66,7 +66,7 @@ def test_a_grouped_step_takes_little_more_than_a_looped_one(expert, batch_size):
 def test_no_copy_of_the_weights_is_kept(expert):
     workload = Workload(expert, 64, 64, 32)
     model = workload.build(celmoe, engine="grouped")
-    step = TrainingStep(string_routed(model, workload), model.parameters(), workload)
+    step = Passes(string_routed(model, workload), model.parameters(), workload)
 
     def first_step():
         step()

@@ -7,7 +7,7 @@ from benchmarks.report.crossover import crossovers
 from benchmarks.report.ratios import ratio_of, ratios
 from benchmarks.report.reading import PEER, ReadError, read_suite
 from benchmarks.report.regressions import FASTER, SAME, SLOWER, compare
-from benchmarks.stages import MEMORY, TRAINING_STEP
+from benchmarks.stages import MEMORY, WHOLE_STEP
 from benchmarks.workloads import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
@@ -22,10 +22,10 @@ def test_what_a_file_holds(tmp_path):
     suite = suite_of(tmp_path, *whole_run(["cpu", "cuda"]))
     assert suite.devices == ["cpu", "cuda"]
     assert suite.processor == "Slide Rule 9000"
-    assert [each.device for each in suite.of(TRAINING_STEP)] == ["cpu", "cuda"] * 4
-    assert [each.device for each in suite.of(TRAINING_STEP, "cuda")] == ["cuda"] * 4
-    assert {each.stage for each in suite.of(TRAINING_STEP)} == {TRAINING_STEP}
-    first = suite.of(TRAINING_STEP)[0]
+    assert [each.device for each in suite.of(WHOLE_STEP)] == ["cpu", "cuda"] * 4
+    assert [each.device for each in suite.of(WHOLE_STEP, "cuda")] == ["cuda"] * 4
+    assert {each.stage for each in suite.of(WHOLE_STEP)} == {WHOLE_STEP}
+    first = suite.of(WHOLE_STEP)[0]
     assert (first.workload, first.positions, first.threads) == (SMALL, None, 1)
     assert first.contenders[0] == PEER
     assert first.contenders[-1] == AUTO

@@ -13,7 +13,7 @@ from benchmarks.report.ratios import ratios
 from benchmarks.report.reading import read_suite
 from benchmarks.report.regressions import RULE, compare
 from benchmarks.report.wording import mebibytes_words, ms_words, times_words, workload_words
-from benchmarks.stages import TRAINING_STEP
+from benchmarks.stages import WHOLE_STEP
 from benchmarks.workloads import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
@@ -40,7 +40,7 @@ def _slower(seconds):
 
 def is_drawn(info):
     """A second device is drawn like the first: once is enough."""
-    return info["device"] == "cpu" or info["stage"] == "training_step"
+    return info["device"] == "cpu" or info["stage"] == "whole_step"
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,14 @@ def test_the_page_holds_what_was_found(report):
 
 def test_every_figure_has_its_numbers(report):
     figures = {path.stem for path in report.glob("*.png")}
-    both = {f"{name}_{device}" for name in ("speedup_training_step", "stages", "scaling") for device in ("cpu", "cuda")}
+    both = {f"{name}_{device}" for name in ("speedup_whole_step", "stages", "scaling") for device in ("cpu", "cuda")}
     assert figures == both | {"speedup_inference_cpu", "memory_cpu", "devices"}
     assert {path.stem for path in report.glob("*.csv")} == figures
-    with (report / "speedup_training_step_cpu.csv").open() as file:
+    with (report / "speedup_whole_step_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 6
     suite = read_suite(report / "benchmarks.json")
-    for row, found in zip(rows, ratios(suite.of(TRAINING_STEP, "cpu")), strict=True):
+    for row, found in zip(rows, ratios(suite.of(WHOLE_STEP, "cpu")), strict=True):
         workload = found.workload
         columns = (workload.expert, workload.hidden_size, workload.batch_size, workload.num_experts, found.slower)
         assert [row[name] for name in ("experts", "H", "B", "E", "contender")] == [str(each) for each in columns]
@@ -103,7 +103,7 @@ def test_a_page_of_little(tmp_path):
     """One benchmark without a rival: no figure has anything to show."""
     suite = read_suite(write(tmp_path / "benchmarks.json", [entry(Workload("gru", 8, 4, 2), paces(names=[AUTO]))]))
     page = write_page(tmp_path, Findings(suite, MACHINE)).read_text(encoding="utf-8")
-    assert "1 benchmarks; no training step was timed beside celmoe-vp 1.1.4&#39;s" in page
+    assert "1 benchmarks; no whole step was timed beside celmoe-vp 1.1.4&#39;s" in page
     assert "Nothing: all contenders and all devices were there." in page
     assert not list(tmp_path.glob("*.png"))
 

@@ -22,7 +22,7 @@ def test_the_default_set_is_some_of_the_full_one(benchmark_name):
 
 
 def test_the_figures_of_the_other_commands_are_in_the_full_set():
-    steps = set(workloads_of("training_step", FULL))
+    steps = set(workloads_of("whole_step", FULL))
     assert steps >= {*NAMED, *WORST, *full_grid(), *looped_grid()}
     assert set(workloads_of("plan", DEFAULT)) >= set(PLANNED)
     assert set(workloads_of("inference", FULL)) == steps
@@ -32,12 +32,12 @@ def test_every_kind_of_expert_and_hierarchy_is_in_a_set():
     every = [each for name in DEFAULTS for each in workloads_of(name, FULL)]
     assert {each.expert for each in every} == set(EXPERTS)
     assert {each.hierarchy for each in every} == set(HIERARCHIES)
-    assert {each.expert for each in workloads_of("training_step", FULL)} == set(EXPERTS) - {PRODUCT, UNTOUCHED}
+    assert {each.expert for each in workloads_of("whole_step", FULL)} == set(EXPERTS) - {PRODUCT, UNTOUCHED}
 
 
 def test_the_full_set_meets_each_kind_at_each_batch_under_both_routes():
     """The job's hierarchy, low ranks and the grids: none of them under uniform routes alone."""
-    steps = workloads_of("training_step", FULL)
+    steps = workloads_of("whole_step", FULL)
     for kept in (lambda each: each.hierarchy == JOB, lambda each: each.expert == LOW_RANK):
         met = {(each.batch_size, each.routes) for each in steps if kept(each)}
         assert met >= {(batch, routes) for batch in BATCHES for routes in ROUTES}

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from benchmarks.multilingual.network import LEVELS, Lemmatizer, NetworkSettings,
 from benchmarks.multilingual.options import DEFAULT_MINUTES
 from benchmarks.multilingual.rules import EditRule
 from benchmarks.multilingual.schedule import Deadline
-from benchmarks.multilingual.training import make_contender, train_step
+from benchmarks.multilingual.training import is_stacked, make_contender, train_step
 from benchmarks.multilingual.words import WINDOW, Vocabulary
 from benchmarks.setting import processor_name
 
@@ -57,6 +58,18 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """The modules that were to be compiled, and are not: it would take longer than all else."""
+    found: list[torch.nn.Module] = []
+
+    def note(module: torch.nn.Module) -> None:
+        found.append(module)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    return found
 
 
 def check_facts(facts: dict[str, Any]) -> None:
@@ -170,6 +183,52 @@ def test_grouped_and_looped_runs_train_to_like_parameters_and_a_grouped_one_can_
     assert all(torch.equal(ours[name], resumed[name]) for name in ours)
     for name in ours:
         torch.testing.assert_close(ours[name], looped[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_compiled_run_tells_what_compiling_took(
+    uninterrupted: Path, tmp_path: Path, compiled: list[torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, *HERE, "--compile", "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 0
+    (hierarchy,) = compiled
+    assert isinstance(hierarchy, celmoe.HierarchicalCELMoE)
+    said = capsys.readouterr().out
+    assert "engine auto, stacked, compiled, device cpu" in said
+    assert re.search(r"^compiled in \d+\.\d s, with a step that trains nothing$", said, re.MULTILINE)
+    facts = json.loads((tmp_path / "accuracy.json").read_text())["run"]
+    assert (facts["stacked"], facts["compiled"]) == (True, True)
+    assert facts["compile_seconds"] > 0
+    # Compiling trains nothing.
+    ours, theirs = parameters(uninterrupted), parameters(tmp_path)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("first", "then"), [([], ["--no-stacked"]), (["--no-stacked"], ["--stacked"])])
+def test_a_run_goes_on_stacked_or_not(
+    first: list[str], then: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_to = Bar.move_to
+
+    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
+        move_to(bar, done, total, figures)
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "move_to", interrupt_at_three)
+        assert main([*SMALL, *HERE, *first, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
+    assert main(["--resume", *HERE, *then, "--report", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "accuracy.json").read_text())["run"]["stacked"] == (then == ["--stacked"])
+    ours, theirs = parameters(tmp_path), parameters(uninterrupted)
+    assert list(ours) == list(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4, msg=name)
+    for contender in ("experts", "universal"):
+        states = [torch.load(folder / "checkpoint.pt")["contenders"][contender] for folder in (tmp_path, uninterrupted)]
+        one, other = (state["optimizer"] for state in states)
+        for group, wanted in zip(one["param_groups"], other["param_groups"], strict=True):
+            assert group["params"] == wanted["params"]
+        assert one["state"].keys() == other["state"].keys()
+        torch.testing.assert_close(one["state"], other["state"], rtol=0, atol=1e-4)
 
 
 def test_resuming_a_finished_run_says_so_and_writes_nothing(
@@ -322,7 +381,8 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, capsys: pytes
 def test_interrupting_the_process_saves_and_says_how_to_go_on(
     steps: int, awaited: str, seconds: float, tmp_path: Path
 ) -> None:
-    arguments = [*SMALL, "--workers", "1", "--steps", str(steps), "--report", str(tmp_path)]
+    # The looped engine traces nothing, which it would tell of where that takes long.
+    arguments = [*SMALL, "--engine", "looped", "--workers", "1", "--steps", str(steps), "--report", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.multilingual", *arguments],
         cwd=ROOT,
@@ -391,7 +451,10 @@ def test_a_run_that_read_for_long_still_ends_in_time(
 
 
 def test_the_comparison_stands_without_the_peer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    compiled: list[torch.nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def missing(version: str) -> None:
         raise peers.PeerUnavailableError(f"celmoe-vp=={version} could not be installed: no network")
@@ -407,7 +470,9 @@ def test_the_comparison_stands_without_the_peer(
     assert systems["no hierarchy"]["largest_parameter_difference"] is None
 
 
-def test_the_comparison_with_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_with_the_peer(
+    tmp_path: Path, compiled: list[torch.nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*SMALL, "--compare", "--steps", "3", "--report", str(tmp_path)]) == 0
     systems = {each["system"]: each for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]}
     said = capsys.readouterr()
@@ -415,25 +480,52 @@ def test_the_comparison_with_the_peer(tmp_path: Path, capsys: pytest.CaptureFixt
     peers_found = [comparing.PEER] if comparing.PEER in systems else []
     assert peers_found or "WITHOUT THE PEER" in said.err
     bounds = ["one expert a level", "no hierarchy"]
-    assert list(systems) == ["celmoe looped", "celmoe grouped", *peers_found, "celmoe.reference", *bounds]
+    ours = ["celmoe plain", "celmoe stacked", "celmoe compiled"]
+    assert list(systems) == [*ours, *peers_found, "celmoe.reference", *bounds]
+    (hierarchy,) = compiled
+    assert any(is_stacked(name) for name, _ in hierarchy.named_parameters())
     for name, system in systems.items():
         assert system["steps"] == 3
+        assert system["first_seconds"] > 0
         assert system["words_per_second"] == pytest.approx(256_000 / system["milliseconds_a_step"])
         assert (system["hierarchy_share"] is None) == (name == "no hierarchy")
-        if name in {"celmoe looped", *bounds}:
+        if name in {"celmoe plain", *bounds}:
             assert system["largest_parameter_difference"] is None
         else:
             assert system["largest_parameter_difference"] < 1e-4
 
 
-def test_one_engine_alone_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_takes_more_than_its_share_leaves_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(version: str) -> None:
+        raise peers.PeerUnavailableError("no network")
+
+    def compile_at_every_step(module: torch.nn.Module) -> None:
+        module.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+
+    monkeypatch.setattr(comparing, "load_peer", missing)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_at_every_step)
+    # Six systems, of which each has a twentieth of a minute.
+    assert main([*SMALL, "--compare", "--steps", "12", "--minutes", "0.3", "--report", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"celmoe compiled leaves after \d s, at step \d\n", said)
+    systems = {each["system"]: each for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]}
+    assert 1 < systems["celmoe compiled"]["steps"] < 8 < systems["celmoe stacked"]["steps"]
+    assert systems["celmoe compiled"]["first_seconds"] > 1
+
+
+def test_a_system_without_timed_steps_has_no_speed(
+    tmp_path: Path, compiled: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(version: str) -> None:
         raise peers.PeerUnavailableError("no network")
 
     monkeypatch.setattr(comparing, "load_peer", missing)
     assert main([*SMALL, "--compare", "--engine", "grouped", "--steps", "1", "--report", str(tmp_path)]) == 0
-    systems = [each["system"] for each in json.loads((tmp_path / "comparison.json").read_text())["systems"]]
-    assert systems == ["celmoe grouped", "celmoe.reference", "one expert a level", "no hierarchy"]
+    systems = json.loads((tmp_path / "comparison.json").read_text())["systems"]
+    assert {each["words_per_second"] for each in systems} == {None}
+    assert {each["steps"] for each in systems} == {1}
 
 
 def test_medians_of_a_comparison_leave_out_the_first_steps() -> None:
@@ -444,6 +536,9 @@ def test_medians_of_a_comparison_leave_out_the_first_steps() -> None:
     assert (timed.step_seconds, timed.hierarchy_seconds, timed.hierarchy_share) == (2.0, 1.0, 0.5)
     bare = comparing.Timed(cast("Any", None), 9, None, seconds)
     assert (bare.step_seconds, bare.hierarchy_seconds, bare.hierarchy_share) == (2.0, None, None)
+    assert bare.first_seconds == sum(untimed)
+    few = comparing.Timed(cast("Any", None), 9, None, untimed)
+    assert (few.step_seconds, few.first_seconds) == (None, sum(untimed))
 
 
 def test_the_largest_difference_is_over_all_parameters_and_both_signs() -> None:

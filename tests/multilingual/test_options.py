@@ -50,6 +50,11 @@ REFUSALS = {
     ("--seed",): "'--seed' must be followed by a value (got none)",
     ("--report", "--resume"): "'--report' must be followed by a value (got none)",
     ("--resume=yes",): "'--resume' must stand without a value (got 'yes')",
+    ("--stacked=1",): "'--stacked' must stand without a value (got '1')",
+    ("--no-stacked=",): "'--no-stacked' must stand without a value (got '')",
+    ("--compile=yes",): "'--compile' must stand without a value (got 'yes')",
+    ("--compare", "--compile"): "'--compare' must stand without '--compile' and '--stacked' (got one of them: ",
+    ("--compare", "--no-stacked"): "'--compare' must stand without '--compile' and '--stacked' (got one of them: ",
 }
 
 
@@ -67,6 +72,16 @@ def test_a_refusal_is_one_sentence(
 RANKS_REFUSALS = {
     (): "'--parallel' must be given under torchrun, as one of ddp, fsdp, expert (got none: each of the ranks, 2, ",
     ("--parallel", "fdsp"): "'--parallel' must be one of ddp, fsdp, expert (got 'fdsp'; nearest: fsdp",
+    (
+        "--parallel",
+        "ddp",
+        "--stacked",
+    ): "'--parallel' must stand without '--compile' and '--stacked' (got one of them: ",
+    (
+        "--parallel",
+        "ddp",
+        "--compile",
+    ): "'--parallel' must stand without '--compile' and '--stacked' (got one of them: ",
     ("--parallel", "ddp", "--compare"): "'--parallel' and '--compare' must not stand together (got both: ",
 }
 
@@ -92,7 +107,7 @@ def test_what_ranks_refuse_alike_the_first_one_says(
 def test_ranks_train_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(options, "_device", torch.device)
+    monkeypatch.setattr(options, "open_device", torch.device)
     with pytest.raises(OptionError, match=r"^'--device' must be cpu where '--parallel' is given \(got 'cuda:0'\)$"):
         parse_options(["--parallel", "ddp", "--device", "cuda:0"])
 
@@ -129,6 +144,14 @@ def test_defaults() -> None:
     assert found.report == Path("celmoe-report") / "multilingual"
     assert (found.languages, found.batch_size, found.seed, found.steps, found.parallel) == (None,) * 5
     assert found.minutes < 8
+    assert (found.stacked, found.compile) == (True, False)
+
+
+def test_ranks_share_experts_that_are_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not parse_options(["--parallel", "ddp"]).stacked
+    assert "stacked" not in resume_command(parse_options(["--parallel", "ddp", "--no-stacked"]))
 
 
 def test_languages_are_sorted() -> None:
@@ -191,6 +214,14 @@ def test_the_resume_command_can_be_pasted() -> None:
     again = parse_options(shlex.split(command)[3:])
     assert (again.report, again.engine, again.device) == (Path("my report; rm *"), "looped", torch.device("cpu:0"))
     assert (again.resume, again.workers, again.minutes) == (True, 0, 20)
+
+
+@pytest.mark.parametrize("ways", [["--no-stacked"], ["--compile"], ["--no-stacked", "--compile"], []])
+def test_a_run_is_resumed_in_its_way(ways: list[str]) -> None:
+    given = parse_options(ways)
+    again = parse_options(shlex.split(resume_command(given))[3:])
+    assert given.stacked == again.stacked == ("--no-stacked" not in ways)
+    assert given.compile == again.compile == ("--compile" in ways)
 
 
 def test_ranks_are_resumed_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,7 @@
+"""``python -m benchmarks.whole_steps``: whole training steps plain, stacked, compiled, by hand and of celmoe-vp.
+
+- `row`: one workload's contenders, compared and timed.
+- `bounded`: a row in a process of its own, which a clock ends.
+- `report`: the table, the CSV file and the figure.
+- `notes`: the table in a file of notes.
+"""
