@@ -161,7 +161,7 @@ class HierarchicalCELMoE(nn.Module):
         return Explanation(tuple(lines))
 
     def freeze(self, level: str, pattern: str = "*") -> list[str]:
-        """Freeze experts: they run as before, and are not trained.
+        """Freeze experts: they run as before, buffers included, and are not trained.
 
         Their parameters get no gradients, and lose those that they have. Optimizers of PyTorch and `celmoe.optim` leave
         these experts as they are; of stacked experts, only those of `celmoe.optim` do, and others refuse to step.

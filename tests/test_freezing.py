@@ -231,8 +231,20 @@ def _before_the_step(model, optimizer, step):
     optimizer.step()
 
 
+def _for_a_moment(model, optimizer, step):
+    hidden = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step)).double()
+    model(hidden, {"language": ["e0", "e1", "e1"]}).fused_hidden.square().sum().backward()
+    if step % 2:
+        model.freeze("language", "e1")
+        model(hidden, {"language": ["e1", "e2", "e1"]}).fused_hidden.square().sum().backward()
+        model.unfreeze("language", "e1")
+    optimizer.step()
+    if step == 5:
+        model.freeze("language", "e1")
+
+
 @pytest.mark.parametrize("engine", ["looped", "grouped"])
-@pytest.mark.parametrize("way", [_between_passes, _before_the_step])
+@pytest.mark.parametrize("way", [_between_passes, _before_the_step, _for_a_moment])
 def test_freezing_at_odd_times(way, engine):
     plain, model = build(MLP, "looped").double(), stacked(MLP, engine).double()
     for each, kind in ((plain, torch.optim.AdamW), (model, optim.AdamW)):

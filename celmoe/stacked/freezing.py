@@ -8,6 +8,7 @@ from torch import nn
 
 from celmoe.names import FROZEN
 
+from .presence import forget
 from .stack import Stack, slot_of
 
 
@@ -32,6 +33,8 @@ def freeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> Non
             parameter.grad = None
     for stack, members in _members(experts).items():
         stack.freeze(members)
+        for path in stack.keys:
+            forget(stack.whole(path), members)
 
 
 def unfreeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> None:

@@ -49,9 +49,9 @@ def _require_kept(optimizer: torch.optim.Optimizer, _args: object, _kwargs: obje
     Raises:
         StackedError: The optimizer holds a stack with frozen members, and sees one parameter in it.
     """
-    if not _STACKS or getattr(type(optimizer), KEEPS_FROZEN, False):
-        return
     frozen = frozen_members()
+    if not frozen or getattr(type(optimizer), KEEPS_FROZEN, False):
+        return
     for group in optimizer.param_groups:
         is_plain = type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]
         if is_plain:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,7 +96,7 @@ def _known(parameter: torch.Tensor) -> _Reached:
     return known
 
 
-def forget(parameter: torch.Tensor, members: Sequence[int]) -> bool:
+def forget(parameter: torch.Tensor, members: Collection[int]) -> bool:
     """Forget that backward passes reached some members; true if the gradient is of others, too."""
     known = _REACHED.get(parameter)
     if known is None:
