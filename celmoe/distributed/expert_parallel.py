@@ -23,7 +23,8 @@ from celmoe.errors import (
 from celmoe.explain import parameter_bytes
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
-from celmoe.names import ELSEWHERE, STACKED, NamedModules
+from celmoe.names import ELSEWHERE, FROZEN, STACKED, NamedModules
+from celmoe.stacked.freezing import trained_paths
 from celmoe.stacked.stack import stacks_of
 from celmoe.stacked.stacking import key_of, require_no_optimizer, stack_members, unstack_experts
 
@@ -196,7 +197,10 @@ def shard_experts(
             placed.update(parameters.values())
             places[owner] += [(config.name, name, each) for each in parameters]
             if owner != rank:
-                modules[name] = RemoteExpert(config.name, name, owner, parameters)
+                frozen = modules[name].__dict__.get(FROZEN, ())
+                modules[name] = remote = RemoteExpert(config.name, name, owner, parameters)
+                # Frozen there, too, until all ranks let it be trained.
+                remote.__dict__[FROZEN] = tuple(f"elsewhere.{path}" for path in frozen)
         model._levels[index] = ShardedLevel(config, modules, tuple(owners[config.name].values()), passage)
     model.register_forward_hook(passage.leave)
     return ExpertSharding(model, mesh, dimension, owners, GradientNorms(group, places))
@@ -234,8 +238,10 @@ def _stack_anew(
             if owner == rank:
                 stack_members(modules, own, number)
             else:
+                trained = trained_paths(modules[own[0]])
                 for path, key in keys.items():
-                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = stand_in_of(tensors[path])
+                    made = stand_in_of(tensors[path]).requires_grad_(path in trained)
+                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = made
             number += 1
 
 
