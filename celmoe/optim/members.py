@@ -65,11 +65,11 @@ def _cut_one(key: str, value: Any, part: Part, member: int) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.Tensor):
-        if value.dim() == 0:
-            # Each expert's own number of steps is counted in place.
-            return value.clone()
         if _is_like(value.shape, part.parameter.shape) and len(value) == len(part.parameter):
             return value.select(0, member)
+        if value.numel() == 1:
+            # Each expert's own number of steps is counted in place.
+            return value.clone()
     raise StackedError(
         f"'optimizer' must keep a state that can be told apart by expert (got {key!r}, {_told(value)}, of the stack "
         f"with {part.name!r}, of shape {tuple(part.parameter.shape)}; make the optimizer after "
@@ -181,7 +181,7 @@ def _stacked(key: str, values: Sequence[torch.Tensor], members: torch.Tensor, pa
 
 
 def _is_common(key: str, value: torch.Tensor, stack: torch.Tensor) -> bool:
-    return value.dim() == 0 and (key in _COMMON or stack.dim() > 1)
+    return value.numel() == 1 and (key in _COMMON or not _is_like(value.shape, stack.shape[1:]))
 
 
 def _can_not_keep(optimizer: torch.optim.Optimizer, got: str) -> StackedError:
@@ -199,7 +199,7 @@ def _require_shape(key: str, value: Any, part: Part) -> None:
         CheckpointError: The tensor has another shape.
     """
     shape = part.parameter.shape if part.member is None else part.parameter.shape[1:]
-    if isinstance(value, torch.Tensor) and value.dim() and not _is_like(value.shape, shape):
+    if isinstance(value, torch.Tensor) and value.numel() != 1 and not _is_like(value.shape, shape):
         raise CheckpointError(
             f"'state' must have {key!r} of {part.name!r} in the parameter's shape, {tuple(shape)} (got {_told(value)})"
         )
