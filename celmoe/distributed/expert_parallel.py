@@ -240,8 +240,9 @@ def _stack_anew(
             else:
                 trained = trained_paths(modules[own[0]])
                 for path, key in keys.items():
-                    made = stand_in_of(tensors[path]).requires_grad_(path in trained)
-                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = made
+                    stand_in = stand_in_of(tensors[path])
+                    stand_in.requires_grad_(path in trained)
+                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = stand_in
             number += 1
 
 
