@@ -50,7 +50,9 @@ JOBS = {
     "clipped": Job(STEPS[:3], engine="auto", max_norm=0.05, optimizer="SGD"),
     "detached": Job(STEPS[:4], detached=("ru", "fr"), engine="grouped"),
     "sequences and context": Job(STEPS[1:5], positions=3, has_context=True, engine="grouped"),
-    "frozen for a while": Job(drawn_steps(6, 6), engine="auto", frozen_at={0: ("ru", "de"), 2: ("ru", "fr"), 4: ("de",)}),
+    "frozen for a while": Job(
+        drawn_steps(6, 6), engine="auto", frozen_at={0: ("ru", "de"), 2: ("ru", "fr"), 4: ("de",)}
+    ),
     "in a network": Job(STEPS[:5], has_network=True, engine="auto"),
     "no gradient into the rows": Job(STEPS, hidden_grad=False, engine="auto"),
 }
