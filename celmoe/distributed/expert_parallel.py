@@ -24,6 +24,7 @@ from celmoe.explain import parameter_bytes
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
 from celmoe.names import ELSEWHERE, FROZEN, STACKED, NamedModules
+from celmoe.stacked.freezing import trained_paths
 from celmoe.stacked.stack import stacks_of
 from celmoe.stacked.stacking import key_of, require_no_optimizer, stack_members, unstack_experts
 
@@ -63,8 +64,10 @@ class ExpertSharding:
     def expert_parameters(self) -> list[nn.Parameter]:
         """The parameters of this rank's experts: ranks at another place in the dimension do not hold them."""
         elsewhere = set(stand_ins(self.model))
-        levels = [self.model.level_modules[level] for level in self.owners]
-        return [each for level in levels for each in level.parameters() if each not in elsewhere]
+        return [each for each in self._spread_parameters() if each not in elsewhere]
+
+    def _spread_parameters(self) -> list[nn.Parameter]:
+        return [each for level in self.owners for each in self.model.level_modules[level].parameters()]
 
     def reduce_gradients(self, module: nn.Module | None = None) -> None:
         """Average gradients over ranks, after the last backward pass of a step; see `gradients.reduce_gradients`.
@@ -84,8 +87,9 @@ class ExpertSharding:
         Raises:
             ProcessGroupError: An expert gained trained parameters after `shard_experts`; every rank raises.
         """
-        experts = self.expert_parameters()
-        not_replicated = {*experts, *stand_ins(self.model)}
+        elsewhere = set(stand_ins(self.model))
+        experts = [each for each in self._spread_parameters() if each not in elsewhere]
+        not_replicated = {*experts, *elsewhere}
         replicated = [each for each in self._network(module).parameters() if each not in not_replicated]
         reduce_over(experts, groups_of(self.mesh, without=self.dimension), self.mesh.size())
         self._norms.exchange({level: cast(NamedModules, self.model.level_modules[level]) for level in self.owners})
@@ -237,8 +241,11 @@ def _stack_anew(
             if owner == rank:
                 stack_members(modules, own, number)
             else:
+                trained = trained_paths(modules[own[0]])
                 for path, key in keys.items():
-                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = stand_in_of(tensors[path])
+                    stand_in = stand_in_of(tensors[path])
+                    stand_in.requires_grad_(path in trained)
+                    modules._parameters[key.replace(STACKED, ELSEWHERE, 1)] = stand_in
             number += 1
 
 

@@ -29,6 +29,7 @@ from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.dispatch import Blocks
 from celmoe.stacked.parallel import joined_members
 from celmoe.stacked.presence import kept, set_reached
+from celmoe.stacked.stack import stacks_of
 from celmoe.torch_internals import after_backward, current_backward, tree_flatten, tree_unflatten
 
 from .data_parallel import refuse_collectives, refuse_sparse, require_hierarchy
@@ -298,6 +299,8 @@ def shard_levels(
         experts = cast(GatheredExperts, model.level_modules[level.name])
         # In place, for stacks know the module that holds them.
         object.__setattr__(experts, "__class__", GatheredExperts)
+        for stack in stacks_of(experts):
+            stack.is_gathered = True
         wrapped = fully_shard(experts, mesh=mesh, mp_policy=replace(mp_policy, output_dtype=None), **options)
         wrapped.set_reduce_scatter_unused_params(True, recurse=False)
         registries.append(experts)

@@ -37,7 +37,8 @@ class Runs:
 
     def __init__(self, present: npt.NDArray[np.bool_], steps: npt.NDArray[np.float32]) -> None:
         numbers = np.where(present, steps, -1.0)
-        starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1])))
+        # A rank may hold no member of a sharded stack.
+        starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != numbers[:-1]))[: len(numbers)])
         self._sizes = (np.append(starts[1:], len(numbers)) - starts).tolist()
         are_present = present[starts]
         self._are_present = are_present.tolist()

@@ -66,6 +66,8 @@ class Stack:
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # By place, a twin, and the state that it was filled in.
         self._twins: dict[int, tuple[nn.Module, Any]] = {}
+        # True if the stacks are gathered for each run. Memory then comes and goes in one storage, which views share.
+        self.is_gathered = False
         self._state: Any = None
         self._intact: tuple[Any, frozenset[int]] = None, frozenset()
 
@@ -218,7 +220,8 @@ class Stack:
     def state(self) -> object:
         """An object that stays the same as long as neither the stacks nor any member's attributes are replaced."""
         wholes = [self.whole(path) for path in self.keys]
-        state = self.mark, [(id(each), _address(each), each.dtype, each.requires_grad) for each in wholes]
+        addresses = [None if self.is_gathered else _address(each) for each in wholes]
+        state = self.mark, addresses, [(id(each), each.dtype, each.requires_grad) for each in wholes]
         if state != self._state:
             self._state = state
         return self._state

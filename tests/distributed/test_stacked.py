@@ -50,7 +50,9 @@ JOBS = {
     "clipped": Job(STEPS[:3], engine="auto", max_norm=0.05, optimizer="SGD"),
     "detached": Job(STEPS[:4], detached=("ru", "fr"), engine="grouped"),
     "sequences and context": Job(STEPS[1:5], positions=3, has_context=True, engine="grouped"),
-    "frozen for a while": Job(drawn_steps(6, 6), engine="auto", frozen_at={1: ("ru",), 2: ("ru", "fr"), 4: ("de",)}),
+    "frozen for a while": Job(
+        drawn_steps(6, 6), engine="auto", frozen_at={0: ("ru", "de"), 2: ("ru", "fr"), 4: ("de",)}
+    ),
     "in a network": Job(STEPS[:5], has_network=True, engine="auto"),
     "no gradient into the rows": Job(STEPS, hidden_grad=False, engine="auto"),
 }
@@ -60,6 +62,8 @@ def stacked_model(job):
     model = jobs.make_model(job)
     report = celmoe.stack_experts(model)
     assert [each.level for each in report.classes if not each.reason] == ["family", "language"]
+    for name in job.frozen_at.get(0, ()):
+        model.freeze("language", name)
     return model
 
 

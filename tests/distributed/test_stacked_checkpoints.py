@@ -112,8 +112,12 @@ def assert_goes_on(job, name, histories):
                     assert_close(f"{name}, step {step}, {key}", each[key], expected["value"], jobs.TOLERANCE)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
+# SGD's state has no number of steps.
+CASES = [(name, "AdamW") for name in [*ALONE, *TOGETHER]]
+CASES += [(name, "SGD") for name in ("alone", "alone, stacked", "experts, stacked", "levels, stacked")]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), CASES)
 def test_from_each_layout_to_each(two, name, optimizer, tmp_path):
     job = Job(STEPS, optimizer=optimizer, engine="auto")
     if name in ALONE:
