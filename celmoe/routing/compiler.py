@@ -103,7 +103,9 @@ class RoutingCompiler:
         """Compile like ``__call__``, for a batch size that ``told_by`` names in errors."""
         if isinstance(routing, RoutingPlan):
             routing.require_layout(self.layout)
-            if batch_size not in (None, routing.batch_size):
+            # A compiler takes a tensor's size for any, and an attribute for this one.
+            size_of_plan = routing.indices[0][0].shape[0] if routing.indices else routing.batch_size
+            if batch_size not in (None, size_of_plan):
                 raise PlanError(
                     f"'routing' must be a plan for the {batch_size} samples of {told_by} (got one for "
                     f"{routing.batch_size})"
