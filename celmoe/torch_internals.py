@@ -226,6 +226,12 @@ def _unmarked() -> Iterator[None]:
             vars(each).pop(name, None)
 
 
+#: True if a tracer can take a level into its graph; before, the tracer follows a loop over the experts.
+TRACES_LEVELS: bool = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"
+#: Options of operators that read tensors on the host, which no recorded CUDA graph does.
+ON_THE_HOST: dict[str, Any] = {"tags": [torch.Tag.cudagraph_unsafe]} if TRACES_LEVELS else {}
+
+
 def unfollowed(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that the tracer calls with symbolic tensors, and takes for one call; compilers follow it later."""
     from torch._dynamo import nonstrict_trace

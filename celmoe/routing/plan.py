@@ -285,6 +285,16 @@ def make_plan(
     Returns:
         The plan, on the CPU.
     """
+    make = _make_plan
+    if torch.compiler.is_compiling():
+        # Nothing here belongs in a graph, and torch 2.4 ends in an error when it traces NumPy's counts.
+        make = torch.compiler.disable(make)
+    return make(layout, tables, codes, batch_size)
+
+
+def _make_plan(
+    layout: Layout, tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int
+) -> RoutingPlan:
     return RoutingPlan(layout, batch_size, *sort_samples(tables, codes, batch_size))
 
 

@@ -22,7 +22,7 @@ from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules, modules_named
 from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.context import NO_CONTEXT, ContextRows
-from celmoe.torch_internals import tree_flatten, tree_unflatten
+from celmoe.torch_internals import ON_THE_HOST, tree_flatten, tree_unflatten
 
 from .decision import Way
 from .modes import Modes, as_called
@@ -159,7 +159,7 @@ class _Run:
 _RUNS: dict[int, _Run] = {}
 
 
-@torch.library.custom_op("celmoe::level", mutates_args=())
+@torch.library.custom_op("celmoe::level", mutates_args=(), **ON_THE_HOST)
 def run_operator(
     hidden: torch.Tensor,
     tensors: list[torch.Tensor],
@@ -204,7 +204,7 @@ def _(hidden: torch.Tensor, _tensors: Any, _indices: Any, _anchor: Any, name: st
     return hidden.new_empty(hidden.shape, dtype=_CALLS[name].dtype), torch.empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("celmoe::level_backward", mutates_args=())
+@torch.library.custom_op("celmoe::level_backward", mutates_args=(), **ON_THE_HOST)
 def run_backward(
     grad: torch.Tensor,
     number: torch.Tensor,

@@ -13,6 +13,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from celmoe.grouped.segments import Segments
+from celmoe.torch_internals import ON_THE_HOST
 
 from .product import BACKENDS, backend_of
 
@@ -29,7 +30,7 @@ def _segments(ends_P: torch.Tensor) -> Segments:
     return found
 
 
-@torch.library.custom_op("celmoe::multiply", mutates_args=())
+@torch.library.custom_op("celmoe::multiply", mutates_args=(), **ON_THE_HOST)
 def multiply(
     x_RK: torch.Tensor, w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, ends_P: torch.Tensor
 ) -> torch.Tensor:
@@ -43,7 +44,7 @@ def _(x_RK: torch.Tensor, w_PNK: torch.Tensor, _bias: torch.Tensor | None, _ends
     return x_RK.new_empty(x_RK.shape[0], w_PNK.shape[1])
 
 
-@torch.library.custom_op("celmoe::outer", mutates_args=())
+@torch.library.custom_op("celmoe::outer", mutates_args=(), **ON_THE_HOST)
 def outer(y_RN: torch.Tensor, x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
     """Multiply and sum ``[R, N]`` and ``[R, K]`` to ``[P, N, K]``."""
     segments = _segments(ends_P)
@@ -55,7 +56,7 @@ def _(y_RN: torch.Tensor, x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Ten
     return x_RK.new_empty(ends_P.shape[0], y_RN.shape[1], x_RK.shape[1])
 
 
-@torch.library.custom_op("celmoe::segment_sum", mutates_args=())
+@torch.library.custom_op("celmoe::segment_sum", mutates_args=(), **ON_THE_HOST)
 def segment_sum(x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
     """Sum ``[R, K]`` to ``[P, K]``."""
     segments = _segments(ends_P)
