@@ -26,7 +26,7 @@ from .rows.context import NO_CONTEXT, ContextRows
 from .stacked.freezing import freeze, unfreeze
 from .stacked.parallel import tied, ties_of
 from .stacked.stack import Stack
-from .torch_internals import TRACES_LEVELS
+from .torch_internals import TRACES_LEVELS, is_traced
 from .traced.registered import register
 
 # Methods that subclasses of celmoe-vp's model override. Nothing here would call them.
@@ -247,7 +247,7 @@ class HierarchicalCELMoE(nn.Module):
         batch_size = hidden.shape[0]
         if mask is not None:
             _check_mask(mask, hidden)
-        if TRACES_LEVELS and batch_size and torch.compiler.is_compiling():
+        if TRACES_LEVELS and batch_size and is_traced(hidden):
             from .traced.forward import forward_traced  # noqa: PLC0415  # importing the tracer takes seconds
 
             return forward_traced(self, hidden, routing, context, mask)

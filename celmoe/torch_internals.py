@@ -253,6 +253,11 @@ def is_symbolic_tensor(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or is_functional(tensor)
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """True if a tracer follows the call that holds the tensor, and not another thread's."""
+    return torch.compiler.is_dynamo_compiling() or (torch.compiler.is_exporting() and is_symbolic_tensor(tensor))
+
+
 def example_of(size: Any) -> int:
     """A size as a number; of a symbolic one, the number of the call that is traced."""
     return size if isinstance(size, int) else int(size.node.hint or 2)

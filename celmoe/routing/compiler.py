@@ -105,7 +105,8 @@ class RoutingCompiler:
             routing.require_layout(self.layout)
             # A compiler takes a tensor's size for any, and an attribute for this one.
             size_of_plan = routing.indices[0][0].shape[0] if routing.indices else routing.batch_size
-            if batch_size not in (None, size_of_plan):
+            # Not `in`, which a compiler answers wrongly for a size that it takes for any.
+            if batch_size is not None and batch_size != size_of_plan:
                 raise PlanError(
                     f"'routing' must be a plan for the {batch_size} samples of {told_by} (got one for "
                     f"{routing.batch_size})"

@@ -434,7 +434,7 @@ _LOOP = threading.local()
 def looping() -> contextlib.AbstractContextManager[None]:
     """Within, a stack is cut once for all its members, so that a backward pass puts their gradients together once."""
     # A compiler sees all cuts, and would guard what a thread holds.
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _looping()
+    return contextlib.nullcontext() if torch.compiler.is_dynamo_compiling() else _looping()
 
 
 @contextlib.contextmanager

@@ -187,8 +187,8 @@ def _asked(key: str, index: int, hidden: torch.Tensor, packed: Any) -> int:
     Raises:
         GraphError: They can't be part of an exported graph.
     """
-    if is_functional(hidden) or not is_symbolic_tensor(hidden):
-        # A later pass of the compiler, or a run.
+    if is_functional(hidden):
+        # A later pass of the compiler.
         return _LATEST[key, index]
     requires_grad = torch.is_grad_enabled() and (hidden.requires_grad or _is_trained(MODELS[key], index))
     facts = key, index, hidden.dtype, hidden.dim(), requires_grad
@@ -244,7 +244,7 @@ def _level_run(
     level, modules, model = _found(key, index)
     context, mask = _unpacked(packed)
     if not is_symbolic_tensor(hidden):
-        # The compiler's backend runs the graph as it is.
+        # A backend runs the graph as it is, or PyTorch runs what it has given up to compile.
         engine: str = cast(Any, model).engine
         return run_level(level, modules, engine, hidden, mask, context, indices)
     way = _WAYS[model][number]
