@@ -89,7 +89,7 @@ def _inferred(case: Case, position: int, names: dict[str, list[str]], sample: in
     return name
 
 
-@examples(250)
+@examples(120)
 @given(case=cases())
 def test_a_plan_says_what_a_plain_sort_says(case: Case):
     plan = RoutingCompiler(case.config())(case.routes(case.batch_size), case.batch_size)
