@@ -38,7 +38,6 @@ class Dense(nn.Module):
         self.norm = nn.LayerNorm(inner)
         self.down = nn.Linear(inner, width)
         self.factor = 1.0
-        self.table = {"factor": 1.0}
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         inner = self.norm(torch.relu(self.up(batch.hidden))) * self.factor
@@ -531,6 +530,20 @@ class TestChanges:
         with pytest.raises(celmoe.ChangedError, match="compiles the model anew"):
             compared(model, compiled)
         compared(model, compiled)
+
+    def test_an_object_of_one_experts_own(self) -> None:
+        class Owning(Dense):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = {"factor": 1.0}
+
+            def forward(self, batch: ExpertBatch) -> ExpertResult:
+                return ExpertResult(super().forward(batch).hidden * self.table["factor"])
+
+        model, compiled, _ = self.start(Owning)
+        model.level_modules["language"]["e3"].table["factor"] = 2.0  # type: ignore[index, union-attr]
+        for seed in range(6):
+            compared(model, compiled, seed=seed)
 
     def test_training_and_evaluation_take_turns(self) -> None:
         class Dropped(Dense):

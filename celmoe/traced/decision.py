@@ -123,6 +123,9 @@ def _reason(unit: Unit, *, is_exported: bool) -> str | None:
         return "are not stacked"
     if not all(name in stack.keys for name in record.captured.names):
         return "read tensors that are not stacked"
+    if not stack.is_fixed:
+        # A graph looks at the first member only.
+        return "hold objects of their own that may change"
     return None
 
 
