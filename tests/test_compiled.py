@@ -637,3 +637,17 @@ def test_frozen_experts() -> None:
     compared(model, compiled)
     model.unfreeze("language")
     compared(model, compiled)
+
+
+def test_segments_are_read_in_every_call() -> None:
+    """A compiler may write a level's ends into the very tensor that held another level's."""
+    rows, weights = torch.randn(6, WIDTH), torch.randn(2, WIDTH, WIDTH)
+    ends = torch.tensor([2, 6], dtype=torch.int32)
+    for first in (2, 5, 1):
+        ends[0] = first
+        wanted = torch.cat([rows[:first] @ weights[0].mT, rows[first:] @ weights[1].mT])
+        torch.testing.assert_close(torch.ops.celmoe.multiply(rows, weights, None, ends), wanted)
+        sums = torch.stack([rows[:first].sum(0), rows[first:].sum(0)])
+        torch.testing.assert_close(torch.ops.celmoe.segment_sum(rows, ends), sums)
+        outer = torch.stack([rows[:first].mT @ rows[:first], rows[first:].mT @ rows[first:]])
+        torch.testing.assert_close(torch.ops.celmoe.outer(rows, rows, ends), outer)

@@ -4,4 +4,6 @@
 - `inside`: a level in the graph, for all routings.
 - `opaque`: a level as one operator that runs as ever.
 - `forward`: the forward pass, from the plan to the output.
+- `modes`: the grad mode and autocast of a trace, for operators that run later.
+- `registered`: the models of this process, which operators find by a text.
 """

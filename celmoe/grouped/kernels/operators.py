@@ -9,25 +9,26 @@ Axes: R rows, P members, K and N widths.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from celmoe.grouped.segments import Segments
 from celmoe.torch_internals import ON_THE_HOST
 
 from .product import BACKENDS, backend_of
 
-# All calls of a graph share their segments' index tensors.
-_SEGMENTS = WeakIdKeyDictionary()
-
 
 def _segments(ends_P: torch.Tensor) -> Segments:
-    found: Segments | None = _SEGMENTS.get(ends_P)
-    if found is None:
-        ends = ends_P.tolist()
-        counts = [last - first for first, last in zip([0, *ends], ends, strict=False)]
-        found = _SEGMENTS[ends_P] = Segments(counts, ends_P.device, is_stacked=True)
-    return found
+    # By value: compilers use a tensor again for what another level's segments are.
+    return _segments_of(tuple(ends_P.tolist()), ends_P.device)
+
+
+# All calls of a graph share their segments' index tensors, the backward pass's too.
+@lru_cache(maxsize=16)
+def _segments_of(ends: tuple[int, ...], device: torch.device) -> Segments:
+    counts = [last - first for first, last in zip((0, *ends), ends, strict=False)]
+    return Segments(counts, device, is_stacked=True)
 
 
 @torch.library.custom_op("celmoe::multiply", mutates_args=(), **ON_THE_HOST)
