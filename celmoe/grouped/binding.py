@@ -117,14 +117,18 @@ def wrapped(value: Any, kind: Kind) -> Any:
     return type(value)(wrapped(each, its) for each, its in zip(value, kind, strict=True))
 
 
+# Calls that compute nothing for a member without rows, and give its parameters gradients of zero.
+_TAKE_NO_ROWS = ("linear", "layer_norm")
+
+
 class Calls(NamedTuple):
     """The resolved steps of a program.
 
     Attributes:
         steps: For each step its call, and the places that no later step reads.
         kinds: The kinds of all values, by place.
-        takes_absent: True if members without rows compute nothing: only linear layers and norms read the members'
-            own tensors.
+        takes_absent: True if members without rows compute nothing: only linear layers, norms and GRUs read the
+            members' own tensors.
     """
 
     steps: tuple[tuple[Call, tuple[int, ...]], ...]
@@ -148,7 +152,7 @@ def bind(steps: Sequence[Step], num_inputs: int, values: Sequence[Any], run: Run
         found = _Finder(step, kinds, values, place, run).find(is_cast=is_cast)
         calls.append((found or _by_handler(step, kinds, place), step.last_uses))
         is_own = any(isinstance(values[each.number], Stack) for each in _places([step.args, step.kwargs]))
-        takes_absent &= not is_own or (found is not None and step.name in ("linear", "layer_norm"))
+        takes_absent &= not is_own or step.name == "gru" or (found is not None and step.name in _TAKE_NO_ROWS)
     return Calls(tuple(calls), kinds, takes_absent)
 
 

@@ -13,7 +13,7 @@ share a batched product. On other devices calls are costly, so one call, or a fe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -272,6 +272,38 @@ def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:
     return BACKENDS[backend_of(segments, *operands)]
+
+
+def repeated(
+    w_PNK: torch.Tensor, bias_PN: torch.Tensor | None, segments: Segments
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A product by the same weights again and again, without autograd: ``[R, K]`` into ``[R, N]``, which it returns.
+
+    Args:
+        w_PNK: ``[P, N, K]``.
+        bias_PN: ``[P, N]`` or ``None``.
+        segments: The rows of each member.
+    """
+    backend = backend_of(segments, w_PNK.new_empty(segments.num_rows, w_PNK.shape[2]), w_PNK)
+    if backend != "padded" or len(segments.buckets) > 1:
+        by_backend = BACKENDS[backend].multiply
+        return lambda x_RK, out_RN: out_RN.copy_(by_backend(x_RK, w_PNK, bias_PN, segments, 1))
+    # One padding serves all products: empty places stay zero.
+    w_PKN, places = w_PNK.transpose(1, 2), segments.padded()[1]
+    members, inner, width = w_PKN.shape
+    x_MLK = w_PNK.new_zeros(members, segments.buckets[0].most, inner)
+    out_MLN = w_PNK.new_empty(members, segments.buckets[0].most, width)
+    flat_x, flat_out = x_MLK.view(-1, inner), out_MLN.view(-1, width)
+
+    def multiply(x_RK: torch.Tensor, out_RN: torch.Tensor) -> torch.Tensor:
+        flat_x.index_copy_(0, places, x_RK)
+        if bias_PN is None:
+            torch.bmm(x_MLK, w_PKN, out=out_MLN)
+        else:
+            torch.baddbmm(bias_PN.unsqueeze(1), x_MLK, w_PKN, out=out_MLN)
+        return torch.index_select(flat_out, 0, places, out=out_RN)
+
+    return multiply
 
 
 class _Linear(Function):

@@ -10,6 +10,7 @@ Axes: R rows, S positions, K input width, H hidden width, P members.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from celmoe.directml import is_directml
-from celmoe.grouped.kernels.product import is_batched, linear, outer, segment_sum
+from celmoe.grouped.kernels.product import is_batched, linear, outer, repeated, segment_sum
 from celmoe.grouped.segments import Segments
 from celmoe.grouped.values import CannotGroupError, Rows, Stack, like, rows
 from celmoe.torch_internals import VARIABLE_FUNCTIONS
@@ -130,8 +131,10 @@ def _layer(
     # `_GRU` uses a kernel that DirectML lacks, and writes into parts of tensors.
     is_autocast = torch.is_autocast_enabled(given.device.type)
     if name == "gru" and not is_directml(given.device) and not is_autocast:
-        members = [*by_members(run, w_state), *([] if b_state is None else by_members(run, b_state))]
-        out = _GRU.apply(given.contiguous(), start[0].contiguous(), run.segments, *members)
+        stacks = [w_state] if b_state is None else [w_state, b_state]
+        is_whole = all(each.members is None for each in stacks)
+        by_stack = [[each.plain] if is_whole else by_members(run, each) for each in stacks]
+        out = _GRU.apply(given.contiguous(), start[0].contiguous(), run.segments, is_whole, *chain(*by_stack))
         return out, (out[-1],)
     weight, bias = lowered(w_state.plain, None if b_state is None else b_state.plain)
     is_low = all(each.dtype.itemsize < 4 for each in start) or (is_autocast and (name == "lstm" or given.is_cuda))
@@ -161,83 +164,95 @@ def _unrolled(
 class _GRU(Function):
     """One GRU layer: inputs' shares ``[S, R, 3H]`` and first states ``[R, H]`` to all states ``[S, R, H]``.
 
-    Weights and biases come by member, and each pass stacks them anew. A stack kept from forward to backward would hold
-    as much memory as the weights.
+    Weights and biases come by member, or as stacks that there are already (``is_whole``). Each pass stacks members
+    anew. A stack kept from forward to backward would hold as much memory as the weights.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, given_SRG: torch.Tensor, start_RH: torch.Tensor, segments: Segments, *members: torch.Tensor
+        ctx: Any,
+        given_SRG: torch.Tensor,
+        start_RH: torch.Tensor,
+        segments: Segments,
+        is_whole: bool,
+        *members: torch.Tensor,
     ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
-        w_PGH, b_PG = _stacked(members, segments)
+        w_PGH, b_PG = _stacked(members, segments, is_whole)
         num_positions, num_rows, gates = given_SRG.shape
         width = gates // 3
-        out = given_SRG.new_empty(num_positions, num_rows, width)
+        out_SRH = given_SRG.new_empty(num_positions, num_rows, width)
         # The backward pass reads both gates and the hidden's share of the new value, and recomputes the new value.
-        kept = given_SRG.new_empty(num_positions, 3, num_rows, width)
+        kept_SRG = torch.empty_like(given_SRG)
+        multiply = repeated(w_PGH, b_PG, segments)
         hidden = start_RH
-        for position, given in enumerate(given_SRG.unbind(0)):
-            share = linear(hidden, w_PGH, b_PG, segments, 1)
-            both = torch.add(given[:, : 2 * width], share[:, : 2 * width]).sigmoid_()
-            reset, update, hidden_new = kept[position].unbind(0)
-            reset.copy_(both[:, :width])
-            update.copy_(both[:, width:])
-            hidden_new.copy_(share[:, 2 * width :])
+        for given, kept, out in zip(given_SRG.unbind(0), kept_SRG.unbind(0), out_SRH.unbind(0), strict=True):
+            multiply(hidden, kept)
+            both = kept[:, : 2 * width]
+            both.add_(given[:, : 2 * width]).sigmoid_()
+            reset, update, hidden_new = kept.chunk(3, 1)
             new = torch.addcmul(given[:, 2 * width :], reset, hidden_new).tanh_()
-            hidden = torch.lerp(new, hidden, update, out=out[position])
-        ctx.save_for_backward(given_SRG, start_RH, out, kept, *members)
-        ctx.segments = segments
-        return out
+            hidden = torch.lerp(new, hidden, update, out=out)
+        ctx.save_for_backward(given_SRG, start_RH, out_SRH, kept_SRG, *members)
+        ctx.segments, ctx.is_whole = segments, is_whole
+        return out_SRH
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
-        given_SRG, start_RH, out, kept, *members = ctx.saved_tensors
-        segments = ctx.segments
+        given_SRG, start_RH, out_SRH, kept_SRG, *members = ctx.saved_tensors
+        segments, is_whole = ctx.segments, ctx.is_whole
         if torch.is_grad_enabled() or is_batched(grads[0]):
-            return _again(given_SRG, start_RH, members, segments, grads[0], ctx.needs_input_grad)
-        num_positions, num_rows, width = out.shape
-        grad_given = torch.empty_like(given_SRG)
-        # `d_share` is for one position; `shares` keeps a row's positions together, to sum the weights' gradients.
-        d_share = given_SRG.new_empty(num_rows, 3 * width)
-        shares = given_SRG.new_empty(num_rows, num_positions, 3 * width)
-        grad_hidden = torch.zeros_like(start_RH)
-        w_PHG = _stacked(members, segments)[0].transpose(1, 2)
-        for position in range(num_positions - 1, -1, -1):
-            reset, update, hidden_new = kept[position].unbind(0)
-            new = torch.addcmul(given_SRG[position][:, 2 * width :], reset, hidden_new).tanh_()
-            before = out[position - 1] if position else start_RH
-            grad = grad_hidden + grads[0][position]
-            d_given = grad_given[position]
-            # h' = n + z (h - n)
-            d_new = (grad - grad * update) * (1 - new * new)
-            d_update = grad * (before - new) * update * (1 - update)
-            d_reset = d_new * hidden_new * reset * (1 - reset)
-            d_given[:, :width], d_given[:, width : 2 * width], d_given[:, 2 * width :] = d_reset, d_update, d_new
-            d_share[:, : 2 * width] = d_given[:, : 2 * width]
-            torch.mul(d_new, reset, out=d_share[:, 2 * width :])
-            shares[:, position] = d_share
-            grad_hidden = torch.addcmul(linear(d_share, w_PHG, None, segments, 1), grad, update)
+            return _again(given_SRG, start_RH, members, segments, is_whole, grads[0], ctx.needs_input_grad)
+        reset, update, hidden_new = kept_SRG.chunk(3, 2)
+        new = torch.addcmul(given_SRG.chunk(3, 2)[2], reset, hidden_new).tanh_()
+        before = torch.cat([start_RH.unsqueeze(0), out_SRH[:-1]])
+        # h' = n + z (h - n): slopes by the shares, which become the shares' gradients as the states' are known.
+        shares_SRG = torch.empty_like(kept_SRG)
+        of_reset, of_update, of_hidden = shares_SRG.chunk(3, 2)
+        torch.mul((before - new).mul_(update), 1 - update, out=of_update)
+        of_new = new.square_().neg_().add_(1).mul_(1 - update)
+        torch.mul(of_new, reset, out=of_hidden)
+        torch.mul(of_hidden * hidden_new, 1 - reset, out=of_reset)
+        multiply = repeated(_stacked(members, segments, is_whole)[0].transpose(1, 2), None, segments)
+        grad_hidden, product = torch.zeros_like(start_RH), torch.empty_like(start_RH)
+        for position in range(len(out_SRH) - 1, -1, -1):
+            grad, share = grad_hidden.add_(grads[0][position]), shares_SRG[position]
+            share.unflatten(1, (3, -1)).mul_(grad.unsqueeze(1))
+            of_new[position].mul_(grad)
+            grad_hidden = torch.addcmul(multiply(share, product), grad, update[position])
         # Free the stack before gradients of its size are made.
-        del w_PHG
-        num_members = segments.num_members
-        of_weights, of_biases = ctx.needs_input_grad[3 : 3 + num_members], ctx.needs_input_grad[3 + num_members :]
-        of_members: list[torch.Tensor | None] = [None] * len(members)
-        if any(of_weights):
-            hiddens = start_RH.new_empty(num_rows, num_positions, width)
-            hiddens[:, 0] = start_RH
-            hiddens[:, 1:] = out[:-1].transpose(0, 1)
-            found = outer(shares.flatten(0, 1), hiddens.flatten(0, 1), segments, num_positions)
-            of_members[:num_members] = found.unbind(0)
-        if any(of_biases):
-            of_members[num_members:] = segment_sum(shares.flatten(0, 1), segments, num_positions).unbind(0)
-        return grad_given, grad_hidden, None, *of_members
+        del multiply
+        of_members = _of_members(ctx, shares_SRG, before)
+        # Only the new value's input has another slope than the hidden's share of it.
+        of_hidden.copy_(of_new)
+        return shares_SRG, grad_hidden, None, None, *of_members
 
 
-def _stacked(members: Sequence[torch.Tensor], segments: Segments) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Stack weights to ``[P, 3H, H]``, and any biases to ``[P, 3H]``."""
+def _of_members(ctx: Any, shares_SRG: torch.Tensor, before_SRH: torch.Tensor) -> list[torch.Tensor | None]:
+    """The gradients of weights and biases, by member or of the whole stacks."""
+    segments, num_positions = ctx.segments, len(shares_SRG)
+    needed = ctx.needs_input_grad[4:]
+    num_weights = 1 if ctx.is_whole else segments.num_members
+    # A row's positions stand together, to be summed.
+    shares = shares_SRG.transpose(0, 1).flatten(0, 1)
+    found: list[torch.Tensor | None] = [None] * len(needed)
+    if any(needed[:num_weights]):
+        of_weights = outer(shares, before_SRH.transpose(0, 1).flatten(0, 1), segments, num_positions)
+        found[:num_weights] = [of_weights] if ctx.is_whole else of_weights.unbind(0)
+    if any(needed[num_weights:]):
+        of_biases = segment_sum(shares, segments, num_positions)
+        found[num_weights:] = [of_biases] if ctx.is_whole else of_biases.unbind(0)
+    return found
+
+
+def _stacked(
+    members: Sequence[torch.Tensor], segments: Segments, is_whole: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights ``[P, 3H, H]``, and any biases ``[P, 3H]``."""
+    if is_whole:
+        return members[0], members[1] if len(members) > 1 else None
     num_members = segments.num_members
     weights, biases = list(members[:num_members]), list(members[num_members:])
     return torch.stack(weights), torch.stack(biases) if biases else None
@@ -248,14 +263,15 @@ def _again(
     start: torch.Tensor,
     members: Sequence[torch.Tensor],
     segments: Segments,
+    is_whole: bool,
     grad: torch.Tensor,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients as a graph that can be differentiated again."""
-    inputs = [given, start, None, *members]
+    inputs = [given, start, None, None, *members]
     wanted = [each for each, needs in zip(inputs, needed, strict=True) if needs and each is not None]
     with torch.enable_grad():
-        out, _ = _unrolled(_step_gru, given, (start,), *_stacked(members, segments), segments)
+        out, _ = _unrolled(_step_gru, given, (start,), *_stacked(members, segments, is_whole), segments)
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return tuple(
         next(found) if needs and each is not None else None for each, needs in zip(inputs, needed, strict=True)
