@@ -75,6 +75,7 @@ class Segments:
         self._ends: dict[int, torch.Tensor] = {}
         self._blocks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._padded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._even: dict[int, tuple[torch.Tensor, int]] = {}
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -83,9 +84,7 @@ class Segments:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """The members by similar counts, in order; all members of a stack, which are not sorted by count."""
-        if self.is_stacked and self.device.type == "cpu":
-            return [Bucket(0, 0, max(self.counts), len(self.counts))]
+        """The members by similar counts, in order."""
         return _buckets(self.runs)
 
     def member_of_row(self, factor: int = 1) -> torch.Tensor:
@@ -147,6 +146,16 @@ class Segments:
                 torch.from_numpy(places).to(self.device, non_blocking=True),
             )
         return self._padded[factor]
+
+    def even_places(self, factor: int = 1) -> tuple[torch.Tensor, int]:
+        """``[R · factor]`` int64: each row's place if every member has as many as the largest; and how many."""
+        if factor not in self._even:
+            counts = np.asarray(self.counts, dtype=np.int64) * factor
+            most = int(counts.max())
+            firsts = np.arange(len(counts)) * most
+            places = np.arange(self.num_rows * factor) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+            self._even[factor] = torch.from_numpy(places).to(self.device, non_blocking=True), most
+        return self._even[factor]
 
     @property
     def num_places(self) -> int:

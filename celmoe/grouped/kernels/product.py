@@ -22,6 +22,9 @@ from torch.autograd import Function
 from celmoe.grouped.segments import DeviceSegments, Segments
 from celmoe.torch_internals import is_batch_of_gradients, transforms_are_active
 
+from . import even
+from .even import EVEN, gradients
+
 
 class Backend(Protocol):
     """A way to compute the sums, without autograd. Rows come with ``factor`` positions each."""
@@ -141,8 +144,6 @@ class _Padded:
         return _joined([torch.bmm(left.transpose(1, 2), right) for (left, _), (right, _) in zip(y, x, strict=True)])
 
     def segment_sum(self, x_RK: torch.Tensor, segments: Segments, factor: int) -> torch.Tensor:
-        if (quick := added(x_RK, segments, factor)) is not None:
-            return quick
         return _joined([x_MLK.sum(1) for x_MLK, _ in self._bucketed(x_RK, segments, factor)])
 
     @staticmethod
@@ -209,6 +210,7 @@ class _Operators:
 BACKENDS: dict[str, Backend] = {
     "runs": _ByRuns(),
     "padded": _Padded(),
+    "even": EVEN,
     "grouped_mm": _GroupedMM(),
     "operators": _Operators(),
 }
@@ -227,7 +229,7 @@ def backend_for(device: str, dtype: torch.dtype, widths: tuple[int, ...], paddin
     if device == "cpu" and padding is None:
         return "runs"
     if device == "cpu" and padding is not None and padding < 0:
-        return "padded"
+        return "even"
     if takes_grouped_mm(device, dtype, widths):
         return "grouped_mm"
     return "runs" if device == "cpu" else "padded"
@@ -284,26 +286,11 @@ def repeated(
         bias_PN: ``[P, N]`` or ``None``.
         segments: The rows of each member.
     """
-    backend = backend_of(segments, w_PNK.new_empty(segments.num_rows, w_PNK.shape[2]), w_PNK)
-    if backend != "padded" or len(segments.buckets) > 1:
-        by_backend = BACKENDS[backend].multiply
-        return lambda x_RK, out_RN: out_RN.copy_(by_backend(x_RK, w_PNK, bias_PN, segments, 1))
-    # One padding serves all products: empty places stay zero.
-    w_PKN, places = w_PNK.transpose(1, 2), segments.padded()[1]
-    members, inner, width = w_PKN.shape
-    x_MLK = w_PNK.new_zeros(members, segments.buckets[0].most, inner)
-    out_MLN = w_PNK.new_empty(members, segments.buckets[0].most, width)
-    flat_x, flat_out = x_MLK.view(-1, inner), out_MLN.view(-1, width)
-
-    def multiply(x_RK: torch.Tensor, out_RN: torch.Tensor) -> torch.Tensor:
-        flat_x.index_copy_(0, places, x_RK)
-        if bias_PN is None:
-            torch.bmm(x_MLK, w_PKN, out=out_MLN)
-        else:
-            torch.baddbmm(bias_PN.unsqueeze(1), x_MLK, w_PKN, out=out_MLN)
-        return torch.index_select(flat_out, 0, places, out=out_RN)
-
-    return multiply
+    name = backend_of(segments, w_PNK.new_empty(segments.num_rows, w_PNK.shape[2]), w_PNK)
+    if name == "even":
+        return even.repeated(w_PNK, bias_PN, segments)
+    multiply = BACKENDS[name].multiply
+    return lambda x_RK, out_RN: out_RN.copy_(multiply(x_RK, w_PNK, bias_PN, segments, 1))
 
 
 class _Linear(Function):
@@ -323,7 +310,8 @@ class _Linear(Function):
         ctx.save_for_backward(x_RK, w_PNK)
         ctx.segments, ctx.factor, ctx.is_transposed = segments, factor, is_transposed
         weights = w_PNK.transpose(1, 2) if is_transposed else w_PNK
-        return _backend(segments, x_RK, weights).multiply(x_RK.contiguous(), weights, bias_PN, segments, factor)
+        backend = ctx.backend = _backend(segments, x_RK, weights)
+        return backend.multiply(x_RK.contiguous(), weights, bias_PN, segments, factor)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -332,6 +320,11 @@ class _Linear(Function):
         x_RK, w_PNK = ctx.saved_tensors
         grad_RN = grads[0].contiguous()
         segments, factor, is_transposed = ctx.segments, ctx.factor, ctx.is_transposed
+        if ctx.backend is EVEN and not torch.is_grad_enabled() and not is_batched(grad_RN):
+            weights = w_PNK.transpose(1, 2) if is_transposed else w_PNK
+            grad_x, grad_w, grad_bias = gradients(grad_RN, x_RK, weights, segments, factor, ctx.needs_input_grad)
+            grad_w = grad_w.transpose(1, 2) if is_transposed and grad_w is not None else grad_w
+            return grad_x, grad_w, grad_bias, None, None, None
         grad_x = grad_w = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = linear(grad_RN, w_PNK.conj(), None, segments, factor, is_transposed=not is_transposed)
