@@ -48,6 +48,7 @@ def everyone() -> Iterator[Who]:
         for widths in (EVEN, ODD):
             yield Who("runs", dtype, widths)
             yield Who("padded", dtype, widths)
+            yield Who("even", dtype, widths)
     # PyTorch's own takes neither float64 nor odd widths, and came late.
     if hasattr(F, "grouped_mm"):
         yield Who("grouped_mm", torch.float32)
@@ -232,7 +233,7 @@ def test_second_derivatives(who: Who, how: str):
     assert_close(who, *found)
 
 
-@pytest.mark.parametrize("backend", ["runs", "padded"])
+@pytest.mark.parametrize("backend", ["runs", "padded", "even"])
 @pytest.mark.parametrize("how", LINEARS)
 def test_derivatives_numerically(backend: str, how: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_of", lambda *_: backend)
@@ -414,7 +415,7 @@ SPARSE = [0, 3, 0, 0, 5, 300, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["runs", "padded", "grouped_mm", None])
+@pytest.mark.parametrize("backend", ["runs", "even", "padded", "grouped_mm", None])
 @pytest.mark.parametrize("factor", [1, 2])
 def test_absent_members_of_a_stack_get_zeros(backend, dtype, factor, monkeypatch):
     if backend == "grouped_mm" and dtype == torch.float64:

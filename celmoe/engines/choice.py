@@ -38,11 +38,11 @@ class Decision(NamedTuple):
 
     Attributes:
         unit: The experts, and their class.
-        cost: The cost of either way.
+        cost: The cost of either way; ``None`` if an earlier decision holds.
     """
 
     unit: Unit
-    cost: Cost
+    cost: Cost | None = None
 
     @property
     def engine(self) -> str:
@@ -175,9 +175,8 @@ class LevelChoice:
         record = self.classes.settled(stack, members, (present.names[0], twin), scale, given)
         if record is None:
             return None
-        cost = _cost_of(self.classes.layouts(present.names[:1], [twin])[0], present.experts, is_stacked=True)
         unit = Unit(tuple(range(len(members))), tuple(present.experts), record, scale, None)
-        return Decision(unit._replace(stack=stack, members=tuple(members)), cost)
+        return Decision(unit._replace(stack=stack, members=tuple(members)))
 
     def _decide(
         self, engine: str, present: Present, given: LevelInputLike, slots: Sequence[Slot | None]
@@ -251,6 +250,7 @@ class LevelChoice:
             present = present._replace(experts=_ordinary(present.experts, slots))
         decisions = []
         for unit, costed in self._costed(GROUPED, present, slots):
+            assert costed is not None
             known: dict[Any, list[int]] = {}
             for place in unit.positions:
                 name, expert = present.names[place], present.experts[place]

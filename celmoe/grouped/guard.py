@@ -186,7 +186,15 @@ class _Methods:
         self._number = len(attributes)
         found = {name: _function_of(each) for name, each in attributes.items()}
         functions = {name: each for name, each in found.items() if each is not None}
-        self._functions = [(name, type(attributes[name]), weakref.ref(each)) for name, each in functions.items()]
+        # Another object may get the id of one that is gone.
+        self._gone: list[Any] = []
+        self._alive = [weakref.ref(each, self._gone.append) for each in functions.values()]
+        plain = [name for name, each in functions.items() if attributes[name] is each]
+        self._read = operator.itemgetter(*plain, *plain[:1]) if plain else None
+        self._ids = tuple(map(id, self._read(attributes))) if self._read else ()
+        self._wrapped = [
+            (name, type(attributes[name]), id(each)) for name, each in functions.items() if attributes[name] is not each
+        ]
         # Nobody rewrites PyTorch's own functions in place.
         own = {} if kind.__module__.startswith("torch.") else functions
         self._inner = [(weakref.ref(each), _INNER(each)) for each in own.values()]
@@ -194,15 +202,19 @@ class _Methods:
     def are_as_before(self) -> bool:
         """True if the class's functions and their code are unchanged."""
         kind = self._kind()
-        if kind is None:
+        if kind is None or self._gone:
             return False
         attributes = vars(kind)
         if len(attributes) != self._number:
             return False
-        for name, wrapper, function in self._functions:
+        try:
+            if self._read is not None and tuple(map(id, self._read(attributes))) != self._ids:
+                return False
+        except KeyError:
+            return False
+        for name, wrapper, function in self._wrapped:
             attribute = attributes.get(name)
-            inner = attribute if wrapper is types.FunctionType else _function_of(attribute)
-            if inner is None or inner is not function() or type(attribute) is not wrapper:
+            if type(attribute) is not wrapper or id(_function_of(attribute)) != function:
                 return False
         return all(_INNER(function()) == inner for function, inner in self._inner)
 

@@ -220,7 +220,7 @@ class Stack:
     def state(self) -> object:
         """An object that stays the same as long as neither the stacks nor any member's attributes are replaced."""
         wholes = [self.whole(path) for path in self.keys]
-        addresses = [None if self.is_gathered else _address(each) for each in wholes]
+        addresses = None if self.is_gathered else [_address(each) for each in wholes]
         state = self.mark, addresses, [(id(each), each.dtype, each.requires_grad) for each in wholes]
         if state != self._state:
             self._state = state

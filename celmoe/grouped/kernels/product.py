@@ -248,7 +248,7 @@ def takes_grouped_mm(device: str, dtype: torch.dtype, widths: tuple[int, ...]) -
 
 # Nanoseconds on a CPU core: of one member's part of a call for all, of a multiplication and addition, and of a number
 # that is moved. Fitted on an AMD EPYC; a factor of two changes few choices.
-_OF_A_MEMBER, _OF_A_PRODUCT, _OF_A_MOVE = 10000.0, 0.04, 0.8
+_OF_A_MEMBER, _OF_A_PRODUCT, _OF_A_MOVE = 4000.0, 0.04, 0.8
 
 
 def _padding(segments: Segments, operands: Sequence[torch.Tensor], widths: tuple[int, ...]) -> float | None:
