@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from .config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
+from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig, enabled_levels
 from .engines.registry import resolve_engine
 from .errors import ConfigError, ConfigTypeError, InputError, InputTypeError, UnknownLevelError, nearest
-from .experts import ExpertContext, ExpertMetadata
+from .experts import ExpertContext
 from .explain import Explanation
 from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
 from .level import Level, LevelInput, present_experts
+from .lifecycle.changes import Optimizers, add, remove, rename
+from .lifecycle.newcomer import Factory, KeptFactory, made
 from .names import NamedModules
 from .outputs import CELMoEOutput, LevelOutput
 from .patterns import matching
@@ -72,7 +73,7 @@ class HierarchicalCELMoE(nn.Module):
     def __init__(
         self,
         config: CELMoEConfig,
-        expert_factory: Callable[[str, str, ExpertMetadata], nn.Module],
+        expert_factory: Factory,
         fusion_module: nn.Module | None = None,
         *,
         engine: str = "auto",
@@ -83,12 +84,13 @@ class HierarchicalCELMoE(nn.Module):
         self.levels: list[HierarchyLevelConfig] = enabled_levels(config)
         if not callable(expert_factory):
             raise ConfigTypeError(f"'expert_factory' must be callable (got {expert_factory!r})")
+        self._factory = KeptFactory(expert_factory)
         self._compiler = RoutingCompiler(config)
         self.level_modules = NamedModules(
             {
                 level.name: NamedModules(
                     {
-                        name: _made(expert_factory, level.name, name, expert.metadata)
+                        name: made(expert_factory, level.name, name, expert.metadata)
                         for name, expert in level.experts.items()
                     }
                 )
@@ -208,6 +210,78 @@ class HierarchicalCELMoE(nn.Module):
         unfreeze(experts, self._experts())
         return names
 
+    def add_expert(
+        self,
+        level: str,
+        name: str,
+        config: ExpertConfig,
+        *,
+        warm_start: str | None = None,
+        factory: Factory | None = None,
+        optimizer: Optimizers = None,
+    ) -> None:
+        """Add an expert, the last of its level: the ids of all others stay.
+
+        The expert goes to the devices, dtypes and mode of the level's others, and joins the stack whose members it is
+        like. The config of the level gets it, too. Old plans and compilers are refused from then on.
+
+        Args:
+            level: The level's name.
+            name: The new expert's name.
+            config: The new expert's config.
+            warm_start: The name of an expert of the level, whose values the new one takes: parameters and buffers.
+            factory: Makes the expert, like the constructor's ``expert_factory``; by default that of the constructor.
+            optimizer: The optimizer of the model, or several. Each takes the new parameters into the group of
+                ``warm_start``'s, else of the other experts', and keeps everybody's state. If the new expert joins a
+                stack, all optimizers that hold the stack must be given.
+
+        Raises:
+            UnknownLevelError, UnknownExpertError: The model has no such level, or the level no such ``warm_start``.
+            ConfigError, ConfigTypeError: The name exists, the parent does not, the factory makes no module or one that
+                ``warm_start`` does not fit, or the level's experts are in several groups.
+            StackedError: An optimizer holds the stack, and was not given; or its state can't be kept apart by expert.
+            ProcessGroupError: The model is spread over ranks.
+            InputTypeError: ``optimizer`` is none.
+        """
+        add(self, level, name, config, warm_start=warm_start, factory=factory, optimizer=optimizer)
+
+    def remove_expert(self, level: str, name: str, *, optimizer: Optimizers = None) -> None:
+        """Remove an expert. The ids of those after it are one less from then on; old plans are refused.
+
+        Args:
+            level: The level's name.
+            name: The expert's name.
+            optimizer: The optimizer of the model, or several: each drops the expert's parameters and state. If the
+                expert is stacked, all optimizers that hold the stack must be given.
+
+        Raises:
+            UnknownLevelError, UnknownExpertError: The model has no such level, or the level no such expert.
+            ConfigError: The expert is the level's last, its fallback, or somebody's parent.
+            StackedError: An optimizer holds the stack, and was not given; or its state can't be kept apart by expert.
+            ProcessGroupError: The model is spread over ranks.
+            InputTypeError: ``optimizer`` is none.
+        """
+        remove(self, level, name, optimizer=optimizer)
+
+    def rename_expert(self, level: str, name: str, new_name: str, *, optimizer: Optimizers = None) -> None:
+        """Rename an expert, which keeps its id. Children and fallback follow; old plans are refused.
+
+        Args:
+            level: The level's name.
+            name: The expert's name.
+            new_name: Its name from then on.
+            optimizer: The optimizer of the model, or several. If the expert is stacked, all optimizers that hold the
+                stack must be given.
+
+        Raises:
+            UnknownLevelError, UnknownExpertError: The model has no such level, or the level no such expert.
+            ConfigError, ConfigTypeError: The new name exists, or is no name.
+            StackedError: An optimizer holds the stack, and was not given; or its state can't be kept apart by expert.
+            ProcessGroupError: The model is spread over ranks.
+            InputTypeError: ``optimizer`` is none.
+        """
+        rename(self, level, name, new_name, optimizer=optimizer)
+
     def _matching(self, level: str, pattern: str) -> tuple[list[str], list[nn.Module]]:
         if level not in self.level_modules:
             raise UnknownLevelError(
@@ -290,6 +364,7 @@ class HierarchicalCELMoE(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not
         self.__dict__.setdefault("_stacks", {})
+        self.__dict__.setdefault("_factory", KeptFactory(None))
         self._key = register(self)
         # A compiler is copied without its configs; the model's compiler must read the model's own.
         self._compiler.configs = [level.config for level in self._levels]
@@ -297,18 +372,6 @@ class HierarchicalCELMoE(nn.Module):
     def extra_repr(self) -> str:
         """The engine, in the model's repr."""
         return f"engine={self.engine!r}"
-
-
-def _made(
-    factory: Callable[[str, str, ExpertMetadata], nn.Module], level: str, name: str, metadata: ExpertMetadata
-) -> nn.Module:
-    module = factory(level, name, metadata)
-    if not isinstance(module, nn.Module):
-        got = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
-        raise ConfigTypeError(
-            f"'expert_factory' must return a torch.nn.Module (got {got} for expert {name!r} of level {level!r})"
-        )
-    return module
 
 
 def _check_hidden(hidden: Any, fusion: nn.Module) -> None:

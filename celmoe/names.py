@@ -14,7 +14,7 @@ No accepted name is empty, so an encoded name can't meet a plain one (not even a
 
 from __future__ import annotations
 
-from collections.abc import Collection, ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Collection, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -146,6 +146,12 @@ class NamedModules(nn.ModuleDict):
         for name in self:
             _note_replaced(self, name)
         self._modules.clear()
+
+    def arrange(self, modules: Mapping[str, nn.Module]) -> None:
+        """Take these modules in place of all that there are, in this order."""
+        self.clear()
+        for name, module in modules.items():
+            self[name] = module
 
     def keys(self) -> KeysView[str]:
         """The real names."""

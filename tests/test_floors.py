@@ -27,7 +27,7 @@ FLOORS = [
     {"optim.members"},
     {"optim.by_name"},
     {"optim"},
-    {"stacked.fitness"},
+    {"stacked.fitness", "stacked.assembly"},
     {"routing.plan"},
     {"routing.compiler", "rows.dispatch", "outputs", "explain"},
     {"loss", "grouped.values"},
@@ -59,6 +59,8 @@ FLOORS = [
     {"traced.decision"},
     {"traced.inside", "traced.opaque"},
     {"traced.forward"},
+    {"lifecycle.structure", "lifecycle.alone", "lifecycle.newcomer", "lifecycle.places"},
+    {"lifecycle.changes"},
     {"hierarchy"},
     {"stacked.stacking", "groups", "norms"},
     {"reference"},
@@ -78,7 +80,7 @@ FLOORS = [
     {"distributed"},
 ]
 # Packages whose file is a map, and nothing else.
-MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced"}
+MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced", "lifecycle"}
 FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in floor}
 
 

@@ -7,6 +7,7 @@
 - `rows`: the members that a rank holds of a sharded stack.
 - `naming`: a model's parameters by the experts' own names.
 - `frozen`, `freezing`: experts that are not trained for a time.
+- `assembly`: one stack is made, or taken apart.
 - `fitness`: which experts can be stacked together, and what holds others back.
 - `stacking`: `stack_experts` and `unstack_experts`.
 """

@@ -21,12 +21,16 @@ from .member import stacked_kind
 from .stack import slot_of
 
 
-def likeness(expert: nn.Module) -> tuple[Any, ...]:
+def likeness(expert: nn.Module, trained: AbstractSet[str] | None = None) -> tuple[Any, ...]:
     """A key that experts share whose tensors can be stacked: their modules' classes, and their parameters' facts.
 
     Frozen experts have the key that they have when they are trained again.
+
+    Args:
+        expert: An ordinary expert.
+        trained: The paths of the parameters that are trained then; by default the expert's own.
     """
-    trained = trained_paths(expert)
+    trained = trained_paths(expert) if trained is None else trained
     return tuple(
         (
             path,
@@ -69,7 +73,7 @@ class Owners:
         inside = {id(module) for module in model.modules()}
         self._outside = {
             id(parameter)
-            for module in _alive(nn.Module)
+            for module in alive(nn.Module)
             if id(module) not in inside
             for parameter in module.__dict__.get("_parameters", {}).values()
             if parameter is not None
@@ -129,12 +133,13 @@ def holding(kind: type, parameters: Sequence[nn.Parameter]) -> list[Any]:
     ids = set(map(id, parameters))
     return [
         each
-        for each in _alive(kind)
+        for each in alive(kind)
         if any(id(parameter) in ids for group in each.__dict__.get("param_groups", ()) for parameter in group["params"])
     ]
 
 
-def _alive(kind: type) -> list[Any]:
+def alive(kind: type) -> list[Any]:
+    """All objects of a class, or of a class below it, in this process."""
     # Not `isinstance`, which asks objects that stand for others.
     return [each for each in gc.get_objects() if issubclass(type(each), kind)]
 

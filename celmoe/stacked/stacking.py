@@ -14,12 +14,11 @@ from torch import nn
 from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
 from celmoe.hierarchy import HierarchicalCELMoE
 from celmoe.level import Level
-from celmoe.names import FROZEN, STACKED, NamedModules
+from celmoe.names import STACKED, NamedModules
 
+from .assembly import stack_members, unstack_members
 from .fitness import Owners, holding, likeness
-from .freezing import is_frozen, trained_paths
-from .member import close, reopen
-from .stack import Slot, Stack, slot_of, stacks_of
+from .stack import stacks_of
 
 
 @dataclass(frozen=True)
@@ -143,13 +142,8 @@ def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = 
         )
     for level in names:
         registry = cast(nn.ModuleDict, model.level_modules[level])
-        for expert in registry.values():
-            slot = slot_of(expert)
-            if slot is not None and slot.member in slot.stack.frozen:
-                expert.__dict__[FROZEN] = (*expert.__dict__.get(FROZEN, ()), *slot.stack.trained_paths)
-        for module in {*registry.modules(), *(each for stack in stacks_of(registry) for each in stack.modules)}:
-            if slot_of(module) is not None:
-                reopen(module)
+        for stack in stacks_of(registry):
+            unstack_members(stack)
         for name in [each for each in registry._parameters if each.startswith(STACKED)]:
             del registry._parameters[name]
         model._stacks.pop(level, None)
@@ -190,49 +184,3 @@ def require_no_optimizer(parameters: Sequence[nn.Parameter], what: str) -> None:
             f"'model' must be {what} before its optimizer is made (got parameters that a {type(each).__name__} holds; "
             f"make it anew from model.parameters() afterwards)"
         )
-
-
-def stack_members(registry: NamedModules, names: Sequence[str], number: int | None = None) -> Stack:
-    """Stack the tensors of alike experts of a level.
-
-    Args:
-        registry: The level's experts.
-        names: The names of those to stack.
-        number: The stack's number among the level's; by default the first that is free.
-    """
-    experts = [registry[name] for name in names]
-    paths = [path for path, _ in experts[0].named_parameters()]
-    if number is None:
-        number = next(
-            number
-            for number in range(len(registry) + 1)
-            if not any(key_of(number, path) in registry._parameters for path in paths)
-        )
-    stack = Stack(registry, names, {path: key_of(number, path) for path in paths})
-    trained = trained_paths(experts[0])
-    frozen = [index for index, expert in enumerate(experts) if is_frozen(expert)]
-    for path in paths:
-        tensors = [expert.get_parameter(path) for expert in experts]
-        registry._parameters[stack.keys[path]] = _stacked(tensors, is_trained=path in trained)
-    for index, expert in enumerate(experts):
-        expert.__dict__.pop(FROZEN, None)
-        for prefix, module in list(expert.named_modules()):
-            dotted = f"{prefix}." if prefix else ""
-            paths_of = {name: None if each is None else f"{dotted}{name}" for name, each in module._parameters.items()}
-            close(module, Slot(stack, index, paths_of))
-    stack.freeze(frozen)
-    return stack
-
-
-def key_of(number: int, path: str) -> str:
-    """The name in the registry of a stacked parameter: the stack's number, and the tensor's path in an expert."""
-    # Neither a name of an expert, nor with a dot, which would part it for whoever looks parameters up by name.
-    return f"{STACKED}{number}:{path.replace('.', '/')}"
-
-
-def _stacked(tensors: Sequence[nn.Parameter], *, is_trained: bool) -> nn.Parameter:
-    whole = nn.Parameter(torch.stack([each.detach() for each in tensors]), requires_grad=is_trained)
-    if any(each.grad is not None for each in tensors):
-        grads = [torch.zeros_like(each) if each.grad is None else each.grad.to_dense() for each in tensors]
-        whole.grad = torch.stack(grads)
-    return whole

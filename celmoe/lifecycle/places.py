@@ -1,0 +1,371 @@
+"""The places of parameters in an optimizer's groups, and the state there, while experts change.
+
+An ordinary parameter stays the same object, so its state stays. A stack is made anew, and each of its rows is known by
+the expert's name and the tensor's path.
+
+Axes: M members of a stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from celmoe.errors import ConfigError, InputTypeError, StackedError, listed
+from celmoe.names import NamedModules
+from celmoe.optim.members import Part, cut, joined
+from celmoe.optim.per_expert import MEMBERS, PerExpert, shares_of
+from celmoe.stacked.naming import named_tensors
+from celmoe.stacked.stack import Stack
+
+# An expert's name, and a tensor's path in the expert.
+Row: TypeAlias = tuple[str, str]
+
+# Moments that are zero before a parameter's first step.
+_ZERO_AT_FIRST = frozenset(
+    {
+        *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer"),
+        *("square_avg", "grad_avg", "acc_delta"),
+    }
+)
+
+
+class _Share(NamedTuple):
+    """A group's share of a parameter: all of it, or some members of a stack."""
+
+    parameter: torch.Tensor
+    members: list[int] | None
+
+
+class _After(NamedTuple):
+    """A level after a change.
+
+    Attributes:
+        made: By id of a stack that was opened, the stack that was made anew.
+        renamed: By old name of an expert, the new one.
+        groups: By row of a stack or new expert, the number of its group.
+        ordinary: By name of an expert and path, the parameters that are in no stack.
+    """
+
+    made: Mapping[int, Stack]
+    renamed: Mapping[str, str]
+    groups: Mapping[Row, int]
+    ordinary: Mapping[str, Mapping[str, nn.Parameter]]
+
+
+class Places:
+    """Where an optimizer has a model's parameters before experts change.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer.
+        registry: The experts of the level that changes.
+        opened: The stacks of the level that are made anew.
+
+    Raises:
+        InputTypeError: ``optimizer`` is no optimizer.
+        ConfigError: The optimizer's state does not go by parameter.
+        StackedError: A stack has state that can't be told apart by expert.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, registry: NamedModules, opened: Sequence[Stack]
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InputTypeError(f"'optimizer' must be a torch.optim.Optimizer (got {type(optimizer).__name__})")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError(
+                "'optimizer' must keep a state for each parameter (got LBFGS, whose history is of all together; make "
+                "it anew)"
+            )
+        self.optimizer = optimizer
+        self._model = model
+        self._groups = [[_Share(each, members) for each, _, members in shares] for shares in shares_of(optimizer)]
+        # By id of a stacked parameter, the stack and the path.
+        self._whole_of = {id(stack.whole(path)): (stack, path) for stack in opened for path in stack.keys}
+        # Their ids must not be given to others.
+        self._kept = [stack.whole(path) for stack in opened for path in stack.keys]
+        self._registry = registry
+        self._order = {id(each): place for place, each in enumerate(model.parameters())}
+        self._names = {
+            id(parameter): name for name, (parameter, member) in named_tensors(model).items() if member is None
+        }
+        self._group_of: dict[Row, int] = {}
+        self._state_of: dict[Row, dict[str, Any]] = {}
+        for number, shares in enumerate(self._groups):
+            for parameter, members in shares:
+                stack, path = self._whole_of.get(id(parameter), (None, ""))
+                if stack is None:
+                    continue
+                for member in range(len(stack.names)) if members is None else members:
+                    row = stack.names[member], path
+                    part = Part("/".join(row), parameter, 0, member)
+                    self._group_of[row] = number
+                    own = optimizer.state.get(parameter)
+                    if own and (mine := cut(own, part, optimizer, optimizer.param_groups[number])):
+                        self._state_of[row] = mine
+        # Groups that have the model's parameters in the order of a new model keep them so.
+        orders = [[self._order[id(each)] for each, _ in some if id(each) in self._order] for some in self._groups]
+        self._is_sorted = [order == sorted(order) for order in orders]
+
+    def group_for(self, path: str, source: str | None) -> int | None:
+        """The group for a new expert's tensor; ``None`` if the optimizer has several, and none of the level's experts.
+
+        Args:
+            path: The tensor's path in the expert.
+            source: The name of the expert that the new one is warm-started from.
+
+        Raises:
+            ConfigError: The level's experts are in several groups, and none is told apart.
+        """
+        if len(self._groups) == 1:
+            return 0
+        groups = dict(self._group_of)
+        place_of = {id(each): number for number, shares in enumerate(self._groups) for each, _ in shares}
+        for name, expert in self._registry.items():
+            for own, parameter in ordinary_parameters(expert):
+                if id(parameter) in place_of:
+                    groups[name, own] = place_of[id(parameter)]
+        if source is not None and (source, path) in groups:
+            return groups[source, path]
+        for found in ({group for row, group in groups.items() if row[1] == path}, {*groups.values()}):
+            if len(found) == 1:
+                return found.pop()
+            if found:
+                raise ConfigError(
+                    f"'optimizer' must have {path!r} of the level's experts in one group, or that of 'warm_start' in "
+                    f"one (got it in groups {listed(sorted(found))}; leave 'optimizer' out, and call its "
+                    f"add_param_group)"
+                )
+        return None
+
+    def group_in(self, stack: Stack, path: str, source: str | None) -> int | None:
+        """Like `group_for`, for an expert that joins a stack.
+
+        Raises:
+            ConfigError: See `group_for`.
+            StackedError: Nothing tells the state of a row that the optimizer has not stepped yet.
+        """
+        whole = stack.whole(path)
+        own = [number for number, shares in enumerate(self._groups) for each, _ in shares if each is whole]
+        if isinstance(self.optimizer, PerExpert):
+            return self.group_for(path, source) if own else None
+        for key, value in self.optimizer.state.get(whole, {}).items():
+            is_moment = isinstance(value, torch.Tensor) and value.shape == whole.shape
+            if is_moment and key not in _ZERO_AT_FIRST and not _is_sum(self.optimizer, key):
+                raise StackedError(
+                    f"'optimizer' must have a state whose first value is known (got {key!r} of "
+                    f"{type(self.optimizer).__name__}; take one of celmoe.optim, or make the optimizer anew)"
+                )
+        return own[0] if own else None
+
+    def move(
+        self,
+        made: Mapping[int, Stack],
+        renamed: Mapping[str, str],
+        gone: Collection[int],
+        new: Mapping[Row, int | None],
+    ) -> None:
+        """Give the optimizer the model's parameters as they are now.
+
+        Args:
+            made: By id of a stack that was opened, the stack that was made anew; none if no member is left for one.
+            renamed: By old name of an expert, the new one.
+            gone: The ids of ordinary parameters that are no part of the model any more.
+            new: By row of a new expert, its group.
+        """
+        groups = {(renamed.get(name, name), path): group for (name, path), group in self._group_of.items()}
+        groups |= {row: group for row, group in new.items() if group is not None}
+        states = {(renamed.get(name, name), path): state for (name, path), state in self._state_of.items()}
+        own = {name: dict(ordinary_parameters(each)) for name, each in self._registry.items()}
+        after = _After(made, renamed, groups, own)
+        shares = [self._followed(number, after, gone) for number in range(len(self._groups))]
+        order = {id(each): place for place, each in enumerate(self._model.parameters())}
+        self._take_in(new, shares, after, order)
+        for is_sorted, some in zip(self._is_sorted, shares, strict=True):
+            if is_sorted:
+                _sort(some, order)
+        names = _Names(self._model, self.optimizer, self._names)
+        for old in self._kept:
+            stack, path = self._whole_of[id(old)]
+            if id(stack) in made:
+                names.follow(old, made[id(stack)].whole(path))
+        for parameter in [each for each in self.optimizer.state if id(each) in self._whole_of or id(each) in gone]:
+            del self.optimizer.state[parameter]
+        self._take_states(after, states, {name for name, _ in new})
+        _write(self.optimizer, shares, names)
+
+    def _followed(self, number: int, after: _After, gone: Collection[int]) -> list[_Share]:
+        """A group's shares, with what has come in place of opened stacks, and without what is gone."""
+        found: list[_Share] = []
+        for share in self._groups[number]:
+            if id(share.parameter) not in self._whole_of:
+                found += [] if id(share.parameter) in gone else [share]
+                continue
+            stack, path = self._whole_of[id(share.parameter)]
+            if (anew := after.made.get(id(stack))) is not None:
+                found += _share(anew, path, after.groups, number)
+            # Experts that have left the stack have parameters of their own.
+            for name in (after.renamed.get(name, name) for name in stack.names):
+                if path in after.ordinary.get(name, ()) and after.groups.get((name, path)) == number:
+                    found.append(_Share(after.ordinary[name][path], None))
+        return found
+
+    def _take_in(
+        self,
+        new: Mapping[Row, int | None],
+        shares: Sequence[list[_Share]],
+        after: _After,
+        order: Mapping[int, int],
+    ) -> None:
+        """Add a new expert's parameters to the shares of its groups."""
+        held = {id(each) for some in shares for each, _ in some}
+        for (name, path), group in new.items():
+            if group is None:
+                continue
+            own = after.ordinary[name].get(path)
+            if own is not None and id(own) not in held:
+                _insert(shares[group], _Share(own, None), order)
+                self._begin(own, group)
+            for stack in after.made.values() if own is None else ():
+                # The stack's other members may be in other groups only.
+                if name in stack.names and not any(each is stack.whole(path) for each, _ in shares[group]):
+                    shares[group] += _share(stack, path, after.groups, group)
+
+    def _take_states(self, after: _After, states: Mapping[Row, dict[str, Any]], new: Collection[str]) -> None:
+        """Give each row its state, in stacks that were made anew and out of stacks."""
+        for stack in after.made.values():
+            for path in stack.keys:
+                whole = stack.whole(path)
+                rows = {name: member for member, name in enumerate(stack.names) if (name, path) in after.groups}
+                given = {name: states.get((name, path), {}) for name in rows}
+                like = next((state for state in given.values() if state), None)
+                if like is not None and not isinstance(self.optimizer, PerExpert):
+                    given |= {name: self._first(like, whole[0]) for name in rows if name in new}
+                parts = [Part(name, whole, 0, member) for name, member in rows.items()]
+                if parts and (state := joined(parts, given, {}, self.optimizer)):
+                    self.optimizer.state[whole] = state
+        for (name, path), state in states.items():
+            if (own := after.ordinary.get(name, {}).get(path)) is not None:
+                self.optimizer.state[own] = {key: _cloned(each) for key, each in state.items()}
+
+    def _first(self, like: Mapping[str, Any], row: torch.Tensor) -> dict[str, Any]:
+        """The state of a row that was never stepped, in a stack whose steps are counted together."""
+        return {
+            key: torch.full_like(each, self._first_value(key))
+            if isinstance(each, torch.Tensor) and each.shape == row.shape and key != "step"
+            else _cloned(each)
+            for key, each in like.items()
+        }
+
+    def _first_value(self, key: str) -> float:
+        return float(self.optimizer.defaults["initial_accumulator_value"]) if _is_sum(self.optimizer, key) else 0.0
+
+    def _begin(self, parameter: torch.Tensor, group: int) -> None:
+        """Give a new parameter the state that an optimizer makes before the first step."""
+        if isinstance(self.optimizer, torch.optim.Adagrad):
+            options = self.optimizer.param_groups[group]
+            own = {key: options[key] for key in ("foreach", "fused") if key in options}
+            start = float(self.optimizer.defaults["initial_accumulator_value"])
+            made = torch.optim.Adagrad([parameter], initial_accumulator_value=start, **own)
+            self.optimizer.state[parameter] = made.state[parameter]
+
+
+def ordinary_parameters(expert: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """An expert's parameters that are in no stack, by path."""
+    return [
+        (f"{prefix}{'.' if prefix else ''}{name}", parameter)
+        for prefix, module in expert.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _is_sum(optimizer: torch.optim.Optimizer, key: str) -> bool:
+    return key == "sum" and isinstance(optimizer, torch.optim.Adagrad)
+
+
+def _cloned(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _share(stack: Stack, path: str, groups: Mapping[Row, int], number: int) -> list[_Share]:
+    """A group's share of a stack; empty if the group has no member."""
+    members = [member for member, name in enumerate(stack.names) if groups.get((name, path)) == number]
+    if not members:
+        return []
+    return [_Share(stack.whole(path), None if len(members) == len(stack.names) else members)]
+
+
+def _insert(shares: list[_Share], share: _Share, order: Mapping[int, int]) -> None:
+    """Put a share behind the last one that a new model has before it."""
+    place = order[id(share.parameter)]
+    before = [at for at, each in enumerate(shares) if order.get(id(each.parameter), place) < place]
+    after = [at for at, each in enumerate(shares) if order.get(id(each.parameter), place) > place]
+    shares.insert(before[-1] + 1 if before else after[0] if after else len(shares), share)
+
+
+def _sort(shares: list[_Share], order: Mapping[int, int]) -> None:
+    """Put the model's parameters in the model's order; what is not the model's stays at its place."""
+    places = [at for at, each in enumerate(shares) if id(each.parameter) in order]
+    own = sorted((shares[at] for at in places), key=lambda share: order[id(share.parameter)])
+    for at, share in zip(places, own, strict=True):
+        shares[at] = share
+
+
+def _write(optimizer: torch.optim.Optimizer, shares: Sequence[Sequence[_Share]], names: _Names) -> None:
+    """Write the groups, which stay the same objects. See [Note: Groups of experts]."""
+    numbers: dict[int, int] = {}
+    for group, some in zip(optimizer.param_groups, shares, strict=True):
+        own = [each for each, _ in some if id(each) not in numbers]
+        numbers |= {id(each): number for number, each in enumerate(own, len(numbers))}
+        group["params"] = own
+        if "param_names" in group:
+            group["param_names"] = [names.of(each) for each in own]
+    for group, some in zip(optimizer.param_groups, shares, strict=True):
+        group.pop(MEMBERS, None)
+        if entry := [[numbers[id(each)], members] for each, members in some if members is not None]:
+            group[MEMBERS] = entry
+
+
+class _Names:
+    """The names that an optimizer's groups give to parameters, if they do.
+
+    Args:
+        model: The changed model.
+        optimizer: The optimizer before the change.
+        before: The model's names before the change, by id of an ordinary parameter.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, before: Mapping[int, str]) -> None:
+        self._given = {
+            id(parameter): name
+            for group in optimizer.param_groups
+            for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        self._before = before
+        self._now = {id(each): name for name, (each, member) in named_tensors(model).items() if member is None}
+        # A model may be a part of the module that named the parameters.
+        self._prefix = next(
+            (
+                name.removesuffix(before[key])
+                for key, name in self._given.items()
+                if name.endswith(before.get(key, "\0"))
+            ),
+            "",
+        )
+
+    def follow(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Let a parameter have another one's name."""
+        if id(before) in self._given:
+            self._given[id(after)] = self._given[id(before)]
+
+    def of(self, parameter: torch.Tensor) -> str:
+        """The name of a parameter."""
+        given, now = self._given.get(id(parameter)), self._now.get(id(parameter))
+        if now is None or (given is not None and given != f"{self._prefix}{self._before.get(id(parameter), now)}"):
+            return given or ""
+        return f"{self._prefix}{now}"
