@@ -45,6 +45,7 @@ from .grouped.declared import rowwise
 from .grouped.kernels import operators as _operators  # noqa: F401  # exported programs call them
 from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
+from .lifecycle.loading import LoadReport, load_experts
 from .loss import (
     BridgeLossCallable,
     CELMoELossAPI,
@@ -98,6 +99,7 @@ __all__ = [
     "LevelPlan",
     "LevelRoutes",
     "LevelRouting",
+    "LoadReport",
     "LossBundle",
     "LossCallable",
     "LossMap",
@@ -127,6 +129,7 @@ __all__ = [
     "UnknownLevelError",
     "__version__",
     "gradient_norms",
+    "load_experts",
     "merge_routing",
     "optim",
     "parameter_groups",

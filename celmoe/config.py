@@ -10,10 +10,12 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import numpy as np
 
 from .errors import ConfigError, ConfigTypeError, listed, nearest
+from .json_values import checked_fields, json_value
 
 FUSION_TYPES = ("learned", "position_aware")
 
@@ -205,6 +207,136 @@ class CELMoEConfig:
                 if value not in FUSION_TYPES:
                     raise ConfigError(f"'fusion_type' must be one of {listed(FUSION_TYPES)} (got {value!r})")
         super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dict that JSON gives back as it was; the opposite of `from_dict`.
+
+        Returns:
+            The fields by name. Each level has its experts by name, and their order in a list of its own: ids are
+            positions in that order, and tools may sort a dict.
+
+        Raises:
+            ConfigTypeError, ConfigError: A name is no string, or metadata hold a value that JSON does not give back.
+        """
+        levels = []
+        for level in self.levels:
+            where = f"levels[{level.name!r}].experts"
+            experts = {
+                name: json_value(
+                    {
+                        "name": expert.name,
+                        "loss_weight": float(expert.loss_weight),
+                        "stop_gradient_from_parent": expert.stop_gradient_from_parent,
+                        "metadata": expert.metadata,
+                        "gradient_scale": None if expert.gradient_scale is None else float(expert.gradient_scale),
+                        "parent": expert.parent,
+                    },
+                    f"{where}[{name!r}]",
+                )
+                for name, expert in level.experts.items()
+            }
+            own = {"name": level.name, "fallback_expert": level.fallback_expert, "enabled": level.enabled}
+            levels.append(own | {"order": [*experts], "experts": json_value(experts, where)})
+        return {
+            "hidden_size": int(self.hidden_size),
+            "use_learned_fusion": self.use_learned_fusion,
+            "fusion_dropout": float(self.fusion_dropout),
+            "fusion_type": self.fusion_type,
+            "fusion_max_positions": int(self.fusion_max_positions),
+            "levels": levels,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CELMoEConfig:
+        """The config of a dict that `to_dict` gave.
+
+        Args:
+            data: The dict; fields with a default may be missing, ``"order"`` may not.
+
+        Raises:
+            ConfigTypeError, ConfigError: A field is missing, unknown or unsound; or an order is not of all experts.
+        """
+        own = ("use_learned_fusion", "fusion_dropout", "fusion_type", "fusion_max_positions")
+        fields = checked_fields(data, "data", ("hidden_size", "levels"), own)
+        _check_type("levels", levels := fields.pop("levels"), list, "a list of dicts")
+        return cls(**fields, levels=[_level_of(level, f"levels[{place}]") for place, level in enumerate(levels)])
+
+    @classmethod
+    def from_tree(
+        cls, tree: Mapping[str, Any] | Sequence[str], levels: Sequence[str], hidden_size: int, **options: Any
+    ) -> CELMoEConfig:
+        """The config of a tree of names, whose experts have the names above them for parents.
+
+        Args:
+            tree: A dict by the first level's names, of dicts by the next level's, and so on; of lists of the last
+                level's. For one level, a list.
+            levels: The levels' names, from the first to the last.
+            hidden_size: See the class, as for ``options``.
+            options: The other fields.
+
+        Raises:
+            ConfigTypeError, ConfigError: The tree is not as deep as there are levels, or has a name of one level twice.
+
+        Example::
+
+            tree = {"slavic": ["ru", "pl"], "romance": ["it"]}
+            config = CELMoEConfig.from_tree(tree, levels=("family", "language"), hidden_size=64)
+        """
+        if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
+            raise ConfigTypeError(f"'levels' must be a sequence of the levels' names, at least one (got {levels!r})")
+        if "levels" in options:
+            raise ConfigTypeError("'options' must not have 'levels' (got some)")
+        experts: list[dict[str, ExpertConfig]] = [{} for _ in levels]
+        # Of each subtree, its parent and its level.
+        waiting: list[tuple[Any, str | None, int]] = [(tree, None, 0)]
+        while waiting:
+            below, parent, place = waiting.pop(0)
+            _check_branch(below, parent, levels, place)
+            for name in below:
+                _check_name(f"a name of level {levels[place]!r} in 'tree'", name)
+                if name in experts[place]:
+                    raise ConfigError(
+                        f"'tree' must have each expert of level {levels[place]!r} once (got {name!r} below "
+                        f"{experts[place][name].parent!r} and {parent!r})"
+                    )
+                experts[place][name] = ExpertConfig(name, parent=parent)
+                if place + 1 < len(levels):
+                    waiting.append((below[name], name, place + 1))
+        found = [HierarchyLevelConfig(name, own) for name, own in zip(levels, experts, strict=True)]
+        config = cls(hidden_size, found, **options)
+        enabled_levels(config)
+        return config
+
+
+def _check_branch(branch: object, parent: str | None, levels: Sequence[str], place: int) -> None:
+    """Refuse a part of a tree that is no dict of names, or at the last level no list of names."""
+    is_last = place + 1 == len(levels)
+    is_right = isinstance(branch, list | tuple) if is_last else isinstance(branch, Mapping)
+    if not is_right:
+        where = "" if parent is None else f" below {parent!r}"
+        what = "list" if is_last else "dict"
+        raise ConfigTypeError(
+            f"'tree' must have a {what} of the experts of level {levels[place]!r}{where}, for there are "
+            f"{len(levels)} levels (got {branch!r})"
+        )
+
+
+def _level_of(data: object, where: str) -> HierarchyLevelConfig:
+    """The level of a dict of `CELMoEConfig.to_dict`."""
+    fields = checked_fields(data, where, ("name", "order", "experts"), ("fallback_expert", "enabled"))
+    order, experts = fields.pop("order"), fields.pop("experts")
+    _check_type(f"{where}.order", order, list, "a list of names")
+    _check_type(f"{where}.experts", experts, Mapping, "a dict by name")
+    if len(order) != len(experts) or {*map(repr, order)} != {*map(repr, experts)}:
+        raise ConfigError(
+            f"'{where}.order' must have the name of each expert once (got {listed(order)} for {listed(experts)})"
+        )
+    others = ("loss_weight", "stop_gradient_from_parent", "metadata", "gradient_scale", "parent")
+    own = {
+        name: ExpertConfig(**checked_fields(experts[name], f"{where}.experts[{name!r}]", ("name",), others))
+        for name in order
+    }
+    return HierarchyLevelConfig(experts=own, **fields)
 
 
 def enabled_levels(config: CELMoEConfig) -> list[HierarchyLevelConfig]:

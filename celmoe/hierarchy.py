@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Collection, Mapping
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from .fusion import LearnedFusion, PositionAwareFusion, build_fusion
 from .level import Level, LevelInput, present_experts
 from .lifecycle.changes import Optimizers, add, remove, rename
 from .lifecycle.newcomer import Factory, KeptFactory, made
+from .lifecycle.order import EXPERTS, note_order, require_order
+from .lifecycle.subsets import subset
 from .names import NamedModules
 from .outputs import CELMoEOutput, LevelOutput
 from .patterns import matching
@@ -282,6 +285,33 @@ class HierarchicalCELMoE(nn.Module):
         """
         rename(self, level, name, new_name, optimizer=optimizer)
 
+    def subset(self, experts: Mapping[str, str | Collection[str]]) -> Self:
+        """A smaller model for serving, with copies of some experts.
+
+        Each level above has the parents of the kept experts. If a kept expert has no parent, its level above has the
+        fallback too; without a fallback, that level has all its experts unless it is named. The levels below have the
+        experts whose parents are kept, or who have none. A fallback that is not kept is none any more. The experts of
+        the result are not stacked; ids are positions among the kept experts.
+
+        Args:
+            experts: By level, names of experts, or patterns as in the shell.
+
+        Returns:
+            A model of the same class, which shares no tensor with this one.
+
+        Raises:
+            UnknownLevelError, UnknownExpertError: The model has no such level, or the level no such expert.
+            ConfigTypeError, InputTypeError: ``experts`` is of the wrong kind.
+            ConfigError: A level keeps no expert.
+            ProcessGroupError: The model is spread over ranks.
+
+        Example::
+
+            one = model.subset({"language": ["nl"]})
+        """
+        made: Self = subset(self, experts)
+        return made
+
     def _matching(self, level: str, pattern: str) -> tuple[list[str], list[nn.Module]]:
         if level not in self.level_modules:
             raise UnknownLevelError(
@@ -360,6 +390,15 @@ class HierarchicalCELMoE(nn.Module):
         fused = fusion([level.hidden for level in outputs.values()])
         # Made last, which a tracer can do again: none follows what is put into an object's dict.
         return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note_order(self.layout, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        # First of all: experts below are loaded afterwards.
+        require_order(self.layout, local_metadata.get(EXPERTS))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates it not

@@ -45,6 +45,19 @@ def name_key(name: str) -> str:
     return name if is_plain(name) else f".{_encoded(name)}"
 
 
+def parted_key(key: str) -> tuple[str, str]:
+    """The name that a key of a checkpoint begins with, as `name_key` gives it, and the rest behind the next dot.
+
+    Raises:
+        ValueError: The key begins with no name.
+    """
+    escaped, key = key.startswith("."), key.removeprefix(".")
+    name, _, rest = key.partition(".")
+    if not name:
+        raise ValueError(f"{key!r} begins with no name")
+    return unquote(name) if escaped else name, rest
+
+
 def scope_key(name: str) -> str:
     """Like `name_key`, for keys in which ``->`` joins two names: a name with an arrow of its own is encoded too."""
     return f".{_encoded(name)}".replace("->", "-%3E") if "->" in name else name_key(name)
