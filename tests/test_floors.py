@@ -73,7 +73,7 @@ FLOORS = [
     {"distributed.gradients"},
     {"distributed.data_parallel", "distributed.sharded_level", "distributed.remote"},
     {"distributed.expert_parallel", "distributed.fully_sharded"},
-    {"distributed.checkpoints.agreement"},
+    {"distributed.checkpoints.agreement", "distributed.checkpoints.experts"},
     {"distributed.checkpoints.manifest"},
     {*(f"distributed.checkpoints.{name}" for name in ("pieces", "optimizer_state", "staging"))},
     {"distributed.checkpoints.saving", "distributed.checkpoints.single_file"},

@@ -21,6 +21,7 @@ from celmoe.errors import CheckpointError, listed
 from celmoe.stacked.member import held
 
 from .agreement import agree
+from .experts import require_orders
 from .manifest import CURE, Content, Piece, Place, read_manifest
 from .optimizer_state import prepared, restore, targets
 from .pieces import opened
@@ -163,6 +164,7 @@ def _require_fit(
         fault = f"{num_groups} groups of an optimizer, here {ours}"
     if fault is not None:
         raise CheckpointError(f"{_RULE} (got {fault})")
+    require_orders(model, content.experts)
     if bare := [name for name, value in own.items() if value.is_meta]:
         raise CheckpointError(
             f"'model' must have memory to read into (got {listed(bare)} on the meta device). Call "

@@ -7,7 +7,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +18,7 @@ from celmoe.errors import CheckpointError
 from celmoe.files import replaced
 
 from .agreement import told
+from .experts import Orders, checked_orders
 
 FILE_NAME = "checkpoint.json"
 FORMAT = "celmoe checkpoint"
@@ -68,6 +69,7 @@ class Content:
         groups: The optimizer's hyperparameters, by group; ``None`` if no optimizer was saved.
         extra: The caller's ``extra``.
         generation: The name of the files' folder.
+        experts: The order of the experts; empty in checkpoints of earlier versions.
     """
 
     tensors: dict[Place, SavedTensor]
@@ -75,6 +77,7 @@ class Content:
     groups: list[dict[str, Any]] | None
     extra: dict[str, Any]
     generation: str = ""
+    experts: Orders = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         is_right = self.groups is None or all(isinstance(group, dict) for group in self.groups)
@@ -112,6 +115,7 @@ def write_manifest(directory: Path, content: Content) -> None:
             "values": list(content.values.items()),
             "groups": content.groups,
             "extra": content.extra,
+            "experts": content.experts,
         }
     ).encode()
     head = json.dumps({"format": FORMAT, "version": VERSION, "checksum": zlib.crc32(body)}).encode()
@@ -161,6 +165,7 @@ def _content(said: Mapping[str, Any]) -> Content:
         said["groups"],
         said["extra"],
         said["generation"],
+        checked_orders(said.get("experts", {})),
     )
 
 

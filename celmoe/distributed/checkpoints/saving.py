@@ -26,6 +26,7 @@ from celmoe.files import flush_folder
 from celmoe.stacked.member import held
 
 from .agreement import agree, is_first
+from .experts import orders_of
 from .manifest import Content, Place, key_of, new_generation, old_generations, place_of, write_manifest
 from .optimizer_state import hyperparameters, require_json, state_by_place
 from .pieces import Written, joined, require_written, write_pieces
@@ -89,7 +90,9 @@ def save_checkpoint(
         values = {place: value for each in beside for place, value in each.values.items()}
         flush_folder(folder / generation)
         flush_folder(folder.absolute().parent)
-        write_manifest(folder, Content(tensors, values, beside[0].groups, beside[0].extra, generation))
+        write_manifest(
+            folder, Content(tensors, values, beside[0].groups, beside[0].extra, generation, orders_of(model))
+        )
         return [None] * len(parts)
 
     try:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from celmoe.files import replaced, verify_archive
 
 from .agreement import told
+from .experts import orders_in, with_orders
 from .manifest import CURE, Content, Piece, Place, SavedTensor, read_manifest
 from .pieces import opened
 from .staging import stage
@@ -44,7 +45,9 @@ def write_file(directory: str | os.PathLike[str], file: str | os.PathLike[str]) 
         if kind == "optimizer":
             state.setdefault(name, {})[key[0]] = value
     whole: dict[str, Any] = {
-        "model": {place[1]: value for place, value in staged.items() if place[0] == "model"},
+        "model": with_orders(
+            {place[1]: value for place, value in staged.items() if place[0] == "model"}, content.experts
+        ),
         "extra": json.dumps(content.extra),
     }
     if content.groups is not None:
@@ -87,4 +90,5 @@ def read_file(file: Path) -> tuple[Content, dict[Place, torch.Tensor]]:
             place: SavedTensor(value.dtype, tuple(value.shape), [Piece((0,) * value.dim(), tuple(value.shape))])
             for place, value in tensors.items()
         }
-        return Content(whole, values, groups, json.loads(held["extra"])), tensors
+        orders = orders_in(held["model"])
+        return Content(whole, values, groups, json.loads(held["extra"]), experts=orders), tensors

@@ -1,0 +1,19 @@
+"""Experts come and go at random, and everybody else's training stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.lifecycle import OPTIMIZERS, live
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_life_of_ordinary_experts(optimizer, seed):
+    live(seed, optimizer, is_stacked=False)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("optimizer", ["AdamW", "amsgrad", "SGD"])
+def test_a_life_of_stacked_experts(optimizer, seed):
+    live(seed, optimizer, is_stacked=True)
