@@ -263,7 +263,7 @@ class Life:
         assert self.model.levels[0].fallback_expert == self.fallback
         self._check_optimizer()
         # A plan is taken exactly if it was compiled for the model as it is.
-        first = [*self.alone["language"]][0]
+        first = next(iter(self.alone["language"]))
         self.model(torch.zeros(1, WIDTH, dtype=torch.float64), self.model.compile_routing({"language": [first]}))
         if self.plan.layout != celmoe.RoutingCompiler(self.model.config).layout:
             try:
