@@ -165,6 +165,8 @@ class NamedModules(nn.ModuleDict):
         self.clear()
         for name, module in modules.items():
             self[name] = module
+        if ESCAPED in self._modules:
+            self._modules[ESCAPED].training = self.training
 
     def keys(self) -> KeysView[str]:
         """The real names."""

@@ -73,14 +73,19 @@ class Life:
         seed: Chooses all that happens.
         optimizer: A name of `OPTIMIZERS`.
         is_stacked: True for a model with stacks.
+        has_groups: True for learning rates by expert.
     """
 
-    def __init__(self, seed: int, optimizer: str, *, is_stacked: bool) -> None:
+    def __init__(self, seed: int, optimizer: str, *, is_stacked: bool, has_groups: bool = False) -> None:
         self.random = random.Random(seed)
         self.make, self.make_alone, self.options = OPTIMIZERS[optimizer]
         self.is_stacked = is_stacked
         self.model = build(is_stacked=is_stacked, seed=seed)
-        self.optimizer = self.make(self.model.parameters(), **self.options)
+        patterns = {"language/[r-z]*": {"lr": 0.03}, "language/[!i]*": {"lr": 0.02}} if has_groups else {}
+        self.rates = dict.fromkeys(("ru", "uk"), patterns["language/[r-z]*"]["lr"]) if has_groups else {}
+        self.rates |= dict.fromkeys(("pl", "es", "fi", "hu"), 0.02) if has_groups else {}
+        self.has_groups = has_groups
+        self.optimizer = self.make(celmoe.parameter_groups(self.model, patterns), **self.options)
         self.alone: dict[str, dict[str, nn.Module]] = {}
         self.optimizers: dict[nn.Module, torch.optim.Optimizer] = {}
         for level in self.model.levels:
@@ -98,7 +103,8 @@ class Life:
         made = factory(level, name, config.metadata).double()
         made.load_state_dict({key: each.clone() for key, each in self.expert(level, name).state_dict().items()})
         self.alone[level][name] = made
-        self.optimizers[made] = self.make_alone(made.parameters(), **self.options)
+        rate = self.rates.get(name, 0.01) if level == "language" else 0.01
+        self.optimizers[made] = self.make_alone(made.parameters(), **self.options | {"lr": rate})
 
     def expert(self, level: str, name: str) -> Any:
         return self.model.level_modules[level][name]
@@ -113,7 +119,8 @@ class Life:
         ids = self.random.random() < 0.5
         routing: dict[str, Any] = {"language": [known.index(name) for name in names] if ids else names}
         fused = self.model(hidden, routing).fused_hidden
-        fused.square().sum().backward()
+        if fused.requires_grad:
+            fused.square().sum().backward()
         for some in self.alone.values():
             for each in some.values():
                 each.zero_grad()
@@ -123,7 +130,8 @@ class Life:
             second = self._run("language", name, first)
             torch.testing.assert_close(fused[row : row + 1], (first + second) / 2, rtol=0, atol=TOLERANCE)
             loss = loss + ((first + second) / 2).square().sum()
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         self.log.append(f"backward {names}")
 
     def _run(self, level: str, name: str, hidden: torch.Tensor) -> torch.Tensor:
@@ -150,6 +158,17 @@ class Life:
         parent = self.random.choice([None, *self.alone["family"]]) if level == "language" else None
         config = ExpertConfig(name, metadata=metadata, parent=parent)
         self.log.append(f"add {level} {name} from {source}")
+        if self.has_groups and level == "language":
+            rates = {
+                self.rates.get(each, 0.01) for each in self.alone[level] if self._has_same_paths(level, each, like)
+            }
+            if source is None and len(rates) > 1:
+                try:
+                    self.model.add_expert(level, name, config, optimizer=self.optimizer)
+                except ConfigError:
+                    return
+                raise AssertionError(f"{name} was added")
+            self.rates[name] = rates.pop() if source is None else self.rates.get(source, 0.01)
         self.model.add_expert(level, name, config, warm_start=source, optimizer=self.optimizer)
         if source is not None:
             for key, value in self.expert(level, source).state_dict().items():
@@ -157,6 +176,10 @@ class Life:
         self._copy(level, name)
         if level == "language":
             self.parents[name] = parent
+
+    def _has_same_paths(self, level: str, one: str, other: str) -> bool:
+        experts = self.alone[level]
+        return [*experts[one].state_dict()] == [*experts[other].state_dict()]
 
     def remove(self) -> None:
         level = self.random.choice(["language", "language", "family"])
@@ -173,6 +196,7 @@ class Life:
         del self.optimizers[self.alone[level].pop(name)]
         if level == "language":
             del self.parents[name]
+            self.rates.pop(name, None)
 
     def rename(self) -> None:
         level = self.random.choice(["language", "language", "family"])
@@ -189,16 +213,18 @@ class Life:
         self.alone[level] = {new if each == name else each: made for each, made in self.alone[level].items()}
         if level == "language":
             self.parents = {new if each == name else each: parent for each, parent in self.parents.items()}
+            self.rates = {new if each == name else each: rate for each, rate in self.rates.items()}
         else:
             self.parents = {each: new if parent == name else parent for each, parent in self.parents.items()}
             self.fallback = new if self.fallback == name else self.fallback
 
     def freeze(self) -> None:
         level = self.random.choice([*self.alone])
-        name = self.random.choice([*self.alone[level]])
+        name = self.random.choice([*self.alone[level], "*"])
         self.log.append(f"freeze {level} {name}")
         self.model.freeze(level, name)
-        self.alone[level][name].requires_grad_(False).zero_grad()
+        for each in [*self.alone[level].values()] if name == "*" else [self.alone[level][name]]:
+            each.requires_grad_(False).zero_grad()
 
     def unfreeze(self) -> None:
         level = self.random.choice([*self.alone])
@@ -277,7 +303,8 @@ class Life:
     def _check_optimizer(self) -> None:
         held = [id(each) for group in self.optimizer.param_groups for each in group["params"]]
         own = [id(each) for each in self.model.parameters()]
-        assert held == own if not self.is_stacked else sorted(held) == sorted(own), "parameters of the optimizer"
+        are_in_order = not self.is_stacked and not self.has_groups
+        assert held == own if are_in_order else sorted(held) == sorted(own), "parameters of the optimizer"
         assert {id(each) for each in self.optimizer.state} <= set(own), "state of parameters that are gone"
         found = state_by_name(self.model, self.optimizer)["state"]
         expected: dict[str, dict[str, Any]] = {}
@@ -301,9 +328,9 @@ class Life:
                 )
 
 
-def live(seed: int, optimizer: str, *, is_stacked: bool, length: int = 12) -> None:
+def live(seed: int, optimizer: str, *, is_stacked: bool, has_groups: bool = False, length: int = 12) -> None:
     """A life of some changes, each between steps or between a backward pass and its step."""
-    life = Life(seed, optimizer, is_stacked=is_stacked)
+    life = Life(seed, optimizer, is_stacked=is_stacked, has_groups=has_groups)
     life.train()
     for _ in range(length):
         if life.random.random() < 0.3:
@@ -315,6 +342,6 @@ def live(seed: int, optimizer: str, *, is_stacked: bool, length: int = 12) -> No
             life.change()
             life.train()
         life.check()
-        if life.random.random() < 0.1:
+        if life.random.random() < 0.1 and not has_groups:
             life.reload()
             life.check()

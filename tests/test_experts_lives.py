@@ -17,3 +17,10 @@ def test_a_life_of_ordinary_experts(optimizer, seed):
 @pytest.mark.parametrize("optimizer", ["AdamW", "amsgrad", "SGD"])
 def test_a_life_of_stacked_experts(optimizer, seed):
     live(seed, optimizer, is_stacked=True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_life_in_groups(is_stacked, optimizer, seed):
+    live(seed, optimizer, is_stacked=is_stacked, has_groups=True)

@@ -131,8 +131,7 @@ REFUSALS = {
     ),
     "a tensor that lacks": (
         CheckpointError,
-        "'state_dict' must have the tensors of expert 'ru' of level 'language' (got others: only there: none; missing "
-        "there: 'up.weight'",
+        "the tensors of expert 'ru' of level 'language' (got others: only there: none; missing there: 'up.weight'",
         lambda m: load_experts(m, _without(UP)),
     ),
     "a mistyped tensor": (

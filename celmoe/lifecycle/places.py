@@ -16,7 +16,7 @@ from torch import nn
 
 from celmoe.errors import ConfigError, InputTypeError, StackedError, listed
 from celmoe.names import NamedModules
-from celmoe.optim.members import Part, cut, joined
+from celmoe.optim.members import COMMON, Part, cut, joined
 from celmoe.optim.per_expert import MEMBERS, PerExpert, shares_of
 from celmoe.stacked.naming import named_tensors
 from celmoe.stacked.stack import Stack
@@ -154,7 +154,7 @@ class Places:
         if isinstance(self.optimizer, PerExpert):
             return self.group_for(path, source) if own else None
         for key, value in self.optimizer.state.get(whole, {}).items():
-            is_moment = isinstance(value, torch.Tensor) and value.shape == whole.shape
+            is_moment = isinstance(value, torch.Tensor) and value.shape == whole.shape and key not in COMMON
             if is_moment and key not in _ZERO_AT_FIRST and not _is_sum(self.optimizer, key):
                 raise StackedError(
                     f"'optimizer' must have a state whose first value is known (got {key!r} of "
@@ -256,7 +256,7 @@ class Places:
         """The state of a row that was never stepped, in a stack whose steps are counted together."""
         return {
             key: torch.full_like(each, self._first_value(key))
-            if isinstance(each, torch.Tensor) and each.shape == row.shape and key != "step"
+            if isinstance(each, torch.Tensor) and each.shape == row.shape and key not in COMMON
             else _cloned(each)
             for key, each in like.items()
         }

@@ -19,7 +19,7 @@ from .per_expert import PerExpert
 # State that experts of one stack have if their groups ask for it.
 _OPTIONAL = frozenset({"max_exp_avg_sq"})
 # State of which a stack has one for all members, also if its members are scalars.
-_COMMON = frozenset({"step", "mu_product", "eta", "mu"})
+COMMON = frozenset({"step", "mu_product", "eta", "mu"})
 
 
 class Part(NamedTuple):
@@ -181,7 +181,7 @@ def _stacked(key: str, values: Sequence[torch.Tensor], members: torch.Tensor, pa
 
 
 def _is_common(key: str, value: torch.Tensor, stack: torch.Tensor) -> bool:
-    return value.numel() == 1 and (key in _COMMON or not _is_like(value.shape, stack.shape[1:]))
+    return value.numel() == 1 and (key in COMMON or not _is_like(value.shape, stack.shape[1:]))
 
 
 def _can_not_keep(optimizer: torch.optim.Optimizer, got: str) -> StackedError:
