@@ -577,3 +577,67 @@ def test_a_removed_expert_is_an_ordinary_module():
         expert.up.weight.zero_()
     model.level_modules["language"]["uk"] = expert
     run(model, ["uk"])
+
+
+def test_compiled_training_of_stacks_goes_on():
+    """The graphs of a changed model count its members anew, and step nobody else."""
+    models = [build(is_stacked=True) for _ in range(2)]
+    for model in models:
+        for level in [*model.levels]:
+            for name in [name for name, each in level.experts.items() if each.metadata.get("is_narrow")]:
+                model.remove_expert(level.name, name)
+    calls = [torch.compile(models[0], backend="eager"), models[1]]
+    optimizers = [celmoe.optim.AdamW(model.parameters(), lr=0.01) for model in models]
+    changes = (
+        lambda _model, _optimizer: None,
+        lambda model, optimizer: model.add_expert(
+            "language", "aa", ExpertConfig("aa", parent="other"), warm_start="uk", optimizer=optimizer
+        ),
+        lambda model, optimizer: model.rename_expert("language", "fi", "bb", optimizer=optimizer),
+        lambda model, optimizer: model.remove_expert("language", "ru", optimizer=optimizer),
+    )
+    for change in changes:
+        for model, optimizer in zip(models, optimizers, strict=True):
+            change(model, optimizer)
+        names = [*models[0].levels[1].experts]
+        for routes in ([names[-1], names[1]], [names[1], names[1]], [names[2], names[0]]):
+            for model, call, optimizer in zip(models, calls, optimizers, strict=True):
+                optimizer.zero_grad()
+                hidden = torch.ones(2, WIDTH, dtype=torch.float64).cumsum(0)
+                call(hidden, model.compile_routing({"language": routes})).fused_hidden.square().sum().backward()
+                optimizer.step()
+        for key, value in models[1].state_dict().items():
+            torch.testing.assert_close(models[0].state_dict()[key], value, rtol=0, atol=1e-9)
+
+
+class Scalar(celmoe.ExpertModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.rand(()))
+
+    def forward(self, batch):
+        return celmoe.ExpertResult(batch.hidden * self.factor)
+
+
+@pytest.mark.parametrize("kind", [celmoe.optim.AdamW, torch.optim.NAdam, torch.optim.AdamW])
+def test_parameters_without_axes(kind):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        config = CELMoEConfig.from_tree(["a", "b", "c"], ["l"], WIDTH, use_learned_fusion=False)
+        models.append(HierarchicalCELMoE(config, lambda *_: Scalar(), engine="looped"))
+        celmoe.stack_experts(models[-1])
+    optimizers = [kind(model.parameters(), lr=0.1) for model in models]
+    for step in range(6):
+        if step == 3:
+            models[0].add_expert("l", "0", ExpertConfig("0"), optimizer=optimizers[0])
+            models[0].remove_expert("l", "b", optimizer=optimizers[0])
+            models[0].rename_expert("l", "a", "z", optimizer=optimizers[0])
+        for model, optimizer in zip(models, optimizers, strict=True):
+            first = "z" if "z" in model.levels[0].experts else "a"
+            optimizer.zero_grad()
+            model(torch.ones(2, WIDTH), {"l": [first, "c"]}).fused_hidden.square().sum().backward()
+            optimizer.step()
+    found, expected = [model.level_modules["l"] for model in models]
+    torch.testing.assert_close(found["z"].factor, expected["a"].factor.detach(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(found["c"].factor, expected["c"].factor.detach(), rtol=0, atol=2e-6)
