@@ -433,7 +433,7 @@ def test_groups_stay_the_same_objects(is_stacked):
     optimizer = celmoe.optim.AdamW(groups, lr=0.01)
     kept = list(optimizer.param_groups)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(ConfigError, match=r"'optimizer' must have 'up\.weight' of the level's experts in one group"):
+    with pytest.raises(ConfigError, match=r"'optimizer' must have 'up\.weight' of .* \(got 2 groups with it; give"):
         model.add_expert("language", "x", ExpertConfig("x"), optimizer=optimizer)
     model.add_expert("language", "x", ExpertConfig("x"), warm_start="ru", optimizer=optimizer)
     model.add_expert("language", "y", ExpertConfig("y"), warm_start="it", optimizer=optimizer)
@@ -451,11 +451,98 @@ def test_groups_stay_the_same_objects(is_stacked):
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.01)
 
 
-def test_an_optimizer_of_something_else_takes_nothing():
-    model, head = build(is_stacked=False), nn.Linear(2, 2)
-    optimizer = torch.optim.SGD([{"params": head.weight}, {"params": head.bias}], lr=0.1)
+@BOTH
+def test_an_optimizer_of_something_else(is_stacked):
+    model, head = build(is_stacked=is_stacked), nn.Linear(2, 2)
+
+    class Else(Wide):
+        pass
+
+    two = torch.optim.SGD([{"params": head.weight}, {"params": head.bias}], lr=0.1)
+    one = torch.optim.SGD([head.weight], lr=0.1)
+    for given in (two, [one, torch.optim.SGD([head.bias], lr=0.1)]):
+        with pytest.raises(ConfigError, match=r"'optimizer' must have 'up\.weight' of .* \(got 0 groups with it"):
+            model.add_expert("language", "x", ExpertConfig("x"), factory=lambda *_: Else(), optimizer=given)
+    # A new expert of frozen ones, which an optimizer does not have.
+    model.add_expert("language", "x", ExpertConfig("x"), factory=lambda *_: Else(), optimizer=one)
+    assert len(one.param_groups[0]["params"]) == 4
+    if is_stacked:
+        # Nobody can train one member of a stack by an optimizer that does not have the stack.
+        model.add_expert("language", "y", ExpertConfig("y"), optimizer=two)
+        assert [len(group["params"]) for group in two.param_groups] == [1, 1]
+
+
+@BOTH
+def test_several_optimizers_each_take_what_they_have_of_others(is_stacked):
+    model = build(is_stacked=is_stacked)
+    named = dict(model.named_parameters())
+    matrices = [each for name, each in named.items() if name.endswith("weight")]
+    vectors = [each for name, each in named.items() if name.endswith("bias")]
+    optimizers = [torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(vectors, lr=0.1)]
+    run(model, ["ru", "it", "pl"])
+    for each in optimizers:
+        each.step()
+    model.add_expert("language", "x", ExpertConfig("x"), warm_start="ru", optimizer=optimizers)
+    model.add_expert("language", "y", ExpertConfig("y", metadata={"is_narrow": True}), optimizer=optimizers)
+    model.rename_expert("language", "ru", "z", optimizer=optimizers)
+    model.remove_expert("language", "uk", optimizer=optimizers)
+    held = [[id(each) for each in optimizer.param_groups[0]["params"]] for optimizer in optimizers]
+    now = dict(model.named_parameters())
+    assert held[0] == [id(each) for name, each in now.items() if name.endswith("weight")]
+    assert held[1] == [id(each) for name, each in now.items() if name.endswith("bias")]
+
+
+def test_tensors_that_nobodys_optimizer_has_stay_outside():
+    model = build(is_stacked=False)
+    optimizer = torch.optim.SGD([each for name, each in model.named_parameters() if "up." not in name], lr=0.1)
     model.add_expert("language", "x", ExpertConfig("x"), optimizer=optimizer)
-    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    held = set(map(id, optimizer.param_groups[0]["params"]))
+    expert = model.level_modules["language"]["x"]
+    assert id(expert.down.weight) in held
+    assert id(expert.up.weight) not in held
+
+
+def test_groups_of_a_stack_that_the_new_expert_does_not_join():
+    model = build(is_stacked=True)
+    groups = celmoe.parameter_groups(model, {"language/*": {"lr": 0.5}})
+    optimizer = celmoe.optim.AdamW(groups, lr=0.01)
+
+    class Else(Wide):
+        pass
+
+    model.add_expert(
+        "language", "x", ExpertConfig("x"), factory=lambda *_: Else(), warm_start="ru", optimizer=optimizer
+    )
+    model.add_expert("language", "y", ExpertConfig("y"), factory=lambda *_: Else(), optimizer=optimizer)
+    held = set(map(id, optimizer.param_groups[0]["params"]))
+    for name in ("x", "y"):
+        assert {id(each) for each in model.level_modules["language"][name].parameters()} <= held
+
+
+class Tied(celmoe.ExpertModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.down.weight = self.up.weight
+
+    def forward(self, batch):
+        return celmoe.ExpertResult(self.down(torch.tanh(self.up(batch.hidden))))
+
+
+def test_experts_that_tie_their_own_tensors():
+    config = CELMoEConfig.from_tree(["a", "b"], ["l"], WIDTH)
+    model = HierarchicalCELMoE(config, lambda *_: Tied())
+    celmoe.stack_experts(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.inference_mode():
+        model.add_expert("l", "c", ExpertConfig("c"), warm_start="a", optimizer=optimizer)
+        model.rename_expert("l", "a", "z", optimizer=optimizer)
+    model.remove_expert("l", "b", optimizer=optimizer)
+    assert [*map(id, optimizer.param_groups[0]["params"])] == [*map(id, model.parameters())]
+    assert not any(each.is_inference() for each in model.parameters())
+    model(torch.ones(2, WIDTH), {"l": ["c", "z"]}).fused_hidden.sum().backward()
+    optimizer.step()
 
 
 def test_optimizers_whose_state_is_not_by_parameter_are_refused():

@@ -22,7 +22,7 @@ from celmoe.traced.registered import MODELS, register
 
 from .alone import require_alone
 from .newcomer import Factory, made, random_numbers_given_back, settle
-from .places import Places, Row, ordinary_parameters
+from .places import Places, Row, groups_for, ordinary_parameters
 from .structure import Structure
 
 Optimizers = torch.optim.Optimizer | Collection[torch.optim.Optimizer] | None
@@ -57,10 +57,12 @@ def add(
         settle(expert, experts, level, warm_start)
         stack = _stack_for(model, change.registry, level, expert)
         change.open([] if stack is None else [stack])
-        groups: list[dict[Row, int | None]] = []
-        for places in change.places:
-            group_of = places.group_for if stack is None else lambda path, source: places.group_in(stack, path, source)  # noqa: B023
-            groups.append({(name, path): group_of(path, warm_start) for path, _ in ordinary_parameters(expert)})
+        rows = [(name, path) for path, _ in ordinary_parameters(expert)]
+        known = {(each, path) for each in experts for path, _ in experts[each].named_parameters()}
+        groups = groups_for(change.places, rows, known, warm_start, stack)
+        if stack is not None:
+            for places in change.places:
+                places.require_first_values(stack)
     change.commit({**experts, name: expert}, joining=None if stack is None else name, groups=groups)
 
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from celmoe.errors import ConfigError, InputTypeError, StackedError, listed
+from celmoe.errors import ConfigError, InputTypeError, StackedError
 from celmoe.names import NamedModules
 from celmoe.optim.members import COMMON, Part, cut, joined
 from celmoe.optim.per_expert import MEMBERS, PerExpert, shares_of
 from celmoe.stacked.naming import named_tensors
-from celmoe.stacked.stack import Stack
+from celmoe.stacked.stack import Stack, stacks_of
 
 # An expert's name, and a tensor's path in the expert.
 Row: TypeAlias = tuple[str, str]
@@ -69,6 +69,10 @@ class Places:
         InputTypeError: ``optimizer`` is no optimizer.
         ConfigError: The optimizer's state does not go by parameter.
         StackedError: A stack has state that can't be told apart by expert.
+
+    Attributes:
+        optimizer: The optimizer.
+        group_of: By row of the level's experts, the number of its group.
     """
 
     def __init__(
@@ -93,74 +97,53 @@ class Places:
         self._names = {
             id(parameter): name for name, (parameter, member) in named_tensors(model).items() if member is None
         }
-        self._group_of: dict[Row, int] = {}
+        self.group_of = self._grouped()
         self._state_of: dict[Row, dict[str, Any]] = {}
-        for number, shares in enumerate(self._groups):
-            for parameter, members in shares:
-                stack, path = self._whole_of.get(id(parameter), (None, ""))
-                if stack is None:
-                    continue
-                for member in range(len(stack.names)) if members is None else members:
-                    row = stack.names[member], path
-                    part = Part("/".join(row), parameter, 0, member)
-                    self._group_of[row] = number
-                    own = optimizer.state.get(parameter)
-                    if own and (mine := cut(own, part, optimizer, optimizer.param_groups[number])):
-                        self._state_of[row] = mine
+        for stack, path in self._whole_of.values():
+            whole = stack.whole(path)
+            for member, name in enumerate(stack.names) if whole in optimizer.state else ():
+                if (number := self.group_of.get((name, path))) is not None:
+                    part = Part(f"{name}/{path}", whole, 0, member)
+                    if mine := cut(optimizer.state[whole], part, optimizer, optimizer.param_groups[number]):
+                        self._state_of[name, path] = mine
         # Groups that have the model's parameters in the order of a new model keep them so.
         orders = [[self._order[id(each)] for each, _ in some if id(each) in self._order] for some in self._groups]
         self._is_sorted = [order == sorted(order) for order in orders]
 
-    def group_for(self, path: str, source: str | None) -> int | None:
-        """The group for a new expert's tensor; ``None`` if the optimizer has several, and none of the level's experts.
-
-        Args:
-            path: The tensor's path in the expert.
-            source: The name of the expert that the new one is warm-started from.
-
-        Raises:
-            ConfigError: The level's experts are in several groups, and none is told apart.
-        """
-        if len(self._groups) == 1:
-            return 0
-        groups = dict(self._group_of)
-        place_of = {id(each): number for number, shares in enumerate(self._groups) for each, _ in shares}
+    def _grouped(self) -> dict[Row, int]:
+        """By row of the level's experts, the number of its group."""
+        wholes = {id(stack.whole(path)): (stack, path) for stack in stacks_of(self._registry) for path in stack.keys}
+        found: dict[Row, int] = {}
+        place_of: dict[int, int] = {}
+        for number, shares in enumerate(self._groups):
+            for parameter, members in shares:
+                if id(parameter) in wholes:
+                    stack, path = wholes[id(parameter)]
+                    names = stack.names if members is None else [stack.names[member] for member in members]
+                    found |= {(name, path): number for name in names}
+                else:
+                    place_of[id(parameter)] = number
         for name, expert in self._registry.items():
-            for own, parameter in ordinary_parameters(expert):
+            for path, parameter in ordinary_parameters(expert):
                 if id(parameter) in place_of:
-                    groups[name, own] = place_of[id(parameter)]
-        if source is not None and (source, path) in groups:
-            return groups[source, path]
-        for found in ({group for row, group in groups.items() if row[1] == path}, {*groups.values()}):
-            if len(found) == 1:
-                return found.pop()
-            if found:
-                raise ConfigError(
-                    f"'optimizer' must have {path!r} of the level's experts in one group, or that of 'warm_start' in "
-                    f"one (got it in groups {listed(sorted(found))}; leave 'optimizer' out, and call its "
-                    f"add_param_group)"
-                )
-        return None
+                    found[name, path] = place_of[id(parameter)]
+        return found
 
-    def group_in(self, stack: Stack, path: str, source: str | None) -> int | None:
-        """Like `group_for`, for an expert that joins a stack.
+    def require_first_values(self, stack: Stack) -> None:
+        """Refuse a new row in a stack whose state begins with values that nobody knows.
 
         Raises:
-            ConfigError: See `group_for`.
-            StackedError: Nothing tells the state of a row that the optimizer has not stepped yet.
+            StackedError: The optimizer counts a stack's steps together, and keeps other moments than those of zeros.
         """
-        whole = stack.whole(path)
-        own = [number for number, shares in enumerate(self._groups) for each, _ in shares if each is whole]
-        if isinstance(self.optimizer, PerExpert):
-            return self.group_for(path, source) if own else None
-        for key, value in self.optimizer.state.get(whole, {}).items():
-            is_moment = isinstance(value, torch.Tensor) and value.shape == whole.shape and key not in COMMON
-            if is_moment and key not in _ZERO_AT_FIRST and not _is_sum(self.optimizer, key):
-                raise StackedError(
-                    f"'optimizer' must have a state whose first value is known (got {key!r} of "
-                    f"{type(self.optimizer).__name__}; take one of celmoe.optim, or make the optimizer anew)"
-                )
-        return own[0] if own else None
+        wholes = [] if isinstance(self.optimizer, PerExpert) else [stack.whole(path) for path in stack.keys]
+        for whole in wholes:
+            for key, value in self.optimizer.state.get(whole, {}).items():
+                is_moment = isinstance(value, torch.Tensor) and value.shape == whole.shape and key not in COMMON
+                if is_moment and key not in _ZERO_AT_FIRST and not _is_sum(self.optimizer, key):
+                    raise StackedError(
+                        f"'optimizer' must have a state whose first value is known (got {key!r} of "
+                        f"{type(self.optimizer).__name__}; take one of celmoe.optim, or make the optimizer anew)"
+                    )
 
     def move(
         self,
@@ -177,7 +160,7 @@ class Places:
             gone: The ids of ordinary parameters that are no part of the model any more.
             new: By row of a new expert, its group.
         """
-        groups = {(renamed.get(name, name), path): group for (name, path), group in self._group_of.items()}
+        groups = {(renamed.get(name, name), path): group for (name, path), group in self.group_of.items()}
         groups |= {row: group for row, group in new.items() if group is not None}
         states = {(renamed.get(name, name), path): state for (name, path), state in self._state_of.items()}
         own = {name: dict(ordinary_parameters(each)) for name, each in self._registry.items()}
@@ -228,6 +211,7 @@ class Places:
                 continue
             own = after.ordinary[name].get(path)
             if own is not None and id(own) not in held:
+                held.add(id(own))
                 _insert(shares[group], _Share(own, None), order)
                 self._begin(own, group)
             for stack in after.made.values() if own is None else ():
@@ -272,6 +256,48 @@ class Places:
             start = float(self.optimizer.defaults["initial_accumulator_value"])
             made = torch.optim.Adagrad([parameter], initial_accumulator_value=start, **own)
             self.optimizer.state[parameter] = made.state[parameter]
+
+
+def groups_for(
+    places: Sequence[Places], rows: Sequence[Row], known: Collection[Row], source: str | None, stack: Stack | None
+) -> list[dict[Row, int | None]]:
+    """By optimizer, the group of each row of a new expert; ``None`` for one that the optimizer does not take.
+
+    Args:
+        places: The places of all optimizers.
+        rows: The new expert's rows.
+        known: The rows of the level's experts.
+        source: The name of the expert that the new one is warm-started from.
+        stack: The stack that the new expert joins, whose members then tell the group; else the level's experts do.
+
+    Raises:
+        ConfigError: Nothing tells one group of one optimizer.
+    """
+    found: list[dict[Row, int | None]] = [dict.fromkeys(rows) for _ in places]
+    taken = {
+        row: (number, group)
+        for number, each in enumerate(places)
+        for row, group in each.group_of.items()
+        if stack is None or row[0] in stack.names
+    }
+    for name, path in rows if places else ():
+        if source is not None and (source, path) in taken:
+            fitting = {taken[source, path]}
+        elif not (fitting := {place for row, place in taken.items() if row[1] == path}):
+            if stack is not None or (taken and any(row[1] == path for row in known)):
+                # The optimizers train the others without this tensor, or do not train them.
+                continue
+            fitting = {*taken.values()}
+        if not fitting and len(places) == 1 and len(places[0].optimizer.param_groups) == 1:
+            fitting = {(0, 0)}
+        if len(fitting) != 1:
+            raise ConfigError(
+                f"'optimizer' must have {path!r} of the level's experts in one group (got {len(fitting)} groups with "
+                f"it; give 'warm_start' to choose its group, or leave 'optimizer' out and call its add_param_group)"
+            )
+        number, group = fitting.pop()
+        found[number][name, path] = group
+    return found
 
 
 def ordinary_parameters(expert: nn.Module) -> list[tuple[str, nn.Parameter]]:
