@@ -59,6 +59,7 @@ from .loss import (
 from .norms import gradient_norms
 from .outputs import CELMoEOutput, LevelOutput
 from .routing.compiler import RoutingCompiler
+from .routing.load import LevelLoad
 from .routing.plan import LevelPlan, RoutingPlan
 from .routing.routes import LevelRoutes, LevelRouting, Routing, merge_routing, routing_constant, validate_routing_length
 from .stacked.stacking import StackedClass, StackReport, stack_experts, unstack_experts
@@ -94,6 +95,7 @@ __all__ = [
     "InputTypeError",
     "LearnedFusion",
     "LevelExplanation",
+    "LevelLoad",
     "LevelLossCallable",
     "LevelOutput",
     "LevelPlan",

@@ -18,7 +18,7 @@ FLOORS = [
     {"directml"},
     {"version", "errors", "files", "torch_internals"},
     {"json_values"},
-    {"config", "experts", "rows.slots", "routing.layout"},
+    {"config", "experts", "rows.slots", "routing.layout", "routing.load"},
     {"rows.containers", "names", "routing.routes", "patterns", "stacked.frozen", "stacked.rows"},
     {"rows.context", "routing.planner", "reference_context", "fusion", "stacked.stack"},
     {"stacked.member", "stacked.presence", "stacked.naming"},
@@ -152,7 +152,17 @@ def test_the_street_is_used():
     assert {"grouped.ops.table", "grouped.kernels.product"} <= reached["grouped.ops.recurrent"]
     assert {"distributed.gradients", "hierarchy"} <= reached["distributed.data_parallel"]
     assert {file for file, found in reached.items() if not found} <= MAPS | {
-        *("version", "errors", "directml", "experts", "files", "names", "rows.slots", "torch_internals"),
+        *(
+            "version",
+            "errors",
+            "directml",
+            "experts",
+            "files",
+            "names",
+            "rows.slots",
+            "routing.load",
+            "torch_internals",
+        ),
         "traced.registered",
         *(
             "grouped.segments",

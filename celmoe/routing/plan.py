@@ -23,6 +23,7 @@ from celmoe.errors import PlanError, RouteTypeError, UnknownLevelError, nearest
 from celmoe.torch_internals import is_symbolic_tensor, register_container
 
 from .layout import Layout
+from .load import LevelLoad
 from .planner import HostLevel, sort_samples
 from .routes import CodeArray, Codes, RouteTable
 
@@ -185,6 +186,19 @@ class RoutingPlan:
         _require_readable(self, "plan")
         experts = next(each.experts for each in self.layout.levels if each.name == level)
         return [experts[each] for each in plan.expert_ids.tolist()]
+
+    def load(self) -> dict[str, LevelLoad]:
+        """The samples of each expert, by level; asks no device.
+
+        Raises:
+            PlanError: The plan is one of tensors alone, and on meta or traced.
+        """
+        found = {}
+        for level in self.layout.levels:
+            plan = self.levels[level.name]
+            counts = dict(zip(plan.present, plan.counts, strict=True))
+            found[level.name] = LevelLoad(level.name, {name: counts.get(name, 0) for name in level.experts})
+        return found
 
     def slice(self, start: int, stop: int) -> RoutingPlan:
         """The plan of the samples from ``start`` up to, but not including, ``stop``.

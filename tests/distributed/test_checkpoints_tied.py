@@ -81,7 +81,9 @@ def by_file(model, other, optimizer, read, folder):
 @pytest.mark.parametrize("order", ["abc", "cba"])
 @pytest.mark.parametrize("way", [by_checkpoint, by_file])
 @pytest.mark.parametrize("tie", TIES)
-def test_checkpoints_keep_values_and_ties(tmp_path, tie, way, order):
+def test_checkpoints_keep_values_and_ties(tmp_path, tie, way, order, monkeypatch):
+    # A checkpoint of an earlier version, which loads into a model of any order.
+    monkeypatch.setattr("celmoe.distributed.checkpoints.saving.orders_of", lambda _: {})
     model, other = make_model(tie, 0), make_model(tie, 1, order)
     optimizer, read = (torch.optim.AdamW(each.parameters(), lr=0.1) for each in (model, other))
     step(model, optimizer)
