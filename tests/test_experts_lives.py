@@ -7,19 +7,19 @@ import pytest
 from tests.lifecycle import OPTIMIZERS, live
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_life_of_ordinary_experts(optimizer, seed):
     live(seed, optimizer, is_stacked=False)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("optimizer", ["AdamW", "amsgrad", "SGD"])
 def test_a_life_of_stacked_experts(optimizer, seed):
     live(seed, optimizer, is_stacked=True)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 @pytest.mark.parametrize("is_stacked", [False, True])
 def test_a_life_in_groups(is_stacked, optimizer, seed):
