@@ -728,3 +728,26 @@ def test_parameters_without_axes(kind):
     found, expected = [model.level_modules["l"] for model in models]
     torch.testing.assert_close(found["z"].factor, expected["a"].factor.detach(), rtol=0, atol=2e-6)
     torch.testing.assert_close(found["c"].factor, expected["c"].factor.detach(), rtol=0, atol=2e-6)
+
+
+def test_experts_that_were_put_back_in_another_order():
+    model = build(is_stacked=False)
+    registry = model.level_modules["language"]
+    expert = registry["ru"]
+    del registry["ru"]
+    with pytest.raises(ConfigError, match="must hold the experts of the config"):
+        model.remove_expert("language", "pl")
+    registry["ru"] = expert
+    model.add_expert("language", "x", ExpertConfig("x"))
+    assert [*registry] == [*model.levels[1].experts] == ["ru", "pl", "uk", "it", "es", "fi", "hu", "x"]
+
+
+def test_factories_that_are_empty_containers():
+    class Factory(list):
+        def __call__(self, *_):
+            return Wide()
+
+    config = CELMoEConfig.from_tree(["a", "b"], ["l"], WIDTH)
+    model = HierarchicalCELMoE(config, factory)
+    model.add_expert("l", "c", ExpertConfig("c", metadata={"is_narrow": True}), factory=Factory())
+    assert type(model.level_modules["l"]["c"]) is Wide

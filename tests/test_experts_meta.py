@@ -140,7 +140,7 @@ def test_parameters_that_stay_in_the_optimizer(monkeypatch):
 
 
 def test_parameters_at_the_end_of_the_group(monkeypatch):
-    monkeypatch.setattr(places, "_sort", lambda *_: None)
-    monkeypatch.setattr(places, "_insert", lambda shares, share, _: shares.append(share))
+    monkeypatch.setattr(places, "sort", lambda *_: None)
+    monkeypatch.setattr(places, "insert", lambda shares, share, _: shares.append(share))
     with pytest.raises(AssertionError, match="parameters of the optimizer"):
         lives(is_stacked=False)

@@ -21,8 +21,10 @@ from celmoe.stacked.stack import Stack, ordinary, slot_of
 from celmoe.traced.registered import MODELS, register
 
 from .alone import require_alone
+from .grouping import groups_for
 from .newcomer import Factory, made, random_numbers_given_back, settle
-from .places import Places, Row, groups_for, ordinary_parameters
+from .places import Places
+from .shares import Row, ordinary_parameters
 from .structure import Structure
 
 Optimizers = torch.optim.Optimizer | Collection[torch.optim.Optimizer] | None
@@ -49,7 +51,7 @@ def add(
         )
     if factory is not None and not callable(factory):
         raise ConfigTypeError(f"'factory' must be callable (got {factory!r})")
-    if (make := factory or model._factory.factory) is None:
+    if (make := model._factory.factory if factory is None else factory) is None:
         raise ConfigError("'factory' must be given, for a model that was unpickled has none (got None)")
     with random_numbers_given_back():
         expert = made(make, level, name, config.metadata)
@@ -151,7 +153,7 @@ class _Change:
         """Change the model.
 
         Args:
-            modules: The level's experts after the change, in order.
+            modules: The level's experts after the change.
             renamed: By old name of an expert, the new one.
             removed: The name of the expert that goes.
             joining: The name of a new expert that joins the opened stack.
@@ -161,7 +163,7 @@ class _Change:
         gone = None if removed is None else registry[removed]
         order = {key: place for place, key in enumerate(registry._parameters)}
         opened = [_Opened(stack) for stack in self._opened]
-        registry.arrange(modules)
+        registry.arrange({name: modules[name] for name in self.structure.experts})
         anew: dict[int, Stack] = {}
         for each in opened:
             names = [renamed.get(name, name) for name in each.intact if name != removed]

@@ -9,7 +9,7 @@ Axes: M members of a stack.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,12 +17,11 @@ from torch import nn
 from celmoe.errors import ConfigError, InputTypeError, StackedError
 from celmoe.names import NamedModules
 from celmoe.optim.members import COMMON, Part, cut, joined
-from celmoe.optim.per_expert import MEMBERS, PerExpert, shares_of
+from celmoe.optim.per_expert import PerExpert, shares_of
 from celmoe.stacked.naming import named_tensors
 from celmoe.stacked.stack import Stack, stacks_of
 
-# An expert's name, and a tensor's path in the expert.
-Row: TypeAlias = tuple[str, str]
+from .shares import GroupShare, Names, Row, insert, ordinary_parameters, share_of, sort, write
 
 # Moments that are zero before a parameter's first step.
 _ZERO_AT_FIRST = frozenset(
@@ -31,13 +30,6 @@ _ZERO_AT_FIRST = frozenset(
         *("square_avg", "grad_avg", "acc_delta"),
     }
 )
-
-
-class _Share(NamedTuple):
-    """A group's share of a parameter: all of it, or some members of a stack."""
-
-    parameter: torch.Tensor
-    members: list[int] | None
 
 
 class _After(NamedTuple):
@@ -87,7 +79,7 @@ class Places:
             )
         self.optimizer = optimizer
         self._model = model
-        self._groups = [[_Share(each, members) for each, _, members in shares] for shares in shares_of(optimizer)]
+        self._groups = [[GroupShare(each, members) for each, _, members in shares] for shares in shares_of(optimizer)]
         # By id of a stacked parameter, the stack and the path.
         self._whole_of = {id(stack.whole(path)): (stack, path) for stack in opened for path in stack.keys}
         # Their ids must not be given to others.
@@ -170,8 +162,8 @@ class Places:
         self._take_in(new, shares, after, order)
         for is_sorted, some in zip(self._is_sorted, shares, strict=True):
             if is_sorted:
-                _sort(some, order)
-        names = _Names(self._model, self.optimizer, self._names)
+                sort(some, order)
+        names = Names(self._model, self.optimizer, self._names)
         for old in self._kept:
             stack, path = self._whole_of[id(old)]
             if id(stack) in made:
@@ -179,28 +171,28 @@ class Places:
         for parameter in [each for each in self.optimizer.state if id(each) in self._whole_of or id(each) in gone]:
             del self.optimizer.state[parameter]
         self._take_states(after, states, {name for name, _ in new})
-        _write(self.optimizer, shares, names)
+        write(self.optimizer, shares, names)
 
-    def _followed(self, number: int, after: _After, gone: Collection[int]) -> list[_Share]:
+    def _followed(self, number: int, after: _After, gone: Collection[int]) -> list[GroupShare]:
         """A group's shares, with what has come in place of opened stacks, and without what is gone."""
-        found: list[_Share] = []
+        found: list[GroupShare] = []
         for share in self._groups[number]:
             if id(share.parameter) not in self._whole_of:
                 found += [] if id(share.parameter) in gone else [share]
                 continue
             stack, path = self._whole_of[id(share.parameter)]
             if (anew := after.made.get(id(stack))) is not None:
-                found += _share(anew, path, after.groups, number)
+                found += share_of(anew, path, after.groups, number)
             # Experts that have left the stack have parameters of their own.
             for name in (after.renamed.get(name, name) for name in stack.names):
                 if path in after.ordinary.get(name, ()) and after.groups.get((name, path)) == number:
-                    found.append(_Share(after.ordinary[name][path], None))
+                    found.append(GroupShare(after.ordinary[name][path], None))
         return found
 
     def _take_in(
         self,
         new: Mapping[Row, int | None],
-        shares: Sequence[list[_Share]],
+        shares: Sequence[list[GroupShare]],
         after: _After,
         order: Mapping[int, int],
     ) -> None:
@@ -212,12 +204,12 @@ class Places:
             own = after.ordinary[name].get(path)
             if own is not None and id(own) not in held:
                 held.add(id(own))
-                _insert(shares[group], _Share(own, None), order)
+                insert(shares[group], GroupShare(own, None), order)
                 self._begin(own, group)
             for stack in after.made.values() if own is None else ():
                 # The stack's other members may be in other groups only.
                 if name in stack.names and not any(each is stack.whole(path) for each, _ in shares[group]):
-                    shares[group] += _share(stack, path, after.groups, group)
+                    shares[group] += share_of(stack, path, after.groups, group)
 
     def _take_states(self, after: _After, states: Mapping[Row, dict[str, Any]], new: Collection[str]) -> None:
         """Give each row its state, in stacks that were made anew and out of stacks."""
@@ -258,140 +250,9 @@ class Places:
             self.optimizer.state[parameter] = made.state[parameter]
 
 
-def groups_for(
-    places: Sequence[Places], rows: Sequence[Row], known: Collection[Row], source: str | None, stack: Stack | None
-) -> list[dict[Row, int | None]]:
-    """By optimizer, the group of each row of a new expert; ``None`` for one that the optimizer does not take.
-
-    Args:
-        places: The places of all optimizers.
-        rows: The new expert's rows.
-        known: The rows of the level's experts.
-        source: The name of the expert that the new one is warm-started from.
-        stack: The stack that the new expert joins, whose members then tell the group; else the level's experts do.
-
-    Raises:
-        ConfigError: Nothing tells one group of one optimizer.
-    """
-    found: list[dict[Row, int | None]] = [dict.fromkeys(rows) for _ in places]
-    taken = {
-        row: (number, group)
-        for number, each in enumerate(places)
-        for row, group in each.group_of.items()
-        if stack is None or row[0] in stack.names
-    }
-    for name, path in rows if places else ():
-        if source is not None and (source, path) in taken:
-            fitting = {taken[source, path]}
-        elif not (fitting := {place for row, place in taken.items() if row[1] == path}):
-            if stack is not None or (taken and any(row[1] == path for row in known)):
-                # The optimizers train the others without this tensor, or do not train them.
-                continue
-            fitting = {*taken.values()}
-        if not fitting and len(places) == 1 and len(places[0].optimizer.param_groups) == 1:
-            fitting = {(0, 0)}
-        if len(fitting) != 1:
-            raise ConfigError(
-                f"'optimizer' must have {path!r} of the level's experts in one group (got {len(fitting)} groups with "
-                f"it; give 'warm_start' to choose its group, or leave 'optimizer' out and call its add_param_group)"
-            )
-        number, group = fitting.pop()
-        found[number][name, path] = group
-    return found
-
-
-def ordinary_parameters(expert: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """An expert's parameters that are in no stack, by path."""
-    return [
-        (f"{prefix}{'.' if prefix else ''}{name}", parameter)
-        for prefix, module in expert.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-
-
 def _is_sum(optimizer: torch.optim.Optimizer, key: str) -> bool:
     return key == "sum" and isinstance(optimizer, torch.optim.Adagrad)
 
 
 def _cloned(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
-def _share(stack: Stack, path: str, groups: Mapping[Row, int], number: int) -> list[_Share]:
-    """A group's share of a stack; empty if the group has no member."""
-    members = [member for member, name in enumerate(stack.names) if groups.get((name, path)) == number]
-    if not members:
-        return []
-    return [_Share(stack.whole(path), None if len(members) == len(stack.names) else members)]
-
-
-def _insert(shares: list[_Share], share: _Share, order: Mapping[int, int]) -> None:
-    """Put a share behind the last one that a new model has before it."""
-    place = order[id(share.parameter)]
-    before = [at for at, each in enumerate(shares) if order.get(id(each.parameter), place) < place]
-    after = [at for at, each in enumerate(shares) if order.get(id(each.parameter), place) > place]
-    shares.insert(before[-1] + 1 if before else after[0] if after else len(shares), share)
-
-
-def _sort(shares: list[_Share], order: Mapping[int, int]) -> None:
-    """Put the model's parameters in the model's order; what is not the model's stays at its place."""
-    places = [at for at, each in enumerate(shares) if id(each.parameter) in order]
-    own = sorted((shares[at] for at in places), key=lambda share: order[id(share.parameter)])
-    for at, share in zip(places, own, strict=True):
-        shares[at] = share
-
-
-def _write(optimizer: torch.optim.Optimizer, shares: Sequence[Sequence[_Share]], names: _Names) -> None:
-    """Write the groups, which stay the same objects. See [Note: Groups of experts]."""
-    numbers: dict[int, int] = {}
-    for group, some in zip(optimizer.param_groups, shares, strict=True):
-        own = [each for each, _ in some if id(each) not in numbers]
-        numbers |= {id(each): number for number, each in enumerate(own, len(numbers))}
-        group["params"] = own
-        if "param_names" in group:
-            group["param_names"] = [names.of(each) for each in own]
-    for group, some in zip(optimizer.param_groups, shares, strict=True):
-        group.pop(MEMBERS, None)
-        if entry := [[numbers[id(each)], members] for each, members in some if members is not None]:
-            group[MEMBERS] = entry
-
-
-class _Names:
-    """The names that an optimizer's groups give to parameters, if they do.
-
-    Args:
-        model: The changed model.
-        optimizer: The optimizer before the change.
-        before: The model's names before the change, by id of an ordinary parameter.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, before: Mapping[int, str]) -> None:
-        self._given = {
-            id(parameter): name
-            for group in optimizer.param_groups
-            for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
-        }
-        self._before = before
-        self._now = {id(each): name for name, (each, member) in named_tensors(model).items() if member is None}
-        # A model may be a part of the module that named the parameters.
-        self._prefix = next(
-            (
-                name.removesuffix(before[key])
-                for key, name in self._given.items()
-                if name.endswith(before.get(key, "\0"))
-            ),
-            "",
-        )
-
-    def follow(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Let a parameter have another one's name."""
-        if id(before) in self._given:
-            self._given[id(after)] = self._given[id(before)]
-
-    def of(self, parameter: torch.Tensor) -> str:
-        """The name of a parameter."""
-        given, now = self._given.get(id(parameter)), self._now.get(id(parameter))
-        if now is None or (given is not None and given != f"{self._prefix}{self._before.get(id(parameter), now)}"):
-            return given or ""
-        return f"{self._prefix}{now}"
