@@ -751,3 +751,56 @@ def test_factories_that_are_empty_containers():
     model = HierarchicalCELMoE(config, factory)
     model.add_expert("l", "c", ExpertConfig("c", metadata={"is_narrow": True}), factory=Factory())
     assert type(model.level_modules["l"]["c"]) is Wide
+
+
+@pytest.mark.parametrize("call", ["add", "remove", "rename"])
+def test_factored_moments_are_refused(call):
+    """Adafactor keeps one moment for the vectors of all members of a stack."""
+    model = build(is_stacked=True)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    run(model, ["ru", "it", "pl"])
+    optimizer.step()
+    before = picture(model, optimizer)
+    calls = {
+        "add": lambda: model.add_expert("language", "x", ExpertConfig("x"), optimizer=optimizer),
+        "remove": lambda: model.remove_expert("language", "uk", optimizer=optimizer),
+        "rename": lambda: model.rename_expert("language", "uk", "x", optimizer=optimizer),
+    }
+    with pytest.raises(StackedError, match="'optimizer' must keep a state that can be told apart by expert"):
+        calls[call]()
+    assert_same(picture(model, optimizer), before)
+
+
+def test_factored_moments_of_ordinary_experts_stay():
+    model = build(is_stacked=False)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    run(model, ["ru", "it", "pl"])
+    optimizer.step()
+    state = {id(parameter): own for parameter, own in optimizer.state.items()}
+    model.add_expert("language", "x", ExpertConfig("x"), optimizer=optimizer)
+    model.rename_expert("language", "it", "a", optimizer=optimizer)
+    model.remove_expert("language", "ru", optimizer=optimizer)
+    kept = {id(parameter): own for parameter, own in optimizer.state.items()}
+    assert all(state[key] is own for key, own in kept.items())
+    assert len(kept) == len(state) - 3
+    run(model, ["a", "x", "pl"])
+    optimizer.step()
+
+
+def test_learning_rates_and_gradients_of_others_stay():
+    for is_stacked in (False, True):
+        model, optimizer = trained(is_stacked=is_stacked)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        before = {
+            name: None if each.grad is None else each.grad.clone()
+            for name, each in model.level_modules["language"]["uk"].named_parameters()
+        }
+        assert any(each is not None for each in before.values())
+        model.add_expert("language", "x", ExpertConfig("x"), optimizer=optimizer)
+        model.remove_expert("language", "it", optimizer=optimizer)
+        model.rename_expert("language", "uk", "a", optimizer=optimizer)
+        found = {name: each.grad for name, each in model.level_modules["language"]["a"].named_parameters()}
+        assert_same(found, before)
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["lr"] < 0.01
