@@ -234,14 +234,14 @@ class HierarchicalCELMoE(nn.Module):
             config: The new expert's config.
             warm_start: The name of an expert of the level, whose values the new one takes: parameters and buffers.
             factory: Makes the expert, like the constructor's ``expert_factory``; by default that of the constructor.
-            optimizer: The optimizer of the model, or several. Each takes the new parameters into the group of
-                ``warm_start``'s, else of the other experts', and keeps everybody's state. If the new expert joins a
-                stack, all optimizers that hold the stack must be given.
+            optimizer: The optimizer of the model, or several. Each new parameter goes into the group of the same tensor
+                of ``warm_start``, else into the one group of that tensor of the other experts. Everybody's state stays.
+                If the new expert joins a stack, all optimizers that hold the stack must be given.
 
         Raises:
             UnknownLevelError, UnknownExpertError: The model has no such level, or the level no such ``warm_start``.
             ConfigError, ConfigTypeError: The name exists, the parent does not, the factory makes no module or one that
-                ``warm_start`` does not fit, or the level's experts are in several groups.
+                ``warm_start`` does not fit, or nothing tells one group for the new parameters.
             StackedError: An optimizer holds the stack, and was not given; or its state can't be kept apart by expert.
             ProcessGroupError: The model is spread over ranks.
             InputTypeError: ``optimizer`` is none.
