@@ -1,10 +1,10 @@
-"""The sums of products by segment as operators, whose segments only the device knows: see `product`.
+"""Sums of products by segment, and GRUs, as operators whose segments only the device knows: see `product` and `gru`.
 
 A graph that a compiler makes takes each of them as one call, for any number of rows by member. A call reads the
 segments' ends when it runs, and chooses the backend as ever. On a CPU this costs nothing, elsewhere the device is
 waited for.
 
-Axes: R rows, P members, K and N widths.
+Axes: R rows, P members, K and N widths, S positions, H hidden width, G = 3H.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from celmoe.grouped.segments import Segments
 from celmoe.torch_internals import ON_THE_HOST
 
+from .gru import gru, gru_gradients
 from .product import BACKENDS, backend_of
 
 
@@ -67,3 +68,51 @@ def segment_sum(x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
 @segment_sum.register_fake
 def _(x_RK: torch.Tensor, ends_P: torch.Tensor) -> torch.Tensor:
     return x_RK.new_empty(ends_P.shape[0], x_RK.shape[1])
+
+
+@torch.library.custom_op("celmoe::gru", mutates_args=(), **ON_THE_HOST)
+def _gru(
+    given_SRG: torch.Tensor,
+    start_RH: torch.Tensor,
+    w_PGH: torch.Tensor,
+    b_PG: torch.Tensor | None,
+    ends_P: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `gru.gru`."""
+    return gru(given_SRG, start_RH, w_PGH, b_PG, _segments(ends_P))
+
+
+@_gru.register_fake
+def _(
+    given_SRG: torch.Tensor,
+    _start: torch.Tensor,
+    w_PGH: torch.Tensor,
+    _bias: torch.Tensor | None,
+    _ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return given_SRG.new_empty(*given_SRG.shape[:2], w_PGH.shape[2]), torch.empty_like(given_SRG)
+
+
+@torch.library.custom_op("celmoe::gru_gradients", mutates_args=(), **ON_THE_HOST)
+def _gru_gradients(
+    grad_SRH: torch.Tensor,
+    given_SRG: torch.Tensor,
+    before_SRH: torch.Tensor,
+    kept_SRG: torch.Tensor,
+    w_PGH: torch.Tensor,
+    ends_P: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `gru.gru_gradients`."""
+    return gru_gradients(grad_SRH, given_SRG, before_SRH, kept_SRG, w_PGH, _segments(ends_P))
+
+
+@_gru_gradients.register_fake
+def _(
+    _grad: torch.Tensor,
+    _given: torch.Tensor,
+    before_SRH: torch.Tensor,
+    kept_SRG: torch.Tensor,
+    _weights: torch.Tensor,
+    _ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(kept_SRG), torch.empty_like(before_SRH), torch.empty_like(before_SRH[0])
