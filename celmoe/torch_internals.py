@@ -239,6 +239,13 @@ def unfollowed(function: Callable[..., Any]) -> Callable[..., Any]:
     return nonstrict_trace(function)
 
 
+def follows(module: nn.Module) -> bool:
+    """True if the tracer follows a module by its present settings, as far as the module's classes tell."""
+    from torch._dynamo import config
+
+    return config.allow_rnn or not any(isinstance(each, nn.RNNBase) for each in module.modules())
+
+
 def is_functional(tensor: torch.Tensor) -> bool:
     """True for a tensor of a compiler's pass behind the tracer."""
     from torch._subclasses.functional_tensor import FunctionalTensor

@@ -19,7 +19,7 @@ from celmoe.grouped.boundary import Entered, Port, enter, leave
 from celmoe.grouped.capture import Sample, WrongResult
 from celmoe.grouped.classes import Unit
 from celmoe.grouped.program import Bound, Outcome, run_program
-from celmoe.grouped.segments import Segments
+from celmoe.grouped.segments import FEW_OF_A_STACK, Segments
 from celmoe.grouped.values import CannotGroupError
 from celmoe.rows.context import ContextRows
 from celmoe.rows.dispatch import cut
@@ -29,11 +29,6 @@ from .looped import run_looped
 
 # Losses and aux of an expert.
 Extras: TypeAlias = tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]
-
-
-# If fewer than one in so many members are present, taking their tensors out of the stack costs less than computing
-# nothing for the others.
-_FEW_OF_A_STACK = 3
 
 
 @dataclass
@@ -175,7 +170,7 @@ def _stacked(
     members: torch.Tensor | None = None
     if unit.members != tuple(range(len(stack.names))):
         is_whole = all(name in stack.keys for name in names) and not record.captured.losses
-        is_whole &= _FEW_OF_A_STACK * len(unit.members) >= len(stack.names)
+        is_whole &= FEW_OF_A_STACK * len(unit.members) >= len(stack.names)
         if calls is not None and calls.takes_absent and is_whole and list(unit.members) == sorted(unit.members):
             all_counts = [0] * len(stack.names)
             for member, count in zip(unit.members, counts, strict=True):

@@ -48,6 +48,9 @@ class Bucket(NamedTuple):
     members: int
 
 
+# If fewer than one in so many members are present, taking their tensors out of the stack costs less than computing
+# nothing for the others.
+FEW_OF_A_STACK = 3
 # Most places per row in a bucket: larger buckets save calls, but waste computation on empty places.
 MOST_PLACES_A_ROW = 1.25
 

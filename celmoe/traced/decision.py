@@ -33,6 +33,10 @@ OPAQUE = "opaque"
 APART = "apart"
 
 
+# Operations whose graph grows with the number of positions.
+_UNROLLED = {"lstm", "rnn_tanh", "rnn_relu"}
+
+
 class Way(NamedTuple):
     """How a level can be part of a graph.
 
@@ -115,10 +119,14 @@ def way_of(
 def _reason(unit: Unit, *, is_exported: bool) -> str | None:
     """The reason that a unit of all experts can't be the graph's own operations, or ``None``."""
     stack, record = unit.stack, unit.record
+    if len(unit.modules) == 1:
+        return "are one, which the tracer does not follow"
     if unit.fault is not None or record is None or record.program is None:
         return unit.fault or "can't run as one"
     if is_exported:
         return None
+    if not _UNROLLED.isdisjoint(step.name for step in record.program.steps):
+        return "run position by position"
     if stack is None or unit.members != tuple(range(len(stack.names))):
         return "are not stacked"
     if not all(name in stack.keys for name in record.captured.names):

@@ -22,7 +22,7 @@ from celmoe.outputs import CELMoEOutput, LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
 from celmoe.rows.context import ContextRows
 from celmoe.stacked.stack import Stack
-from celmoe.torch_internals import apart, is_functional, is_symbolic_tensor, tree_map, unfollowed
+from celmoe.torch_internals import apart, follows, is_functional, is_symbolic_tensor, tree_map, unfollowed
 
 from .decision import APART, INSIDE, Way, way_of
 from .inside import run_inside
@@ -58,7 +58,7 @@ def forward_traced(
     losses: dict[str, torch.Tensor] = {}
     loss_weights: dict[str, float] = {}
     for index, (level, indices) in enumerate(zip(model._levels, plan.indices, strict=True)):
-        if len(level.experts) == 1:
+        if not ways[index]:
             rows = _ContextOfAll(context, hidden.shape[0])
             order, inverse, ids = indices
             counts = (hidden.shape[0],)
@@ -115,7 +115,9 @@ def _is_aligned(leaf: Any, batch_size: int) -> bool:
 
 
 def _ways(model: Any, hidden: torch.Tensor, packed: Any) -> list[int] | None:
-    """By level the number of its way in `_WAYS`, 0 for one expert alone; ``None`` if a level can't be in a graph.
+    """By level the number of its way in `_WAYS`, 0 for one expert alone that the tracer follows.
+
+    ``None`` if a level can't be in a graph.
 
     All levels are asked before an expert runs: else its side effects would come twice. What a level is given may turn
     out otherwise, and is then asked about again.
@@ -123,7 +125,7 @@ def _ways(model: Any, hidden: torch.Tensor, packed: Any) -> list[int] | None:
     found = []
     for index, level in enumerate(model._levels):
         number = 0
-        if len(level.experts) > 1:
+        if len(level.experts) > 1 or not _is_followed(model._key, index):
             number = _asked(model._key, index, hidden, packed)
             if not number:
                 return None
@@ -178,6 +180,13 @@ _WAYS: weakref.WeakKeyDictionary[nn.Module, dict[int, Way]] = weakref.WeakKeyDic
 # The numbers, by key of the model, index of the level, and what the level is given; and the latest number of a level.
 _BY_FACTS: dict[Any, int] = {}
 _LATEST: dict[tuple[str, int], int] = {}
+
+
+@unfollowed
+def _is_followed(key: str, index: int) -> bool:
+    """True if the tracer follows a level's only expert."""
+    level, modules, _ = _found(key, index)
+    return torch.compiler.is_exporting() or follows(modules[level.experts[0]])
 
 
 @unfollowed

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.autograd import Function
 from torch.nn import functional as F
 
 from celmoe.directml import is_directml
-from celmoe.grouped.kernels.product import is_batched, linear, outer, repeated, segment_sum
-from celmoe.grouped.segments import Segments
+from celmoe.grouped.kernels.gru import gru, gru_gradients
+from celmoe.grouped.kernels.product import is_batched, linear, outer, segment_sum
+from celmoe.grouped.segments import DeviceSegments, Segments
 from celmoe.grouped.values import CannotGroupError, Rows, Stack, like, rows
 from celmoe.torch_internals import VARIABLE_FUNCTIONS
 
@@ -179,23 +180,13 @@ class _GRU(Function):
     ) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         w_PGH, b_PG = _stacked(members, segments, is_whole)
-        num_positions, num_rows, gates = given_SRG.shape
-        width = gates // 3
-        out_SRH = given_SRG.new_empty(num_positions, num_rows, width)
-        # The backward pass reads both gates and the hidden's share of the new value, and recomputes the new value.
-        kept_SRG = torch.empty_like(given_SRG)
-        multiply = repeated(w_PGH, b_PG, segments)
-        hidden = start_RH
-        for given, kept, out in zip(given_SRG.unbind(0), kept_SRG.unbind(0), out_SRH.unbind(0), strict=True):
-            multiply(hidden, kept)
-            both = kept[:, : 2 * width]
-            both.add_(given[:, : 2 * width]).sigmoid_()
-            reset, update, hidden_new = kept.chunk(3, 1)
-            new = torch.addcmul(given[:, 2 * width :], reset, hidden_new).tanh_()
-            hidden = torch.lerp(new, hidden, update, out=out)
+        if isinstance(segments, DeviceSegments):
+            out_SRH, kept_SRG = torch.ops.celmoe.gru(given_SRG, start_RH, w_PGH, b_PG, segments.ends())
+        else:
+            out_SRH, kept_SRG = gru(given_SRG, start_RH, w_PGH, b_PG, segments)
         ctx.save_for_backward(given_SRG, start_RH, out_SRH, kept_SRG, *members)
         ctx.segments, ctx.is_whole = segments, is_whole
-        return out_SRH
+        return cast(torch.Tensor, out_SRH)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -205,29 +196,17 @@ class _GRU(Function):
         segments, is_whole = ctx.segments, ctx.is_whole
         if torch.is_grad_enabled() or is_batched(grads[0]):
             return _again(given_SRG, start_RH, members, segments, is_whole, grads[0], ctx.needs_input_grad)
-        reset, update, hidden_new = kept_SRG.chunk(3, 2)
-        new = torch.addcmul(given_SRG.chunk(3, 2)[2], reset, hidden_new).tanh_()
         before = torch.cat([start_RH.unsqueeze(0), out_SRH[:-1]])
-        # h' = n + z (h - n): slopes by the shares, which become the shares' gradients as the states' are known.
-        shares_SRG = torch.empty_like(kept_SRG)
-        of_reset, of_update, of_hidden = shares_SRG.chunk(3, 2)
-        torch.mul((before - new).mul_(update), 1 - update, out=of_update)
-        of_new = new.square_().neg_().add_(1).mul_(1 - update)
-        torch.mul(of_new, reset, out=of_hidden)
-        torch.mul(of_hidden * hidden_new, 1 - reset, out=of_reset)
-        multiply = repeated(_stacked(members, segments, is_whole)[0].transpose(1, 2), None, segments)
-        grad_hidden, product = torch.zeros_like(start_RH), torch.empty_like(start_RH)
-        for position in range(len(out_SRH) - 1, -1, -1):
-            grad, share = grad_hidden.add_(grads[0][position]), shares_SRG[position]
-            share.unflatten(1, (3, -1)).mul_(grad.unsqueeze(1))
-            of_new[position].mul_(grad)
-            grad_hidden = torch.addcmul(multiply(share, product), grad, update[position])
-        # Free the stack before gradients of its size are made.
-        del multiply
-        of_members = _of_members(ctx, shares_SRG, before)
-        # Only the new value's input has another slope than the hidden's share of it.
-        of_hidden.copy_(of_new)
-        return shares_SRG, grad_hidden, None, None, *of_members
+        # Not kept: gradients of the weights' size are made below.
+        arguments = grads[0], given_SRG, before, kept_SRG, _stacked(members, segments, is_whole)[0]
+        if isinstance(segments, DeviceSegments):
+            shares, of_new, of_start = torch.ops.celmoe.gru_gradients(*arguments, segments.ends())
+        else:
+            shares, of_new, of_start = gru_gradients(*arguments, segments)
+        del arguments
+        of_members = _of_members(ctx, shares, before)
+        shares.chunk(3, 2)[2].copy_(of_new)
+        return shares, of_start, None, None, *of_members
 
 
 def _of_members(ctx: Any, shares_SRG: torch.Tensor, before_SRH: torch.Tensor) -> list[torch.Tensor | None]:
