@@ -52,7 +52,7 @@ def factory(_level: str, _name: str, metadata: Any) -> nn.Module:
     return Narrow() if metadata.get("is_narrow") else Wide()
 
 
-def build(*, is_stacked: bool, seed: int = 0) -> HierarchicalCELMoE:
+def build(*, is_stacked: bool, seed: int = 0, engine: str = "looped") -> HierarchicalCELMoE:
     """A model of two levels, whose experts are of two classes."""
     torch.manual_seed(seed)
     tree = {"slavic": ["ru", "pl", "uk"], "romance": ["it", "es"], "other": ["fi", "hu"]}
@@ -60,7 +60,7 @@ def build(*, is_stacked: bool, seed: int = 0) -> HierarchicalCELMoE:
     for name in ("pl", "es", "hu"):
         config.levels[1].experts[name].metadata = {"is_narrow": True}
     config.levels[0].fallback_expert = "other"
-    model = HierarchicalCELMoE(config, factory, engine="looped").double()
+    model = HierarchicalCELMoE(config, factory, engine=engine).double()
     if is_stacked:
         celmoe.stack_experts(model)
     return model
@@ -74,13 +74,16 @@ class Life:
         optimizer: A name of `OPTIMIZERS`.
         is_stacked: True for a model with stacks.
         has_groups: True for learning rates by expert.
+        engine: The model's engine.
     """
 
-    def __init__(self, seed: int, optimizer: str, *, is_stacked: bool, has_groups: bool = False) -> None:
+    def __init__(
+        self, seed: int, optimizer: str, *, is_stacked: bool, has_groups: bool = False, engine: str = "looped"
+    ) -> None:
         self.random = random.Random(seed)
         self.make, self.make_alone, self.options = OPTIMIZERS[optimizer]
         self.is_stacked = is_stacked
-        self.model = build(is_stacked=is_stacked, seed=seed)
+        self.model = build(is_stacked=is_stacked, seed=seed, engine=engine)
         patterns = {"language/[r-z]*": {"lr": 0.03}, "language/[!i]*": {"lr": 0.02}} if has_groups else {}
         self.rates = dict.fromkeys(("ru", "uk"), patterns["language/[r-z]*"]["lr"]) if has_groups else {}
         self.rates |= dict.fromkeys(("pl", "es", "fi", "hu"), 0.02) if has_groups else {}
@@ -238,7 +241,7 @@ class Life:
         self.log.append("reload")
         self.unfreeze_all()
         saved = json.loads(json.dumps(self.model.config.to_dict(), sort_keys=True))
-        model = HierarchicalCELMoE(CELMoEConfig.from_dict(saved), factory, engine="looped").double()
+        model = HierarchicalCELMoE(CELMoEConfig.from_dict(saved), factory, engine=self.model.engine).double()
         model.load_state_dict(self.model.state_dict())
         state = state_by_name(self.model, self.optimizer)
         if self.is_stacked:
@@ -328,9 +331,9 @@ class Life:
                 )
 
 
-def live(seed: int, optimizer: str, *, is_stacked: bool, has_groups: bool = False, length: int = 12) -> None:
+def live(seed: int, optimizer: str, *, length: int = 12, has_groups: bool = False, **options: Any) -> None:
     """A life of some changes, each between steps or between a backward pass and its step."""
-    life = Life(seed, optimizer, is_stacked=is_stacked, has_groups=has_groups)
+    life = Life(seed, optimizer, has_groups=has_groups, **options)
     life.train()
     for _ in range(length):
         if life.random.random() < 0.3:

@@ -24,3 +24,9 @@ def test_a_life_of_stacked_experts(optimizer, seed):
 @pytest.mark.parametrize("is_stacked", [False, True])
 def test_a_life_in_groups(is_stacked, optimizer, seed):
     live(seed, optimizer, is_stacked=is_stacked, has_groups=True)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_life_of_grouped_experts(is_stacked, seed):
+    live(seed, "AdamW", is_stacked=is_stacked, engine="grouped")
