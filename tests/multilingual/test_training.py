@@ -49,6 +49,9 @@ def batch() -> Batch:
     return Batch(
         characters=torch.zeros(4, 20, dtype=torch.int32),
         targets=torch.zeros(4, dtype=torch.int64),
+        proposals=torch.zeros(4, 0, dtype=torch.int64),
+        counts=torch.zeros(4, 0, 0, dtype=torch.uint8),
+        totals=torch.zeros(4, 0, dtype=torch.uint8),
         languages=["id"] * 4,
         plan=compiler({"language": ["id"] * 4}),
     )
@@ -87,6 +90,19 @@ def test_each_step_is_timed_from_an_idle_device_to_an_idle_device(batch: Batch, 
     progress = Progress(planned_steps=1, total_steps=1)
     assert train([contender("a"), contender("b")], iter([batch]), progress, None, watchers(log))
     assert log[:6] == ["wait", "a", "wait", "wait", "b", "wait"]
+
+
+def test_a_contender_with_a_stride_takes_one_step_in_so_many(batch: Batch, log: list[str]) -> None:
+    progress = Progress(planned_steps=7, total_steps=7)
+    every, third = contender("a"), replace(contender("b"), stride=3)
+    assert train([every, third], iter([batch] * 7), progress, None, watchers(log), validations=2)
+    told = [event for event in log if event != "wait"]
+    # Steps 1, 4 and 7; a validation in between is of the latest one.
+    assert [event for event in told if event in {"b", "validated b"}] == [
+        "b", "validated b", "b", "validated b", "b", "validated b"
+    ]  # fmt: skip
+    assert (every.words, third.words) == (28, 12)
+    assert [point.step for point in progress.curve if point.contender == "b"] == [1, 3, 4, 6, 7]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
