@@ -28,6 +28,7 @@ class RunIdentity:
     """What must not change between a run and its resumption."""
 
     languages: tuple[str, ...]
+    pairs: int
     batch_size: int
     seed: int
 
@@ -65,6 +66,7 @@ def save_checkpoint(
         "format": FORMAT,
         "identity": {
             "languages": list(identity.languages),
+            "pairs": identity.pairs,
             "batch_size": identity.batch_size,
             "seed": identity.seed,
         },
@@ -114,7 +116,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def identity_of(state: dict[str, Any]) -> RunIdentity:
     """Which run wrote the checkpoint."""
     found = state["identity"]
-    return RunIdentity(languages=tuple(found["languages"]), batch_size=found["batch_size"], seed=found["seed"])
+    return RunIdentity(**{**found, "languages": tuple(found["languages"])})
 
 
 def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[Contender]) -> Progress:

@@ -245,7 +245,7 @@ def compare(options: Options, reporter: Reporter) -> int:
     deadline = Deadline(time.monotonic() + options.minutes * 60)
     prepare_folder(options.report)
     identity = resolve_identity(options, None)
-    data = prepare_data(identity.languages, reporter)
+    data = prepare_data(identity.languages, reporter, identity.pairs)
     compiler = make_compiler(data)
     collator = Collator(data.tables[TRAIN], data.vocabulary.languages, compiler)
     rows = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)

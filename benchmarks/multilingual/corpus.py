@@ -3,7 +3,8 @@
 simplemma ships one dictionary a language, form -> lemma (54 languages, 37.9 million pairs). We draw at most
 `FORMS_PER_LANGUAGE` pairs of each, uniformly and with a fixed seed, and keep them as the dictionary gives them: pairs
 whose lemma equals the form included, case untouched. The cap is what balances the languages: all but the smallest
-few give equally many pairs, the smallest give all they have.
+few give equally many pairs, the smallest give all they have. A longer run draws more pairs, for training alone: its
+validation and test words are those of any run.
 
 The split is by lemma: a stable hash of the case-folded lemma decides, so that no lemma is on two sides, neither
 within a language nor between two languages that share the word.
@@ -85,16 +86,23 @@ def cache_path(folder: Path, language: str, cap: int, kind: str = f"format-{FORM
 
 
 def draw_sample(language: str, cap: int) -> LanguageSample:
-    """At most ``cap`` pairs of this language's dictionary, in its own order."""
+    """At most ``cap`` pairs of this language's dictionary, in its own order.
+
+    Beyond the first `FORMS_PER_LANGUAGE` drawn, pairs of training lemmas alone are kept.
+    """
     dictionary = DefaultDictionaryFactory(1).get_dictionary(language)
     size = len(dictionary)
-    chosen = np.zeros(size, dtype=bool)
-    chosen[np.random.default_rng(zlib.crc32(language.encode())).permutation(size)[:cap]] = True
+    # The place of each pair in the order of the draw.
+    drawn = np.empty(size, dtype=np.int64)
+    drawn[np.random.default_rng(zlib.crc32(language.encode())).permutation(size)] = np.arange(size)
+    chosen = drawn < cap
     forms: list[str] = []
     lemmas: list[str] = []
     # Looking up only the chosen forms spares decoding the millions of others.
-    for form in compress(dictionary, chosen.tolist()):
+    for form, place in zip(compress(dictionary, chosen.tolist()), drawn[chosen].tolist(), strict=True):
         lemma = dictionary[form]
+        if place >= FORMS_PER_LANGUAGE and split_of(lemma) != TRAIN:
+            continue
         if not any(mark in text for mark in (LINE, FIELD_SEPARATOR) for text in (form, lemma)):
             forms.append(form)
             lemmas.append(lemma)

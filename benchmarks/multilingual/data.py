@@ -93,10 +93,10 @@ def _read(
     return [load(language) if content is None else content for language, content in found.items()]
 
 
-def prepare_data(languages: Sequence[str], reporter: Reporter) -> Data:
+def prepare_data(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> Data:
     """The words of these languages, encoded."""
-    samples = read_samples(languages, reporter)
-    evidence = read_evidence(languages, reporter)
+    samples = read_samples(languages, reporter, cap)
+    evidence = read_evidence(languages, reporter, cap)
     vocabulary = build_vocabulary(samples, evidence)
     tables = {split: build_table(samples, evidence, vocabulary, split) for split in (TRAIN, VALIDATION, TEST)}
     return Data(

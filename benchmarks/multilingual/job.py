@@ -50,7 +50,7 @@ from benchmarks.multilingual.network import (
 )
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
 from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
-from benchmarks.multilingual.schedule import Deadline, plan_steps
+from benchmarks.multilingual.schedule import Deadline, plan_pairs, plan_steps
 from benchmarks.multilingual.training import (
     Contender,
     CurvePoint,
@@ -139,6 +139,7 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
     """
     asked = RunIdentity(
         languages=options.languages or tuple(known_languages()),
+        pairs=options.pairs or plan_pairs(options.minutes),
         batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         seed=DEFAULT_SEED if options.seed is None else options.seed,
     )
@@ -147,6 +148,7 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
     found = identity_of(state)
     pairs = (
         ("--languages", options.languages, found.languages),
+        ("--pairs", options.pairs, found.pairs),
         ("--batch-size", options.batch_size, found.batch_size),
         ("--seed", options.seed, found.seed),
     )
@@ -184,8 +186,9 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
     where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
     ways = (", stacked" if options.stacked else "") + (", compiled" if options.compile else "")
     reporter.say(
-        f"{len(identity.languages)} languages, batches of {identity.batch_size:,} words, seed {identity.seed}, "
-        f"engine {options.engine}{ways}, device {options.device}, {where}{torch.get_num_threads()} threads"
+        f"{len(identity.languages)} languages of {identity.pairs:,} pairs, batches of {identity.batch_size:,} words, "
+        f"seed {identity.seed}, engine {options.engine}{ways}, device {options.device}, "
+        f"{where}{torch.get_num_threads()} threads"
     )
     with ranks.watched():
         job = _prepare(options, reporter, identity, state, ranks)
@@ -237,7 +240,7 @@ def _prepare(
     options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None, ranks: Ranks
 ) -> Run:
     with ranks.first_goes_ahead():
-        data = prepare_data(identity.languages, reporter)
+        data = prepare_data(identity.languages, reporter, identity.pairs)
     contenders = make_contenders(data, options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:

@@ -88,11 +88,12 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
     if not given.words:
         raise OptionError("'words' must be word forms (got none)")
     state = read_checkpoint(Path(given.report))
-    known = identity_of(state).languages
+    identity = identity_of(state)
+    known = identity.languages
     if given.language is None:
         raise OptionError(f"'--language' must be given, as one of {', '.join(known)} (got none)")
     language = one_of("--language", given.language, known)
-    (sample,) = read_samples([language], reporter)
+    (sample,) = read_samples([language], reporter, identity.pairs)
     for form, lemma in zip(given.words, lemmatize(state, sample, given.words), strict=True):
         reporter.say(f"{form} -> {lemma}")
     return 0

@@ -200,7 +200,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
     said = capsys.readouterr().out
     assert "training 6 steps of 256 words, 1,536 words in all" in said
-    command = f"python -m benchmarks.multilingual --resume --report {shlex.quote(str(tmp_path))} --workers 0"
+    command = f"python -m benchmarks.multilingual --resume --report {shlex.quote(str(tmp_path))}"
     assert f"stopped at step 3 of 6; go on with: {command}\n" in said
     assert not (tmp_path / "accuracy.csv").exists()
     # What a resumed run does not inherit from the process must come from the checkpoint.
@@ -381,6 +381,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_resuming_another_run_is_refused(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", "--seed", "6", "--report", str(uninterrupted)]) == 2
     assert capsys.readouterr().err == "'--seed' must be what the checkpoint was trained with, 5 (got 6)\n"
+    assert main(["--resume", "--pairs", "9", "--report", str(uninterrupted)]) == 2
+    assert capsys.readouterr().err == "'--pairs' must be what the checkpoint was trained with, 40000 (got 9)\n"
     assert main(["--resume", "--languages", "ms", "--report", str(uninterrupted)]) == 2
     assert capsys.readouterr().err == "'--languages' must be what the checkpoint was trained with, id,ms (got ms)\n"
 

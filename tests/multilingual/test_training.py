@@ -8,7 +8,15 @@ import torch
 import celmoe
 from benchmarks.multilingual import training
 from benchmarks.multilingual.batches import Batch
-from benchmarks.multilingual.schedule import LEARNING_RATE, MOST_EPOCHS, Deadline, learning_rate, plan_steps
+from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
+from benchmarks.multilingual.schedule import (
+    LEARNING_RATE,
+    MOST_EPOCHS,
+    Deadline,
+    learning_rate,
+    plan_pairs,
+    plan_steps,
+)
 from benchmarks.multilingual.training import REVISION_INTERVAL, Contender, Progress, StepResult, Watchers, train
 
 
@@ -33,13 +41,18 @@ def test_a_deadline_counts_the_steps_that_fit() -> None:
 
 def test_steps_are_planned_in_words() -> None:
     many = 10**6
-    # What the job does by default: 60 steps a minute.
+    # What the job does by default: 120 steps a minute.
     for minutes in (0.05, 1, 7.3, 11.7):
-        assert plan_steps(minutes, 4_096, many) == max(1, round(60 * minutes))
+        assert plan_steps(minutes, 4_096, many) == max(1, round(120 * minutes))
     assert plan_steps(7.3, 256, many) == 16 * plan_steps(7.3, 4_096, many)
-    assert plan_steps(7.3, 65_536, many) == round(438 / 16)
+    assert plan_steps(7.3, 65_536, many) == round(876 / 16)
     assert plan_steps(7.3, 4_096, 3) == 3 * MOST_EPOCHS
     assert plan_steps(0.001, 4_096, many) == 1
+
+
+def test_longer_runs_read_more_pairs() -> None:
+    found = [plan_pairs(minutes) for minutes in (0.1, 7.3, 29, 30, 45, 60, 600)]
+    assert found == [FORMS_PER_LANGUAGE * times for times in (1, 1, 1, 2, 3, 4, 4)]
 
 
 @pytest.fixture
