@@ -109,6 +109,7 @@ class LemmatizingExpert(celmoe.ExpertModule):
         self.widen = nn.Linear(settings.width, settings.inner_width(level))
         self.narrow = nn.Linear(settings.inner_width(level), settings.width)
         self.weigh = nn.Linear(FEATURES, settings.evidence_width)
+        self.heed = nn.Linear(settings.width, settings.evidence_width, bias=False)
         self.judge = nn.Linear(settings.evidence_width, 1)
         self.trust = nn.Linear(FEATURES, 1, bias=False)
         # No expert has an opinion on counts before it has learned.
@@ -120,8 +121,11 @@ class LemmatizingExpert(celmoe.ExpertModule):
         context = cast("Mapping[str, torch.Tensor]", batch.context)
         features = context[FEATURES_KEY]
         words, scores = batch.hidden[:, : self.width], batch.hidden[:, self.width :]
-        words = words + self.narrow(functional.gelu(self.widen(self.norm(words))))
-        opinion = self.judge(functional.relu(self.weigh(features))) + self.trust(features)
+        read = self.norm(words)
+        # Counts mean other things in other words.
+        weighed = functional.relu(self.weigh(features) + self.heed(read).unsqueeze(1))
+        opinion = self.judge(weighed) + self.trust(features)
+        words = words + self.narrow(functional.gelu(self.widen(read)))
         return celmoe.ExpertResult(torch.cat((words, scores + opinion.squeeze(-1)), dim=-1))
 
 
@@ -296,6 +300,6 @@ def multiply_adds(settings: NetworkSettings, vocabulary: Vocabulary, levels: Seq
     width, size, hidden = settings.width, settings.hidden_size, settings.evidence_width
     encoder = (WINDOW * settings.character_width + FORM_COUNTS) * width
     proposals = PROPOSALS * (FEATURES * hidden + hidden + FEATURES)
-    experts = sum(2 * width * settings.inner_width(level) + proposals for level in levels)
+    experts = sum(width * (2 * settings.inner_width(level) + hidden) + proposals for level in levels)
     rules = sum(map(len, vocabulary.candidates)) // len(vocabulary.candidates)
     return encoder + experts + len(levels) * size**2 + rules * width
