@@ -32,7 +32,7 @@ from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.batches import Collator, TrainingSteps, all_batches
 from benchmarks.multilingual.cli import answered
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TRAIN, VALIDATION, known_languages
+from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE, TRAIN, VALIDATION, known_languages
 from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import rule_accuracy
 from benchmarks.multilingual.job import EVALUATION_BATCH
@@ -111,6 +111,11 @@ def validation_accuracy(data: Data, variant: Variant, steps: int, batch_size: in
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("benchmarks.multilingual.ablation", __doc__)
     parser.add_argument("--languages", help="language codes separated by commas (default: all that simplemma has)")
+    parser.add_argument(
+        "--pairs",
+        default=str(FORMS_PER_LANGUAGE),
+        help=f"pairs drawn from each dictionary (default {FORMS_PER_LANGUAGE})",
+    )
     parser.add_argument("--steps", default="150", help="training steps (default 150)")
     parser.add_argument("--batch-size", default=str(DEFAULT_BATCH_SIZE), help=f"default {DEFAULT_BATCH_SIZE}")
     parser.add_argument("--seeds", default="1", help="how many seeds, from 0 (default 1)")
@@ -131,7 +136,7 @@ def ablate(arguments: Sequence[str], reporter: Reporter) -> int:
     steps = whole_number("--steps", given.steps, 1)
     batch_size = whole_number("--batch-size", given.batch_size, 1)
     seeds = range(whole_number("--seeds", given.seeds, 1))
-    data = prepare_data(languages, reporter)
+    data = prepare_data(languages, reporter, whole_number("--pairs", given.pairs, 1))
     table = Table(title=f"{steps} steps of {batch_size:,} words, {len(data.samples)} languages")
     for heading in ("variant", *(f"seed {seed}" for seed in seeds), "mean", "s a run"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")

@@ -402,6 +402,7 @@ def _evaluate(job: Run) -> None:
     figures.draw_accuracy(folder, scores, systems)
     figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
     figures.draw_expert_load(folder, progress.expert_load, progress.step)
+    report.write_costs(folder, scores, systems, run_facts)
     # The last files, which tell that the others are there.
     report.write_run(folder, scores, systems, run_facts)
     page.write_page(folder, scores, systems, run_facts, progress.curve, errors)

@@ -61,19 +61,25 @@ def accuracy_table(scores: Sequence[LanguageScore], systems: Sequence[str]) -> T
 
 
 COST_HEADINGS = ("system", "mean", "parameters", "multiply-adds a word", "seconds", "words seen")
+_COSTS = ("parameters", "multiply_adds", "training_seconds", "words_trained")
 
 
 def cost_rows(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> list[list[str]]:
     """Under `COST_HEADINGS`, each system's mean accuracy beside what it took; a baseline without training took none."""
-    facts = ("parameters", "multiply_adds", "training_seconds", "words_trained")
     return [
         [
             system,
             f"{macro_mean(scores, system):.1%}",
-            *(f"{round(run[fact][system]):,}" if system in run[fact] else "" for fact in facts),
+            *(f"{round(run[cost][system]):,}" if system in run[cost] else "" for cost in _COSTS),
         ]
         for system in systems
     ]
+
+
+def write_costs(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
+    """``costs.csv``: each system's mean accuracy beside what it took."""
+    rows = [[system, macro_mean(scores, system), *(run[cost].get(system, "") for cost in _COSTS)] for system in systems]
+    write_csv(folder / "costs.csv", ["system", "mean", *_COSTS], rows)
 
 
 def cost_table(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> Table:

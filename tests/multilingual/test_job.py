@@ -105,6 +105,12 @@ def test_the_report_is_whole(uninterrupted: Path) -> None:
     for row, score in zip(rows, table["languages"], strict=True):
         for system in ("experts", "universal", "wide", "table", "identity"):
             assert float(row[system]) == pytest.approx(score["accuracy"][system], abs=1e-4)
+    with (uninterrupted / "costs.csv").open() as file:
+        costs = {row["system"]: row for row in csv.DictReader(file)}
+    assert list(costs) == ["experts", "universal", "wide", "table", "identity"]
+    for system, mean in table["macro_mean"].items():
+        assert float(costs[system]["mean"]) == pytest.approx(mean)
+        assert costs[system]["parameters"] == str(table["run"]["parameters"].get(system, ""))
     for name in ("examples", "errors"):
         with (uninterrupted / f"{name}.csv").open() as file:
             examples = list(csv.DictReader(file))
