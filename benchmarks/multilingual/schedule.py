@@ -12,8 +12,8 @@ from benchmarks.multilingual.ranks import ALONE, Ranks
 # What two cores of an ordinary machine do with room to spare: 150 steps of 4,096 words. The plan follows from the
 # options alone, so that timing noise has no say, and counts words, so that small batches see as many as large ones.
 WORDS_PER_MINUTE = 150 * 4_096
-# No word is worth meeting more often than this, however many minutes there are.
-MOST_EPOCHS = 40
+# More rounds over the same words than this make unseen words worse, however many minutes there are.
+MOST_EPOCHS = 6
 # Beyond these minutes more words teach more than more rounds over the same ones do, up to so many times as many.
 MINUTES_OF_FEW_PAIRS = 15
 MOST_PAIRS = 4
