@@ -212,16 +212,30 @@ def test_memory():
         check(experts, [(said[place + 4], of["celmoe-vp 1.1.4"] / of["celmoe looped"])])
 
 
+SYSTEMS = ("experts", "universal", "wide", "table", "identity")
+
+
 def test_accuracy_by_family():
-    found = rows_of("multilingual_accuracy_by_language.csv")
+    found = rows_of("multilingual_by_language.csv")
     table = table_of(MULTILINGUAL, "family", "languages", "experts")
-    systems = ("experts", "universal", "identity")
     for family, languages, *cells in table[1:-1]:
         of = [row for row in found if FAMILY_OF[row["language"]] == family]
-        means = [sum(float(row[system]) for row in of) / len(of) for system in systems]
+        means = [sum(float(row[system]) for row in of) / len(of) for system in SYSTEMS]
         check(family, [(languages, len(of)), *zip(cells, [100 * mean for mean in means], strict=True)])
-    means = [sum(float(row[system]) for row in found) / len(found) for system in systems]
+    means = [sum(float(row[system]) for row in found) / len(found) for system in SYSTEMS]
     check("all", zip([cell.strip("*") for cell in table[-1][2:]], [100 * mean for mean in means], strict=True))
+
+
+def test_what_accuracy_took():
+    _, *rows = table_of(MULTILINGUAL, "system", "mean", "parameters")
+    assert [row[0] for row in rows] == list(SYSTEMS)
+    columns = ("mean", "parameters", "multiply_adds", "training_seconds", "words_trained")
+    for row in rows:
+        (found,) = rows_of("multilingual_costs.csv", system=row[0])
+        for cell, column in zip(row[1:], columns, strict=True):
+            assert (cell == "\N{EN DASH}") == (not found[column]), (row, column)
+            if found[column]:
+                check(row, [(number(cell), 100 * float(found[column]) if column == "mean" else found[column])])
 
 
 def test_counted_bytes():

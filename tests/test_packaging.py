@@ -98,7 +98,16 @@ def test_a_missing_dependency_is_told_too(tmp_path):
     assert missing_extra("x", path) == 'neither must be installed: pip install -e ".[x]"'
 
 
-COMMANDS = ["", ".grid", ".grouped", ".multilingual", ".multilingual.ablation", ".scaling", ".whole_steps"]
+COMMANDS = [
+    "",
+    ".grid",
+    ".grouped",
+    ".multilingual",
+    ".multilingual.ablation",
+    ".multilingual.lemmatize",
+    ".scaling",
+    ".whole_steps",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,7 +1,8 @@
-"""What each loss and each isolated level brings: ``python -m benchmarks.multilingual.ablation``.
+"""What each level and each loss brings: ``python -m benchmarks.multilingual.ablation``.
 
-The job's own training stands beside variants of it: with losses left out, with a level that keeps its gradient from the
-level above, and with the universal level alone. All train from the same seed on the same batches, for the same steps,
+The job's own training stands beside variants of it: without a level, with families that are drawn by lot, with the
+universal level alone at equal compute, with losses left out, and with a level that keeps its gradient from the level
+above. All train from the same seed on the same batches, for the same steps,
 and are measured on the validation words; the test words have no part in it.
 """
 
@@ -21,18 +22,21 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from rich.table import Table
 
+import celmoe
 from benchmarks.arguments import OptionError, make_parser, read_arguments, whole_number
 from benchmarks.multilingual.arguments import language_codes
 from benchmarks.multilingual.batches import Collator, TrainingSteps, all_batches
 from benchmarks.multilingual.cli import answered
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TRAIN, VALIDATION, known_languages
+from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE, TRAIN, VALIDATION, known_languages
 from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import rule_accuracy
 from benchmarks.multilingual.job import EVALUATION_BATCH
+from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE
@@ -41,25 +45,42 @@ from benchmarks.multilingual.training import make_contender, train_step
 
 CPU = torch.device("cpu")
 JOB_WEIGHTS = LossWeights()
-JOB_SETTINGS = NetworkSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to train; by default the job's."""
+    """One way to train; by default the job's. ``shuffled`` draws each language's family by lot."""
 
     weights: LossWeights = JOB_WEIGHTS
-    isolated_levels: tuple[str, ...] = JOB_SETTINGS.isolated_levels
+    isolated_levels: tuple[str, ...] = ()
     levels: tuple[str, ...] = LEVELS
+    shuffled: bool = False
+
+    @property
+    def settings(self) -> NetworkSettings:
+        """The job's sizes; the universal expert alone gets what the experts' compute allows."""
+        settings = NetworkSettings(isolated_levels=self.isolated_levels)
+        return settings.universal_alone() if self.levels == (UNIVERSAL,) else settings
+
+    def family_of(self, languages: Sequence[str], seed: int) -> Mapping[str, str]:
+        """The family of every language. Those drawn by lot have as many languages as the real ones."""
+        if not self.shuffled:
+            return FAMILY_OF
+        families = [FAMILY_OF[language] for language in languages]
+        return dict(zip(languages, np.random.default_rng(seed).permutation(families).tolist(), strict=True))
 
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "as the job does": Variant(),
+        "without universal": Variant(levels=(FAMILY, LANGUAGE)),
+        "without family": Variant(levels=(UNIVERSAL, LANGUAGE)),
+        "without language": Variant(levels=(UNIVERSAL, FAMILY)),
+        "shuffled families": Variant(shuffled=True),
+        "universal expert alone": Variant(levels=(UNIVERSAL,)),
         "without size": Variant(weights=LossWeights(size=0)),
         "without distance": Variant(weights=LossWeights(distance=0)),
         "fused rule loss alone": Variant(weights=LossWeights(size=0, distance=0)),
-        "universal expert alone": Variant(levels=(UNIVERSAL,)),
         "family isolated": Variant(isolated_levels=(FAMILY,)),
         "language isolated": Variant(isolated_levels=(LANGUAGE,)),
     }
@@ -69,8 +90,13 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 def validation_accuracy(data: Data, variant: Variant, steps: int, batch_size: int, seed: int) -> float:
     """Share of all validation words whose rule is right after training this variant."""
     torch.manual_seed(seed)
-    settings = NetworkSettings(isolated_levels=variant.isolated_levels)
-    network = Lemmatizer(data.vocabulary, settings, levels=variant.levels)
+    network = Lemmatizer(
+        data.vocabulary,
+        variant.settings,
+        levels=variant.levels,
+        family_of=variant.family_of(data.vocabulary.languages, seed),
+    )
+    celmoe.stack_experts(network.hierarchy)
     contender = make_contender("variant", network, Losses(network, variant.weights))
     rows = TrainingSteps(len(data.tables[TRAIN]), batch_size, seed)
     collator = Collator(data.tables[TRAIN], data.vocabulary.languages, make_compiler(data))
@@ -85,6 +111,11 @@ def validation_accuracy(data: Data, variant: Variant, steps: int, batch_size: in
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("benchmarks.multilingual.ablation", __doc__)
     parser.add_argument("--languages", help="language codes separated by commas (default: all that simplemma has)")
+    parser.add_argument(
+        "--pairs",
+        default=str(FORMS_PER_LANGUAGE),
+        help=f"pairs drawn from each dictionary (default {FORMS_PER_LANGUAGE})",
+    )
     parser.add_argument("--steps", default="150", help="training steps (default 150)")
     parser.add_argument("--batch-size", default=str(DEFAULT_BATCH_SIZE), help=f"default {DEFAULT_BATCH_SIZE}")
     parser.add_argument("--seeds", default="1", help="how many seeds, from 0 (default 1)")
@@ -105,7 +136,7 @@ def ablate(arguments: Sequence[str], reporter: Reporter) -> int:
     steps = whole_number("--steps", given.steps, 1)
     batch_size = whole_number("--batch-size", given.batch_size, 1)
     seeds = range(whole_number("--seeds", given.seeds, 1))
-    data = prepare_data(languages, reporter)
+    data = prepare_data(languages, reporter, whole_number("--pairs", given.pairs, 1))
     table = Table(title=f"{steps} steps of {batch_size:,} words, {len(data.samples)} languages")
     for heading in ("variant", *(f"seed {seed}" for seed in seeds), "mean", "s a run"):
         table.add_column(heading, justify="left" if heading == "variant" else "right")

@@ -28,12 +28,16 @@ class Batch:
     """B words of all languages, mixed.
 
     ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language;
-    ``languages`` are the names behind ``plan``, for readers that route by strings. Where several ranks share a batch,
-    these are one rank's words, and ``joined`` is the plan of all of them.
+    ``proposals`` int64 [B, M], ``counts`` uint8 [B, M, F] and ``totals`` uint8 [B, T] as in `WordTable`. ``languages``
+    are the names behind ``plan``, for readers that route by strings. Where several ranks share a batch, these are one
+    rank's words, and ``joined`` is the plan of all of them.
     """
 
     characters: torch.Tensor
     targets: torch.Tensor
+    proposals: torch.Tensor
+    counts: torch.Tensor
+    totals: torch.Tensor
     languages: list[str]
     plan: celmoe.RoutingPlan
     joined: celmoe.RoutingPlan | None = None
@@ -58,21 +62,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""
-        return replace(
-            self,
-            characters=self.characters.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            plan=self.plan.to(device, non_blocking=True),
-        )
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _MOVED}
+        return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the loader calls this."""
-        return replace(
-            self,
-            characters=self.characters.pin_memory(),
-            targets=self.targets.pin_memory(),
-            plan=self.plan.pin_memory(),
-        )
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _MOVED})
+
+
+_MOVED = ("characters", "targets", "proposals", "counts", "totals", "plan")
 
 
 class Collator:
@@ -105,6 +103,9 @@ class Collator:
         return Batch(
             characters=self._words.characters[rows].int(),
             targets=self._words.targets[rows].long(),
+            proposals=self._words.proposals[rows].long(),
+            counts=self._words.counts[rows],
+            totals=self._words.totals[rows],
             languages=languages,
             # The upper levels follow from each language expert's parent.
             plan=self._compiler({"language": languages}),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.multilingual.rules import EditRule
 from benchmarks.multilingual.training import Contender, Progress
 from benchmarks.multilingual.words import Vocabulary
 from celmoe.files import replaced, verify_archive
 from celmoe.optim import load_state_by_name, state_by_name
 
-FORMAT = 3
+FORMAT = 4
 FILE_NAME = "checkpoint.pt"
 
 
@@ -27,6 +28,7 @@ class RunIdentity:
     """What must not change between a run and its resumption."""
 
     languages: tuple[str, ...]
+    pairs: int
     batch_size: int
     seed: int
 
@@ -38,6 +40,17 @@ def _vocabulary_state(vocabulary: Vocabulary) -> dict[str, Any]:
         "rules": [rule.to_text() for rule in vocabulary.rules],
         "candidates": vocabulary.candidates,
     }
+
+
+def vocabulary_of(state: Mapping[str, Any]) -> Vocabulary:
+    """What the checkpoint's networks know before training."""
+    saved = state["vocabulary"]
+    return Vocabulary(
+        languages=saved["languages"],
+        characters=saved["characters"],
+        rules=[EditRule.from_text(text) for text in saved["rules"]],
+        candidates=saved["candidates"],
+    )
 
 
 def save_checkpoint(
@@ -53,6 +66,7 @@ def save_checkpoint(
         "format": FORMAT,
         "identity": {
             "languages": list(identity.languages),
+            "pairs": identity.pairs,
             "batch_size": identity.batch_size,
             "seed": identity.seed,
         },
@@ -64,6 +78,7 @@ def save_checkpoint(
                 # By the experts' names: a stacked run goes on from one that is not, and the other way round.
                 "optimizer": state_by_name(each.network, each.optimizer),
                 "seconds": each.seconds,
+                "words": each.words,
             }
             for each in contenders
         },
@@ -101,7 +116,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 def identity_of(state: dict[str, Any]) -> RunIdentity:
     """Which run wrote the checkpoint."""
     found = state["identity"]
-    return RunIdentity(languages=tuple(found["languages"]), batch_size=found["batch_size"], seed=found["seed"])
+    return RunIdentity(**{**found, "languages": tuple(found["languages"])})
 
 
 def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[Contender]) -> Progress:
@@ -116,7 +131,7 @@ def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[
         saved = state["contenders"][each.name]
         each.network.load_state_dict(saved["network"])
         load_state_by_name(each.network, each.optimizer, saved["optimizer"])
-        each.seconds = saved["seconds"]
+        each.seconds, each.words = saved["seconds"], saved["words"]
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])

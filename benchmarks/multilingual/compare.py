@@ -62,37 +62,48 @@ RATE = 1e-3
 class StringRoutedLemmatizer(Lemmatizer):
     """Routes by strings at every level, which is what the peer understands."""
 
-    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
-        """Hidden [B, D] through the peer's experts."""
+    def run_hierarchy(
+        self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
+    ) -> celmoe.CELMoEOutput:
+        """Hidden through the peer's experts."""
         families = [FAMILY_OF[language] for language in batch.languages]
-        output: celmoe.CELMoEOutput = self.hierarchy(hidden, routing={FAMILY: families, LANGUAGE: batch.languages})
+        output: celmoe.CELMoEOutput = self.hierarchy(
+            hidden, routing={FAMILY: families, LANGUAGE: batch.languages}, context=context
+        )
         return output
 
 
 class ReferenceLemmatizer(Lemmatizer):
     """Runs the experts by the library's own oracle."""
 
-    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
-        """Hidden [B, D] through plain Python loops."""
-        return reference_forward(self.hierarchy, hidden, routing=batch.plan)
+    def run_hierarchy(
+        self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
+    ) -> celmoe.CELMoEOutput:
+        """Hidden through plain Python loops."""
+        return reference_forward(self.hierarchy, hidden, routing=batch.plan, context=context)
 
 
 class DenseLemmatizer(Lemmatizer):
     """Sends every word through the same expert of each level: as much to compute as routed, and nothing to route."""
 
-    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
-        """Hidden [B, D] through the first language's experts."""
+    def run_hierarchy(
+        self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
+    ) -> celmoe.CELMoEOutput:
+        """Hidden through the first language's experts."""
         del batch  # which has other routes
         language = next(iter(self.head.languages))
-        output: celmoe.CELMoEOutput = self.hierarchy(hidden, routing={LANGUAGE: language})
+        output: celmoe.CELMoEOutput = self.hierarchy(hidden, routing={LANGUAGE: language}, context=context)
         return output
 
 
 class BareLemmatizer(Lemmatizer):
     """Leaves the hierarchy out: what is left of a step is what no engine can make faster."""
 
-    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
-        """Hidden [B, D] as it is."""
+    def run_hierarchy(
+        self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
+    ) -> celmoe.CELMoEOutput:
+        """Hidden as it is."""
+        del context  # for experts alone
         levels = {level: celmoe.LevelOutput(level, hidden, batch.languages) for level in LEVELS}
         return celmoe.CELMoEOutput(levels, hidden)
 
@@ -234,7 +245,7 @@ def compare(options: Options, reporter: Reporter) -> int:
     deadline = Deadline(time.monotonic() + options.minutes * 60)
     prepare_folder(options.report)
     identity = resolve_identity(options, None)
-    data = prepare_data(identity.languages, reporter)
+    data = prepare_data(identity.languages, reporter, identity.pairs)
     compiler = make_compiler(data)
     collator = Collator(data.tables[TRAIN], data.vocabulary.languages, compiler)
     rows = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)

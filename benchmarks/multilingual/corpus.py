@@ -3,7 +3,8 @@
 simplemma ships one dictionary a language, form -> lemma (54 languages, 37.9 million pairs). We draw at most
 `FORMS_PER_LANGUAGE` pairs of each, uniformly and with a fixed seed, and keep them as the dictionary gives them: pairs
 whose lemma equals the form included, case untouched. The cap is what balances the languages: all but the smallest
-few give equally many pairs, the smallest give all they have.
+few give equally many pairs, the smallest give all they have. A longer run draws more pairs, for training alone: its
+validation and test words are those of any run.
 
 The split is by lemma: a stable hash of the case-folded lemma decides, so that no lemma is on two sides, neither
 within a language nor between two languages that share the word.
@@ -18,10 +19,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import compress
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -40,6 +43,8 @@ TEST_SHARE = 8
 BUILDERS = 2
 
 LINE = "\n"
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +77,32 @@ def known_languages() -> list[str]:
     return sorted(SUPPORTED_LANGUAGES)
 
 
-def cache_path(folder: Path, language: str, cap: int) -> Path:
-    """The file of one language's sample; its name holds everything that the content depends on."""
-    return folder / f"{language}-simplemma-{version('simplemma')}-cap-{cap}-format-{FORMAT}.npz"
+def cache_path(folder: Path, language: str, cap: int, kind: str = f"format-{FORMAT}") -> Path:
+    """The file of one language's sample, or of what was made from it.
+
+    The name holds everything that the content depends on.
+    """
+    return folder / f"{language}-simplemma-{version('simplemma')}-cap-{cap}-{kind}.npz"
 
 
 def draw_sample(language: str, cap: int) -> LanguageSample:
-    """At most ``cap`` pairs of this language's dictionary, in its own order."""
+    """At most ``cap`` pairs of this language's dictionary, in its own order.
+
+    Beyond the first `FORMS_PER_LANGUAGE` drawn, pairs of training lemmas alone are kept.
+    """
     dictionary = DefaultDictionaryFactory(1).get_dictionary(language)
     size = len(dictionary)
-    chosen = np.zeros(size, dtype=bool)
-    chosen[np.random.default_rng(zlib.crc32(language.encode())).permutation(size)[:cap]] = True
+    # The place of each pair in the order of the draw.
+    drawn = np.empty(size, dtype=np.int64)
+    drawn[np.random.default_rng(zlib.crc32(language.encode())).permutation(size)] = np.arange(size)
+    chosen = drawn < cap
     forms: list[str] = []
     lemmas: list[str] = []
     # Looking up only the chosen forms spares decoding the millions of others.
-    for form in compress(dictionary, chosen.tolist()):
+    for form, place in zip(compress(dictionary, chosen.tolist()), drawn[chosen].tolist(), strict=True):
         lemma = dictionary[form]
+        if place >= FORMS_PER_LANGUAGE and split_of(lemma) != TRAIN:
+            continue
         if not any(mark in text for mark in (LINE, FIELD_SEPARATOR) for text in (form, lemma)):
             forms.append(form)
             lemmas.append(lemma)
@@ -112,26 +127,31 @@ def _unpack(blob: npt.NDArray[np.uint8]) -> list[str]:
     return blob.tobytes().decode().split(LINE)
 
 
-def save_sample(sample: LanguageSample, path: Path) -> None:
+def save_arrays(path: Path, **arrays: npt.NDArray[Any]) -> None:
     """Write the file in one step, so that an interrupted or a second run never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as part:
         try:
-            np.savez(
-                part,
-                forms=_pack(sample.forms),
-                lemmas=_pack(sample.lemmas),
-                rules=_pack([rule.to_text() for rule in sample.rules]),
-                rule_ids=sample.rule_ids,
-                split=sample.split,
-                dictionary_size=np.array(sample.dictionary_size),
-            )
+            np.savez(part, allow_pickle=False, **arrays)
             part.close()
             Path(part.name).replace(path)
         except BaseException:
             part.close()
             Path(part.name).unlink(missing_ok=True)
             raise
+
+
+def save_sample(sample: LanguageSample, path: Path) -> None:
+    """Write the sample's file, whole or not at all."""
+    save_arrays(
+        path,
+        forms=_pack(sample.forms),
+        lemmas=_pack(sample.lemmas),
+        rules=_pack([rule.to_text() for rule in sample.rules]),
+        rule_ids=sample.rule_ids,
+        split=sample.split,
+        dictionary_size=np.array(sample.dictionary_size),
+    )
 
 
 def load_sample(language: str, path: Path) -> LanguageSample:
@@ -149,30 +169,42 @@ def load_sample(language: str, path: Path) -> LanguageSample:
         )
 
 
-def cached_sample(language: str, path: Path) -> LanguageSample | None:
-    """What `save_sample` wrote, or None where there is nothing or the file is damaged."""
+def cached(load: Callable[[], Content]) -> Content | None:
+    """The file's content, or None where there is no file or it is damaged."""
     try:
-        return load_sample(language, path)
+        return load()
     except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error):
         return None
 
 
-def _build(language: str, cap: int, path: Path) -> str:
-    save_sample(draw_sample(language, cap), path)
+def cached_sample(language: str, path: Path) -> LanguageSample | None:
+    """The sample that `save_sample` wrote, or None where there is no file or it is damaged."""
+    return cached(partial(load_sample, language, path))
+
+
+def _draw(cap: int, folder: Path, language: str) -> str:
+    save_sample(draw_sample(language, cap), cache_path(folder, language, cap))
     return language
 
 
 def build_samples(
     languages: Sequence[str], cap: int, folder: Path, on_built: Callable[[str], None], builders: int = BUILDERS
 ) -> None:
-    """Draw and cache the samples of these languages, several at a time.
+    """Draw and cache the samples of these languages, several at a time."""
+    in_builders(partial(_draw, cap, folder), languages, on_built, builders)
+
+
+def in_builders(
+    build: Callable[[str], str], languages: Sequence[str], on_built: Callable[[str], None], builders: int = BUILDERS
+) -> None:
+    """Call ``build`` for each language, in several processes at a time.
 
     A dictionary is only ever in the memory of the process that draws from it. Processes are spawned: forking one that
     already runs torch's threads is not safe. The largest files go first, so that none is left over at the end.
     """
     if len(languages) <= 1 or builders <= 1:
         for language in languages:
-            on_built(_build(language, cap, cache_path(folder, language, cap)))
+            on_built(build(language))
         return
     # Known to be the largest dictionaries by far; the order is a matter of speed alone.
     ordered = sorted(languages, key=lambda language: (language not in {"sw", "pl", "fi", "et", "hu"}, language))
@@ -180,7 +212,7 @@ def build_samples(
     with ProcessPoolExecutor(builders, mp_context=get_context("spawn")) as pool:
         try:
             with interrupts_held():
-                jobs = [pool.submit(_build, language, cap, cache_path(folder, language, cap)) for language in ordered]
+                jobs = [pool.submit(build, language) for language in ordered]
             for job in as_completed(jobs):
                 on_built(job.result())
         except BaseException:

@@ -1,9 +1,14 @@
-"""The words of a run, ready for batches: cached or drawn now, then encoded."""
+"""The words of a run, ready for batches: cached or made now, then encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 import celmoe
 from benchmarks.multilingual.console import Reporter
@@ -12,22 +17,31 @@ from benchmarks.multilingual.corpus import (
     TEST,
     TRAIN,
     VALIDATION,
+    Content,
     LanguageSample,
     build_samples,
     cache_path,
-    cached_sample,
+    cached,
+    in_builders,
     load_sample,
 )
+from benchmarks.multilingual.evidence import FORMAT, PROPOSALS, Evidence, gather_evidence, load_evidence, save_evidence
 from benchmarks.multilingual.network import LEVELS, NetworkSettings, hierarchy_config
 from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary
 from benchmarks.peers import cache_folder
 
+EVIDENCE = f"evidence-{FORMAT}-{PROPOSALS}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Samples by language, what the network knows of them, and a table for each side of the split."""
+    """Samples by language, what the network knows of them, and a table for each side of the split.
+
+    ``table_rules`` are by language the baseline's rules: see `Evidence`.
+    """
 
     samples: list[LanguageSample]
+    table_rules: list[npt.NDArray[np.int32]]
     vocabulary: Vocabulary
     tables: dict[int, WordTable]
 
@@ -35,21 +49,62 @@ class Data:
 def read_samples(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> list[LanguageSample]:
     """Cached samples of these languages, drawn now where there is none that can be read."""
     folder = cache_folder() / "multilingual"
-    paths = {language: cache_path(folder, language, cap) for language in languages}
-    cached = {language: cached_sample(language, path) for language, path in paths.items()}
-    missing = [language for language, sample in cached.items() if sample is None]
+
+    def load(language: str) -> LanguageSample:
+        return load_sample(language, cache_path(folder, language, cap))
+
+    def build(missing: Sequence[str], on_built: Callable[[str], None]) -> None:
+        build_samples(missing, cap, folder, on_built)
+
+    return _read(languages, load, build, reporter, "reading dictionaries")
+
+
+def read_evidence(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> list[Evidence]:
+    """Cached evidence for the samples of these languages, gathered now where there is none that can be read."""
+    folder = cache_folder() / "multilingual"
+
+    def load(language: str) -> Evidence:
+        return load_evidence(cache_path(folder, language, cap, EVIDENCE))
+
+    def build(missing: Sequence[str], on_built: Callable[[str], None]) -> None:
+        in_builders(partial(_gather, cap, folder), missing, on_built)
+
+    return _read(languages, load, build, reporter, "counting affixes")
+
+
+def _gather(cap: int, folder: Path, language: str) -> str:
+    evidence = gather_evidence(load_sample(language, cache_path(folder, language, cap)))
+    save_evidence(evidence, cache_path(folder, language, cap, EVIDENCE))
+    return language
+
+
+def _read(
+    languages: Sequence[str],
+    load: Callable[[str], Content],
+    build: Callable[[Sequence[str], Callable[[str], None]], None],
+    reporter: Reporter,
+    title: str,
+) -> list[Content]:
+    found = {language: cached(partial(load, language)) for language in languages}
+    missing = [language for language, content in found.items() if content is None]
     if missing:
-        with reporter.bar("reading dictionaries", len(missing)) as bar:
-            build_samples(missing, cap, folder, bar.advance)
-    return [sample or load_sample(language, paths[language]) for language, sample in cached.items()]
+        with reporter.bar(title, len(missing)) as bar:
+            build(missing, bar.advance)
+    return [load(language) if content is None else content for language, content in found.items()]
 
 
-def prepare_data(languages: Sequence[str], reporter: Reporter) -> Data:
+def prepare_data(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> Data:
     """The words of these languages, encoded."""
-    samples = read_samples(languages, reporter)
-    vocabulary = build_vocabulary(samples)
-    tables = {split: build_table(samples, vocabulary, split) for split in (TRAIN, VALIDATION, TEST)}
-    return Data(samples=samples, vocabulary=vocabulary, tables=tables)
+    samples = read_samples(languages, reporter, cap)
+    evidence = read_evidence(languages, reporter, cap)
+    vocabulary = build_vocabulary(samples, evidence)
+    tables = {split: build_table(samples, evidence, vocabulary, split) for split in (TRAIN, VALIDATION, TEST)}
+    return Data(
+        samples=samples,
+        table_rules=[each.table_rules for each in evidence],
+        vocabulary=vocabulary,
+        tables=tables,
+    )
 
 
 def make_compiler(data: Data) -> celmoe.RoutingCompiler:

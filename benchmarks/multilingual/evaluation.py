@@ -1,11 +1,13 @@
 """How often the lemma is right, language by language.
 
-Axes: B words, R words sorted by language (R = B), K candidate rules of one language.
+Axes: N words, R words sorted by language.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +15,17 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.multilingual.batches import Batch
-from benchmarks.multilingual.corpus import LanguageSample
+from benchmarks.multilingual.corpus import TRAIN, LanguageSample
 from benchmarks.multilingual.languages import FAMILY_OF, NAME_OF
 from benchmarks.multilingual.network import LANGUAGE, Lemmatizer, rule_targets
-from benchmarks.multilingual.rules import EditRule
+from benchmarks.multilingual.rules import decode
 from benchmarks.multilingual.words import NO_RULE, Vocabulary, WordTable
 
 IDENTITY_BASELINE = "identity"
+
+
+# The shortest lemma that counts as the end of a longer one.
+SHORTEST_END = 3
 
 
 @torch.inference_mode()
@@ -28,9 +34,8 @@ def rule_accuracy(network: Lemmatizer, batches: Iterator[Batch]) -> float:
     network.eval()
     right, words = 0, 0
     for batch in batches:
-        logits = network.head(network(batch).fused_hidden, batch.plan.levels[LANGUAGE])
-        pairs = zip(logits, rule_targets(batch), strict=True)
-        right += int(torch.cat([scores.argmax(-1).eq(wanted) for scores, wanted in pairs]).sum())
+        pairs = zip(network.logits(network(batch), batch), rule_targets(batch), strict=True)
+        right += int(torch.cat([_best(scores).eq(wanted) & wanted.ne(NO_RULE) for scores, wanted in pairs]).sum())
         words += len(batch)
     return right / max(1, words)
 
@@ -41,10 +46,8 @@ def predict(network: Lemmatizer, batches: Iterator[Batch]) -> npt.NDArray[np.int
     network.eval()
     found = []
     for batch in batches:
-        plan = batch.plan.levels[LANGUAGE]
-        logits = network.head(network(batch).fused_hidden, plan)
-        best_R = torch.cat([_best(scores) for scores in logits])
-        found.append(best_R.index_select(0, plan.inverse).cpu().numpy())
+        best_R = torch.cat([_best(scores) for scores in network.logits(network(batch), batch)])
+        found.append(best_R.index_select(0, batch.plan.levels[LANGUAGE].inverse).cpu().numpy())
     return np.concatenate(found)
 
 
@@ -53,15 +56,36 @@ def _best(scores: torch.Tensor) -> torch.Tensor:
     return scores.argmax(-1) if scores.shape[-1] else scores.new_full((len(scores),), NO_RULE, dtype=torch.int64)
 
 
-def decode(form: str, rule: EditRule | None) -> str:
-    """The lemma; a rule that does not fit leaves the form as it is."""
-    lemma = None if rule is None else rule.apply(form)
-    return form if lemma is None else lemma
+def lemmas_of(
+    samples: Sequence[LanguageSample], words: WordTable, vocabulary: Vocabulary, found: npt.NDArray[np.int64]
+) -> list[str]:
+    """The lemma of every word of the table, by the candidates found [N]."""
+    triples = zip(words.language_ids.tolist(), words.positions.tolist(), found.tolist(), strict=True)
+    return [
+        decode(
+            samples[language].forms[position],
+            None if rule == NO_RULE else vocabulary.rules[vocabulary.candidates[language][rule]],
+        )
+        for language, position, rule in triples
+    ]
+
+
+def table_lemmas(
+    samples: Sequence[LanguageSample], words: WordTable, table_rules: Sequence[npt.NDArray[np.int32]]
+) -> list[str]:
+    """The baseline's lemma of every word of the table, by its rules of each language [its sample's N]."""
+    return [
+        decode(samples[language].forms[position], samples[language].rules[table_rules[language][position]])
+        for language, position in zip(words.language_ids.tolist(), words.positions.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageScore:
-    """One language's row: test words, the share that any rule could get right, and the share that each system got."""
+    """One language's row: test words, the share that any rule could get right, and the share that each system got.
+
+    ``compounds`` is the share of test lemmas that end in a training lemma: see `ends_in`.
+    """
 
     language: str
     name: str
@@ -69,6 +93,7 @@ class LanguageScore:
     test_words: int
     train_words: int
     coverage: float
+    compounds: float
     accuracy: dict[str, float]
 
 
@@ -82,45 +107,40 @@ class Example:
     predicted: dict[str, str]
 
 
-def score_languages(
-    samples: Sequence[LanguageSample],
-    words: WordTable,
-    vocabulary: Vocabulary,
-    predictions: Mapping[str, npt.NDArray[np.int64]],
-    train_counts: Sequence[int],
-) -> list[LanguageScore]:
-    """Accuracy of every system on the words of ``words``, beside the identity.
+def ends_in(lemma: str, known: AbstractSet[str]) -> bool:
+    """Whether a shorter end of the lemma, of `SHORTEST_END` characters or more, is a known lemma."""
+    return any(lemma[start:] in known for start in range(1, len(lemma) - SHORTEST_END + 1))
 
-    A word counts as right where the decoded lemma equals the true one; a word whose true rule is outside the frequent
-    ones counts as wrong for every network, whatever it decodes to.
+
+def score_languages(
+    samples: Sequence[LanguageSample], words: WordTable, lemmas: Mapping[str, Sequence[str]]
+) -> list[LanguageScore]:
+    """Accuracy on the words of ``words`` of every system, whose ``lemmas`` [N] these are, beside the identity.
+
+    A word counts as right where the lemma equals the dictionary's.
     """
     language_ids = words.language_ids.numpy()
     scores = []
     for place, sample in enumerate(samples):
-        rows = np.flatnonzero(language_ids == place)
-        if not len(rows):
+        rows = np.flatnonzero(language_ids == place).tolist()
+        if not rows:
             continue
-        positions = words.positions.numpy()[rows].tolist()
-        targets = words.targets.numpy()[rows]
-        forms = [sample.forms[each] for each in positions]
-        lemmas = [sample.lemmas[each] for each in positions]
-        rules = [vocabulary.rules[each] for each in vocabulary.candidates[place]]
-        same = [form == lemma for form, lemma in zip(forms, lemmas, strict=True)]
-        accuracy = {IDENTITY_BASELINE: float(np.mean(same))}
-        for system, found in predictions.items():
-            right = found[rows] == targets
-            for row in np.flatnonzero(~right & (targets != NO_RULE)).tolist():
-                right[row] = decode(forms[row], rules[int(found[rows[row]])]) == lemmas[row]
-            accuracy[system] = float(np.mean(right & (targets != NO_RULE)))
+        positions = words.positions[rows].tolist()
+        wanted = [sample.lemmas[each] for each in positions]
+        found = {IDENTITY_BASELINE: [sample.forms[each] for each in positions]}
+        found |= {system: [each[row] for row in rows] for system, each in lemmas.items()}
+        trained = {sample.lemmas[each] for each in np.flatnonzero(sample.split == TRAIN).tolist()}
+        tested = set(wanted)
         scores.append(
             LanguageScore(
                 language=sample.language,
                 name=NAME_OF[sample.language],
                 family=FAMILY_OF[sample.language],
                 test_words=len(rows),
-                train_words=train_counts[place],
-                coverage=float(np.mean(targets != NO_RULE)),
-                accuracy=accuracy,
+                train_words=int((sample.split == TRAIN).sum()),
+                coverage=float(words.targets[rows].ne(NO_RULE).float().mean()),
+                compounds=sum(ends_in(lemma, trained) for lemma in tested) / len(tested),
+                accuracy={system: sum(map(operator.eq, made, wanted)) / len(wanted) for system, made in found.items()},
             )
         )
     return sorted(scores, key=lambda score: (score.family, score.language))
@@ -131,31 +151,25 @@ def macro_mean(scores: Sequence[LanguageScore], system: str) -> float:
     return float(np.mean([score.accuracy[system] for score in scores]))
 
 
-def pick_examples(
-    samples: Sequence[LanguageSample],
-    words: WordTable,
-    vocabulary: Vocabulary,
-    predictions: Mapping[str, npt.NDArray[np.int64]],
-    count: int,
-    seed: int,
+def examples_of(
+    samples: Sequence[LanguageSample], words: WordTable, lemmas: Mapping[str, Sequence[str]], rows: Sequence[int]
 ) -> list[Example]:
-    """About ``count`` test words, spread evenly over the languages, right and wrong as they come."""
+    """These rows of ``words``, with what each system made of them."""
+    examples = []
+    for row in rows:
+        sample, position = samples[int(words.language_ids[row])], int(words.positions[row])
+        predicted = {system: found[row] for system, found in lemmas.items()}
+        form, lemma = sample.forms[position], sample.lemmas[position]
+        examples.append(Example(language=sample.language, form=form, lemma=lemma, predicted=predicted))
+    return examples
+
+
+def pick_rows(words: WordTable, each: int, seed: int, wrong: Sequence[bool] | None = None) -> list[int]:
+    """At most ``each`` rows of every language, drawn by the seed from all of ``words`` or from the ``wrong`` ones."""
     generator = np.random.default_rng(seed)
     language_ids = words.language_ids.numpy()
-    each = max(1, round(count / len(samples)))
-    examples = []
-    for place, sample in enumerate(samples):
-        rows = np.flatnonzero(language_ids == place)
-        for row in sorted(generator.permutation(rows)[:each].tolist()):
-            position = int(words.positions[row])
-            form = sample.forms[position]
-            candidates = vocabulary.candidates[place]
-            predicted = {}
-            for system, found in predictions.items():
-                best = int(found[row])
-                rule = vocabulary.rules[candidates[best]] if best != NO_RULE else None
-                predicted[system] = decode(form, rule)
-            examples.append(
-                Example(language=sample.language, form=form, lemma=sample.lemmas[position], predicted=predicted)
-            )
-    return examples
+    rows: list[int] = []
+    for place in np.unique(language_ids).tolist():
+        eligible = language_ids == place if wrong is None else (language_ids == place) & np.asarray(wrong)
+        rows += sorted(generator.permutation(np.flatnonzero(eligible))[:each].tolist())
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 import celmoe
 from benchmarks.arguments import OptionError
-from benchmarks.multilingual import figures, report
+from benchmarks.multilingual import figures, page, report
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
 from benchmarks.multilingual.checkpoint import (
     CheckpointError,
@@ -29,19 +29,28 @@ from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import (
     IDENTITY_BASELINE,
     LanguageScore,
+    examples_of,
+    lemmas_of,
     macro_mean,
-    pick_examples,
+    pick_rows,
     predict,
     rule_accuracy,
     score_languages,
+    table_lemmas,
 )
 from benchmarks.multilingual.facts import engines_by_level, measurement_facts
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
+from benchmarks.multilingual.network import (
+    LEVELS,
+    UNIVERSAL,
+    Lemmatizer,
+    NetworkSettings,
+    parameter_count,
+)
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
 from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
-from benchmarks.multilingual.schedule import Deadline, plan_steps
+from benchmarks.multilingual.schedule import Deadline, plan_pairs, plan_steps
 from benchmarks.multilingual.training import (
     Contender,
     CurvePoint,
@@ -54,9 +63,13 @@ from benchmarks.multilingual.training import (
 from benchmarks.setting import prepare_folder
 
 EXPERTS = "experts"
+WIDE = "wide"
+TABLE = "table"
 VALIDATION_WORDS = 8_192
 EVALUATION_BATCH = 8_192
-EXAMPLES = 54
+# Of each language.
+EXAMPLES = 3
+ERRORS = 8
 INTERRUPTED = 130
 # A run that has less than this share of its time to train says so.
 LITTLE = 0.25
@@ -91,18 +104,31 @@ class Run:
 
 
 def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
-    """The experts, and the same network with the universal expert alone, from one seed each."""
-    settings = NetworkSettings()
-    contenders = []
-    for name, levels in ((EXPERTS, LEVELS), (UNIVERSAL, (UNIVERSAL,))):
+    """The experts, and two networks with the universal expert alone, from one seed each.
+
+    One of the two computes as much for a word as the experts do. The other has as many parameters in all, and takes
+    fewer steps, so that it trains for as long.
+    """
+    vocabulary, settings = data.vocabulary, NetworkSettings()
+
+    def contender(name: str, sizes: NetworkSettings, levels: tuple[str, ...]) -> Contender:
         torch.manual_seed(seed)
-        network = Lemmatizer(data.vocabulary, settings, levels=levels, engine=options.engine).to(options.device)
+        network = Lemmatizer(vocabulary, sizes, levels=levels, engine=options.engine).to(options.device)
         if options.stacked:
             celmoe.stack_experts(network.hierarchy)
         if options.compile and levels == LEVELS:
             network.hierarchy.compile()
-        contenders.append(make_contender(name, network, Losses(network, LossWeights())))
-    return contenders
+        return make_contender(name, network, Losses(network, LossWeights()))
+
+    experts = contender(EXPERTS, settings, LEVELS)
+    alone = settings.universal_alone()
+    universal = contender(UNIVERSAL, alone, (UNIVERSAL,))
+    missing = parameter_count(experts.network) - parameter_count(universal.network)
+    # One more of the inner width is a row of each of two matrices, and a bias.
+    wide = replace(alone, universal_width=alone.universal_width + max(0, missing) // (2 * alone.width + 1))
+    largest = contender(WIDE, wide, (UNIVERSAL,))
+    largest.stride = max(1, round(largest.network.multiply_adds / experts.network.multiply_adds))
+    return [experts, universal, largest]
 
 
 def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdentity:
@@ -113,6 +139,7 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
     """
     asked = RunIdentity(
         languages=options.languages or tuple(known_languages()),
+        pairs=options.pairs or plan_pairs(options.minutes),
         batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
         seed=DEFAULT_SEED if options.seed is None else options.seed,
     )
@@ -121,6 +148,7 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
     found = identity_of(state)
     pairs = (
         ("--languages", options.languages, found.languages),
+        ("--pairs", options.pairs, found.pairs),
         ("--batch-size", options.batch_size, found.batch_size),
         ("--seed", options.seed, found.seed),
     )
@@ -158,8 +186,9 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
     where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
     ways = (", stacked" if options.stacked else "") + (", compiled" if options.compile else "")
     reporter.say(
-        f"{len(identity.languages)} languages, batches of {identity.batch_size:,} words, seed {identity.seed}, "
-        f"engine {options.engine}{ways}, device {options.device}, {where}{torch.get_num_threads()} threads"
+        f"{len(identity.languages)} languages of {identity.pairs:,} pairs, batches of {identity.batch_size:,} words, "
+        f"seed {identity.seed}, engine {options.engine}{ways}, device {options.device}, "
+        f"{where}{torch.get_num_threads()} threads"
     )
     with ranks.watched():
         job = _prepare(options, reporter, identity, state, ranks)
@@ -211,7 +240,7 @@ def _prepare(
     options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None, ranks: Ranks
 ) -> Run:
     with ranks.first_goes_ahead():
-        data = prepare_data(identity.languages, reporter)
+        data = prepare_data(identity.languages, reporter, identity.pairs)
     contenders = make_contenders(data, options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:
@@ -259,7 +288,7 @@ def _train(job: Run, begun: float) -> bool:
     options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
     deadline = _deadline(job, begun)
     collator = Collator(
-        data.tables[TRAIN].share_memory(),
+        data.tables[TRAIN].share_memory() if options.workers else data.tables[TRAIN],
         data.vocabulary.languages,
         make_compiler(data),
         rank=job.ranks.rank,
@@ -292,11 +321,13 @@ def _train(job: Run, begun: float) -> bool:
         # Said under guard: from this line on Ctrl-C saves.
         reporter.say(
             f"training {left:,} steps of {job.steps.batch_size:,} words, {left * job.steps.batch_size:,} words in all, "
-            "experts beside the universal expert alone"
+            "experts beside networks with the universal expert alone"
         )
         watchers = Watchers(
             on_step=lambda step, results, speeds: bar.move_to(
-                step, progress.total_steps, step_figures(results[EXPERTS], speeds[EXPERTS]) if results else None
+                step,
+                progress.total_steps,
+                step_figures(results[EXPERTS], speeds[EXPERTS]) if EXPERTS in results else None,
             ),
             validate=validate,
             on_validated=say_validated,
@@ -318,9 +349,13 @@ def _validation_batches(data: Data, device: torch.device) -> list[Batch]:
 
 
 def verdict_on(scores: Sequence[LanguageScore], systems: Sequence[str]) -> str:
-    """Whether the experts are ahead of every other system in the mean over the languages."""
-    beaten = all(macro_mean(scores, EXPERTS) > macro_mean(scores, other) for other in systems if other != EXPERTS)
-    return "the experts beat both baselines" if beaten else "the experts do NOT beat both baselines"
+    """In how many languages the experts are ahead of every other system, and whether they are so in the mean."""
+    others = [each for each in systems if each != EXPERTS]
+    beaten = all(macro_mean(scores, EXPERTS) > macro_mean(scores, other) for other in others)
+    ahead = ", ".join(
+        f"{other} in {sum(score.accuracy[EXPERTS] > score.accuracy[other] for score in scores)}" for other in others
+    )
+    return f"the experts {'beat all' if beaten else 'do NOT beat all'} baselines; they are ahead of {ahead}"
 
 
 def _evaluate(job: Run) -> None:
@@ -330,15 +365,19 @@ def _evaluate(job: Run) -> None:
         return
     table = data.tables[TEST]
     collator = Collator(table, data.vocabulary.languages, make_compiler(data))
-    predictions = {
-        each.name: predict(each.network, all_batches(table, collator, EVALUATION_BATCH, options.device))
+    lemmas = {
+        each.name: lemmas_of(
+            data.samples,
+            table,
+            data.vocabulary,
+            predict(each.network, all_batches(table, collator, EVALUATION_BATCH, options.device)),
+        )
         for each in contenders
     }
-    train_counts = np.bincount(data.tables[TRAIN].language_ids.numpy(), minlength=len(data.samples)).tolist()
-    scores = score_languages(data.samples, table, data.vocabulary, predictions, train_counts)
-    systems = [*predictions, IDENTITY_BASELINE]
+    lemmas[TABLE] = table_lemmas(data.samples, table, data.table_rules)
+    scores = score_languages(data.samples, table, lemmas)
+    systems = [*lemmas, IDENTITY_BASELINE]
     folder = options.report
-    words = progress.step * job.steps.batch_size
     experts = next(each for each in contenders if each.name == EXPERTS)
     engines = engines_by_level(experts.network.hierarchy)
     run_facts = {
@@ -346,21 +385,29 @@ def _evaluate(job: Run) -> None:
         **measurement_facts(options, NetworkSettings(), LossWeights()),
         "engines": engines,
         "compile_seconds": job.compile_seconds,
-        "words_trained": words,
-        "words_per_second": {each.name: words / max(each.seconds, 1e-9) for each in contenders},
+        "words_trained": {each.name: each.words for each in contenders},
+        "words_per_second": {each.name: each.words / max(each.seconds, 1e-9) for each in contenders},
         "training_seconds": {each.name: each.seconds for each in contenders},
-        "parameters": {each.name: sum(p.numel() for p in each.network.parameters()) for each in contenders},
+        "parameters": {each.name: parameter_count(each.network) for each in contenders},
+        "multiply_adds": {each.name: each.network.multiply_adds for each in contenders},
     }
     report.write_scores(folder, scores, systems)
-    examples = pick_examples(data.samples, table, data.vocabulary, predictions, EXAMPLES, job.identity.seed)
-    report.write_examples(folder, examples, list(predictions))
+    examples = examples_of(data.samples, table, lemmas, pick_rows(table, EXAMPLES, job.identity.seed))
+    report.write_examples(folder, "examples", examples, list(lemmas))
+    everything = examples_of(data.samples, table, {EXPERTS: lemmas[EXPERTS]}, range(len(table)))
+    wrong = [each.predicted[EXPERTS] != each.lemma for each in everything]
+    errors = examples_of(data.samples, table, lemmas, pick_rows(table, ERRORS, job.identity.seed, wrong))
+    report.write_examples(folder, "errors", errors, list(lemmas))
     figures.draw_training_curves(folder, progress.curve)
     figures.draw_accuracy(folder, scores, systems)
     figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
     figures.draw_expert_load(folder, progress.expert_load, progress.step)
-    # The last file, which tells that the others are there.
+    report.write_costs(folder, scores, systems, run_facts)
+    # The last files, which tell that the others are there.
     report.write_run(folder, scores, systems, run_facts)
+    page.write_page(folder, scores, systems, run_facts, progress.curve, errors)
     reporter.say(report.accuracy_table(scores, systems))
+    reporter.say(report.cost_table(scores, systems, run_facts))
     means = ", ".join(f"{system} {macro_mean(scores, system):.1%}" for system in systems)
     ran = ", ".join(f"{level} {engine}" for level, engine in engines.items())
     reporter.say(f"levels by engine {options.engine}: {ran}; the experts' steps took {experts.seconds:.0f} s")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class _OnRanks(Contender):
     """A contender of which each rank trains on its own words."""
 
     def __init__(self, contender: Contender, ranks: Ranks) -> None:
-        super().__init__(contender.name, contender.network, contender.losses, contender.optimizer, contender.seconds)
+        super().__init__(**{field.name: getattr(contender, field.name) for field in fields(Contender)})
         self._ranks = ranks
 
     def read(self, bundle: celmoe.LossBundle, batch: Batch) -> StepResult:
@@ -86,7 +86,7 @@ class _Spread(_OnRanks):
 
     def __init__(self, contender: Contender, whole: Contender, ranks: Ranks, folder: Path) -> None:
         super().__init__(contender, ranks)
-        self.seconds = whole.seconds
+        self.seconds, self.words = whole.seconds, whole.words
         self._whole = whole
         self._folder = folder / f"{whole.name}.part"
         self._bring(whole, self)
@@ -102,7 +102,7 @@ class _Spread(_OnRanks):
         if not self._is_joined:
             self._bring(self, self._whole)
             self._is_joined = True
-        self._whole.seconds = self.seconds
+        self._whole.seconds, self._whole.words = self.seconds, self.words
         return self._whole
 
     def _bring(self, source: Contender, target: Contender) -> None:
@@ -164,10 +164,10 @@ def spread(layout: str, whole: Contender, ranks: Ranks, folder: Path) -> Contend
     if layout == EXPERT:
         mesh = init_device_mesh("cpu", (ranks.size,), mesh_dim_names=("expert",))
         sharding = shard_experts(network.hierarchy, mesh)
-        contender = make_contender(whole.name, network, _losses_of(network))
+        contender = make_contender(whole.name, network, _losses_of(network), whole.stride)
         return ExpertParallel(contender, whole, ranks, folder, sharding)
     mesh = init_device_mesh("cpu", (ranks.size,))
     shard_levels(network.hierarchy, mesh)
     # The head is called after the network.
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
-    return FullySharded(make_contender(whole.name, network, _losses_of(network)), whole, ranks, folder)
+    return FullySharded(make_contender(whole.name, network, _losses_of(network), whole.stride), whole, ranks, folder)

@@ -1,8 +1,8 @@
 """The losses of a step, put together by the library's `CELMoELossAPI`.
 
 * ``global.rule``: cross entropy of the edit rule on the fused hidden states. What we want in the end.
-* ``language.size``: mean square of the language level's output. It keeps the hidden states small, and with them what
-  the language experts add, so that little data is not overfitted.
+* ``language.size``: mean square of the words' states after the language level. It keeps the
+  states small, and with them what the language experts add, so that little data is not overfitted.
 * ``family->language.distance``: how far a language's expert moves a word from where its family's left it.
 
 The two beside the rule's make the experts learn faster, and bring nothing in the end: so their weights fall to nothing
@@ -83,13 +83,14 @@ class Losses:
 
     def _rule(self, output: celmoe.CELMoEOutput, targets: object, _context: object) -> torch.Tensor:
         assert isinstance(targets, Batch)
-        self.logits = self._network.head(output.fused_hidden, targets.plan.levels[LANGUAGE])
+        self.logits = self._network.logits(output, targets)
         return self._mean(*cross_entropy(self.logits, rule_targets(targets)))
 
     def _size(
         self, level: celmoe.LevelOutput, _output: celmoe.CELMoEOutput, _targets: object, _context: object
     ) -> torch.Tensor:
-        return self._mean(level.hidden.square().sum(), torch.tensor(level.hidden.numel()))
+        words = self._words(level)
+        return self._mean(words.square().sum(), torch.tensor(words.numel()))
 
     def _distance(
         self,
@@ -99,5 +100,10 @@ class Losses:
         _targets: object,
         _context: object,
     ) -> torch.Tensor:
-        squares = functional.mse_loss(child.hidden, parent.hidden.detach(), reduction="sum")
-        return self._mean(squares, torch.tensor(child.hidden.numel()))
+        words = self._words(child)
+        squares = functional.mse_loss(words, self._words(parent).detach(), reduction="sum")
+        return self._mean(squares, torch.tensor(words.numel()))
+
+    def _words(self, level: celmoe.LevelOutput) -> torch.Tensor:
+        # Proposals' scores may grow as they like.
+        return level.hidden[:, : self._network.width]

@@ -1,13 +1,16 @@
 """The network: a character encoder, the hierarchy of experts, and a head over each language's edit rules.
 
-Axes: B words, R words sorted by language (R = B), W characters of a window, C width of a character, D hidden width, F
-inner width of an expert, K candidate rules of one language.
+A word's hidden state is what the network made of the word, [D], and behind it a score for each of its proposals, [M].
+Every expert adds to both: to the first by an MLP, to the scores by what it makes of the proposals' evidence.
+
+Axes: B words, N words of one expert, W characters of a window, C width of a character, D width of a word's state, K
+candidate rules of one language, M proposals, E features of a proposal; F and T as in `evidence`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, cast
 
@@ -17,7 +20,8 @@ from torch.nn import functional
 
 import celmoe
 from benchmarks.multilingual.batches import Batch
-from benchmarks.multilingual.languages import FAMILY_OF, families_of
+from benchmarks.multilingual.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS, SCALE
+from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.words import NO_RULE, WINDOW, Vocabulary
 
 UNIVERSAL, FAMILY, LANGUAGE = "universal", "family", "language"
@@ -25,24 +29,47 @@ LEVELS = (UNIVERSAL, FAMILY, LANGUAGE)
 UNIVERSAL_EXPERT = "shared"
 
 
+# The form's counts, each count beside its total, the lemma's counts, and the proposal's rank.
+FEATURES = 2 * FORM_COUNTS + LEMMA_COUNTS + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """Sizes, and which levels keep their gradient from the level above."""
+    """Sizes, and which levels keep their gradient from the level above.
 
-    width: int = 192
+    ``width`` is D; an expert's MLP for words is as wide inside as its level says, and the one for proposals
+    ``evidence_width``.
+    """
+
+    width: int = 96
     character_width: int = 24
-    universal_width: int = 512
-    family_width: int = 384
-    language_width: int = 128
+    universal_width: int = 192
+    family_width: int = 128
+    language_width: int = 96
+    evidence_width: int = 32
     isolated_levels: tuple[str, ...] = ()
 
+    @property
+    def hidden_size(self) -> int:
+        """A word's state and the scores of its proposals."""
+        return self.width + PROPOSALS
+
     def inner_width(self, level: str) -> int:
-        """The inner width F of this level's experts."""
+        """The inner width of this level's experts."""
         return {UNIVERSAL: self.universal_width, FAMILY: self.family_width, LANGUAGE: self.language_width}[level]
 
+    def universal_alone(self) -> NetworkSettings:
+        """One universal expert that computes as much for a word as an expert of each level with their fusion."""
+        gates = (len(LEVELS) - 1) * self.hidden_size**2 // (2 * self.width)
+        return replace(
+            self,
+            universal_width=sum(map(self.inner_width, LEVELS)) + gates,
+            evidence_width=len(LEVELS) * self.evidence_width,
+        )
 
-class CharacterEncoder(nn.Module):
-    """Characters int32 [B, W] and language ids int64 [B] -> hidden [B, D].
+
+class WordEncoder(nn.Module):
+    """Characters int32 [B, W], language ids int64 [B] and totals uint8 [B, T] -> words [B, D].
 
     Both windows are flush with their end of the word, so every place has a meaning of its own ("the last but one
     character"), and one matrix over all places reads endings better than pooling would, at a fraction of its cost.
@@ -53,33 +80,64 @@ class CharacterEncoder(nn.Module):
         self.characters = nn.Embedding(character_count, settings.character_width)
         self.languages = nn.Embedding(language_count, settings.width)
         self.mix = nn.Linear(WINDOW * settings.character_width, settings.width)
+        self.known = nn.Linear(FORM_COUNTS, settings.width)
 
-    def forward(self, characters: torch.Tensor, language_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, characters: torch.Tensor, language_ids: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
         """Encode the words."""
-        places = self.characters(characters).flatten(1)
-        return functional.gelu(self.mix(places) + self.languages(language_ids))
+        places = self.mix(self.characters(characters).flatten(1))
+        known = self.known(totals.to(places.dtype) / SCALE)
+        return functional.gelu(places + known + self.languages(language_ids))
 
 
-class ResidualExpert(celmoe.ExpertModule):
-    """hidden + W2 gelu(W1 norm(hidden)): what one family, one language, or all of them together do to a word."""
+def features_of(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """The evidence as features [B, M, E]: logarithms of counts, and of the shares that they are of their totals."""
+    counts = batch.counts.to(dtype) / SCALE
+    totals = (batch.totals.to(dtype) / SCALE).unsqueeze(1)
+    form, lemma = counts.split([FORM_COUNTS, LEMMA_COUNTS], dim=-1)
+    shares = (form - totals) * totals.gt(0) / 2
+    ranks = torch.arange(1, PROPOSALS + 1, dtype=dtype, device=counts.device).log()
+    return torch.cat((form, shares, lemma, ranks[None, :, None].expand(len(batch), -1, 1)), dim=-1)
 
-    def __init__(self, width: int, inner_width: int) -> None:
+
+class LemmatizingExpert(celmoe.ExpertModule):
+    """Adds to a word's state W2 gelu(W1 norm(state)), and to each proposal's score an MLP and a sum of its features."""
+
+    def __init__(self, settings: NetworkSettings, level: str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.widen = nn.Linear(width, inner_width)
-        self.narrow = nn.Linear(inner_width, width)
+        self.width = settings.width
+        self.norm = nn.LayerNorm(settings.width)
+        self.widen = nn.Linear(settings.width, settings.inner_width(level))
+        self.narrow = nn.Linear(settings.inner_width(level), settings.width)
+        self.weigh = nn.Linear(FEATURES, settings.evidence_width)
+        self.heed = nn.Linear(settings.width, settings.evidence_width, bias=False)
+        self.judge = nn.Linear(settings.evidence_width, 1)
+        self.trust = nn.Linear(FEATURES, 1, bias=False)
+        # No expert has an opinion on counts before it has learned.
+        nn.init.zeros_(self.judge.weight)
+        nn.init.zeros_(self.trust.weight)
 
     def forward(self, batch: celmoe.ExpertBatch) -> celmoe.ExpertResult:
-        """[N, D] -> [N, D]."""
-        change = self.narrow(functional.gelu(self.widen(self.norm(batch.hidden))))
-        return celmoe.ExpertResult(batch.hidden + change)
+        """[N, D + M] -> [N, D + M]."""
+        context = cast("Mapping[str, torch.Tensor]", batch.context)
+        features = context[FEATURES_KEY]
+        words, scores = batch.hidden[:, : self.width], batch.hidden[:, self.width :]
+        read = self.norm(words)
+        # Counts mean other things in other words.
+        weighed = functional.relu(self.weigh(features) + self.heed(read).unsqueeze(1))
+        opinion = self.judge(weighed) + self.trust(features)
+        words = words + self.narrow(functional.gelu(self.widen(read)))
+        return celmoe.ExpertResult(torch.cat((words, scores + opinion.squeeze(-1)), dim=-1))
+
+
+FEATURES_KEY = "features"
 
 
 class RuleHead(nn.Module):
     """Scores of each language's candidate rules.
 
     A rule has one weight row whatever the language, and one bias a language. A word is scored against the rules that
-    training has seen in its language, some 190 of the 4,000, which costs a twentieth of scoring them all.
+    training has seen twice in its language, some 500 of all languages' thousands. Its proposals have their scores
+    beside.
     """
 
     candidates: torch.Tensor
@@ -94,19 +152,34 @@ class RuleHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(flat)))
         nn.init.normal_(self.rules.weight, std=width**-0.5)
 
-    def forward(self, hidden: torch.Tensor, plan: celmoe.LevelPlan) -> list[torch.Tensor]:
-        """Logits [N, K] of every language present, in the plan's order of experts; N words of that language."""
+    def forward(self, words: torch.Tensor, scores: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+        """Words [B, D] and scores [B, M] -> logits [N, K] of every language present, in the plan's order of experts."""
+        plan = batch.plan.levels[LANGUAGE]
         weights = self.rules(self.candidates).split(self.counts)
         biases = self.bias.split(self.counts)
-        groups = hidden.index_select(0, plan.order).split(plan.counts)
-        places = [self.languages[language] for language in plan.present]
-        return [
-            torch.addmm(biases[place], group, weights[place].t()) for place, group in zip(places, groups, strict=True)
-        ]
+        order = plan.order
+        proposals = batch.proposals.index_select(0, order)
+        scores = scores.index_select(0, order).masked_fill(proposals.lt(0), 0.0)
+        groups = zip(
+            (self.languages[language] for language in plan.present),
+            words.index_select(0, order).split(plan.counts),
+            scores.split(plan.counts),
+            proposals.clamp(min=0).split(plan.counts),
+            strict=True,
+        )
+        logits = []
+        for place, group, added, where in groups:
+            known = torch.addmm(biases[place], group, weights[place].t())
+            logits.append(known.scatter_add(1, where, added.to(known.dtype)) if self.counts[place] else known)
+        return logits
 
 
 def hierarchy_config(
-    library: ModuleType, languages: Sequence[str], levels: Sequence[str], settings: NetworkSettings
+    library: ModuleType,
+    languages: Sequence[str],
+    levels: Sequence[str],
+    settings: NetworkSettings,
+    family_of: Mapping[str, str] = FAMILY_OF,
 ) -> celmoe.CELMoEConfig:
     """The hierarchy over these languages in the terms of ``library`` (ours, or a peer with the same names).
 
@@ -114,13 +187,13 @@ def hierarchy_config(
     """
     experts: Mapping[str, Sequence[str]] = {
         UNIVERSAL: [UNIVERSAL_EXPERT],
-        FAMILY: families_of(languages),
+        FAMILY: sorted({family_of[language] for language in languages}),
         LANGUAGE: list(languages),
     }
     parents: Mapping[str, Mapping[str, str]] = {
         UNIVERSAL: {},
         FAMILY: dict.fromkeys(experts[FAMILY], UNIVERSAL_EXPERT) if UNIVERSAL in levels else {},
-        LANGUAGE: {language: FAMILY_OF[language] for language in languages} if FAMILY in levels else {},
+        LANGUAGE: {language: family_of[language] for language in languages} if FAMILY in levels else {},
     }
 
     def expert(level: str, name: str) -> celmoe.ExpertConfig:
@@ -130,7 +203,7 @@ def hierarchy_config(
         return cast("celmoe.ExpertConfig", config)
 
     config: celmoe.CELMoEConfig = library.CELMoEConfig(
-        hidden_size=settings.width,
+        hidden_size=settings.hidden_size,
         levels=[
             library.HierarchyLevelConfig(name=level, experts={name: expert(level, name) for name in experts[level]})
             for level in levels
@@ -142,7 +215,11 @@ def hierarchy_config(
 
 
 class Lemmatizer(nn.Module):
-    """Encoder, hierarchy and head. The hierarchy is any library's: it is made by ``library.HierarchicalCELMoE``."""
+    """Encoder, hierarchy and head. The hierarchy is any library's: it is made by ``library.HierarchicalCELMoE``.
+
+    ``multiply_adds`` is what a forward pass costs a word. ``family_of`` may give languages other families than their
+    own, for a control.
+    """
 
     def __init__(
         self,
@@ -152,29 +229,49 @@ class Lemmatizer(nn.Module):
         levels: Sequence[str] = LEVELS,
         engine: str = "auto",
         library: ModuleType = celmoe,
+        family_of: Mapping[str, str] = FAMILY_OF,
     ) -> None:
         super().__init__()
-        self.encoder = CharacterEncoder(settings, vocabulary.character_count, len(vocabulary.languages))
+        self.encoder = WordEncoder(settings, vocabulary.character_count, len(vocabulary.languages))
         options = {"engine": engine} if library is celmoe else {}
         self.hierarchy: celmoe.HierarchicalCELMoE = library.HierarchicalCELMoE(
-            hierarchy_config(library, vocabulary.languages, levels, settings),
-            lambda level, _name, _metadata: ResidualExpert(settings.width, settings.inner_width(level)),
+            hierarchy_config(library, vocabulary.languages, levels, settings, family_of),
+            lambda level, _name, _metadata: LemmatizingExpert(settings, level),
             **options,
         )
         self.head = RuleHead(settings.width, vocabulary)
         self.levels = tuple(levels)
+        self.width = settings.width
+        self.multiply_adds = multiply_adds(settings, vocabulary, levels)
+        # A plain dictionary, which can be copied with the network.
+        self._family_of = dict(family_of)
+        self._takes_plans = self.levels == LEVELS and self._family_of == FAMILY_OF
 
     def forward(self, batch: Batch) -> celmoe.CELMoEOutput:
-        """The hierarchy's output; the losses and the evaluation put the head on it."""
-        hidden = self.encoder(batch.characters, batch.plan.levels[LANGUAGE].expert_ids)
-        return self.run_hierarchy(hidden, batch)
+        """The hierarchy's output; the losses and the evaluation take `logits` of it."""
+        features = features_of(batch, self.head.bias.dtype)
+        words = self.encoder(batch.characters, batch.plan.levels[LANGUAGE].expert_ids, batch.totals)
+        return self.run_hierarchy(functional.pad(words, (0, PROPOSALS)), {FEATURES_KEY: features}, batch)
 
-    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
-        """Hidden [B, D] through the experts; a comparison puts another way of running them here."""
-        # The plan is for all levels; the universal expert alone has nothing to route.
-        routing = batch.plan if self.levels == LEVELS else None
-        output: celmoe.CELMoEOutput = self.hierarchy(hidden, routing=routing)
+    def run_hierarchy(
+        self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
+    ) -> celmoe.CELMoEOutput:
+        """Hidden [B, D + M] through the experts; a comparison puts another way of running them here."""
+        output: celmoe.CELMoEOutput = self.hierarchy(hidden, routing=self._routing(batch), context=context)
         return output
+
+    def _routing(self, batch: Batch) -> celmoe.RoutingPlan | dict[str, list[str]] | None:
+        if self._takes_plans:
+            return batch.plan
+        # The plan is for all levels and real families.
+        routes = {FAMILY: [self._family_of[each] for each in batch.languages], LANGUAGE: batch.languages}
+        return {level: names for level, names in routes.items() if level in self.levels} or None
+
+    def logits(self, output: celmoe.CELMoEOutput, batch: Batch) -> list[torch.Tensor]:
+        """Logits [N, K] of every language present: words as the levels' fusion has them, scores as the last level."""
+        scores = output.levels[self.levels[-1]].hidden[:, self.width :]
+        found: list[torch.Tensor] = self.head(output.fused_hidden[:, : self.width], scores, batch)
+        return found
 
 
 def rule_targets(batch: Batch) -> tuple[torch.Tensor, ...]:
@@ -191,3 +288,18 @@ def cross_entropy(logits: Sequence[torch.Tensor], targets: Sequence[torch.Tensor
         for scores, wanted in zip(logits, targets, strict=True)
     ]
     return torch.stack(sums).sum(), torch.cat(list(targets)).ne(NO_RULE).sum()
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Numbers in all parameters."""
+    return sum(each.numel() for each in network.parameters())
+
+
+def multiply_adds(settings: NetworkSettings, vocabulary: Vocabulary, levels: Sequence[str]) -> int:
+    """Multiplications of a forward pass for one word, in all matrices that the word passes."""
+    width, size, hidden = settings.width, settings.hidden_size, settings.evidence_width
+    encoder = (WINDOW * settings.character_width + FORM_COUNTS) * width
+    proposals = PROPOSALS * (FEATURES * hidden + hidden + FEATURES)
+    experts = sum(width * (2 * settings.inner_width(level) + hidden) + proposals for level in levels)
+    rules = sum(map(len, vocabulary.candidates)) // len(vocabulary.candidates)
+    return encoder + experts + len(levels) * size**2 + rules * width

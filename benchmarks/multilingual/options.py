@@ -13,8 +13,9 @@ import torch
 from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
 from benchmarks.devices import open_device
 from benchmarks.multilingual.arguments import language_codes
+from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
 from benchmarks.multilingual.ranks import launched_ranks
-from benchmarks.multilingual.schedule import MOST_EPOCHS, WORDS_PER_MINUTE
+from benchmarks.multilingual.schedule import MINUTES_OF_FEW_PAIRS, MOST_EPOCHS, MOST_PAIRS, WORDS_PER_MINUTE
 from celmoe.engines.registry import AUTO, ENGINES
 
 MODULE = "benchmarks.multilingual"
@@ -23,7 +24,8 @@ DEFAULT_BATCH_SIZE = 4_096
 # Bounds the whole run, the report included, with a margin to the eight minutes that are promised.
 DEFAULT_MINUTES = 7.3
 DEFAULT_SEED = 0
-DEFAULT_WORKERS = 1
+# A batch is put together in a hundredth of a step, and a process of its own would copy the words.
+DEFAULT_WORKERS = 0
 DEFAULT_DEVICE = "cpu"
 LARGEST_SEED = 2**63 - 1
 DDP, FSDP, EXPERT = "ddp", "fsdp", "expert"
@@ -41,6 +43,7 @@ class Options:
     device: torch.device
     device_name: str
     languages: tuple[str, ...] | None
+    pairs: int | None
     batch_size: int | None
     minutes: float
     steps: int | None
@@ -79,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", default=AUTO, help=f"how a level's experts run: {', '.join(ENGINES)} (default {AUTO})")
     add("--device", default=DEFAULT_DEVICE, help=f"cpu, cuda, cuda:1, directml, ... (default {DEFAULT_DEVICE})")
     add("--languages", help="language codes separated by commas (default: all that simplemma has)")
+    add(
+        "--pairs",
+        help=f"pairs drawn from each dictionary (default {FORMS_PER_LANGUAGE:,}, and as many more for each "
+        f"{MINUTES_OF_FEW_PAIRS} of --minutes, up to {MOST_PAIRS} times)",
+    )
     add("--batch-size", help=f"words a step (default {DEFAULT_BATCH_SIZE})")
     add("--minutes", default=str(DEFAULT_MINUTES), help=f"bound on the whole run (default {DEFAULT_MINUTES})")
     add(
@@ -134,6 +142,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         device=device,
         device_name=given.device,
         languages=None if given.languages is None else language_codes(given.languages),
+        pairs=None if given.pairs is None else whole_number("--pairs", given.pairs, 1),
         batch_size=None if given.batch_size is None else whole_number("--batch-size", given.batch_size, 1),
         minutes=above_zero("--minutes", given.minutes),
         steps=None if given.steps is None else whole_number("--steps", given.steps, 1),

@@ -37,7 +37,7 @@ def accuracy_table(scores: Sequence[LanguageScore], systems: Sequence[str]) -> T
     table = Table(title="Lemmas right, in percent of test words (no test lemma was seen in training)")
     for heading in ("family", "language", "code"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("test words", "reachable", *systems):
+    for heading in ("test words", "compounds", "reachable", *systems):
         table.add_column(heading, justify="right", no_wrap=True)
     for family, members in groupby(scores, key=lambda score: score.family):
         rows = list(members)
@@ -46,16 +46,49 @@ def accuracy_table(scores: Sequence[LanguageScore], systems: Sequence[str]) -> T
             table.add_row(
                 *names,
                 f"{score.test_words:,}",
+                f"{score.compounds:.0%}",
                 f"{score.coverage:.1%}",
                 *_marked([score.accuracy[system] for system in systems]),
                 end_section=place + 1 == len(rows) == 1,
             )
         if len(rows) > 1:
             means = [macro_mean(rows, system) for system in systems]
-            table.add_row("", "mean of family", "", "", "", *_marked(means), style="dim", end_section=True)
+            table.add_row("", "mean of family", "", "", "", "", *_marked(means), style="dim", end_section=True)
     means = [macro_mean(scores, system) for system in systems]
     words = sum(score.test_words for score in scores)
-    table.add_row("all", "mean over languages", "", f"{words:,}", "", *_marked(means))
+    table.add_row("all", "mean over languages", "", f"{words:,}", "", "", *_marked(means))
+    return table
+
+
+COST_HEADINGS = ("system", "mean", "parameters", "multiply-adds a word", "seconds", "words seen")
+_COSTS = ("parameters", "multiply_adds", "training_seconds", "words_trained")
+
+
+def cost_rows(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> list[list[str]]:
+    """Under `COST_HEADINGS`, each system's mean accuracy beside what it took; a baseline without training took none."""
+    return [
+        [
+            system,
+            f"{macro_mean(scores, system):.1%}",
+            *(f"{round(run[cost][system]):,}" if system in run[cost] else "" for cost in _COSTS),
+        ]
+        for system in systems
+    ]
+
+
+def write_costs(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
+    """``costs.csv``: each system's mean accuracy beside what it took."""
+    rows = [[system, macro_mean(scores, system), *(run[cost].get(system, "") for cost in _COSTS)] for system in systems]
+    write_csv(folder / "costs.csv", ["system", "mean", *_COSTS], rows)
+
+
+def cost_table(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> Table:
+    """What each system's accuracy took."""
+    table = Table(title="Mean over the languages, and what it took")
+    for heading in COST_HEADINGS:
+        table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
+    for row in cost_rows(scores, systems, run):
+        table.add_row(*row)
     return table
 
 
@@ -66,7 +99,7 @@ def _marked(values: Sequence[float]) -> list[str]:
 
 def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str]) -> None:
     """``accuracy.csv``: the table without its means."""
-    header = ["family", "language", "name", "train_words", "test_words", "coverage", *systems]
+    header = ["family", "language", "name", "train_words", "test_words", "compounds", "coverage", *systems]
     rows = [
         [
             score.family,
@@ -74,6 +107,7 @@ def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequenc
             score.name,
             score.train_words,
             score.test_words,
+            f"{score.compounds:.4f}",
             f"{score.coverage:.4f}",
             *(f"{score.accuracy[system]:.4f}" for system in systems),
         ]
@@ -101,10 +135,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def write_examples(folder: Path, examples: Sequence[Example], systems: Sequence[str]) -> None:
-    """``examples.csv``: form, true lemma, and what each system made of the form."""
+def write_examples(folder: Path, name: str, examples: Sequence[Example], systems: Sequence[str]) -> None:
+    """A table of form, true lemma, and what each system made of the form."""
     header = ["language", "form", "true_lemma", *systems]
     rows = [
         [each.language, each.form, each.lemma, *(each.predicted[system] for system in systems)] for each in examples
     ]
-    write_csv(folder / "examples.csv", header, rows)
+    write_csv(folder / f"{name}.csv", header, rows)

@@ -42,6 +42,12 @@ class EditRule(NamedTuple):
 IDENTITY = EditRule(0, "", 0, "")
 
 
+def decode(form: str, rule: EditRule | None) -> str:
+    """The lemma; a rule that does not fit leaves the form as it is."""
+    lemma = None if rule is None else rule.apply(form)
+    return form if lemma is None else lemma
+
+
 def find_rule(form: str, lemma: str) -> EditRule:
     """The rule that makes ``lemma`` of ``form``; where they share nothing, the whole form is replaced.
 

@@ -24,6 +24,7 @@ from celmoe.names import STACKED
 
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
+BETAS = (0.9, 0.98)
 # How often, in steps, the clock is asked whether the plan still fits.
 REVISION_INTERVAL = 10
 
@@ -39,9 +40,10 @@ class StepResult:
 
 @dataclass
 class Contender:
-    """One network in training. ``seconds`` is what its own share of the steps has taken.
+    """One network in training. ``seconds`` is what its own share of the steps has taken, ``words`` what it has seen.
 
-    What several ranks do otherwise than one process stands in the methods.
+    One whose steps cost ``stride`` times as much as the experts' takes one step in so many,
+    so that all train for about as long. What several ranks do otherwise than one process stands in the methods.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Contender:
     losses: Losses
     optimizer: torch.optim.Optimizer
     seconds: float = 0.0
+    words: int = 0
+    stride: int = 1
+
+    def takes(self, step: int) -> bool:
+        """Whether it takes this step, counted from 0."""
+        return step % self.stride == 0
 
     def backward(self, batch: Batch) -> celmoe.LossBundle:
         """Forward and backward pass: the losses, and their gradients, clipped."""
@@ -67,7 +75,7 @@ class Contender:
         return self
 
 
-def make_contender(name: str, network: Lemmatizer, losses: Losses) -> Contender:
+def make_contender(name: str, network: Lemmatizer, losses: Losses, stride: int = 1) -> Contender:
     """A network with its optimizer: AdamW, weight decay on the matrices alone; experts may be stacked."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -77,7 +85,9 @@ def make_contender(name: str, network: Lemmatizer, losses: Losses) -> Contender:
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     # One kernel for all parameters, where the device has it: a language expert's are too small for one each.
     fused = matrices[0].device.type in {"cpu", "cuda"}
-    return Contender(name, network, losses, celmoe.optim.AdamW(groups, lr=LEARNING_RATE, fused=fused))
+    return Contender(
+        name, network, losses, celmoe.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=fused), stride=stride
+    )
 
 
 def is_stacked(path: str) -> bool:
@@ -208,6 +218,7 @@ def train(
     # When the latest steps began. The first batch is not waited for in here: starting the loader's processes says
     # nothing about the steps to come.
     begun: deque[float] = deque(maxlen=2 * REVISION_INTERVAL)
+    latest: dict[str, StepResult] = {}
     validate_every = max(1, progress.planned_steps // validations)
     for batch in batches:
         begun.append(time.monotonic())
@@ -222,23 +233,27 @@ def train(
         rate = learning_rate(progress.step, progress.total_steps)
         last = progress.step + 1 == progress.total_steps
         validate = last or (progress.step + 1) % validate_every == 0
-        read = validate or progress.step % read_every == 0
+        # A step that costs much is read whenever it is taken.
         results: dict[str, StepResult] = {}
         speeds: dict[str, float] = {}
         for contender in contenders:
+            if not contender.takes(progress.step):
+                continue
             contender.network.train()
             wait_for(batch.targets.device)
             started = time.perf_counter()
+            read = validate or contender.stride > 1 or progress.step % read_every == 0
             result = train_step(contender, batch, rate, done=progress.step / progress.total_steps, read=read)
             wait_for(batch.targets.device)
             spent = time.perf_counter() - started
             contender.seconds += spent
+            contender.words += batch.joined_size
             speeds[contender.name] = batch.joined_size / spent
             if result is not None:
-                results[contender.name] = result
+                results[contender.name] = latest[contender.name] = result
         progress.step += 1
         progress.expert_load.update(batch.words_by_expert)
-        _record(contenders, progress, results, speeds, watchers, validate=validate)
+        _record(contenders, progress, latest if validate else results, speeds, watchers, validate=validate)
         watchers.on_step(progress.step, results, speeds)
         if deadline is not None and len(begun) >= REVISION_INTERVAL and progress.step % REVISION_INTERVAL == 0:
             fitting = progress.step + deadline.steps_that_fit((time.monotonic() - begun[0]) / len(begun))
@@ -266,7 +281,7 @@ def _record(
             contender=contender.name,
             loss=result.loss,
             accuracy=result.accuracy,
-            words_per_second=speeds[contender.name],
+            words_per_second=speeds.get(contender.name, contender.words / max(contender.seconds, 1e-9)),
             validation_accuracy=watchers.validate(contender) if validate else None,
             terms=result.terms,
         )

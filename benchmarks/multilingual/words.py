@@ -1,22 +1,23 @@
-"""The corpus as tensors: characters seen from both ends of a word, and which of a language's rules is right.
+"""The corpus as tensors: characters from both ends of a word, its evidence, and which of a language's rules is right.
 
-Axes: N words, W characters of a window, L languages, K candidate rules of one language.
+Axes: N words, W characters of a window, L languages, K candidate rules of one language; M, F and T as in `evidence`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from benchmarks.multilingual.corpus import TRAIN, LanguageSample
+from benchmarks.multilingual.evidence import Evidence
 from benchmarks.multilingual.rules import EditRule
 
-RULES = 4_000
 CHARACTERS = 1_000
 # Rules touch the ends, so a word is read from both: its first and its last characters, overlapping in short words.
 HEAD_CHARACTERS = 8
@@ -39,7 +40,7 @@ class Vocabulary:
     """What the network knows before training: characters, and for each language the rules it may choose from.
 
     ``characters`` are in the order of their ids (from `FIRST_CHARACTER_ID`), most frequent first; ``rules`` likewise;
-    ``candidates`` [L][K] are positions in ``rules``, ascending, seen with that language in training.
+    ``candidates`` [L][K] are positions in ``rules``, in the order of the language's `Evidence.candidates`.
     """
 
     languages: list[str]
@@ -58,20 +59,24 @@ class WordTable:
     """The words of one split. ``characters`` int16 [N, W]; ``language_ids`` int16 [N]; ``targets`` int32 [N].
 
     A target is a position among the candidates of the word's language, or `NO_RULE`. ``positions`` int32 [N] is
-    where the word stands in its language's sample.
+    where the word stands in its language's sample. The evidence: ``proposals`` int16 [N, M]; ``counts`` uint8
+    [N, M, F]; ``totals`` uint8 [N, T].
     """
 
     characters: torch.Tensor
     language_ids: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
+    proposals: torch.Tensor
+    counts: torch.Tensor
+    totals: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def share_memory(self) -> WordTable:
         """The same table, readable by the loader's processes without a copy."""
-        for tensor in (self.characters, self.language_ids, self.targets, self.positions):
+        for tensor in vars(self).values():
             tensor.share_memory_()
         return self
 
@@ -80,30 +85,29 @@ def _code_points(forms: Sequence[str]) -> npt.NDArray[np.uint32]:
     return np.frombuffer("".join(forms).encode("utf-32-le"), dtype=np.uint32)
 
 
-def build_vocabulary(samples: Sequence[LanguageSample]) -> Vocabulary:
-    """The most frequent characters and rules of the training words, over all languages together."""
+def build_vocabulary(samples: Sequence[LanguageSample], evidence: Sequence[Evidence]) -> Vocabulary:
+    """The most frequent characters of the training words, and each language's candidate rules."""
     characters = np.zeros(_CODE_POINTS, dtype=np.int64)
-    rules: Counter[EditRule] = Counter()
-    for sample in samples:
+    times: Counter[EditRule] = Counter()
+    for sample, told in zip(samples, evidence, strict=True):
         trained = sample.split == TRAIN
         codes = _code_points([form for form, kept in zip(sample.forms, trained.tolist(), strict=True) if kept])
-        found, times = np.unique(codes, return_counts=True)
-        characters[found] += times
-        rule_times = np.bincount(sample.rule_ids[trained], minlength=len(sample.rules)).tolist()
-        rules.update({rule: times for rule, times in zip(sample.rules, rule_times, strict=True) if times})
+        found, counts = np.unique(codes, return_counts=True)
+        characters[found] += counts
+        rule_times = np.bincount(sample.rule_ids[trained], minlength=len(sample.rules))
+        times.update({sample.rules[each]: int(rule_times[each]) for each in told.candidates.tolist()})
     # Ties are broken by the character and the rule themselves, so that the order of the languages decides nothing.
     order = np.argsort(-characters, kind="stable")[: min(CHARACTERS, int((characters > 0).sum()))]
-    frequent = sorted(rules.items(), key=lambda item: (-item[1], item[0]))[:RULES]
-    ids = {rule: position for position, (rule, _) in enumerate(frequent)}
-    candidates = []
-    for sample in samples:
-        seen = np.unique(sample.rule_ids[sample.split == TRAIN]).tolist()
-        candidates.append(sorted(ids[sample.rules[each]] for each in seen if sample.rules[each] in ids))
+    rules = sorted(times, key=lambda rule: (-times[rule], rule))
+    ids = {rule: position for position, rule in enumerate(rules)}
     return Vocabulary(
         languages=[sample.language for sample in samples],
         characters="".join(map(chr, order.tolist())),
-        rules=[rule for rule, _ in frequent],
-        candidates=candidates,
+        rules=rules,
+        candidates=[
+            [ids[sample.rules[each]] for each in told.candidates.tolist()]
+            for sample, told in zip(samples, evidence, strict=True)
+        ],
     )
 
 
@@ -125,23 +129,20 @@ def encode_forms(forms: Sequence[str], vocabulary: Vocabulary) -> npt.NDArray[np
     return windows
 
 
-def build_table(samples: Sequence[LanguageSample], vocabulary: Vocabulary, split: int) -> WordTable:
+def build_table(
+    samples: Sequence[LanguageSample], evidence: Sequence[Evidence], vocabulary: Vocabulary, split: int
+) -> WordTable:
     """The words of this split, language after language."""
-    rule_ids = {rule: position for position, rule in enumerate(vocabulary.rules)}
-    characters, languages, targets, positions = [], [], [], []
-    for language_id, sample in enumerate(samples):
+    parts: dict[str, list[npt.NDArray[Any]]] = {field.name: [] for field in fields(WordTable)}
+    for language_id, (sample, told) in enumerate(zip(samples, evidence, strict=True)):
         chosen = np.flatnonzero(sample.split == split)
-        local = {rule: position for position, rule in enumerate(vocabulary.candidates[language_id])}
-        target_of_rule = np.array(
-            [local.get(rule_ids.get(rule, NO_RULE), NO_RULE) for rule in sample.rules], dtype=np.int32
-        )
-        characters.append(encode_forms([sample.forms[each] for each in chosen.tolist()], vocabulary))
-        languages.append(np.full(len(chosen), language_id, dtype=np.int16))
-        targets.append(target_of_rule[sample.rule_ids[chosen]])
-        positions.append(chosen.astype(np.int32))
-    return WordTable(
-        characters=torch.from_numpy(np.concatenate(characters)),
-        language_ids=torch.from_numpy(np.concatenate(languages)),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        positions=torch.from_numpy(np.concatenate(positions)),
-    )
+        target_of_rule = np.full(len(sample.rules), NO_RULE, dtype=np.int32)
+        target_of_rule[told.candidates] = np.arange(len(told.candidates))
+        parts["characters"].append(encode_forms([sample.forms[each] for each in chosen.tolist()], vocabulary))
+        parts["language_ids"].append(np.full(len(chosen), language_id, dtype=np.int16))
+        parts["targets"].append(target_of_rule[sample.rule_ids[chosen]])
+        parts["positions"].append(chosen.astype(np.int32))
+        parts["proposals"].append(told.proposals[chosen])
+        parts["counts"].append(told.counts[chosen])
+        parts["totals"].append(told.totals[chosen])
+    return WordTable(**{name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()})

@@ -20,6 +20,7 @@ from benchmarks.multilingual.batches import Collator
 from benchmarks.multilingual.checkpoint import FILE_NAME
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar, Reporter
+from benchmarks.multilingual.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
 from benchmarks.multilingual.job import run
 from benchmarks.multilingual.layouts import spread
 from benchmarks.multilingual.losses import Losses, LossWeights
@@ -53,6 +54,9 @@ def words():
         language_ids=torch.arange(4, dtype=torch.int16).repeat_interleave(6),
         targets=torch.from_numpy(targets.astype(np.int32)),
         positions=torch.zeros(24, dtype=torch.int32),
+        proposals=torch.from_numpy(random.integers(-1, 3, (24, PROPOSALS)).astype(np.int16)),
+        counts=torch.from_numpy(random.integers(0, 99, (24, PROPOSALS, FORM_COUNTS + LEMMA_COUNTS)).astype(np.uint8)),
+        totals=torch.from_numpy(random.integers(0, 99, (24, FORM_COUNTS)).astype(np.uint8)),
     )
 
 

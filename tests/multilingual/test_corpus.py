@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.multilingual import corpus
+from benchmarks.multilingual import corpus, data
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, LanguageSample
-from benchmarks.multilingual.data import read_samples
+from benchmarks.multilingual.data import EVIDENCE, read_evidence, read_samples
 
 CAP = 3_000
 LANGUAGES = ["id", "ms"]
@@ -131,3 +131,41 @@ def test_stopping_the_builders_does_not_wait_for_them(tmp_path: Path) -> None:
         corpus.build_samples(["ms", "sw"], 100, tmp_path, stop)
     # Swahili is begun first and takes a hundred times as long.
     assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["ms"]
+
+
+def test_more_pairs_are_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "FORMS_PER_LANGUAGE", 1_000)
+    few, many = (corpus.draw_sample("ms", cap) for cap in (1_000, 3_000))
+
+    def side(sample: LanguageSample, split: int) -> set[tuple[str, str]]:
+        rows = np.flatnonzero(sample.split == split).tolist()
+        return {(sample.forms[row], sample.lemmas[row]) for row in rows}
+
+    for split in (VALIDATION, TEST):
+        assert side(few, split) == side(many, split) != set()
+    assert side(few, TRAIN) < side(many, TRAIN)
+    assert len(many.forms) < 3_000
+
+
+def evidence_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob(f"*{EVIDENCE}*")}
+
+
+def test_evidence_is_gathered_once_and_again_where_its_file_is_damaged(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first, _) = read_evidence(LANGUAGES, Reporter(), CAP)
+    files = evidence_files(cache)
+    assert len(files) == 2
+    monkeypatch.setattr(data, "in_builders", lambda build, languages, on_built: [build(each) for each in languages])
+    path = corpus.cache_path(cache, "id", CAP, EVIDENCE)
+    path.write_bytes(path.read_bytes()[:1_000])
+    (again, _) = read_evidence(LANGUAGES, Reporter(), CAP)
+    assert np.array_equal(again.counts, first.counts)
+    assert path.stat().st_size == len(files[path.name])
+
+    def fail(*_: object) -> None:
+        pytest.fail("evidence was gathered again")
+
+    monkeypatch.setattr(data, "in_builders", fail)
+    read_evidence(LANGUAGES, Reporter(), CAP)

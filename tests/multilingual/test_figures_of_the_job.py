@@ -11,23 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-import celmoe
 from benchmarks.multilingual import ablation, job, training
 from benchmarks.multilingual.ablation import VARIANTS, validation_accuracy
-from benchmarks.multilingual.batches import Batch
+from benchmarks.multilingual.batches import Batch, Collator
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar, Reporter
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION
 from benchmarks.multilingual.data import Data, make_compiler, prepare_data
-from benchmarks.multilingual.evaluation import LanguageScore, decode, rule_accuracy
-from benchmarks.multilingual.job import EXPERTS, verdict_on
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
+from benchmarks.multilingual.evaluation import LanguageScore, rule_accuracy
+from benchmarks.multilingual.evidence import gather_evidence
+from benchmarks.multilingual.job import EXPERTS, TABLE, WIDE, make_contenders, verdict_on
+from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, parameter_count
+from benchmarks.multilingual.options import parse_options
+from benchmarks.multilingual.rules import decode
+from benchmarks.multilingual.suffix_table import table_rules
 from benchmarks.multilingual.words import NO_RULE, encode_forms
 
 LANGUAGES = ["id", "ms"]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0", "--seed", "5"]
 STEPS = 6
 LEVELS_OF = {EXPERTS: LEVELS, UNIVERSAL: (UNIVERSAL,)}
+SETTINGS_OF = {EXPERTS: NetworkSettings(), UNIVERSAL: NetworkSettings().universal_alone()}
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +57,26 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
     Word by word from the samples, by nothing of the job's own batches, tables and evaluation; ``None`` is a rule that
     the network does not know.
     """
-    network = Lemmatizer(data.vocabulary, NetworkSettings(), levels=LEVELS_OF[system], engine="looped").eval()
+    network = Lemmatizer(data.vocabulary, SETTINGS_OF[system], levels=LEVELS_OF[system], engine="looped").eval()
     network.load_state_dict(saved(folder)["contenders"][system]["network"])
     compiler = make_compiler(data)
     found = {}
     for place, sample in enumerate(data.samples):
+        evidence = gather_evidence(sample)
         rows = np.flatnonzero(sample.split == split).tolist()
         forms = [sample.forms[row] for row in rows]
         names = [sample.language] * len(forms)
         batch = Batch(
             characters=torch.from_numpy(encode_forms(forms, data.vocabulary)).int(),
             targets=torch.zeros(len(forms), dtype=torch.int64),
+            proposals=torch.from_numpy(evidence.proposals[rows]).long(),
+            counts=torch.from_numpy(evidence.counts[rows]),
+            totals=torch.from_numpy(evidence.totals[rows]),
             languages=names,
             plan=compiler({"language": names}),
         )
         with torch.inference_mode():
-            (scores,) = network.head(network(batch).fused_hidden, batch.plan.levels["language"])
+            (scores,) = network.logits(network(batch), batch)
         candidates = data.vocabulary.candidates[place]
         best = [candidates[each] for each in scores.argmax(-1).tolist()]
         known = {rule: each for each, rule in enumerate(data.vocabulary.rules)}
@@ -83,10 +91,7 @@ def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data
     told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
         words = found_rules(data, report, system, TEST)[sample.language]
-        right = [
-            rule is not None and decode(sample.forms[row], data.vocabulary.rules[best]) == sample.lemmas[row]
-            for row, rule, best in words
-        ]
+        right = [decode(sample.forms[row], data.vocabulary.rules[best]) == sample.lemmas[row] for row, _, best in words]
         score = told[sample.language]
         assert score["accuracy"][system] == pytest.approx(sum(right) / len(right), abs=1e-9)
         assert score["test_words"] == len(words) == (sample.split == TEST).sum()
@@ -135,9 +140,10 @@ def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
         """Finds the right rule of every word of the first batch and of no other."""
 
         def forward(self, batch: Batch) -> Any:
-            return SimpleNamespace(fused_hidden=batch.targets)
+            return batch.targets
 
-        def head(self, targets: torch.Tensor, plan: celmoe.LevelPlan) -> list[torch.Tensor]:
+        def logits(self, targets: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+            plan = batch.plan.levels["language"]
             wanted = targets.index_select(0, plan.order).split(plan.counts)
             return [torch.eye(3)[(each if len(targets) == 5 else each + 1) % 3] for each in wanted]
 
@@ -146,6 +152,9 @@ def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
         return Batch(
             characters=torch.zeros(size, 20, dtype=torch.int32),
             targets=torch.arange(size) % 3,
+            proposals=torch.zeros(size, 0, dtype=torch.int64),
+            counts=torch.zeros(size, 0, 0, dtype=torch.uint8),
+            totals=torch.zeros(size, 0, dtype=torch.uint8),
             languages=names,
             plan=make_compiler(data)({"language": names}),
         )
@@ -154,25 +163,66 @@ def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
     assert rule_accuracy(network, iter([batch_of(5), batch_of(2), batch_of(1)])) == 5 / 8
 
 
-def test_both_networks_take_every_step(report: Path) -> None:
+def test_all_networks_take_every_step_of_theirs(report: Path) -> None:
+    told = json.loads((report / "accuracy.json").read_text())["run"]
     for system, each in saved(report)["contenders"].items():
         state = each["optimizer"]["state"]
-        assert {int(each["step"]) for each in state.values()} == {STEPS}, system
+        steps = round(told["words_trained"][system] / 256)
+        assert {int(each["step"]) for each in state.values()} == {steps}, system
         points = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system]
         assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
-    told = json.loads((report / "accuracy.json").read_text())["run"]
-    assert (told["steps"], told["words_trained"]) == (STEPS, STEPS * 256)
+    assert told["words_trained"][EXPERTS] == told["words_trained"][UNIVERSAL] == told["steps"] * 256 == STEPS * 256
+
+
+def test_the_baselines_are_of_the_size_that_they_are_said_to_be_of(data: Data) -> None:
+    experts, universal, wide = make_contenders(data, parse_options(SMALL), 0)
+    assert (experts.name, universal.name, wide.name) == (EXPERTS, UNIVERSAL, WIDE)
+    compute = [each.network.multiply_adds for each in (experts, universal, wide)]
+    assert compute[1] == pytest.approx(compute[0], rel=0.01)
+    assert parameter_count(wide.network) == pytest.approx(parameter_count(experts.network), rel=0.01)
+    assert (experts.stride, universal.stride, wide.stride) == (1, 1, max(1, round(compute[2] / compute[0])))
+
+
+@pytest.mark.parametrize("levels", [LEVELS, (UNIVERSAL,)])
+def test_multiplications_are_those_of_the_matrices_that_a_word_passes(levels: tuple[str, ...], data: Data) -> None:
+    network = Lemmatizer(data.vocabulary, NetworkSettings(), levels=levels)
+    passed = 0
+
+    def count(module: torch.nn.Module, given: tuple[torch.Tensor], _result: object) -> None:
+        nonlocal passed
+        passed += module.weight.numel() * (given[0].numel() // module.weight.shape[1])  # type: ignore[union-attr, operator]
+
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)  # type: ignore[arg-type]
+    network.hierarchy.engine = "looped"
+    sample = data.samples[0]
+    table = data.tables[TEST]
+    batch = Collator(table, data.vocabulary.languages, make_compiler(data))(torch.tensor([0]))
+    network(batch)
+    rules = sum(map(len, data.vocabulary.candidates)) // len(data.samples)
+    assert sample.language == "id"
+    assert network.multiply_adds == passed + rules * network.width
+
+
+def test_the_table_is_right_as_often_as_its_rules_are(report: Path, data: Data) -> None:
+    told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
+    for sample in data.samples:
+        rules = table_rules(sample)
+        test = np.flatnonzero(sample.split == TEST).tolist()
+        right = [decode(sample.forms[row], sample.rules[rules[row]]) == sample.lemmas[row] for row in test]
+        assert told[sample.language]["accuracy"][TABLE] == pytest.approx(sum(right) / len(right), abs=1e-9)
 
 
 @pytest.fixture
 def one_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the experts; the universal expert alone takes half of that. Its clock is asked twice for each step."""
+    """Of the experts; the other two take a half and a quarter. Its clock is asked twice for each step of each."""
     now = [0.0, 0]
 
     def read() -> float:
         now[1] += 1
         if now[1] % 2 == 0:
-            now[0] += 1.0 if now[1] % 4 == 2 else 0.5
+            now[0] += {2: 1.0, 4: 0.5, 0: 0.25}[now[1] % 6]
         return now[0]
 
     clock = SimpleNamespace(perf_counter=read, monotonic=training.time.monotonic)
@@ -201,16 +251,17 @@ def test_the_seconds_are_of_all_steps_and_of_the_network_s_own(
             assert main(begin) == 130
         assert main(["--resume", "--workers", "0", "--report", str(tmp_path)]) == 0
     told = json.loads((tmp_path / "accuracy.json").read_text())["run"]
-    assert told["training_seconds"] == {EXPERTS: STEPS, UNIVERSAL: STEPS / 2}
-    assert told["words_trained"] == STEPS * 256
-    assert told["words_per_second"] == {EXPERTS: 256, UNIVERSAL: 512}
+    assert told["training_seconds"] == {EXPERTS: STEPS, UNIVERSAL: STEPS / 2, WIDE: STEPS / 4}
+    assert told["words_trained"] == dict.fromkeys((EXPERTS, UNIVERSAL, WIDE), STEPS * 256)
+    speeds = {EXPERTS: 256, UNIVERSAL: 512, WIDE: 1024}
+    assert told["words_per_second"] == speeds
     curve = saved(tmp_path)["progress"]["curve"]
-    assert {point["contender"]: point["words_per_second"] for point in curve} == {EXPERTS: 256, UNIVERSAL: 512}
+    assert {point["contender"]: point["words_per_second"] for point in curve} == speeds
 
 
 def score(**accuracy: float) -> LanguageScore:
     return LanguageScore(
-        language="id", name="", family="", test_words=1, train_words=1, coverage=1.0, accuracy=accuracy
+        language="id", name="", family="", test_words=1, train_words=1, coverage=1.0, compounds=0.0, accuracy=accuracy
     )
 
 
@@ -227,17 +278,26 @@ def score(**accuracy: float) -> LanguageScore:
 def test_the_experts_beat_both_or_they_do_not(experts: float, universal: float, identity: float, beats: bool) -> None:
     scores = [score(experts=experts + each, universal=universal, identity=identity) for each in (-0.25, 0.25)]
     said = verdict_on(scores, [EXPERTS, UNIVERSAL, "identity"])
-    assert said == ("the experts beat both baselines" if beats else "the experts do NOT beat both baselines")
+    assert said.startswith("the experts beat all baselines;" if beats else "the experts do NOT beat all baselines;")
+    ahead = [sum(experts + each > other for each in (-0.25, 0.25)) for other in (universal, identity)]
+    assert said.endswith(f"they are ahead of universal in {ahead[0]}, identity in {ahead[1]}")
 
 
 def test_what_is_said_at_the_end_is_of_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_up = [score(experts=0.5, universal=0.625, identity=0.25), score(experts=0.25, universal=0.125, identity=0.25)]
+    others = dict.fromkeys((WIDE, TABLE), 0.125)
+    made_up = [
+        score(experts=0.5, universal=0.625, identity=0.25, **others),
+        score(experts=0.25, universal=0.125, identity=0.25, **others),
+    ]
     monkeypatch.setattr(job, "score_languages", lambda *_: made_up)
     assert main([*SMALL, "--steps", "1", "--report", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "mean over 2 languages: experts 37.5%, universal 37.5%, identity 25.0%: the experts do NOT beat" in said
+    assert (
+        "mean over 2 languages: experts 37.5%, universal 37.5%, wide 12.5%, table 12.5%, identity 25.0%: "
+        "the experts do NOT beat"
+    ) in said
 
 
 @pytest.mark.parametrize("variant", ["as the job does", "universal expert alone"])

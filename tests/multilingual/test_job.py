@@ -1,6 +1,7 @@
 """The whole job on two small languages, for a few steps."""
 
 import csv
+import html
 import json
 import os
 import platform
@@ -25,11 +26,12 @@ import torch
 import celmoe
 from benchmarks import peers
 from benchmarks.multilingual import compare as comparing
-from benchmarks.multilingual import job
+from benchmarks.multilingual import job, lemmatize
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.checkpoint import FORMAT
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar
+from benchmarks.multilingual.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
 from benchmarks.multilingual.hierarchy_clock import HierarchyClock
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import LEVELS, Lemmatizer, NetworkSettings, hierarchy_config
@@ -94,17 +96,74 @@ def test_the_report_is_whole(uninterrupted: Path) -> None:
         assert len((uninterrupted / f"{name}.csv").read_text().splitlines()) > 1
     table = json.loads((uninterrupted / "accuracy.json").read_text())
     assert table["run"]["steps"] == 6
-    assert table["run"]["words_trained"] == 6 * 256
+    assert table["run"]["words_trained"]["experts"] == 6 * 256
     check_facts(table["run"])
     assert table["run"]["languages"] == ["id", "ms"]
     with (uninterrupted / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["language"] for row in rows] == ["id", "ms"]
     for row, score in zip(rows, table["languages"], strict=True):
-        for system in ("experts", "universal", "identity"):
+        for system in ("experts", "universal", "wide", "table", "identity"):
             assert float(row[system]) == pytest.approx(score["accuracy"][system], abs=1e-4)
+    with (uninterrupted / "costs.csv").open() as file:
+        costs = {row["system"]: row for row in csv.DictReader(file)}
+    assert list(costs) == ["experts", "universal", "wide", "table", "identity"]
+    for system, mean in table["macro_mean"].items():
+        assert float(costs[system]["mean"]) == pytest.approx(mean)
+        assert costs[system]["parameters"] == str(table["run"]["parameters"].get(system, ""))
+    for name in ("examples", "errors"):
+        with (uninterrupted / f"{name}.csv").open() as file:
+            examples = list(csv.DictReader(file))
+        assert [row["language"] for row in examples[:: len(examples) // 2]] == ["id", "ms"]
+    assert all(row["experts"] != row["true_lemma"] for row in examples)
+
+
+def test_the_page_shows_every_figure_and_table(uninterrupted: Path) -> None:
+    page = (uninterrupted / "index.html").read_text(encoding="utf-8")
+    for name in FIGURES:
+        assert f'src="{name}.png"' in page
+    run = json.loads((uninterrupted / "accuracy.json").read_text())
+    for system, mean in run["macro_mean"].items():
+        assert f"<td class=text>{system}</td><td>{mean:.1%}</td>" in page
+    for language in ("Indonesian", "Malay"):
+        assert language in page
+    with (uninterrupted / "errors.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert f"<td class=text>{html.escape(row['form'])}</td>" in page
+    # It is whole: every element that opens closes.
+    for element in ("table", "tr", "td", "th", "h2", "h3", "a", "span"):
+        assert len(re.findall(f"<{element}[ >]", page)) == page.count(f"</{element}>"), element
+
+
+def test_words_are_lemmatized_by_the_checkpoint(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (uninterrupted / "examples.csv").open() as file:
-        assert len(list(csv.DictReader(file))) >= 24
+        rows = [row for row in csv.DictReader(file) if row["language"] == "id"]
+    forms = [row["form"] for row in rows]
+    assert lemmatize.main(["--language", "id", "--report", str(uninterrupted), *forms, "xqzk"]) == 0
+    said = [line.split(" -> ") for line in capsys.readouterr().out.splitlines()]
+    assert said[:-1] == [[row["form"], row["experts"]] for row in rows]
+    assert said[-1][0] == "xqzk"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--language", "id"], "'words' must be word forms (got none)"),
+        (["rumah"], "'--language' must be given, as one of id, ms (got none)"),
+        (["--language", "de", "Haus"], "'--language' must be one of id, ms (got 'de'; nearest: id)"),
+        (["--language", "id", "--repot", "x"], "'arguments' must be options that --help shows (got '--repot'; "),
+    ],
+)
+def test_lemmatizing_what_can_t_be_is_refused(
+    arguments: list[str], sentence: str, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lemmatize.main([*arguments, *(["--report", str(uninterrupted)] if "--repot" not in arguments else [])]) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_lemmatizing_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lemmatize.main(["--language", "id", "--report", str(tmp_path), "rumah"]) == 2
+    assert "must find a checkpoint in the report folder" in capsys.readouterr().err
 
 
 def test_the_load_counts_every_word_once_a_level(uninterrupted: Path) -> None:
@@ -147,7 +206,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
     said = capsys.readouterr().out
     assert "training 6 steps of 256 words, 1,536 words in all" in said
-    command = f"python -m benchmarks.multilingual --resume --report {shlex.quote(str(tmp_path))} --workers 0"
+    command = f"python -m benchmarks.multilingual --resume --report {shlex.quote(str(tmp_path))}"
     assert f"stopped at step 3 of 6; go on with: {command}\n" in said
     assert not (tmp_path / "accuracy.csv").exists()
     # What a resumed run does not inherit from the process must come from the checkpoint.
@@ -328,6 +387,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_resuming_another_run_is_refused(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--resume", "--seed", "6", "--report", str(uninterrupted)]) == 2
     assert capsys.readouterr().err == "'--seed' must be what the checkpoint was trained with, 5 (got 6)\n"
+    assert main(["--resume", "--pairs", "9", "--report", str(uninterrupted)]) == 2
+    assert capsys.readouterr().err == "'--pairs' must be what the checkpoint was trained with, 40000 (got 9)\n"
     assert main(["--resume", "--languages", "ms", "--report", str(uninterrupted)]) == 2
     assert capsys.readouterr().err == "'--languages' must be what the checkpoint was trained with, id,ms (got ms)\n"
 
@@ -553,8 +614,10 @@ class TimedByHand(Lemmatizer):
 
     now = 0.0
 
-    def run_hierarchy(self, hidden: torch.Tensor, batch: Batch) -> celmoe.CELMoEOutput:
-        output = super().run_hierarchy(self.takes(hidden, 10, 1_000), batch)
+    def run_hierarchy(
+        self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
+    ) -> celmoe.CELMoEOutput:
+        output = super().run_hierarchy(self.takes(hidden, 10, 1_000), context, batch)
         output.fused_hidden = self.takes(output.fused_hidden, 20, 2_000)
         return output
 
@@ -586,13 +649,16 @@ def test_the_clock_reads_the_hierarchy_and_nothing_beside(engine: str) -> None:
     encode, score = network.encoder.mix.forward, network.head.forward
     network.encoder.mix.forward = lambda places: network.takes(encode(places), 1, 100)  # type: ignore[method-assign]
     network.head.forward = (  # type: ignore[method-assign]
-        lambda hidden, plan: score(network.takes(hidden, 40, 4_000), plan)
+        lambda words, scores, batch: score(network.takes(words, 40, 4_000), scores, batch)
     )
     compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, vocabulary.languages, LEVELS, NetworkSettings()))
     languages = ["id", "ms", "ms", "id", "ms"]
     batch = Batch(
         characters=torch.zeros(5, WINDOW, dtype=torch.int32),
         targets=torch.tensor([0, 1, 0, 1, 1]),
+        proposals=torch.tensor([[0, 1, *[-1] * (PROPOSALS - 2)]] * 5),
+        counts=torch.zeros(5, PROPOSALS, FORM_COUNTS + LEMMA_COUNTS, dtype=torch.uint8),
+        totals=torch.zeros(5, FORM_COUNTS, dtype=torch.uint8),
         languages=languages,
         plan=compiler({"language": languages}),
     )

@@ -8,33 +8,50 @@ import celmoe
 from benchmarks.multilingual.ablation import VARIANTS
 from benchmarks.multilingual.batches import Batch, Collator
 from benchmarks.multilingual.corpus import TRAIN, LanguageSample
+from benchmarks.multilingual.evidence import gather_evidence
+from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, hierarchy_config
+from benchmarks.multilingual.network import (
+    FAMILY,
+    LANGUAGE,
+    LEVELS,
+    UNIVERSAL,
+    Lemmatizer,
+    LemmatizingExpert,
+    NetworkSettings,
+    hierarchy_config,
+)
 from benchmarks.multilingual.rules import IDENTITY, EditRule
 from benchmarks.multilingual.words import build_table, build_vocabulary
 
 
 def sample_of(language: str, forms: list[str]) -> LanguageSample:
+    """Two words that are their own lemmas, and two that lose a character."""
     return LanguageSample(
         language=language,
         forms=forms,
-        lemmas=[forms[0], forms[1][:-1]],
+        lemmas=[*forms[:2], *(form[:-1] for form in forms[2:])],
         rules=[IDENTITY, EditRule(0, "", 1, "")],
-        rule_ids=np.array([0, 1], dtype=np.int32),
-        split=np.array([TRAIN, TRAIN], dtype=np.uint8),
-        dictionary_size=2,
+        rule_ids=np.array([0, 0, 1, 1], dtype=np.int32),
+        split=np.full(4, TRAIN, dtype=np.uint8),
+        dictionary_size=4,
     )
 
 
 def network_and_batch(levels: tuple[str, ...]) -> tuple[Lemmatizer, Batch]:
-    samples = [sample_of("en", ["cat", "cats"]), sample_of("fi", ["talo", "talot"])]
-    vocabulary = build_vocabulary(samples)
+    samples = [sample_of("en", ["cat", "dog", "cats", "hats"]), sample_of("fi", ["talo", "maa", "talot", "puut"])]
+    evidence = [gather_evidence(sample) for sample in samples]
+    vocabulary = build_vocabulary(samples, evidence)
     settings = NetworkSettings(width=8, universal_width=8, family_width=8, language_width=8)
     compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, vocabulary.languages, LEVELS, settings))
-    table = build_table(samples, vocabulary, TRAIN)
+    table = build_table(samples, evidence, vocabulary, TRAIN)
     torch.manual_seed(0)
     network = Lemmatizer(vocabulary, settings, levels=levels)
-    return network, Collator(table, vocabulary.languages, compiler)(torch.tensor([2, 0, 3, 1]))
+    # So that every parameter has a gradient: the experts begin without an opinion.
+    for module in network.modules():
+        if isinstance(module, LemmatizingExpert):
+            torch.nn.init.normal_(module.judge.weight)
+    return network, Collator(table, vocabulary.languages, compiler)(torch.tensor([4, 0, 6, 2, 1, 3, 5, 7]))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +75,7 @@ def test_size_and_distance_are_read_from_the_language_level() -> None:
     network, batch = network_and_batch(LEVELS)
     output = network(batch)
     parts = Losses(network, LossWeights())(output, batch).as_dict()
-    family, language = (output.levels[level].hidden for level in ("family", "language"))
+    family, language = (output.levels[level].hidden[:, : network.width] for level in ("family", "language"))
     assert parts["language.size"] == pytest.approx(language.square().mean().item())
     assert parts["family->language.distance"] == pytest.approx((language - family).square().mean().item())
 
@@ -95,10 +112,29 @@ def test_every_parameter_is_trained() -> None:
 
 def test_the_ablation_starts_from_what_the_job_does() -> None:
     job = VARIANTS["as the job does"]
-    assert (job.weights, job.isolated_levels, job.levels) == (LossWeights(), NetworkSettings().isolated_levels, LEVELS)
+    assert (job.weights, job.settings, job.levels, job.shuffled) == (LossWeights(), NetworkSettings(), LEVELS, False)
     assert all(each != job for name, each in VARIANTS.items() if name != "as the job does")
     assert {name for name, each in VARIANTS.items() if each.weights != job.weights} == {
         "without size",
         "without distance",
         "fused rule loss alone",
     }
+
+
+def test_shuffled_families_are_as_large_as_the_real_ones_and_follow_the_seed() -> None:
+    languages = sorted(FAMILY_OF)
+    shuffled = VARIANTS["shuffled families"]
+    found = shuffled.family_of(languages, 1)
+    assert sorted(found.values()) == sorted(FAMILY_OF.values())
+    assert found == shuffled.family_of(languages, 1) != shuffled.family_of(languages, 2)
+    assert found != FAMILY_OF == VARIANTS["as the job does"].family_of(languages, 1)
+
+
+def test_each_variant_without_a_level_trains_the_others() -> None:
+    _, batch = network_and_batch(LEVELS)
+    for levels in ((FAMILY, LANGUAGE), (UNIVERSAL, LANGUAGE), (UNIVERSAL, FAMILY)):
+        network, _ = network_and_batch(levels)
+        output = network(batch)
+        assert list(output.levels) == list(levels)
+        Losses(network, LossWeights())(output, batch).total.backward()
+        assert [name for name, each in network.named_parameters() if each.grad is None] == []

@@ -32,6 +32,7 @@ REFUSALS = {
     ("--minutes", "soon"): "'--minutes' must be a number above 0 (got 'soon')",
     ("--seed", "-1"): "'--seed' must be a whole number from 0 to 9223372036854775807 (got '-1')",
     ("--steps", "0"): "'--steps' must be a whole number, at least 1 (got '0')",
+    ("--pairs", "0"): "'--pairs' must be a whole number, at least 1 (got '0')",
     ("--workers", "65"): "'--workers' must be a whole number from 0 to 64 (got '65')",
     ("--device", "gpu"): "'--device' must be a device that works here, such as cpu, cuda or directml (got 'gpu': ",
     ("--device", "meta"): "'--device' must be a device that works here, such as cpu, cuda or directml (got 'meta': ",
@@ -142,7 +143,7 @@ def test_defaults() -> None:
     assert found.engine == "auto"
     assert found.device == torch.device("cpu")
     assert found.report == Path("celmoe-report") / "multilingual"
-    assert (found.languages, found.batch_size, found.seed, found.steps, found.parallel) == (None,) * 5
+    assert (found.languages, found.pairs, found.batch_size, found.seed, found.steps, found.parallel) == (None,) * 6
     assert found.minutes < 8
     assert (found.stacked, found.compile) == (True, False)
 
@@ -208,12 +209,12 @@ def test_the_resume_command_can_be_pasted() -> None:
     assert resume_command(parse_options([])) == (
         f"python -m benchmarks.multilingual --resume --report {Path('celmoe-report') / 'multilingual'}"
     )
-    arguments = ["--engine", "looped", "--device", "cpu:0", "--workers", "0", "--minutes", "20"]
+    arguments = ["--engine", "looped", "--device", "cpu:0", "--workers", "1", "--minutes", "20"]
     command = resume_command(parse_options(["--report", "my report; rm *", *arguments, "--seed", "3"]))
     assert shlex.split(command)[:3] == ["python", "-m", "benchmarks.multilingual"]
     again = parse_options(shlex.split(command)[3:])
     assert (again.report, again.engine, again.device) == (Path("my report; rm *"), "looped", torch.device("cpu:0"))
-    assert (again.resume, again.workers, again.minutes) == (True, 0, 20)
+    assert (again.resume, again.workers, again.minutes) == (True, 1, 20)
 
 
 @pytest.mark.parametrize("ways", [["--no-stacked"], ["--compile"], ["--no-stacked", "--compile"], []])

@@ -8,7 +8,15 @@ import torch
 import celmoe
 from benchmarks.multilingual import training
 from benchmarks.multilingual.batches import Batch
-from benchmarks.multilingual.schedule import LEARNING_RATE, MOST_EPOCHS, Deadline, learning_rate, plan_steps
+from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
+from benchmarks.multilingual.schedule import (
+    LEARNING_RATE,
+    MOST_EPOCHS,
+    Deadline,
+    learning_rate,
+    plan_pairs,
+    plan_steps,
+)
 from benchmarks.multilingual.training import REVISION_INTERVAL, Contender, Progress, StepResult, Watchers, train
 
 
@@ -33,13 +41,18 @@ def test_a_deadline_counts_the_steps_that_fit() -> None:
 
 def test_steps_are_planned_in_words() -> None:
     many = 10**6
-    # What the job does by default: 60 steps a minute.
+    # What the job does by default: 150 steps a minute.
     for minutes in (0.05, 1, 7.3, 11.7):
-        assert plan_steps(minutes, 4_096, many) == max(1, round(60 * minutes))
+        assert plan_steps(minutes, 4_096, many) == max(1, round(150 * minutes))
     assert plan_steps(7.3, 256, many) == 16 * plan_steps(7.3, 4_096, many)
-    assert plan_steps(7.3, 65_536, many) == round(438 / 16)
+    assert plan_steps(7.3, 65_536, many) == round(1_095 / 16)
     assert plan_steps(7.3, 4_096, 3) == 3 * MOST_EPOCHS
     assert plan_steps(0.001, 4_096, many) == 1
+
+
+def test_longer_runs_read_more_pairs() -> None:
+    found = [plan_pairs(minutes) for minutes in (0.1, 7.3, 29, 30, 45, 60, 600)]
+    assert found == [FORMS_PER_LANGUAGE * times for times in (1, 1, 1, 2, 3, 4, 4)]
 
 
 @pytest.fixture
@@ -49,6 +62,9 @@ def batch() -> Batch:
     return Batch(
         characters=torch.zeros(4, 20, dtype=torch.int32),
         targets=torch.zeros(4, dtype=torch.int64),
+        proposals=torch.zeros(4, 0, dtype=torch.int64),
+        counts=torch.zeros(4, 0, 0, dtype=torch.uint8),
+        totals=torch.zeros(4, 0, dtype=torch.uint8),
         languages=["id"] * 4,
         plan=compiler({"language": ["id"] * 4}),
     )
@@ -87,6 +103,19 @@ def test_each_step_is_timed_from_an_idle_device_to_an_idle_device(batch: Batch, 
     progress = Progress(planned_steps=1, total_steps=1)
     assert train([contender("a"), contender("b")], iter([batch]), progress, None, watchers(log))
     assert log[:6] == ["wait", "a", "wait", "wait", "b", "wait"]
+
+
+def test_a_contender_with_a_stride_takes_one_step_in_so_many(batch: Batch, log: list[str]) -> None:
+    progress = Progress(planned_steps=7, total_steps=7)
+    every, third = contender("a"), replace(contender("b"), stride=3)
+    assert train([every, third], iter([batch] * 7), progress, None, watchers(log), validations=2)
+    told = [event for event in log if event != "wait"]
+    # Steps 1, 4 and 7; a validation in between is of the latest one.
+    assert [event for event in told if event in {"b", "validated b"}] == [
+        "b", "validated b", "b", "validated b", "b", "validated b"
+    ]  # fmt: skip
+    assert (every.words, third.words) == (28, 12)
+    assert [point.step for point in progress.curve if point.contender == "b"] == [1, 3, 4, 6, 7]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])

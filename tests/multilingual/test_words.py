@@ -4,6 +4,7 @@ import torch
 from benchmarks.multilingual import words
 from benchmarks.multilingual.batches import TrainingSteps
 from benchmarks.multilingual.corpus import TEST, TRAIN, LanguageSample
+from benchmarks.multilingual.evidence import gather_evidence
 from benchmarks.multilingual.rules import IDENTITY, EditRule
 from benchmarks.multilingual.words import (
     FIRST_CHARACTER_ID,
@@ -15,37 +16,52 @@ from benchmarks.multilingual.words import (
 )
 
 PLURAL = EditRule(0, "", 1, "")
-ONLY_IN_TEST = EditRule(1, "", 0, "")
+ONCE = EditRule(1, "", 0, "")
+ONLY_IN_TEST = EditRule(1, "", 1, "")
 
 
 def small_sample() -> LanguageSample:
     return LanguageSample(
         language="en",
-        forms=["cat", "cats", "xa"],
-        lemmas=["cat", "cat", "a"],
-        rules=[IDENTITY, PLURAL, ONLY_IN_TEST],
-        rule_ids=np.array([0, 1, 2], dtype=np.int32),
-        split=np.array([TRAIN, TRAIN, TEST], dtype=np.uint8),
-        dictionary_size=3,
+        forms=["cat", "cats", "sat", "cas", "ccat", "xa"],
+        lemmas=["cat", "cat", "sat", "ca", "cat", "a"],
+        rules=[PLURAL, IDENTITY, ONCE, ONLY_IN_TEST],
+        rule_ids=np.array([1, 0, 1, 0, 2, 3], dtype=np.int32),
+        split=np.array([TRAIN, TRAIN, TRAIN, TRAIN, TRAIN, TEST], dtype=np.uint8),
+        dictionary_size=6,
     )
 
 
-def test_only_training_words_make_the_vocabulary() -> None:
-    vocabulary = words.build_vocabulary([small_sample()])
+def test_training_words_make_the_vocabulary_and_rules_that_they_have_twice() -> None:
+    sample = small_sample()
+    vocabulary = words.build_vocabulary([sample], [gather_evidence(sample)])
     assert vocabulary.characters == "acts"
+    # Both have two words: the order is the rules' own, and the language's candidates are in the sample's.
     assert vocabulary.rules == [IDENTITY, PLURAL]
-    assert vocabulary.candidates == [[0, 1]]
+    assert vocabulary.candidates == [[1, 0]]
 
 
 def test_targets_are_places_among_the_candidates() -> None:
     sample = small_sample()
-    vocabulary = words.build_vocabulary([sample])
-    assert words.build_table([sample], vocabulary, TRAIN).targets.tolist() == [0, 1]
-    assert words.build_table([sample], vocabulary, TEST).targets.tolist() == [NO_RULE]
+    evidence = gather_evidence(sample)
+    vocabulary = words.build_vocabulary([sample], [evidence])
+    assert words.build_table([sample], [evidence], vocabulary, TRAIN).targets.tolist() == [1, 0, 1, 0, NO_RULE]
+    assert words.build_table([sample], [evidence], vocabulary, TEST).targets.tolist() == [NO_RULE]
+
+
+def test_a_table_has_the_evidence_of_its_own_words() -> None:
+    sample = small_sample()
+    evidence = gather_evidence(sample)
+    vocabulary = words.build_vocabulary([sample], [evidence])
+    table = words.build_table([sample, sample], [evidence, evidence], vocabulary, TEST)
+    assert torch.equal(table.counts, torch.from_numpy(evidence.counts[[5, 5]]))
+    assert torch.equal(table.totals, torch.from_numpy(evidence.totals[[5, 5]]))
+    assert torch.equal(table.proposals, torch.from_numpy(evidence.proposals[[5, 5]]))
 
 
 def test_windows_are_flush_with_both_ends_of_the_word() -> None:
-    vocabulary = words.build_vocabulary([small_sample()])
+    sample = small_sample()
+    vocabulary = words.build_vocabulary([sample], [gather_evidence(sample)])
     a, c, t, s = range(FIRST_CHARACTER_ID, FIRST_CHARACTER_ID + 4)
     ids = words.encode_forms(["cats", "x", "", "cat" * 5], vocabulary).tolist()
     assert ids[0][:HEAD_CHARACTERS] == [c, a, t, s] + [OUTSIDE_ID] * 4
