@@ -694,3 +694,17 @@ def test_segments_are_read_in_every_call() -> None:
         torch.testing.assert_close(torch.ops.celmoe.segment_sum(rows, ends), sums)
         outer = torch.stack([rows[:first].mT @ rows[:first], rows[first:].mT @ rows[first:]])
         torch.testing.assert_close(torch.ops.celmoe.outer(rows, rows, ends), outer)
+
+
+def test_few_members_are_taken_out_of_a_stack() -> None:
+    """A call with few present members computes with those alone, and gives all others zeros."""
+    ends = torch.tensor([0, 0, 2, 2, 2, 2, 5, 5, 5], dtype=torch.int32)
+    rows, weights, biases = torch.randn(5, WIDTH), torch.randn(9, WIDTH, WIDTH), torch.randn(9, WIDTH)
+    own = {2: rows[:2], 6: rows[2:]}
+    wanted = torch.cat([each @ weights[member].mT + biases[member] for member, each in own.items()])
+    torch.testing.assert_close(torch.ops.celmoe.multiply(rows, weights, biases, ends), wanted)
+    zero = torch.zeros(WIDTH, WIDTH)
+    outer = torch.stack([own[each].mT @ own[each] if each in own else zero for each in range(9)])
+    torch.testing.assert_close(torch.ops.celmoe.outer(rows, rows, ends), outer)
+    sums = torch.stack([own[each].sum(0) if each in own else zero[0] for each in range(9)])
+    torch.testing.assert_close(torch.ops.celmoe.segment_sum(rows, ends), sums)

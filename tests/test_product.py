@@ -387,6 +387,19 @@ def test_who_computes(device: str, dtype: torch.dtype, widths: tuple[int, ...], 
     assert backend_for(device, dtype, widths) == expected
 
 
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((1, 0, 3, 2), "even"), ((0, 0, 1, 0), "even"), ((1, 1, 1, 2000), "grouped_mm")]
+)
+def test_who_computes_for_a_stack(counts: tuple[int, ...], expected: str):
+    """Places for all members if that wastes little."""
+    if not hasattr(F, "grouped_mm"):
+        expected = expected.replace("grouped_mm", "runs")
+    rows, weights = torch.zeros(sum(counts), 64), torch.zeros(len(counts), 64, 64)
+    segments = Segments(counts, CPU, is_stacked=True)
+    assert celmoe.grouped.kernels.product.backend_of(segments, rows, weights) == expected
+    assert celmoe.grouped.kernels.product.backend_of(Segments(counts, CPU), rows, weights) == "runs"
+
+
 @pytest.mark.parametrize("widths", [EVEN, (5, 8), (8, 5), ODD])
 @pytest.mark.parametrize("how", LINEARS)
 def test_a_gpus_choice_can_do_what_it_is_chosen_for(how: str, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
