@@ -11,6 +11,7 @@ CELMoEError
 |- MissingRouteError  KeyError      a level that is neither routed nor can be inferred
 |- RouteLengthError   ValueError    routes that are not one a sample
 |- RouteIdError       ValueError    an id that is no position in the level's experts
+|- RouteWeightError   ValueError    weights of several experts that make no sum
 |- RouteTypeError     TypeError     routes of the wrong kind
 |- PlanError          ValueError    a plan of another config or batch, or parts that a plan does not have
 |- InputError         ValueError    a tensor of the wrong shape or device
@@ -84,8 +85,12 @@ class RouteIdError(CELMoEError, ValueError):
     """A route id is no position in its level's experts."""
 
 
+class RouteWeightError(CELMoEError, ValueError):
+    """The weights of a sample's experts are negative, not finite, or all zero."""
+
+
 class RouteTypeError(CELMoEError, TypeError):
-    """Routes are of the wrong kind: neither names nor integer ids."""
+    """Routes are of the wrong kind: neither names, integer ids, mappings to weights, nor ``None``."""
 
 
 class PlanError(CELMoEError, ValueError):

@@ -22,16 +22,17 @@ class LevelOutput:
     Attributes:
         name: The level's name.
         hidden: ``[B, ...]``, in batch order.
-        routes: The expert's name for each sample.
+        routes: The expert's name for each sample; a dict of several names with their weights; or ``None``.
         losses: The experts' losses as returned, keyed ``<level>.<expert>.<loss>`` with names as in
             `celmoe.names.name_key`.
         aux: The experts' `ExpertResult.aux` by expert, without empty ones.
-        loss_weights: The `ExpertConfig.loss_weight` of each of `losses`, under the same keys.
+        loss_weights: The `ExpertConfig.loss_weight` of each of `losses`, under the same keys, times the mean weight of
+            the expert's samples: 1, unless some have several experts.
     """
 
     name: str
     hidden: torch.Tensor
-    routes: list[str]
+    routes: list[Any]
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     aux: ExpertAux = field(default_factory=dict)
     _: KW_ONLY
@@ -41,14 +42,14 @@ class LevelOutput:
 
     @classmethod
     def with_deferred_routes(
-        cls, name: str, hidden: torch.Tensor, make_routes: Callable[[str], list[str]]
+        cls, name: str, hidden: torch.Tensor, make_routes: Callable[[str], list[Any]]
     ) -> LevelOutput:
         """An output whose `routes` are made when first read: writing B names costs more than planning.
 
         Args:
             name: The level's name.
             hidden: ``[B, ...]``, in batch order.
-            make_routes: Returns the expert's name for each sample, given the level's name.
+            make_routes: Returns the route of each sample, given the level's name.
         """
         # Compilers can't follow `__new__`, nor a `__dict__` that is set.
         output = cls(name, hidden, [])
@@ -56,7 +57,7 @@ class LevelOutput:
         setattr(output, _MAKE_ROUTES, make_routes)
         return output
 
-    def __getattr__(self, attribute: str) -> list[str]:
+    def __getattr__(self, attribute: str) -> list[Any]:
         # Python calls this only for unset attributes, so once for deferred routes.
         if attribute != "routes" or _MAKE_ROUTES not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
@@ -99,7 +100,7 @@ class _Rest:
         return hash(self.name)
 
 
-def _no_routes(level: str) -> list[str]:
+def _no_routes(level: str) -> list[Any]:
     raise AttributeError(f"'routes' of level {level!r} must be read from the plan (got an exported program's output)")
 
 

@@ -20,7 +20,8 @@ from celmoe.level import Level, LevelInput
 from celmoe.names import NamedModules, modules_named
 from celmoe.outputs import CELMoEOutput, LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
-from celmoe.rows.dispatch import Blocks, combine, dispatch
+from celmoe.rows.blocks import Blocks
+from celmoe.rows.dispatch import combine, dispatch
 
 from .gradients import tied
 from .meeting import Meeting, Table, coded, decoded
