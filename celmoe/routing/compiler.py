@@ -117,7 +117,7 @@ class RoutingCompiler:
         if isinstance(routing, RoutingPlan):
             routing.require_layout(self.layout)
             # A compiler takes a tensor's size for any, and an attribute for this one.
-            size_of_plan = routing.indices[0][0].shape[0] if routing.indices else routing.batch_size
+            size_of_plan = routing.indices[0][2].shape[0] if routing.indices else routing.batch_size
             # Not `in`, which a compiler answers wrongly for a size that it takes for any.
             if batch_size is not None and batch_size != size_of_plan:
                 raise PlanError(

@@ -154,7 +154,7 @@ class RoutingPlan:
 
     Attributes:
         batch_size: Samples B.
-        indices: By level the order, its inverse and the expert ids, ``[B]`` int64 each; see `LevelPlan`.
+        indices: By level the order, its inverse and the expert ids, int64; see `LevelPlan`.
         layout: The levels, experts, parents and fallbacks that the plan was compiled for.
         is_mixed: True if a sample has several experts at a level, or none.
         levels: One `LevelPlan` a level, in order.
@@ -196,7 +196,7 @@ class RoutingPlan:
         """
         plan = cls.__new__(cls)
         plan.layout, plan.indices, plan.is_mixed = layout, tuple(indices), False
-        plan.batch_size = indices[0][0].shape[0] if indices and isinstance(indices[0][0], torch.Tensor) else 0
+        plan.batch_size = indices[0][2].shape[0] if indices and isinstance(indices[0][2], torch.Tensor) else 0
         return plan
 
     def __getattr__(self, name: str) -> Any:
