@@ -195,7 +195,7 @@ class Level:
                 _watch_unit(unit, result)
             blocks, extras = _by_expert(arranged, results)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
-        promoted = _promoted([*blocks, *passed])
+        promoted = promoted_blocks([*blocks, *passed])
         output = LevelOutput.with_deferred_routes(self.name, combine(promoted, order), host_plan.routes)
         if promoted[0].dtype is not given.hidden.dtype:
             names = [(name,) for name in plan.present] if arranged is None else arranged.names
@@ -204,8 +204,8 @@ class Level:
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
                 weight = self.flags(expert).loss_weight
-                if plan.mixture is not None:
-                    weight *= plan.mixture.weights[place] / plan.counts[place]
+                if plan.weights is not None:
+                    weight *= plan.weights[place] / plan.counts[place]
                 _add_losses(output, expert, losses, weight)
             if aux:
                 output.aux[expert] = dict(aux)
@@ -419,7 +419,7 @@ def scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     return rows
 
 
-def _promoted(blocks: Blocks) -> Blocks:
+def promoted_blocks(blocks: Blocks) -> Blocks:
     """The blocks, in the dtype that their dtypes promote to."""
     first = blocks[0].dtype
     for block in blocks:

@@ -228,7 +228,7 @@ class FullyShardedLevel(Level):
         hidden = self._input_cast(given.hidden)
         if hidden is not given.hidden:
             given = given._replace(blocks=None)  # the blocks are the rows before the cast
-        if self.is_detached:
+        if self.is_detached and not (plan.mixture and plan.mixture.num_passed):
             hidden = hidden.detach()
         found: list[Any] = []
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from celmoe.config import HierarchyLevelConfig
 from celmoe.explain import LevelExplanation
-from celmoe.level import Level, LevelInput
+from celmoe.level import Level, LevelInput, promoted_blocks
 from celmoe.names import NamedModules, modules_named
 from celmoe.outputs import CELMoEOutput, LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
@@ -134,7 +134,8 @@ class ShardedLevel(Level):
         has_gradient = [is_differentiated, *(each[2] for each in (looks.mask, *looks.context) if each is not None)]
         token, received = to_experts(rows, way, [looks.records and each for each in has_gradient], token)
 
-        local_plan = self._local_plan(here, given.hidden.device)
+        weights = None if meeting.weights is None else meeting.weights[plan.name][:, self._here].sum(0)
+        local_plan = self._local_plan(here, weights, given.hidden.device)
         hidden, *rest = received
         mask = rest.pop(0) if given.mask is not None else None
         local = LevelInput(hidden, None, given.context.with_aligned(rest) if rest else given.context, mask)
@@ -143,7 +144,8 @@ class ShardedLevel(Level):
 
         result = self._in_agreed_dtype(output.hidden, bool(here.any()))
         passage.token, returned = from_experts(result, way, token)
-        output.hidden = combine([returned], outward).reshape(given.hidden.shape)
+        blocks = promoted_blocks([returned, *_passed(given.hidden, plan)])
+        output.hidden = combine(blocks, outward).reshape(given.hidden.shape)
         output.loss_weights = {key: weight * num_ranks for key, weight in output.loss_weights.items()}
         return output, None
 
@@ -195,30 +197,22 @@ class ShardedLevel(Level):
     def _by_owner(self, plan: LevelPlan) -> LevelPlan:
         """This rank's plan as one group of rows: ordered by destination rank, then by expert, then as in the batch."""
         owners = [self._owner_by_name[name] for name in plan.present]
-        size = plan.order.numel()
+        size = sum(plan.counts)
         positions = sorted(range(len(owners)), key=owners.__getitem__)
         if positions == list(range(len(owners))):
             return plan._replace(present=("",), counts=(size,), follows_previous=False)
         counts = np.asarray(plan.counts, dtype=np.int64)
         starts = np.cumsum(counts) - counts
-        order = _ranges(starts[positions], counts[positions])
-        both = torch.from_numpy(np.concatenate([order, np.argsort(order, kind="stable")])).to(
-            plan.order.device, non_blocking=True
-        )
-        return plan._replace(
-            present=("",),
-            counts=(size,),
-            is_sorted=False,
-            follows_previous=False,
-            order=plan.order.index_select(0, both[:size]),
-            inverse=both[size:].index_select(0, plan.inverse),
-        )
+        return plan.rearranged(_ranges(starts[positions], counts[positions]), (size,))._replace(present=("",))
 
-    def _local_plan(self, here: npt.NDArray[np.int64], device: torch.device) -> LevelPlan:
+    def _local_plan(
+        self, here: npt.NDArray[np.int64], weights: npt.NDArray[np.float64] | None, device: torch.device
+    ) -> LevelPlan:
         """The plan of the rows received. Rows come by rank, then by expert; an expert wants its rows by rank.
 
         Args:
             here: ``[G, E here]``, rows by rank and expert.
+            weights: ``[E here]``, the sums of the rows' weights, or ``None``.
             device: The rows' device.
         """
         starts = (np.cumsum(here) - here.reshape(-1)).reshape(here.shape)
@@ -237,7 +231,15 @@ class ShardedLevel(Level):
             bool((order == np.arange(size)).all()),
             False,
             *cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], parts),
+            weights=None if weights is None else tuple(weights[is_there].tolist()),
         )
+
+
+def _passed(hidden: torch.Tensor, plan: LevelPlan) -> list[torch.Tensor]:
+    """The rows of samples without an expert, if there are some: they stay here."""
+    if plan.mixture is None or not plan.mixture.num_passed:
+        return []
+    return [hidden.index_select(0, plan.order[sum(plan.counts) :])]
 
 
 def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -43,7 +43,6 @@ class Mixture(NamedTuple):
     Attributes:
         num_passed: N. Their rows stand behind all experts' rows.
         most: W; 0 if M is 0.
-        weights: By expert present, the sum of the weights of its rows.
         places: ``[K]`` int64: the rows of the M samples, sample by sample.
         slots: ``[M · W]`` int64: for each of the M samples W positions in `places`, K for an empty one.
         packed: ``[R + N, 2]`` int64: the weight of each row, as four floats of 32 bits whose sum it is.
@@ -51,7 +50,6 @@ class Mixture(NamedTuple):
 
     num_passed: int
     most: int
-    weights: tuple[float, ...]
     places: torch.Tensor
     slots: torch.Tensor
     packed: torch.Tensor
@@ -79,6 +77,7 @@ class LevelPlan(NamedTuple):
             an expert, and -2 for one with several, or with a weight.
         ends: ``[P]`` int64: the row after the last one of each expert.
         mixture: The samples with several experts, or with none; ``None`` if every sample has one.
+        weights: The sum of the weights of each present expert's rows; ``None`` if all weights are 1.
     """
 
     name: str
@@ -91,6 +90,7 @@ class LevelPlan(NamedTuple):
     expert_ids: torch.Tensor
     ends: torch.Tensor
     mixture: Mixture | None = None
+    weights: tuple[float, ...] | None = None
 
     @property
     def block_counts(self) -> tuple[int, ...]:
@@ -181,21 +181,27 @@ class RoutingPlan:
         self.is_mixed = any(mixture is not None for _, _, mixture in host_levels)
         levels = {}
         for host, (order, inverse, ids, ends), mixture in host_levels:
-            mixed = None if mixture is None else _mixture(mixture, parts)
-            levels[host[0]] = LevelPlan(*host, parts[order], parts[inverse], parts[ids], parts[ends], mixed)
+            own = parts[order], parts[inverse], parts[ids], parts[ends]
+            mixed = () if mixture is None else (_mixture(mixture, parts), mixture.weights)
+            levels[host[0]] = LevelPlan(*host, *own, *mixed)
         self.levels: Mapping[str, LevelPlan] = MappingProxyType(levels)
         self.indices = _indices(parts, [places for _, places, _ in host_levels])
 
     @classmethod
     def of_indices(
-        cls, layout: Layout, indices: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+        cls,
+        layout: Layout,
+        indices: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        *,
+        is_mixed: bool = False,
     ) -> RoutingPlan:
         """A plan of these `indices`, as the same samples' plan has them.
 
-        The host reads the ids, and sorts the samples again, when it is first asked for more.
+        The host reads the ids, and sorts the samples again, when it is first asked for more. The `indices` of a mixed
+        plan don't tell it whole: it can be asked for nothing.
         """
         plan = cls.__new__(cls)
-        plan.layout, plan.indices, plan.is_mixed = layout, tuple(indices), False
+        plan.layout, plan.indices, plan.is_mixed = layout, tuple(indices), is_mixed
         plan.batch_size = indices[0][2].shape[0] if indices and isinstance(indices[0][2], torch.Tensor) else 0
         return plan
 
@@ -204,11 +210,9 @@ class RoutingPlan:
         if name not in ("_host_levels", "_packed", "_sizes", "levels"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         _require_readable(self, "plan")
+        if self.is_mixed:
+            raise PlanError("'plan' must have one expert a sample (got the tensors of one with several, or none)")
         found = [ids.cpu().numpy() for _, _, ids in self.indices]
-        if any((ids < 0).any() for ids in found):
-            raise PlanError(
-                "'plan' must have one expert for each sample (got the tensors of one with several, or none)"
-            )
         tables = _tables(self.layout)
         codes = [table.codes_by_id[ids] for table, ids in zip(tables, found, strict=True)]
         made = _planned_again(self, codes, self.batch_size)
@@ -409,10 +413,8 @@ def _make_plan(
 
 
 def _mixture(host: HostMixture, parts: Sequence[torch.Tensor]) -> Mixture:
-    first = host.first
-    return Mixture(
-        host.num_passed, host.most, host.weights, parts[first], parts[first + 1], parts[first + 2].view(-1, 2)
-    )
+    places, slots, packed = parts[host.first : host.first + 3]
+    return Mixture(host.num_passed, host.most, places, slots, packed.view(-1, 2))
 
 
 def _planned_again(plan: RoutingPlan, codes: Sequence[SampleCodes], size: int) -> RoutingPlan:
@@ -500,7 +502,8 @@ def _unflatten(leaves: Iterable[Any], tree: _Tree) -> RoutingPlan:
     if known is not None and all(map(operator.is_, found, _flatten(known)[0])):
         # Nothing has to be sorted again.
         return known
-    return RoutingPlan.of_indices(tree.layout, list(zip(found[::3], found[1::3], found[2::3], strict=True)))
+    indices = list(zip(found[::3], found[1::3], found[2::3], strict=True))
+    return RoutingPlan.of_indices(tree.layout, indices, is_mixed=tree.is_mixed)
 
 
 register_container(

@@ -47,6 +47,15 @@ def forward_traced(
             )
         routing = _planned(model, routing, hidden.shape[0])
     plan: RoutingPlan = model._compiler.compile(routing, hidden.shape[0], told_by="'hidden'")
+    if plan.is_mixed:
+        # A graph knows one row a sample.
+        if torch.compiler.is_exporting():
+            raise GraphError(
+                "'routing' must give each sample one expert a level in an exported model (got a plan with several, or "
+                "none)"
+            )
+        mixed: CELMoEOutput = _mixed(model, hidden, routing, context, mask)
+        return mixed
     if plan.device != hidden.device:
         plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
     packed = _packed(context, mask)
@@ -94,6 +103,15 @@ def _planned(model: Any, routing: Any, batch_size: int) -> RoutingPlan:
     reason="celmoe: an expert can't be part of a graph; see HierarchicalCELMoE.explain"
 )
 def _apart(model: Any, *arguments: Any) -> CELMoEOutput:
+    """The forward pass outside of a graph."""
+    output: CELMoEOutput = model.forward(*arguments)
+    return output
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch's own
+    reason="celmoe: samples with several experts, or none, can't be part of a graph"
+)
+def _mixed(model: Any, *arguments: Any) -> CELMoEOutput:
     """The forward pass outside of a graph."""
     output: CELMoEOutput = model.forward(*arguments)
     return output
