@@ -70,11 +70,15 @@ def merged(
     codes: CodeArray, samples: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], size: int
 ) -> Memberships:
     """Memberships in any order, with the weights of equal ones added up."""
-    span = int(codes.max()) + 1 if len(codes) else 1
-    keys, places = np.unique(samples * span + codes, return_inverse=True)
-    sums = np.bincount(places.reshape(-1), weights=weights, minlength=len(keys)).astype(np.float64)
-    sums[np.abs(sums - 1.0) < _CLOSE] = 1.0
-    return Memberships((keys % span).astype(codes.dtype), keys // span, sums, size)
+    keys = samples * (int(codes.max(initial=0)) + 1) + codes
+    if not (keys[1:] > keys[:-1]).all():
+        # Nearly sorted, which this sort makes use of.
+        order = keys.argsort(kind="stable")
+        keys = keys[order]
+        is_first = np.concatenate([[True], keys[1:] != keys[:-1]])
+        codes, samples = codes[order][is_first], samples[order][is_first]
+        weights = np.bincount(is_first.cumsum() - 1, weights=weights[order]).astype(np.float64, copy=False)
+    return Memberships(codes, samples, np.where(np.abs(weights - 1.0) < _CLOSE, 1.0, weights), size)
 
 
 def joined(parts: Sequence[CodeArray | Memberships]) -> CodeArray | Memberships:

@@ -145,8 +145,8 @@ class RouteTable:
         if wrong:
             example = next(route for route in routes if type(route) in wrong)
             raise RouteTypeError(
-                f"{self._where} must hold names or integer ids, mappings of these to weights, or None (got {example!r} "
-                f"of type {type(example).__name__})"
+                f"{self._where} must hold names, integer ids, mappings to weights or None (got {example!r} of type "
+                f"{type(example).__name__})"
             )
         if not any(issubclass(kind, str) for kind in kinds):
             return self._encode_ids(np.array(routes, dtype=object))
@@ -166,9 +166,12 @@ class RouteTable:
         odd = [place for place, route in enumerate(routes) if type(route) is not str]
         odd = [place for place in odd if routes[place] is None or isinstance(routes[place], Mapping)]
         shares = [{} if routes[place] is None else self._weighted(routes[place]) for place in odd]
-        others = list(routes)
-        for place in reversed(odd):
-            del others[place]
+        is_odd = np.zeros(len(routes), dtype=np.bool_)
+        is_odd[odd] = True
+        others = [route for route, is_other in zip(routes, (~is_odd).tolist(), strict=True) if is_other]
+        for name in {name for each in shares for name in each if type(name) is not str}:
+            if name is None or isinstance(name, Mapping):
+                raise RouteTypeError(f"{self._where} must map names or integer ids to weights (got {name!r})")
         # Names and ids of all samples are encoded in one go, the mappings' behind the others.
         names = [*others, *(name for each in shares for name in each)]
         try:
@@ -181,8 +184,6 @@ class RouteTable:
         per_sample = np.ones(len(routes), dtype=np.int64)
         per_sample[odd] = [*map(len, shares)]
         samples = np.repeat(np.arange(len(routes), dtype=np.int64), per_sample)
-        is_odd = np.zeros(len(routes), dtype=np.bool_)
-        is_odd[odd] = True
         of_odd = is_odd[samples]
         own = np.empty(len(samples), dtype=self.dtype)
         own[~of_odd], own[of_odd] = codes[: len(others)], codes[len(others) :]
@@ -193,6 +194,8 @@ class RouteTable:
     def _weighted(self, route: Mapping[Any, Any]) -> dict[Any, float]:
         """The experts of a mapping, without those of weight 0."""
         for weight in route.values():
+            if type(weight) is float and 0.0 < weight < math.inf:
+                continue
             if isinstance(weight, bool) or not isinstance(weight, float | Real):
                 raise RouteTypeError(self._of_weights(f"{weight!r} of type {type(weight).__name__}"))
             if not 0.0 <= float(weight) < math.inf:
@@ -232,8 +235,8 @@ class RouteTable:
             isinstance(routes, Sized) and isinstance(routes, Iterable)
         ):
             raise RouteTypeError(
-                f"{self._where} must be a name, a mapping of names to weights or None, or a sequence, NumPy array or "
-                f"tensor of such routes or integer ids, one a sample (got {type(routes).__name__})"
+                f"{self._where} must be a name, a mapping to weights or None, or a sequence, NumPy array or tensor of "
+                f"routes or integer ids, one a sample (got {type(routes).__name__})"
             )
         return list(routes)
 
