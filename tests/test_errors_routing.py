@@ -190,8 +190,10 @@ ROUTES = {
     "NumPy bool": (
         [np.True_, 0, 1],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got {np.True_!r} of type "
-        f"{type(np.True_).__name__})",
+        (
+            f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got {np.True_!r} of type "
+            f"{type(np.True_).__name__})"
+        ),
     ),
     "bool array": (
         np.array([True, False, True]),
@@ -331,7 +333,7 @@ def test_a_compiler_refuses_the_same_in_the_same_words(case):
             ["core", np.array(["core", "core"])],
             RouteTypeError,
             TypeError,
-            "must hold names, integer ids, mappings to weights or None (got array",
+            "mappings to weights or None (got array",
         ),
         (["core", "cor"], UnknownExpertError, KeyError, "must name experts of level 'level' (got 'cor' for 1 of 2"),
         (["core", 0], RouteTypeError, TypeError, "must hold either names or integer ids (got both)"),
