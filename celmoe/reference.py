@@ -53,6 +53,7 @@ def reference_forward(
         output.levels[level.name] = level_output
         output.losses.update(level_output.losses)
         output.loss_weights.update(level_output.loss_weights)
+        output.loss_shares.update(level_output.loss_shares)
         hidden = level_output.hidden
     output.fused_hidden = model.fusion([level.hidden for level in output.levels.values()])
     return output
@@ -83,7 +84,7 @@ def _run_level(
             for place, sample in enumerate(group):
                 rows[sample] = result.hidden[place]
             if not per_sample:
-                _collect(output, level, name, result)
+                _collect(output, level, name, result, len(group) / batch_size)
     if batch_size:
         output.hidden = _stack([row for row in rows if row is not None])
     else:
@@ -112,11 +113,12 @@ def _no_rows(
     return rows
 
 
-def _collect(output: LevelOutput, level: Level, name: str, result: ExpertResult) -> None:
+def _collect(output: LevelOutput, level: Level, name: str, result: ExpertResult, share: float) -> None:
     for loss, value in result.losses.items():
         key = f"{name_key(level.name)}.{name_key(name)}.{loss}"
         output.losses[key] = value
         output.loss_weights[key] = level.flags(name).loss_weight
+        output.loss_shares[key] = share
     if result.aux:
         output.aux[name] = result.aux
 

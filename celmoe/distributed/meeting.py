@@ -55,12 +55,14 @@ class Meeting(NamedTuple):
     """Facts of this batch that all ranks of the group know.
 
     Attributes:
+        num_samples: The samples of all ranks' batches together.
         counts: By level, ``[G, E]``: each rank's number of samples for each expert, in the config's order.
         dtype: The hidden states' dtype, promoted over ranks with samples.
         is_differentiated: If gradients flow into the hidden states of any rank.
         rows: The form of rows.
     """
 
+    num_samples: int
     counts: Mapping[str, npt.NDArray[np.int64]]
     dtype: torch.dtype
     is_differentiated: bool
@@ -107,7 +109,7 @@ class Table:
         for level, positions in self._levels.items():
             found[level] = heard[:, start : start + len(positions)]
             start += len(positions)
-        return Meeting(found, dtype, is_differentiated, agreed)
+        return Meeting(int(heard[:, 1].sum()), found, dtype, is_differentiated, agreed)
 
     def all_gathered(self, said: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
         """``[G, N]``: the N integers of each rank."""

@@ -106,7 +106,8 @@ class ShardedLevel(Level):
         """Run as `Level.run` does, but samples run on their experts' ranks, together with other ranks' samples.
 
         Losses and aux are those of the experts here, over the samples of all ranks. The losses' weights are multiplied
-        by the number of ranks, for the sum of all ranks' objectives is divided by that number.
+        by the number of ranks, for the sum of all ranks' objectives is divided by that number. The losses' shares are
+        of the samples of all ranks.
         """
         passage = self._passage
         meeting, token = passage.enter(plan.name, host_plan, given)
@@ -144,6 +145,10 @@ class ShardedLevel(Level):
         passage.token, returned = from_experts(result, way, token)
         output.hidden = combine([returned], outward).reshape(given.hidden.shape)
         output.loss_weights = {key: weight * num_ranks for key, weight in output.loss_weights.items()}
+        num_received = local.hidden.shape[0]
+        output.loss_shares = {
+            key: share * num_received / meeting.num_samples for key, share in output.loss_shares.items()
+        }
         return output, None
 
     def explain(
