@@ -131,8 +131,9 @@ class CELMoELossAPI:
     on samples, such as a penalty on parameters, counts by the expert's share of the batch. Each level counts on its
     own. Global, level and bridge losses keep their weights: each is one loss for the batch.
 
-    Where `ExpertSharding` spreads experts, n and B count the samples of all ranks that share them. Everywhere else they
-    are those of the rank's own batch: `joined_mean` of ``total * B`` and B is the mean over all ranks' samples.
+    On several ranks, n and B are of the rank's own batch: ``joined_mean(total * B, B)`` is the mean over all ranks'
+    samples. Under `shard_experts` they are of the batches of all ranks that share experts, and the mean of these ranks'
+    totals is the total of one process: add the total as it is.
 
     Args:
         normalize: ``"samples"``, or ``None`` for the sum over experts.

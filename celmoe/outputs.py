@@ -27,7 +27,7 @@ class LevelOutput:
             `celmoe.names.name_key`.
         aux: The experts' `ExpertResult.aux` by expert, without empty ones.
         loss_weights: The `ExpertConfig.loss_weight` of each of `losses`, under the same keys.
-        loss_shares: The expert's share of the batch's samples for each of `losses`, under the same keys: from 0 to 1.
+        loss_shares: The expert's share of the batch's samples for each of `losses`, under the same keys.
     """
 
     name: str

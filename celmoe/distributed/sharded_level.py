@@ -61,8 +61,19 @@ class Passage:
         return self.meeting, self.token
 
     def leave(self, _model: nn.Module, _args: object, output: CELMoEOutput) -> None:
-        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges."""
-        token, self.token, self.meeting = self.token, None, None
+        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges.
+
+        Losses of levels that are not spread get their shares of all ranks' samples, times the number of ranks: the mean
+        of ranks' totals is the total of one process.
+        """
+        token, self.token = self.token, None
+        meeting, self.meeting = self.meeting, None
+        assert meeting is not None
+        factor = dist.get_world_size(self.group) * output.fused_hidden.shape[0] / max(meeting.num_samples, 1)
+        for level in output.levels.values():
+            for key in level.loss_shares if level.name not in meeting.counts else ():
+                level.loss_shares[key] *= factor
+                output.loss_shares[key] = level.loss_shares[key]
         if token is None or not torch.is_grad_enabled():
             return
         output.fused_hidden = tied(output.fused_hidden, token)
@@ -106,8 +117,8 @@ class ShardedLevel(Level):
         """Run as `Level.run` does, but samples run on their experts' ranks, together with other ranks' samples.
 
         Losses and aux are those of the experts here, over the samples of all ranks. The losses' weights are multiplied
-        by the number of ranks, for the sum of all ranks' objectives is divided by that number. The losses' shares are
-        of the samples of all ranks.
+        by the number of ranks, for the sum of all ranks' objectives is divided by that number. Their shares are of the
+        samples of all ranks.
         """
         passage = self._passage
         meeting, token = passage.enter(plan.name, host_plan, given)
