@@ -142,5 +142,5 @@ for _kind, _flatten, _unflatten in (
         _flatten,
         _unflatten,
         lambda rest: [rest.name, rest.loss_weights, rest.loss_shares],
-        lambda saved: _Rest(*saved, {}),
+        lambda saved: _Rest(saved[0], saved[1], saved[2], {}),
     )

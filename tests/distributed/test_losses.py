@@ -6,6 +6,7 @@ import contextlib
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
@@ -161,6 +162,31 @@ def test_groups_of_as_many_samples_beside_each_other(four):
     halves = [alone(batches, slice(2))[0], alone(batches, slice(2, 4))[0]]
     for half, ranks in zip(halves, (found[:2], found[2:]), strict=True):
         assert sum(each[0] for each in ranks) / 2 == pytest.approx(half, rel=1e-12)
+
+
+def compiled_step(is_compiled):
+    """Totals and gradients of this rank in two steps of other experts."""
+    steps = [[BATCHES["uneven"]], [BATCHES["even, disjoint"]]]
+    model = make_model(Job(steps), is_stacked=False)
+    sharding = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
+    call = torch.compile(model, backend="aot_eager") if is_compiled else model
+    found = []
+    for number in range(len(steps)):
+        model.zero_grad()
+        batch = jobs.make_batches(Job(steps), number, 0)[dist.get_rank()]
+        output = call(batch.hidden, model.compile_routing({"language": batch.languages}))
+        total = CELMoELossAPI(normalize="samples").compute(output).total
+        (output.fused_hidden.sum() + total).backward()
+        sharding.reduce_gradients()
+        found.append((output.loss_shares, gradients_of(model)))
+    return found
+
+
+def test_compiled_beside_spread_experts(two):
+    for found, wanted in zip(two.run(compiled_step, True), two.run(compiled_step, False), strict=True):
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine[0] == theirs[0]
+            assert_close("gradients", mine[1], theirs[1], jobs.TOLERANCE)
 
 
 # --- wrong averages ---------------------------------------------------------------------------------------------------
