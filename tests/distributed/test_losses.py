@@ -8,7 +8,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
 from celmoe import CELMoELossAPI
@@ -187,6 +189,28 @@ def test_compiled_beside_spread_experts(two):
         for mine, theirs in zip(found, wanted, strict=True):
             assert mine[0] == theirs[0]
             assert_close("gradients", mine[1], theirs[1], jobs.TOLERANCE)
+
+
+def shares_through(wrapper):
+    """An output's shares behind a wrapper of PyTorch's that takes outputs apart, and those of the bare model."""
+    batch = jobs.make_batches(Job([[BATCHES["uneven"]]]), 0, 0)[dist.get_rank()]
+    given = batch.hidden, {"language": batch.languages}
+    wanted = make_model(Job([]), is_stacked=False)(*given).loss_shares
+    model = make_model(Job([]), is_stacked=False)
+    if wrapper == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    else:
+        policy = MixedPrecisionPolicy(output_dtype=torch.float32)
+        model = shard_levels(model, dist.init_device_mesh("cpu", (2,)), mp_policy=policy)
+    output = model(*given)
+    levels = {name: share for level in output.levels.values() for name, share in level.loss_shares.items()}
+    return output.loss_shares, levels, wanted
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "levels with another dtype"])
+def test_wrappers_keep_shares(two, wrapper):
+    for found, levels, wanted in two.run(shares_through, wrapper):
+        assert found == levels == wanted != {}
 
 
 # --- wrong averages ---------------------------------------------------------------------------------------------------
