@@ -49,12 +49,12 @@ class _Count:
 class LoadTracker:
     """Counts rows by level and expert over training steps, from plans.
 
-    A step costs a few host numbers for each expert present; no device is asked. Loads are known for the whole run and
-    for recent steps. Of the recent rows, those of the last step count once, and those of ``half_life`` steps before
-    half as much: ``recent = sum(rows[s] * 0.5 ** ((step - s) / half_life))`` over steps s.
+    A step costs a few host numbers for each expert present; no device is asked. The tracker tells the loads of the
+    whole run and of recent steps. Recent rows count by age: those of the last step once, those of ``half_life`` steps
+    before half as much. An expert's recent rows are ``sum(rows[s] * 0.5 ** ((step - s) / half_life))`` over steps s.
 
-    Experts go by name. Those of the latest plan's config are told of. One that was added counts from then on; one that
-    was removed keeps its counts for the case that it comes back; `rename` lets the counts follow a new name.
+    Experts go by name. The tracker tells of those in the latest plan's config. An added expert counts from then on. A
+    removed one keeps its counts, in case it comes back. `rename` lets the counts follow a new name.
 
     Trackers can be copied, pickled, saved (`state_dict`) and merged over ranks (`merged`). A rank counts its own
     samples, wherever their experts run.

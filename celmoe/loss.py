@@ -118,22 +118,24 @@ class CELMoELossAPI:
     `celmoe.names.scope_key` writes the levels' names in terms' names, so no two scopes share a term's name. All else is
     as in celmoe-vp: a loss named like an expert's loss, or like another loss's item, shares a term's name.
 
-    By default the total sums the losses of all experts present, each times its `ExpertConfig.loss_weight`: a batch that
-    meets more experts has a larger total. ``normalize="samples"`` averages them over samples instead. The weight of
-    each loss of an expert is then::
+    By default the total sums the losses of all experts present, each times its `ExpertConfig.loss_weight`. A batch that
+    meets more experts has a larger total. ``normalize="samples"`` averages over samples instead. Each loss of an expert
+    then has the weight::
 
         loss_weight * n / B
 
-    with n samples of the expert at its level and B samples in the batch. For losses that are means over the expert's
-    samples, a level's experts add exactly ``1 / B * sum(loss_weight[e[i]] * loss[i])`` over samples i with experts
-    ``e[i]``: the mean over the batch, whichever experts it meets. A mean over masked positions counts by samples, too,
-    not by positions. A sum over the expert's samples would count n twice: return the mean. A loss that does not depend
-    on samples, such as a penalty on parameters, counts by the expert's share of the batch. Each level counts on its
-    own. Global, level and bridge losses keep their weights: each is one loss for the batch.
+    with n samples of the expert at its level, and B samples in the batch. If each loss is the mean over its expert's
+    samples, a level adds exactly the mean over the batch, whichever experts the batch meets::
 
-    On several ranks, n and B are of the rank's own batch: ``joined_mean(total * B, B)`` is the mean over all ranks'
-    samples. Under `shard_experts` they are of the batches of all ranks that share experts, and the mean of these ranks'
-    totals is the total of one process: add the total as it is.
+        1 / B * sum(loss_weight[e[i]] * loss[i])  # over samples i with experts e[i]
+
+    A mean over positions counts by samples, too, however many positions each has. A sum over samples would count n
+    twice: let experts return means. A loss that no sample has a part in, such as a penalty on parameters, counts by the
+    expert's share. Global, level and bridge losses keep their weights: each is one loss for the batch.
+
+    On several ranks, n and B are of the rank's own batch, and ``joined_mean(total * B, B)`` is the mean over all ranks'
+    samples. Under `shard_experts` they are of all ranks that share experts: the mean of these ranks' totals is the
+    total of one process, so the objective adds the total as it is.
 
     Args:
         normalize: ``"samples"``, or ``None`` for the sum over experts.

@@ -34,6 +34,7 @@ from tests.parity import Closeness, equal
 from tests.strategies import IRREGULAR, Case, cases, examples, of_siblings
 from tests.test_compiled import WIDTH, Dense, Lossy, built, routed
 from tests.test_exported import exported
+from tests.test_losses import Reads
 
 KINDS_WITH_LOSSES = ("losses", "row_losses", "masked_losses", "mean_losses")
 
@@ -357,3 +358,16 @@ def test_trees_keep_shares_and_batches_have_one_structure() -> None:
     assert outputs[0].loss_shares
     for made in (copy.copy(outputs[0]), pytree.tree_map(torch.clone, outputs[0])):
         assert total_of(made).item() == total_of(outputs[0]).item()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_is_read_and_no_name_is_built(engine: str) -> None:
+    model = alike()
+    model.engine = engine
+    plan, hidden = routed(model, 12), rows(12)
+    with Reads() as reads:
+        output = model(hidden, plan)
+        total_of(output)
+    assert not reads.names
+    assert all("routes" not in level.__dict__ for level in output.levels.values())
+    assert all(type(share) is float for share in output.loss_shares.values())

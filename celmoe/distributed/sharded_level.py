@@ -69,8 +69,8 @@ class Passage:
         token, self.token = self.token, None
         meeting, self.meeting = self.meeting, None
         assert meeting is not None
-        factor = dist.get_world_size(self.group) * output.fused_hidden.shape[0] / max(meeting.num_samples, 1)
         for level in output.levels.values():
+            factor = dist.get_world_size(self.group) * level.hidden.shape[0] / max(meeting.num_samples, 1)
             for key in level.loss_shares if level.name not in meeting.counts else ():
                 level.loss_shares[key] *= factor
                 output.loss_shares[key] = level.loss_shares[key]

@@ -157,6 +157,23 @@ def test_weights_by_hand(two):
     assert own[1][1]["language.de.size"] == pytest.approx(2 / 3)
 
 
+class Pooled(torch.nn.Module):
+    def forward(self, hiddens):
+        return torch.cat(hiddens).sum()
+
+
+def shares_of_pooled():
+    model = make_model(Job([]), is_stacked=False)
+    model.fusion = Pooled()
+    shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
+    batch = jobs.make_batches(Job([[[["ru"], ["de", "it", "de"]]]]), 0, 0)[dist.get_rank()]
+    return model(batch.hidden, {"language": batch.languages}).loss_shares["universal.core.size"]
+
+
+def test_a_fusion_may_give_other_than_rows(two):
+    assert two.run(shares_of_pooled) == [2 * 1 / 4, 2 * 3 / 4]
+
+
 def test_groups_of_as_many_samples_beside_each_other(four):
     """Each group of ranks that share experts has a batch of its own; the groups' totals are averaged."""
     batches = [["ru"], ["fr", "de", "ru"], [], ["it", "it", "pl", "de"]]
