@@ -16,6 +16,7 @@ from .errors import (
     InputTypeError,
     MeshError,
     MissingRouteError,
+    PackageMissingError,
     PlanError,
     ProcessGroupError,
     ResultError,
@@ -47,6 +48,7 @@ from .grouped.kernels import operators as _operators  # noqa: F401  # exported p
 from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
 from .lifecycle.loading import LoadReport, load_experts
+from .load_tracker import LoadTracker
 from .loss import (
     BridgeLossCallable,
     CELMoELossAPI,
@@ -103,6 +105,7 @@ __all__ = [
     "LevelRoutes",
     "LevelRouting",
     "LoadReport",
+    "LoadTracker",
     "LossBundle",
     "LossCallable",
     "LossMap",
@@ -111,6 +114,7 @@ __all__ = [
     "MeanFusion",
     "MeshError",
     "MissingRouteError",
+    "PackageMissingError",
     "PlanError",
     "PositionAwareFusion",
     "ProcessGroupError",

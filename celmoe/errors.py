@@ -22,6 +22,7 @@ CELMoEError
 |- GraphError         RuntimeError  a model, or a routing, that a compiled or exported graph can't hold
 |- UnknownDeviceError ValueError    a device that does not exist
 |- DeviceMissingError RuntimeError  a device that is not there, or does not work
+|- PackageMissingError RuntimeError an optional package that is not installed
 |- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
 |- MeshError          ValueError    a device mesh that does not fit
 '- CheckpointError    ValueError    a checkpoint that is missing, damaged, another's, or could not be written
@@ -127,6 +128,10 @@ class UnknownDeviceError(CELMoEError, ValueError):
 
 class DeviceMissingError(CELMoEError, RuntimeError):
     """The device is not there, or does not work, for the reason given."""
+
+
+class PackageMissingError(CELMoEError, RuntimeError):
+    """An optional package that the call needs is not installed."""
 
 
 class ProcessGroupError(CELMoEError, RuntimeError):

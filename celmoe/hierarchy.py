@@ -366,6 +366,7 @@ class HierarchicalCELMoE(nn.Module):
         outputs: dict[str, LevelOutput] = {}
         losses: dict[str, torch.Tensor] = {}
         loss_weights: dict[str, float] = {}
+        loss_shares: dict[str, float] = {}
         given = LevelInput(hidden, None, context_rows, mask)
         ties = ties_of(self.level_modules) if Stack.is_used else {}
         recast = ""
@@ -385,10 +386,11 @@ class HierarchicalCELMoE(nn.Module):
             if level_output.losses:
                 losses.update(level_output.losses)
                 loss_weights.update(level_output.loss_weights)
+                loss_shares.update(level_output.loss_shares)
             given = LevelInput(level_output.hidden, blocks, context_rows, mask)
         fused = fusion([level.hidden for level in outputs.values()])
         # Made last, which a tracer can do again: none follows what is put into an object's dict.
-        return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+        return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights, loss_shares=loss_shares)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

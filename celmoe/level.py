@@ -203,10 +203,12 @@ class Level:
         for place in sorted(extras):
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
-                weight = self.flags(expert).loss_weight
+                count, num_samples, weight = plan.counts[place], given.hidden.shape[0], self.flags(expert).loss_weight
                 if plan.weights is not None:
-                    weight *= plan.weights[place] / plan.counts[place]
-                _add_losses(output, expert, losses, weight)
+                    weight *= plan.weights[place] / count
+                # While a tracer follows, the quotient of a level's only expert would be a symbol.
+                share = 1.0 if count == num_samples else count / num_samples
+                _add_losses(output, expert, losses, weight, share)
             if aux:
                 output.aux[expert] = dict(aux)
         return output, promoted if order.order is plan.order and plan.mixture is None else None
@@ -446,8 +448,11 @@ def _recast(level: str, dtype: torch.dtype, names: Sequence[Sequence[str]], resu
     return f"celmoe: level {level!r} was given rows of {dtype}, and its experts gave {given}"
 
 
-def _add_losses(output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float) -> None:
+def _add_losses(
+    output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float, share: float
+) -> None:
     for loss, value in losses.items():
         key = f"{name_key(output.name)}.{name_key(expert)}.{loss}"
         output.losses[key] = value
         output.loss_weights[key] = weight
+        output.loss_shares[key] = share

@@ -54,6 +54,7 @@ def reference_forward(
         output.levels[level.name] = level_output
         output.losses.update(level_output.losses)
         output.loss_weights.update(level_output.loss_weights)
+        output.loss_shares.update(level_output.loss_shares)
         hidden = level_output.hidden
     output.fused_hidden = model.fusion([level.hidden for level in output.levels.values()])
     return output
@@ -86,7 +87,7 @@ def _run_level(
                 weight = shares[sample][name]
                 terms[sample].append(result.hidden[place] if weight == 1.0 else weight * result.hidden[place])
             if not per_sample:
-                _collect(output, level, name, result, mean_weight)
+                _collect(output, level, name, result, mean_weight, len(group) / batch_size)
     if batch_size:
         output.hidden = _stack([_total(each) if each else hidden[sample] for sample, each in enumerate(terms)])
     else:
@@ -115,11 +116,14 @@ def _no_rows(
     return rows
 
 
-def _collect(output: LevelOutput, level: Level, name: str, result: ExpertResult, mean_weight: float) -> None:
+def _collect(
+    output: LevelOutput, level: Level, name: str, result: ExpertResult, mean_weight: float, share: float
+) -> None:
     for loss, value in result.losses.items():
         key = f"{name_key(level.name)}.{name_key(name)}.{loss}"
         output.losses[key] = value
         output.loss_weights[key] = level.flags(name).loss_weight * mean_weight
+        output.loss_shares[key] = share
     if result.aux:
         output.aux[name] = result.aux
 

@@ -266,6 +266,7 @@ class _Comparison:
         for key, value in output.losses.items():
             self.close(f"{where}.losses[{key!r}]", value, expected.losses[key])
         equal(f"{where}.loss_weights", output.loss_weights, expected.loss_weights)
+        equal(f"{where}.loss_shares", output.loss_shares, expected.loss_shares)
         self.evidence.losses += len(output.losses)
 
     def _compare_gradients(

@@ -17,7 +17,7 @@ PACKAGE = Path(celmoe.__file__).parent
 FLOORS = [
     {"directml"},
     {"version", "errors", "files", "torch_internals"},
-    {"json_values"},
+    {"json_values", "load_figure"},
     {"config", "experts", "rows.slots", "routing.layout", "routing.load", "routing.memberships"},
     {"rows.containers", "names", "routing.routes", "patterns", "stacked.frozen", "stacked.rows"},
     {"rows.context", "rows.blocks", "routing.planner", "reference_context", "fusion", "stacked.stack"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"optim"},
     {"stacked.fitness", "stacked.assembly"},
     {"routing.plan"},
-    {"routing.compiler", "rows.mixing", "outputs", "explain"},
+    {"routing.compiler", "rows.mixing", "outputs", "explain", "load_tracker"},
     {"rows.dispatch"},
     {"loss", "grouped.values"},
     {

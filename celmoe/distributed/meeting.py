@@ -56,6 +56,7 @@ class Meeting(NamedTuple):
     """Facts of this batch that all ranks of the group know.
 
     Attributes:
+        num_samples: The samples of all ranks' batches together.
         counts: By level, ``[G, E]``: each rank's number of samples for each expert, in the config's order.
         weights: By level, ``[G, E]``: the sums of the weights of these samples; ``None`` if all weights are 1.
         dtype: The hidden states' dtype, promoted over ranks with samples.
@@ -63,6 +64,7 @@ class Meeting(NamedTuple):
         rows: The form of rows.
     """
 
+    num_samples: int
     counts: Mapping[str, npt.NDArray[np.int64]]
     weights: Mapping[str, npt.NDArray[np.float64]] | None
     dtype: torch.dtype
@@ -110,7 +112,8 @@ class Table:
         if heard[:, 4].any():
             sums = np.concatenate([self._weights(level, plan) for level in self._levels])
             weights = self._by_level(self.all_gathered(sums.view(np.int64), given.hidden.device).view(np.float64))
-        return Meeting(self._by_level(heard[:, 5:]), weights, dtype, is_differentiated, agreed)
+        num_samples = int(heard[:, 1].sum())
+        return Meeting(num_samples, self._by_level(heard[:, 5:]), weights, dtype, is_differentiated, agreed)
 
     def all_gathered(self, said: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
         """``[G, N]``: the N integers of each rank."""

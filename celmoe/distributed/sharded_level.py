@@ -62,8 +62,19 @@ class Passage:
         return self.meeting, self.token
 
     def leave(self, _model: nn.Module, _args: object, output: CELMoEOutput) -> None:
-        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges."""
-        token, self.token, self.meeting = self.token, None, None
+        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges.
+
+        Losses of levels that are not spread get their shares of all ranks' samples, times the number of ranks: the mean
+        of ranks' totals is the total of one process.
+        """
+        token, self.token = self.token, None
+        meeting, self.meeting = self.meeting, None
+        assert meeting is not None
+        for level in output.levels.values():
+            factor = dist.get_world_size(self.group) * level.hidden.shape[0] / max(meeting.num_samples, 1)
+            for key in level.loss_shares if level.name not in meeting.counts else ():
+                level.loss_shares[key] *= factor
+                output.loss_shares[key] = level.loss_shares[key]
         if token is None or not torch.is_grad_enabled():
             return
         output.fused_hidden = tied(output.fused_hidden, token)
@@ -107,7 +118,8 @@ class ShardedLevel(Level):
         """Run as `Level.run` does, but samples run on their experts' ranks, together with other ranks' samples.
 
         Losses and aux are those of the experts here, over the samples of all ranks. The losses' weights are multiplied
-        by the number of ranks, for the sum of all ranks' objectives is divided by that number.
+        by the number of ranks, for the sum of all ranks' objectives is divided by that number. Their shares are of the
+        samples of all ranks.
         """
         passage = self._passage
         meeting, token = passage.enter(plan.name, host_plan, given)
@@ -147,6 +159,10 @@ class ShardedLevel(Level):
         blocks = promoted_blocks([returned, *_passed(given.hidden, plan)])
         output.hidden = combine(blocks, outward).reshape(given.hidden.shape)
         output.loss_weights = {key: weight * num_ranks for key, weight in output.loss_weights.items()}
+        num_received = local.hidden.shape[0]
+        output.loss_shares = {
+            key: share * num_received / meeting.num_samples for key, share in output.loss_shares.items()
+        }
         return output, None
 
     def explain(

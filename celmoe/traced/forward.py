@@ -66,6 +66,7 @@ def forward_traced(
     outputs: dict[str, LevelOutput] = {}
     losses: dict[str, torch.Tensor] = {}
     loss_weights: dict[str, float] = {}
+    loss_shares: dict[str, float] = {}
     for index, (level, indices) in enumerate(zip(model._levels, plan.indices, strict=True)):
         if not ways[index]:
             rows = _ContextOfAll(context, hidden.shape[0])
@@ -77,6 +78,7 @@ def forward_traced(
             hidden = level_output.hidden
             losses.update(level_output.losses)
             loss_weights.update(level_output.loss_weights)
+            loss_shares.update(level_output.loss_shares)
         else:
             tensors = _tensors_of(model, level)
             marks = [stack.mark for stack in model._stacks.get(level.name, ())]
@@ -88,7 +90,7 @@ def forward_traced(
         outputs[level.name] = level_output
     fused = model.fusion([each.hidden for each in outputs.values()])
     # Made last: the tracer can't make objects again that were put into another one's dict.
-    return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+    return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights, loss_shares=loss_shares)
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch's own
