@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +130,10 @@ class RoutingCompiler:
             self._check_levels(routing)
             for position, table in enumerate(self._tables):
                 if table.level in routing:
-                    given[table.level] = self._encoded(position, routing[table.level])
+                    routes = routing[table.level]
+                    given[table.level] = (
+                        self._encoded(position, routes) if self._takes_unknown else table.encode(routes)
+                    )
         size = _agreed_size(given, batch_size, told_by)
         codes: list[LevelCodes] = []
         below: LevelCodes | None = None
@@ -139,14 +142,15 @@ class RoutingCompiler:
             level = self._tables[position].level
             below = given[level] if level in given else self._inferred(position, below)
             codes.append(below)
-        spread = [each.spread(size).settled() if isinstance(each, ForAll) else each for each in codes[::-1]]
+        # Not `isinstance` for each: ordinary routes are planned in microseconds.
+        spread: Any = codes[::-1]
+        if ForAll in map(type, codes):
+            spread = [each.spread(size).settled() if isinstance(each, ForAll) else each for each in spread]
         return make_plan(self.layout, self._tables, spread, size)
 
     def _encoded(self, position: int, routes: LevelRoutes) -> LevelCodes:
-        table = self._tables[position]
-        if not self._takes_unknown:
-            return table.encode(routes)
-        unknown = self._default(position)
+        """A level's codes, with unknown names sent to its fallback."""
+        table, unknown = self._tables[position], self._default(position)
         try:
             return table.encode(routes, unknown)
         except UnknownExpertError as error:
@@ -202,7 +206,8 @@ class RoutingCompiler:
 
     def _parents_of(self, position: int, below: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The code of the parent of each code of the level below, else the default."""
-        table, parents = self._tables[position], self._parents[position][below]
+        table = self._tables[position]
+        parents: npt.NDArray[Any] = self._parents[position][below]
         orphaned = parents == _NO_PARENT
         if orphaned.any():
             code = self._default(position)
@@ -215,7 +220,7 @@ class RoutingCompiler:
                     f"{listed(lower.sorted_experts[each] for each in orphans)}"
                 )
             parents = np.where(orphaned, code, parents)
-        return cast(npt.NDArray[Any], parents)
+        return parents
 
     def _default(self, position: int) -> int | None:
         """The code of samples without a route or parent: the only expert's, else the fallback's."""
@@ -244,9 +249,9 @@ def _agreed_size(codes: Mapping[str, LevelCodes], batch_size: int | None, told_b
     """The one length that all routes and the caller agree on."""
     size = batch_size
     for level, code in codes.items():
-        if isinstance(code, int | ForAll):
+        if isinstance(code, int) or type(code) is ForAll:
             continue  # one route for however many samples there are
-        length = code.size if isinstance(code, Memberships) else len(code)
+        length = code.size if type(code) is Memberships else len(code)
         if size is None:
             size, told_by = length, f'"routing[{level!r}]"'
         elif length != size:

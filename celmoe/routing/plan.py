@@ -178,12 +178,14 @@ class RoutingPlan:
         self._host_levels = host_levels
         self._packed, parts = _cut(packed, sizes)
         self._sizes = sizes
-        self.is_mixed = any(mixture is not None for _, _, mixture in host_levels)
+        self.is_mixed = False
         levels = {}
         for host, (order, inverse, ids, ends), mixture in host_levels:
-            own = parts[order], parts[inverse], parts[ids], parts[ends]
-            mixed = () if mixture is None else (_mixture(mixture, parts), mixture.weights)
-            levels[host[0]] = LevelPlan(*host, *own, *mixed)
+            found = LevelPlan(*host, parts[order], parts[inverse], parts[ids], parts[ends])
+            if mixture is not None:
+                self.is_mixed = True
+                found = found._replace(mixture=_mixture(mixture, parts), weights=mixture.weights)
+            levels[host[0]] = found
         self.levels: Mapping[str, LevelPlan] = MappingProxyType(levels)
         self.indices = _indices(parts, [places for _, places, _ in host_levels])
 

@@ -66,7 +66,7 @@ def sort_samples(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], bat
         codes: The codes of each level's B samples.
         batch_size: Samples B.
     """
-    is_mixed = any(isinstance(each, Memberships) for each in codes)
+    is_mixed = Memberships in map(type, codes)
     sort = _sort_few if 0 < batch_size <= FEW_SAMPLES and not is_mixed else _sort_many
     return sort(tables, codes, batch_size)
 
