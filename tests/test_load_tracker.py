@@ -268,6 +268,25 @@ def test_a_level_may_go_and_come() -> None:
     assert tracker.load()["family"].samples == {"slavic": 2, "romance": 0}
 
 
+def test_an_expert_that_only_the_tracker_renamed() -> None:
+    tracker = tracked(("ru", "ru"))
+    tracker.rename("language", "ru", "russian")
+    tracker.update(plan_of("ru"))
+    assert tracker.load()["language"].samples == {"ru": 1, "pl": 0, "it": 0}
+
+
+def test_a_state_of_other_experts() -> None:
+    state = tracked(("ru", "ru")).state_dict()
+    tree, tracker = {"slavic": ["cs"], "baltic": ["lt"]}, LoadTracker()
+    plan = plan_of("cs", "lt", tree=tree)
+    tracker.update(plan)
+    tracker.load_state_dict(state)
+    assert tracker.load()["language"].samples == {"ru": 2, "pl": 0, "it": 0}
+    tracker.update(plan)
+    assert tracker.load()["language"].samples == {"cs": 1, "lt": 1}
+    assert tracker.load()["family"].samples == {"slavic": 3, "baltic": 1}
+
+
 @dataclass
 class Naive:
     """All steps kept, and counted anew whenever somebody asks."""
