@@ -124,8 +124,9 @@ class CELMoELossAPI:
 
         loss_weight * n / B
 
-    with n samples of the expert at its level, and B samples in the batch. If each loss is the mean over its expert's
-    samples, a level adds exactly the mean over the batch, whichever experts the batch meets::
+    with n samples of the expert at its level (of samples with several experts, their weights), and B samples in the
+    batch. If each loss is the mean over its expert's samples, a level adds exactly the mean over the batch, whichever
+    experts the batch meets::
 
         1 / B * sum(loss_weight[e[i]] * loss[i])  # over samples i with experts e[i]
 
