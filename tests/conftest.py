@@ -1,7 +1,7 @@
 """What all tests share: one thread, and how many examples hypothesis draws.
 
-The default profile fits the suite's ten minutes on two cores, and draws the same examples every time: what fails is
-what was changed. For a long look before a release, or for a new engine, draw twenty times as many, others each time::
+The default profile draws few examples, and the same ones every time: what fails is what was changed. For a long look
+before a release, or for a new engine, draw twenty times as many, others each time::
 
     HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py
     pytest tests/test_properties.py --hypothesis-profile=thorough
