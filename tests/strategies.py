@@ -11,9 +11,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -600,9 +599,22 @@ def examples(number: int) -> settings:
     return settings(max_examples=max(1, number * settings.default.max_examples // 100))
 
 
-@cache
-def pool(number: int = 2000) -> tuple[Case, ...]:
-    """What `cases` draws, the same cases every time: to ask what they hold, without a search and its shrinking."""
+_drawn: list[list[Case]] = []
+
+
+def pool(number: int = 2000) -> Iterator[Case]:
+    """What `cases` draws, the same cases every time: to ask what they hold, without a search and its shrinking.
+
+    They are drawn when they are asked for: most questions are answered by the first few hundred.
+    """
+    # Hypothesis varies what it drew before: many short runs hold more kinds of cases than a long one.
+    for start in range(number // 50):
+        if start == len(_drawn):
+            _drawn.append(_run_of_cases(start))
+        yield from _drawn[start]
+
+
+def _run_of_cases(start: int) -> list[Case]:
     drawn: list[Case] = []
 
     @settings(max_examples=50, phases=[Phase.generate])
@@ -610,7 +622,5 @@ def pool(number: int = 2000) -> tuple[Case, ...]:
     def collect(case: Case) -> None:
         drawn.append(case)
 
-    # Hypothesis varies what it drew before: many short runs hold more kinds of cases than a long one.
-    for start in range(number // 50):
-        seed(start)(collect)()
-    return tuple(drawn)
+    seed(start)(collect)()
+    return drawn
