@@ -7,6 +7,11 @@ before a release, or for a new engine, draw twenty times as many, others each ti
     pytest tests/test_properties.py --hypothesis-profile=thorough
 
 Tests with a number of examples of their own scale it by `examples`.
+
+Two searches have commands of their own: random expert programs, and random lives of models::
+
+    python -m tests.programs --count 20000 --seed 0 --workers 2
+    python -m tests.lives --steps 10000 --seed 0 --workers 2
 """
 
 from __future__ import annotations

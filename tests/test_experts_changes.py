@@ -26,7 +26,7 @@ from celmoe import (
     UnknownLevelError,
 )
 from celmoe.optim.per_expert import shares_of
-from tests.lifecycle import WIDTH, Narrow, Wide, build, factory
+from tests.lifecycle import WIDTH, Narrow, Wide, assert_same, build, factory, picture
 
 BOTH = pytest.mark.parametrize("is_stacked", [False, True])
 
@@ -46,43 +46,6 @@ def run(model: HierarchicalCELMoE, names: list[str]) -> torch.Tensor:
     fused = model(hidden, {"language": names}).fused_hidden
     fused.square().sum().backward()
     return fused.detach()
-
-
-def picture(model: HierarchicalCELMoE, *optimizers: torch.optim.Optimizer) -> Any:
-    """All that a refused call must leave as it is."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    tensors = [(id(each), None if each.grad is None else each.grad.clone()) for each in model.parameters()]
-    held = [
-        (
-            [[(id(each), members) for each, _, members in some] for some in shares_of(each)],
-            [{key: value for key, value in group.items() if key != "params"} for group in each.param_groups],
-            {
-                id(parameter): {key: copy.deepcopy(value) for key, value in own.items()}
-                for parameter, own in each.state.items()
-            },
-        )
-        for each in optimizers
-    ]
-    stacks = {level: [(id(each), each.names, each.frozen) for each in some] for level, some in model._stacks.items()}
-    modules = [(name, id(each), type(each)) for name, each in model.named_modules()]
-    configs = [[(name, id(each)) for name, each in level.experts.items()] for level in model.config.levels]
-    kept = model.layout.packed, model._key, stacks, modules, configs, list(map(id, model._levels))
-    return state, tensors, held, copy.deepcopy(model.config.to_dict()), kept, torch.get_rng_state()
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected)
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            assert_same(found[key], value)
-    elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert found == expected
 
 
 def _odd(*_: Any) -> nn.Module:

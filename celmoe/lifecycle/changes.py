@@ -6,7 +6,6 @@ import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +15,6 @@ from celmoe.level import Level
 from celmoe.names import NamedModules
 from celmoe.stacked.assembly import number_of, stack_members, unstack_members
 from celmoe.stacked.fitness import Owners, alive, holding, likeness
-from celmoe.stacked.presence import reached, set_reached
 from celmoe.stacked.stack import Stack, ordinary, slot_of
 from celmoe.traced.registered import MODELS, register
 
@@ -168,8 +166,7 @@ class _Change:
         for each in opened:
             names = [renamed.get(name, name) for name in each.intact if name != removed]
             if members := sorted([*names, *([] if joining is None else [joining])]):
-                anew[id(each.stack)] = stack = stack_members(registry, members, each.number)
-                each.give_back(stack, {new: old for old, new in renamed.items()}, joining)
+                anew[id(each.stack)] = stack_members(registry, members, each.number)
         own = sorted(registry._parameters.items(), key=lambda item: order.get(item[0], len(order)))
         registry._parameters.clear()
         registry._parameters.update(own)
@@ -202,33 +199,9 @@ class _Opened:
     def __init__(self, stack: Stack) -> None:
         self.stack, self.number = stack, number_of(stack)
         self.intact = [stack.names[place] for place in sorted(stack.intact)]
-        # By path, the members that the gradient is of; `None` if nobody noted them.
-        self._reached = {path: reached(stack.whole(path)) for path in stack.keys}
         unstack_members(stack)
-        for name in self.intact:
-            member = stack.registry[name]
-            for path, members in self._reached.items():
-                if members is not None and not members[stack.names.index(name)]:
-                    member.get_parameter(path).grad = None
         for key in stack.keys.values():
             del stack.registry._parameters[key]
-
-    def give_back(self, stack: Stack, old_names: Mapping[str, str], joining: str | None) -> None:
-        """Note the members that gradients are of in the stack that was made anew."""
-        for path, before in self._reached.items():
-            whole = stack.whole(path)
-            if whole.grad is None or (before is None and joining is None):
-                continue
-            set_reached(
-                whole,
-                np.array(
-                    [
-                        name != joining
-                        and (before is None or bool(before[self.stack.names.index(old_names.get(name, name))]))
-                        for name in stack.names
-                    ]
-                ),
-            )
 
 
 def _listed(optimizer: Any) -> list[torch.optim.Optimizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from celmoe.errors import ConfigError
+from celmoe.optim.per_expert import PerExpert
 from celmoe.stacked.stack import Stack
 
 from .places import Places
@@ -27,15 +28,14 @@ def groups_for(
         ConfigError: Nothing tells one group of one optimizer.
     """
     found: list[dict[Row, int | None]] = [dict.fromkeys(rows) for _ in places]
-    taken = {
-        row: (number, group)
-        for number, each in enumerate(places)
-        for row, group in each.group_of.items()
-        if stack is None or row[0] in stack.names
-    }
+    members = None if stack is None else {stack.names[place] for place in stack.intact}
+    everyone = {row: (number, group) for number, each in enumerate(places) for row, group in each.group_of.items()}
+    taken = {row: place for row, place in everyone.items() if members is None or row[0] in members}
     for name, path in rows if places else ():
-        if source is not None and (source, path) in taken:
-            fitting = {taken[source, path]}
+        own = None if source is None else everyone.get((source, path))
+        # PyTorch's optimizers have a stack in one group, whichever the group of a source outside of the stack is.
+        if own is not None and ((source, path) in taken or isinstance(places[own[0]].optimizer, PerExpert)):
+            fitting = {own}
         elif not (fitting := {place for row, place in taken.items() if row[1] == path}):
             if stack is not None or (taken and any(row[1] == path for row in known)):
                 # The optimizers train the others without this tensor, or do not train them.

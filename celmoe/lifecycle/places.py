@@ -19,9 +19,9 @@ from celmoe.names import NamedModules
 from celmoe.optim.members import COMMON, Part, cut, joined
 from celmoe.optim.per_expert import PerExpert, shares_of
 from celmoe.stacked.naming import named_tensors
-from celmoe.stacked.stack import Stack, stacks_of
+from celmoe.stacked.stack import Stack
 
-from .shares import GroupShare, Names, Row, insert, ordinary_parameters, share_of, sort, write
+from .shares import GroupShare, Names, Row, insert, ordinary_parameters, share_of, sort, stacked_rows, write
 
 # Moments that are zero before a parameter's first step.
 _ZERO_AT_FIRST = frozenset(
@@ -89,11 +89,12 @@ class Places:
         self._names = {
             id(parameter): name for name, (parameter, member) in named_tensors(model).items() if member is None
         }
-        self.group_of = self._grouped()
+        rows = stacked_rows(registry)
+        self.group_of = self._grouped(rows)
         self._state_of: dict[Row, dict[str, Any]] = {}
         for stack, path in self._whole_of.values():
             whole = stack.whole(path)
-            for member, name in enumerate(stack.names) if whole in optimizer.state else ():
+            for name, member in rows[stack].get(path, {}).items() if whole in optimizer.state else ():
                 if (number := self.group_of.get((name, path))) is not None:
                     part = Part(f"{name}/{path}", whole, 0, member)
                     if mine := cut(optimizer.state[whole], part, optimizer, optimizer.param_groups[number]):
@@ -102,17 +103,18 @@ class Places:
         orders = [[self._order[id(each)] for each, _ in some if id(each) in self._order] for some in self._groups]
         self._is_sorted = [order == sorted(order) for order in orders]
 
-    def _grouped(self) -> dict[Row, int]:
+    def _grouped(self, rows: Mapping[Stack, Mapping[str, Mapping[str, int]]]) -> dict[Row, int]:
         """By row of the level's experts, the number of its group."""
-        wholes = {id(stack.whole(path)): (stack, path) for stack in stacks_of(self._registry) for path in stack.keys}
+        wholes = {id(stack.whole(path)): (path, own[path]) for stack, own in rows.items() for path in own}
         found: dict[Row, int] = {}
         place_of: dict[int, int] = {}
         for number, shares in enumerate(self._groups):
             for parameter, members in shares:
                 if id(parameter) in wholes:
-                    stack, path = wholes[id(parameter)]
-                    names = stack.names if members is None else [stack.names[member] for member in members]
-                    found |= {(name, path): number for name in names}
+                    path, places = wholes[id(parameter)]
+                    found |= {
+                        (name, path): number for name, member in places.items() if members is None or member in members
+                    }
                 else:
                     place_of[id(parameter)] = number
         for name, expert in self._registry.items():
@@ -176,6 +178,7 @@ class Places:
     def _followed(self, number: int, after: _After, gone: Collection[int]) -> list[GroupShare]:
         """A group's shares, with what has come in place of opened stacks, and without what is gone."""
         found: list[GroupShare] = []
+        held = {id(each) for some in self._groups for each, _ in some}
         for share in self._groups[number]:
             if id(share.parameter) not in self._whole_of:
                 found += [] if id(share.parameter) in gone else [share]
@@ -185,8 +188,9 @@ class Places:
                 found += share_of(anew, path, after.groups, number)
             # Experts that have left the stack have parameters of their own.
             for name in (after.renamed.get(name, name) for name in stack.names):
-                if path in after.ordinary.get(name, ()) and after.groups.get((name, path)) == number:
-                    found.append(GroupShare(after.ordinary[name][path], None))
+                own = after.ordinary.get(name, {}).get(path)
+                if own is not None and id(own) not in held and after.groups.get((name, path)) == number:
+                    found.append(GroupShare(own, None))
         return found
 
     def _take_in(

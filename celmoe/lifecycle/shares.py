@@ -11,9 +11,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from celmoe.names import NamedModules
 from celmoe.optim.per_expert import MEMBERS
 from celmoe.stacked.naming import named_tensors
-from celmoe.stacked.stack import Stack
+from celmoe.stacked.stack import Stack, slot_of
 
 # An expert's name, and a tensor's path in the expert.
 Row: TypeAlias = tuple[str, str]
@@ -34,6 +35,22 @@ def ordinary_parameters(expert: nn.Module) -> list[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
+
+
+def stacked_rows(registry: NamedModules) -> dict[Stack, dict[str, dict[str, int]]]:
+    """By stack and path, the places of the members that have a tensor there; replaced modules have none.
+
+    Args:
+        registry: A level's experts.
+    """
+    found: dict[Stack, dict[str, dict[str, int]]] = {}
+    for name, expert in registry.items():
+        for module in expert.modules():
+            if (slot := slot_of(module)) is not None:
+                for path in slot.paths.values():
+                    if path is not None:
+                        found.setdefault(slot.stack, {}).setdefault(path, {})[name] = slot.member
+    return found
 
 
 def share_of(stack: Stack, path: str, groups: Mapping[Row, int], number: int) -> list[GroupShare]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from celmoe.errors import CheckpointError, InputTypeError, listed, nearest
-from celmoe.stacked.naming import named_tensors
+from celmoe.stacked.naming import named_tensors, stacked_ids
 
 from .members import Part, cut, joined
 from .per_expert import MEMBERS, shares_of
@@ -116,12 +116,13 @@ def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[Par
         places.setdefault(id(parameter), []).append((name, member))
         order[name] = len(order)
     found: list[list[Part]] = []
+    stacks = stacked_ids(model)
     strangers = 0
     for shares in shares_of(optimizer):
         parts: list[Part] = []
         for parameter, number, members in shares:
             names = places.get(id(parameter), ())
-            strangers += not names
+            strangers += not names and id(parameter) not in stacks
             parts += [
                 Part(name, parameter, number, member)
                 for name, member in names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,6 +12,7 @@ from celmoe.names import FROZEN, STACKED, NamedModules
 
 from .freezing import is_frozen, trained_paths
 from .member import close, reopen
+from .presence import reached, set_reached
 from .stack import Slot, Stack, slot_of
 
 
@@ -35,7 +37,9 @@ def stack_members(registry: NamedModules, names: Sequence[str], number: int | No
     frozen = [index for index, expert in enumerate(experts) if is_frozen(expert)]
     for path in paths:
         tensors = [expert.get_parameter(path) for expert in experts]
-        registry._parameters[stack.keys[path]] = _stacked(tensors, is_trained=path in trained)
+        registry._parameters[stack.keys[path]] = whole = _stacked(tensors, is_trained=path in trained)
+        if whole.grad is not None:
+            set_reached(whole, np.array([each.grad is not None for each in tensors]))
     for index, expert in enumerate(experts):
         expert.__dict__.pop(FROZEN, None)
         for prefix, module in list(expert.named_modules()):
@@ -49,8 +53,13 @@ def stack_members(registry: NamedModules, names: Sequence[str], number: int | No
 def unstack_members(stack: Stack) -> None:
     """Give a stack's members parameters of their own, with the same values and gradients, frozen as before.
 
-    The stacked parameters stay in the registry.
+    Members that the stack's gradient is not of have none. The stacked parameters stay in the registry.
     """
+    absent = {
+        path: {name for name, is_reached in zip(stack.names, members, strict=True) if not is_reached}
+        for path in stack.keys
+        if (members := reached(stack.whole(path))) is not None
+    }
     for expert in stack.registry.values():
         slot = slot_of(expert)
         if slot is not None and slot.stack is stack and slot.member in stack.frozen:
@@ -59,6 +68,9 @@ def unstack_members(stack: Stack) -> None:
         slot = slot_of(module)
         if slot is not None and slot.stack is stack:
             reopen(module)
+            for name, path in slot.paths.items():
+                if path is not None and stack.names[slot.member] in absent.get(path, ()):
+                    module._parameters[name].grad = None  # type: ignore[union-attr]  # the stack has a tensor for it
 
 
 def key_of(number: int, path: str) -> str:

@@ -50,3 +50,18 @@ def named_tensors(model: nn.Module) -> dict[str, Named]:
             seen.add(id(parameter))
             found[f"{dotted}{name}"] = Named(parameter, None)
     return found
+
+
+def stacked_ids(model: nn.Module) -> set[int]:
+    """The ids of all stacked parameters. One has no name if all of its members were replaced by other modules.
+
+    Args:
+        model: Any module.
+    """
+    return {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NamedModules)
+        for name, parameter in module._parameters.items()
+        if name.startswith(STACKED)
+    }

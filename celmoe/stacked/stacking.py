@@ -118,6 +118,8 @@ def stack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = No
 def unstack_experts(model: HierarchicalCELMoE, levels: Collection[str] | None = None) -> None:
     """Give all stacked experts parameters of their own again, with the same values and gradients, frozen as before.
 
+    Experts that were absent since gradients were cleared have none.
+
     Args:
         model: The model.
         levels: The names of the levels; all levels by default.

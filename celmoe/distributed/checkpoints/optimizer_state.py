@@ -15,6 +15,7 @@ from celmoe.errors import CheckpointError, listed
 from celmoe.optim.members import Part, cut, joined
 from celmoe.optim.per_expert import MEMBERS, PerExpert, shares_of
 from celmoe.stacked.member import held
+from celmoe.stacked.naming import stacked_ids
 from celmoe.stacked.rows import is_sharded, local, members_here
 from celmoe.stacked.stack import slot_of
 
@@ -49,7 +50,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Owned]:
         CheckpointError: The optimizer has a parameter that the model does not have.
     """
     names = _names(model)
-    elsewhere = set(stand_ins(model))
+    elsewhere, stacks = set(stand_ins(model)), stacked_ids(model)
     found: list[Owned] = []
     strangers = 0
     for group, shares in zip(optimizer.param_groups, shares_of(optimizer), strict=True):
@@ -58,7 +59,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Owned]:
             if parameter in elsewhere:
                 continue
             by_member = names.get(parameter, {})
-            strangers += not by_member
+            strangers += not by_member and id(parameter) not in stacks
             found += [
                 Owned(parameter, its, member, group)
                 for member, its in by_member.items()
