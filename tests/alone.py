@@ -294,18 +294,19 @@ class Alone:
         return {name: [each] * size if isinstance(each, Mapping) else list(each) for name, each in found.items()}
 
     def _inferred(self, level: Level, lower: Choice | None, ancestors: Mapping[str, str | None]) -> Choice:
-        if lower is not None and not lower:
-            # Passing through below says nothing of the level above.
-            lower = None
         if len(level.experts) == 1:
             return {next(iter(level.experts)): 1.0}
+        if lower is not None and not lower:
+            # Passing through below says nothing of the level above.
+            return {} if level.fallback is None else {level.fallback: 1.0}
         found: dict[str, float] = {}
+        total = 1.0 if lower is None else sum(lower.values())
         for name, weight in ({None: 1.0} if lower is None else lower).items():
             parent = ancestors.get(name) if name is not None else None
             parent = level.fallback if parent is None else parent
             if parent is None:
                 raise RefusedError("MissingRouteError")
-            found[parent] = found.get(parent, 0.0) + weight
+            found[parent] = found.get(parent, 0.0) + weight / total
         return found
 
     def _ancestors(self, level: Level) -> list[str | None]:
@@ -320,9 +321,10 @@ class Alone:
     # Runs.
 
     def run(self, hidden: torch.Tensor, choices: Mapping[str, Sequence[Choice]]) -> Run:
-        """The rows of each level, the fused rows, and the losses by level and expert."""
+        """The rows of each level, the fused rows, and by level and expert the losses and the weights of their rows."""
         rows: list[torch.Tensor] = []
         losses: dict[tuple[str, str], torch.Tensor] = {}
+        weights: dict[tuple[str, str], list[float]] = {}
         for level in self.enabled:
             made = []
             for sample, choice in zip(hidden, choices[level.name], strict=True):
@@ -333,11 +335,12 @@ class Alone:
                     result = result + weight * own
                     if KINDS[expert.kind].has_loss:
                         key = level.name, name
-                        losses[key] = losses.get(key, torch.zeros((), dtype=own.dtype)) + weight * own.square().sum()
+                        losses[key] = losses.get(key, torch.zeros((), dtype=own.dtype)) + own.square().sum()
+                        weights.setdefault(key, []).append(weight)
                 made.append(result)
             hidden = torch.stack(made) if made else hidden
             rows.append(hidden)
-        return Run(rows, self._fused(rows), losses)
+        return Run(rows, self._fused(rows), losses, {key: sum(each) / len(each) for key, each in weights.items()})
 
     def _fused(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         own = self.fusion.tensors
@@ -348,8 +351,13 @@ class Alone:
 
     def objective(self, run: Run) -> torch.Tensor:
         """The number whose gradients a step takes."""
-        weighted = [self.level(level).experts[name].loss_weight * loss for (level, name), loss in run.losses.items()]
+        weighted = [self.loss_weight(key, run) * loss for key, loss in run.losses.items()]
         return run.fused.square().sum() + sum(weighted)
+
+    def loss_weight(self, key: tuple[str, str], run: Run) -> float:
+        """The weight of the loss of a level's expert: an expert's rows weigh what they do in their samples' sums."""
+        level, name = key
+        return self.level(level).experts[name].loss_weight * run.weights[key]
 
     # Training.
 
@@ -511,6 +519,7 @@ class Run(NamedTuple):
     rows: list[torch.Tensor]
     fused: torch.Tensor
     losses: dict[tuple[str, str], torch.Tensor]
+    weights: dict[tuple[str, str], float]
 
 
 def matching(pattern: str, names: Iterator[str] | Sequence[str]) -> list[str]:

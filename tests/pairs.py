@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import pickle
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -139,6 +140,23 @@ def _ids(level: Level, names: Sequence[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
+def _mixed(said: Sequence[Any], names: Sequence[str], experts: Sequence[str] = ()) -> tuple[list[Any], list[Choice]]:
+    """Samples with none, several and one in turn, told by names or ids."""
+    experts = experts or said
+    told: list[Any] = []
+    meant: list[Choice] = []
+    for place, name in enumerate(names):
+        several = {name: 0.7} | ({experts[place % len(experts)]: 0.5} if place % 2 else {})
+        meant.append([{}, several, {name: 1.0}][place % 3])
+        by_said = {said[experts.index(each)]: weight for each, weight in meant[-1].items()}
+        told.append([None, by_said, next(iter(by_said), None)][place % 3])
+    return told, meant
+
+
+def _shares(level: Level) -> dict[str, float]:
+    return dict(zip(level.experts, (0.25, 1.5), strict=False))
+
+
 WAYS: dict[str, Way] = {
     "names": lambda _, names: ([*names], _single(names)),
     "tuple": lambda _, names: (tuple(names), _single(names)),
@@ -146,6 +164,10 @@ WAYS: dict[str, Way] = {
     "ids": lambda level, names: (_ids(level, names), _single(names)),
     "array of ids": lambda level, names: (np.array(_ids(level, names), dtype=np.int32), _single(names)),
     "tensor": lambda level, names: (torch.tensor(_ids(level, names), dtype=torch.int64), _single(names)),
+    "mixed": lambda level, names: _mixed([*level.experts], names),
+    "mixed ids": lambda level, names: _mixed(range(len(level.experts)), names, [*level.experts]),
+    "one mixed": lambda level, names: (_shares(level), _shares(level)),
+    "none": lambda *_: (None, {}),
     "one": lambda level, names: ((names or [*level.experts])[0], {(names or [*level.experts])[0]: 1.0}),
 }
 LEFT_OUT = "left out"
@@ -445,7 +467,8 @@ class Pair:
         assert output.losses.keys() == wanted.keys(), (output.losses.keys(), wanted.keys())
         for key, (level, name) in wanted.items():
             self.close(key, output.losses[key], expected.losses[level, name])
-            assert output.loss_weights[key] == self.alone.level(level).experts[name].loss_weight, key
+            weight = self.alone.loss_weight((level, name), expected)
+            assert math.isclose(output.loss_weights[key], weight, rel_tol=1e-12), key
 
     def close(self, where: str, found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         """Refuse another value."""
