@@ -16,6 +16,7 @@ from .errors import (
     InputTypeError,
     MeshError,
     MissingRouteError,
+    PackageMissingError,
     PlanError,
     ProcessGroupError,
     ResultError,
@@ -23,6 +24,7 @@ from .errors import (
     RouteIdError,
     RouteLengthError,
     RouteTypeError,
+    RouteWeightError,
     StackedError,
     UnknownDeviceError,
     UnknownExpertError,
@@ -46,6 +48,7 @@ from .grouped.kernels import operators as _operators  # noqa: F401  # exported p
 from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
 from .lifecycle.loading import LoadReport, load_experts
+from .load_tracker import LoadTracker
 from .loss import (
     BridgeLossCallable,
     CELMoELossAPI,
@@ -102,6 +105,7 @@ __all__ = [
     "LevelRoutes",
     "LevelRouting",
     "LoadReport",
+    "LoadTracker",
     "LossBundle",
     "LossCallable",
     "LossMap",
@@ -110,6 +114,7 @@ __all__ = [
     "MeanFusion",
     "MeshError",
     "MissingRouteError",
+    "PackageMissingError",
     "PlanError",
     "PositionAwareFusion",
     "ProcessGroupError",
@@ -118,6 +123,7 @@ __all__ = [
     "RouteIdError",
     "RouteLengthError",
     "RouteTypeError",
+    "RouteWeightError",
     "Routing",
     "RoutingCompiler",
     "RoutingPlan",

@@ -11,6 +11,7 @@ CELMoEError
 |- MissingRouteError  KeyError      a level that is neither routed nor can be inferred
 |- RouteLengthError   ValueError    routes that are not one a sample
 |- RouteIdError       ValueError    an id that is no position in the level's experts
+|- RouteWeightError   ValueError    weights of several experts that make no sum
 |- RouteTypeError     TypeError     routes of the wrong kind
 |- PlanError          ValueError    a plan of another config or batch, or parts that a plan does not have
 |- InputError         ValueError    a tensor of the wrong shape or device
@@ -21,6 +22,7 @@ CELMoEError
 |- GraphError         RuntimeError  a model, or a routing, that a compiled or exported graph can't hold
 |- UnknownDeviceError ValueError    a device that does not exist
 |- DeviceMissingError RuntimeError  a device that is not there, or does not work
+|- PackageMissingError RuntimeError an optional package that is not installed
 |- ProcessGroupError  RuntimeError  no process group, or ranks that did not come with the same kind of call
 |- MeshError          ValueError    a device mesh that does not fit
 '- CheckpointError    ValueError    a checkpoint that is missing, damaged, another's, or could not be written
@@ -84,8 +86,12 @@ class RouteIdError(CELMoEError, ValueError):
     """A route id is no position in its level's experts."""
 
 
+class RouteWeightError(CELMoEError, ValueError):
+    """The weights of a sample's experts are negative, not finite, or all zero."""
+
+
 class RouteTypeError(CELMoEError, TypeError):
-    """Routes are of the wrong kind: neither names nor integer ids."""
+    """Routes are of the wrong kind: neither names, integer ids, mappings to weights, nor ``None``."""
 
 
 class PlanError(CELMoEError, ValueError):
@@ -122,6 +128,10 @@ class UnknownDeviceError(CELMoEError, ValueError):
 
 class DeviceMissingError(CELMoEError, RuntimeError):
     """The device is not there, or does not work, for the reason given."""
+
+
+class PackageMissingError(CELMoEError, RuntimeError):
+    """An optional package that the call needs is not installed."""
 
 
 class ProcessGroupError(CELMoEError, RuntimeError):

@@ -143,6 +143,7 @@ def explain_level(
     rows = None
     if plan is not None and plan.counts:
         rows = spread_of(plan.counts)
+    if plan is not None and (plan.counts or plan.mixture is not None):
         why = f"{why}; {_movement(plan)}"
     return LevelExplanation(
         level=level,
@@ -168,6 +169,11 @@ def parameter_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def _movement(plan: LevelPlan) -> str:
+    if plan.mixture is not None:
+        several = plan.mixture.slots.shape[0] // max(1, plan.mixture.most)
+        words = {"with several experts or a weight": several, "without an expert": plan.mixture.num_passed}
+        samples = ", ".join(f"{count} {each}" for each, count in words.items() if count)
+        return f"one gather each way, samples {samples}"
     if len(plan.counts) == 1:
         return "one expert present, no gather"
     if plan.is_sorted:

@@ -335,7 +335,8 @@ class HierarchicalCELMoE(nn.Module):
 
         Args:
             hidden: ``[B, D]`` or ``[B, S, D]``, or any trailing shape that experts and fusion take.
-            routing: A plan, or a routing for `compile_routing`.
+            routing: A plan, or a routing for `compile_routing`. The output row of a sample with several experts is
+                the weighted sum of theirs. A sample without an expert keeps its row.
             context: Anything that experts read. Batch-aligned values are cut to each expert's samples: see
                 `celmoe.rows.context`, `Rows` and `Shared`.
             mask: ``[B, ...]``, cut to each expert's samples.
@@ -362,17 +363,16 @@ class HierarchicalCELMoE(nn.Module):
             # Nothing would wait for a non-blocking copy into the host's memory.
             plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
         experts = present_experts(self.level_modules, plan)
-        if not batch_size:
-            experts = [[*cast(NamedModules, self.level_modules[level]).values()] for level in plan.levels]
-
         outputs: dict[str, LevelOutput] = {}
         losses: dict[str, torch.Tensor] = {}
         loss_weights: dict[str, float] = {}
+        loss_shares: dict[str, float] = {}
         given = LevelInput(hidden, None, context_rows, mask)
         ties = ties_of(self.level_modules) if Stack.is_used else {}
         recast = ""
-        for level, present in zip(self._levels, experts, strict=True):
+        for level, some in zip(self._levels, experts, strict=True):
             planned = plan.levels[level.name]
+            present = some or [*cast(NamedModules, self.level_modules[level.name]).values()]
             try:
                 level_output, blocks = level.run(present, self._engine, given, planned, host_plan)
             except Exception as error:
@@ -386,10 +386,11 @@ class HierarchicalCELMoE(nn.Module):
             if level_output.losses:
                 losses.update(level_output.losses)
                 loss_weights.update(level_output.loss_weights)
+                loss_shares.update(level_output.loss_shares)
             given = LevelInput(level_output.hidden, blocks, context_rows, mask)
         fused = fusion([level.hidden for level in outputs.values()])
         # Made last, which a tracer can do again: none follows what is put into an object's dict.
-        return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+        return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights, loss_shares=loss_shares)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

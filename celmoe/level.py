@@ -22,8 +22,9 @@ from .grouped.classes import LevelInputLike, Unit
 from .names import NamedModules, modules_named, name_key
 from .outputs import LevelOutput
 from .routing.plan import LevelPlan, RoutingPlan
+from .rows.blocks import Blocks
 from .rows.context import ContextRows, select
-from .rows.dispatch import Blocks, combine, dispatch, relay
+from .rows.dispatch import combine, dispatch, relay
 from .stacked.presence import watch
 from .stacked.stack import looping, slots_of
 from .torch_internals import is_forward_differentiated, transforms_are_active
@@ -173,26 +174,28 @@ class Level:
             plan's.
         """
         if not plan.present:
-            empty = self._of_no_samples(experts, given)
-            return LevelOutput.with_deferred_routes(self.name, empty, host_plan.routes), None
+            rows = self._of_no_samples(experts, given) if plan.mixture is None else _passed(experts, given)
+            return LevelOutput.with_deferred_routes(self.name, rows, host_plan.routes), None
         scales = self.scales(plan.present)
         present = Present(plan.present, experts, scales, plan)
         decisions = self.choice.decide(engine, present, LevelInputLike(given.hidden, given.mask, given.context))
         arranged = arrange([decision.unit for decision in decisions], plan) if decisions else None
         if arranged is None:
+            batches, passed = _expert_batches(given, plan, scales, host_plan)
             with looping():
-                results = ENGINES[engine](experts, _expert_batches(given, plan, scales, host_plan))
+                results = ENGINES[engine](experts, batches)
             _watch_experts(experts, results)
             blocks: list[torch.Tensor] = [result.hidden for result in results]
             extras: dict[int, Extras] = {place: (result.losses, result.aux) for place, result in enumerate(results)}
         else:
+            batches, passed = _unit_batches(given, arranged)
             with looping():
-                results = ENGINES[engine](arranged.units, _unit_batches(given, arranged))
+                results = ENGINES[engine](arranged.units, batches)
             for unit, result in zip(arranged.units, results, strict=True):
                 _watch_unit(unit, result)
             blocks, extras = _by_expert(arranged, results)
-        promoted = _promoted(blocks)
         order = plan if arranged is None else arranged.plan._replace(counts=tuple(map(len, blocks)))
+        promoted = promoted_blocks([*blocks, *passed])
         output = LevelOutput.with_deferred_routes(self.name, combine(promoted, order), host_plan.routes)
         if promoted[0].dtype is not given.hidden.dtype:
             names = [(name,) for name in plan.present] if arranged is None else arranged.names
@@ -200,10 +203,15 @@ class Level:
         for place in sorted(extras):
             expert, (losses, aux) = plan.present[place], extras[place]
             if losses:
-                _add_losses(output, expert, losses, self.flags(expert).loss_weight)
+                count, num_samples, weight = plan.counts[place], given.hidden.shape[0], self.flags(expert).loss_weight
+                if plan.weights is not None:
+                    weight *= plan.weights[place] / count
+                # While a tracer follows, the quotient of a level's only expert would be a symbol.
+                share = 1.0 if count == num_samples else count / num_samples
+                _add_losses(output, expert, losses, weight, share)
             if aux:
                 output.aux[expert] = dict(aux)
-        return output, promoted if order.order is plan.order else None
+        return output, promoted if order.order is plan.order and plan.mixture is None else None
 
     def explain(
         self, modules: NamedModules, engine: str, experts: Sequence[nn.Module], plan: LevelPlan | None
@@ -245,12 +253,19 @@ class Level:
         for tensor in (given.mask, *given.context.aligned, *given.context.shared.values()):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                 rows = rows + tensor.sum().real.to(rows)
-        # A leaf lets a backward pass start here, as from an expert's rows, and reach nothing. (The compiler takes no
-        # leaf that a graph makes.)
-        is_trained = any(parameter.requires_grad for parameter in parameters)
-        if is_trained and not rows.requires_grad and not torch.compiler.is_compiling():
-            rows = rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
-        return rows
+        return rows if rows.requires_grad else _with_leaf(rows, experts)
+
+
+def _with_leaf(rows: torch.Tensor, experts: Sequence[nn.Module]) -> torch.Tensor:
+    """The rows of experts that have not run, as those of experts with parameters to train.
+
+    A leaf lets a backward pass start here, as from an expert's rows, and reach nothing. (The compiler takes no leaf
+    that a graph makes.)
+    """
+    is_trained = any(parameter.requires_grad for expert in experts for parameter in expert.parameters())
+    if is_trained and not torch.compiler.is_compiling():
+        return rows + torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
+    return rows
 
 
 def _watch_experts(experts: Sequence[nn.Module], results: Sequence[ExpertResult]) -> None:
@@ -293,8 +308,17 @@ def _explained(decision: Decision, present: Present) -> ClassExplanation:
     )
 
 
-def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]:
-    """The batch of each unit, in order."""
+def _passed(experts: Sequence[nn.Module], given: LevelInput) -> torch.Tensor:
+    """A level's output for samples that all pass through."""
+    rows = given.hidden.clone(memory_format=torch.contiguous_format)
+    if torch.is_grad_enabled() and _takes_gradients(rows) and not rows.requires_grad:
+        # As from an expert's rows, a backward pass can start here.
+        return _with_leaf(rows, experts)
+    return rows
+
+
+def _unit_batches(given: LevelInput, arranged: Arrangement) -> tuple[list[ExpertBatch], Blocks]:
+    """The batch of each unit, in order; and the rows of samples without an expert, if there are some."""
     plan, units = arranged.plan, arranged.units
     names = arranged.names
     hidden_blocks, mask_blocks, aligned_blocks = _blocks(given, plan, [unit.scale for unit in units])
@@ -310,7 +334,7 @@ def _unit_batches(given: LevelInput, arranged: Arrangement) -> list[ExpertBatch]
         else:
             counts = arranged.counts[index]
             batches.append(UnitBatch(hidden, None, mask, {}, plan.name, names[index], counts, aligned, context))
-    return batches
+    return batches, hidden_blocks[len(units) :]
 
 
 def _by_expert(arranged: Arrangement, results: Sequence[ExpertResult]) -> tuple[list[torch.Tensor], dict[int, Extras]]:
@@ -340,7 +364,7 @@ def _blocks(
     """
     hidden, blocks, context, mask = given
     # If all experts are detached, the level's input gets no gradient rather than zeros.
-    is_detached = not any(scales)
+    is_detached = not any(scales) and (plan.mixture is None or not plan.mixture.num_passed)
     if is_detached:
         hidden = hidden.detach()
     if blocks is not None and plan.follows_previous and not plan.is_sorted:
@@ -361,8 +385,8 @@ def _selected(value: Any, plan: LevelPlan, positions: Sequence[Sequence[int]]) -
 
 def _expert_batches(
     given: LevelInput, plan: LevelPlan, scales: Sequence[float], host_plan: RoutingPlan
-) -> list[ExpertBatch]:
-    """The batch of each expert present, in order."""
+) -> tuple[list[ExpertBatch], Blocks]:
+    """The batch of each expert present, in order; and the rows of samples without an expert, if there are some."""
     context = given.context
     positions: list[list[int]] = []
     if context.irregular is not None:
@@ -370,7 +394,7 @@ def _expert_batches(
         order, ends = host_plan.levels[plan.name].order.tolist(), list(accumulate(plan.counts))
         positions = [order[end - count : end] for end, count in zip(ends, plan.counts, strict=True)]
     blocks, mask_blocks, aligned_blocks = _blocks(given, plan, scales, positions)
-    return [
+    batches = [
         ExpertBatch(
             blocks[index] if scale == 1.0 else scaled(blocks[index], scale),
             context.whole if context.is_whole else context.build([aligned[index] for aligned in aligned_blocks]),
@@ -379,6 +403,7 @@ def _expert_batches(
         )
         for index, (name, scale) in enumerate(zip(plan.present, scales, strict=True))
     ]
+    return batches, blocks[len(batches) :]
 
 
 def _takes_gradients(rows: torch.Tensor) -> bool:
@@ -396,7 +421,7 @@ def scaled(rows: torch.Tensor, scale: float) -> torch.Tensor:
     return rows
 
 
-def _promoted(blocks: Blocks) -> Blocks:
+def promoted_blocks(blocks: Blocks) -> Blocks:
     """The blocks, in the dtype that their dtypes promote to."""
     first = blocks[0].dtype
     for block in blocks:
@@ -423,8 +448,11 @@ def _recast(level: str, dtype: torch.dtype, names: Sequence[Sequence[str]], resu
     return f"celmoe: level {level!r} was given rows of {dtype}, and its experts gave {given}"
 
 
-def _add_losses(output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float) -> None:
+def _add_losses(
+    output: LevelOutput, expert: str, losses: Mapping[str, torch.Tensor], weight: float, share: float
+) -> None:
     for loss, value in losses.items():
         key = f"{name_key(output.name)}.{name_key(expert)}.{loss}"
         output.losses[key] = value
         output.loss_weights[key] = weight
+        output.loss_shares[key] = share

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
 from .config import require_finite
-from .errors import ConfigTypeError, InputError, InputTypeError, UnknownLevelError, listed, nearest
+from .errors import ConfigError, ConfigTypeError, InputError, InputTypeError, UnknownLevelError, listed, nearest
 from .experts import ExpertContext
 from .names import scope_key
 from .outputs import CELMoEOutput, LevelOutput
@@ -57,8 +57,8 @@ class LossBundle:
 
     def __init__(self, terms: list[LossTerm] | None = None) -> None:
         self.terms = list(terms) if terms is not None else []
-        # The total without a term, for a batch without samples.
-        self._of_no_samples: torch.Tensor | None = None
+        # The total of computed losses that are none.
+        self._of_no_losses: torch.Tensor | None = None
 
     def add(self, name: str, value: torch.Tensor, weight: float | torch.Tensor = 1.0, scope: str = "global") -> None:
         """Append a term.
@@ -79,14 +79,15 @@ class LossBundle:
     def total(self) -> torch.Tensor:
         """The weighted sum of all terms, a differentiable scalar.
 
-        Experts return no losses for a batch without samples: computed losses then total zero, and can run backward.
+        Experts return no losses for a batch without samples: computed losses then total zero, and can run backward. So
+        do losses averaged over samples of which no expert returned a loss.
 
         Raises:
             InputError: There is no term.
         """
         if not self.terms:
-            if self._of_no_samples is not None:
-                return self._of_no_samples
+            if self._of_no_losses is not None:
+                return self._of_no_losses
             raise InputError("'terms' must hold at least one loss term (got none)")
         total = self.terms[0].value.new_zeros(())
         for term in self.terms:
@@ -116,12 +117,46 @@ class CELMoELossAPI:
     A callable returns a scalar tensor, or a mapping of names to scalars: one term each, named ``<name>.<item>``.
     `celmoe.names.scope_key` writes the levels' names in terms' names, so no two scopes share a term's name. All else is
     as in celmoe-vp: a loss named like an expert's loss, or like another loss's item, shares a term's name.
+
+    By default the total sums the losses of all experts present, each times its `ExpertConfig.loss_weight`. A batch that
+    meets more experts has a larger total. ``normalize="samples"`` averages over samples instead. Each loss of an expert
+    then has the weight::
+
+        loss_weight * n / B
+
+    with n samples of the expert at its level (of samples with several experts, their weights), and B samples in the
+    batch. If each loss is the mean over its expert's samples, a level adds exactly the mean over the batch, whichever
+    experts the batch meets::
+
+        1 / B * sum(loss_weight[e[i]] * loss[i])  # over samples i with experts e[i]
+
+    A mean over positions counts by samples, too, however many positions each has. A sum over samples would count n
+    twice: let experts return means. A loss that no sample has a part in, such as a penalty on parameters, counts by the
+    expert's share. Global, level and bridge losses keep their weights: each is one loss for the batch.
+
+    On several ranks, n and B are of the rank's own batch, and ``joined_mean(total * B, B)`` is the mean over all ranks'
+    samples. Under `shard_experts` they are of all ranks that share experts: the mean of these ranks' totals is the
+    total of one process, so the objective adds the total as it is.
+
+    Args:
+        normalize: ``"samples"``, or ``None`` for the sum over experts.
+
+    Raises:
+        ConfigError: ``normalize`` is something else.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, normalize: Literal["samples"] | None = None) -> None:
+        if normalize not in (None, "samples"):
+            raise ConfigError(f"'normalize' must be None or 'samples' (got {normalize!r})")
+        self._normalize = normalize
         self.global_losses: list[tuple[str, float | torch.Tensor, LossCallable]] = []
         self.level_losses: dict[str, list[tuple[str, float | torch.Tensor, LevelLossCallable]]] = {}
         self.bridge_losses: list[tuple[str, str, str, float | torch.Tensor, BridgeLossCallable]] = []
+
+    @property
+    def normalize(self) -> str | None:
+        """``"samples"`` or ``None``, as given."""
+        return self._normalize
 
     def add_global(self, name: str, fn: LossCallable, weight: float | torch.Tensor = 1.0) -> None:
         """Add a loss over the whole output: ``fn(output, targets, context)``, named ``global.<name>``."""
@@ -152,16 +187,15 @@ class CELMoELossAPI:
         Raises:
             UnknownLevelError: A loss was registered for a level that the output does not have; raised before any loss
                 runs.
+            InputError: An expert's loss has no share in ``loss_shares``, and losses are averaged over samples; raised
+                before any loss runs.
             InputTypeError: A loss returned neither tensor nor number.
         """
         self._check_levels(output)
+        weights = self._expert_weights(output)
         bundle = LossBundle()
-        hiddens = [level.hidden for level in output.levels.values()]
-        if hiddens and hiddens[0].shape[:1] == (0,):
-            # A rank without samples can then run a backward pass, like the ranks that have losses.
-            bundle._of_no_samples = sum((hidden.sum() for hidden in hiddens[1:]), hiddens[0].sum())
         for name, value in output.losses.items():
-            bundle.add(name, value, output.loss_weights.get(name, 1.0), "expert")
+            bundle.add(name, value, weights[name], "expert")
         for name, weight, global_fn in self.global_losses:
             _add(bundle, "global", name, weight, global_fn(output, targets, context), "global")
         for level_name, specs in self.level_losses.items():
@@ -175,7 +209,23 @@ class CELMoELossAPI:
             result = bridge_fn(parent, child, output, targets, context)
             key = f"{scope_key(parent_name)}->{scope_key(child_name)}"
             _add(bundle, f"{parent_name}->{child_name}", name, weight, result, key)
+        hiddens = [level.hidden for level in output.levels.values()]
+        if not bundle.terms and hiddens and (self.normalize or hiddens[0].shape[:1] == (0,)):
+            # A rank without losses can then run a backward pass, like the ranks that have some.
+            bundle._of_no_losses = sum((hidden[:0].sum() for hidden in hiddens[1:]), hiddens[0][:0].sum())
         return bundle
+
+    def _expert_weights(self, output: CELMoEOutput) -> dict[str, float]:
+        """The weight in the total of each loss of an expert."""
+        weights = {name: output.loss_weights.get(name, 1.0) for name in output.losses}
+        if self.normalize is None:
+            return weights
+        if missing := [name for name in weights if name not in output.loss_shares]:
+            raise InputError(
+                f"'output.loss_shares' must have all of 'output.losses' for normalize='samples' (got none for "
+                f"{listed(missing)}; set the share of the batch's samples that each is of)"
+            )
+        return {name: weight * output.loss_shares[name] for name, weight in weights.items()}
 
     def _check_levels(self, output: CELMoEOutput) -> None:
         asked = [(level, "level", name) for level, specs in self.level_losses.items() for name, _, _ in specs]

@@ -63,6 +63,11 @@ def scope_key(name: str) -> str:
     return f".{_encoded(name)}".replace("->", "-%3E") if "->" in name else name_key(name)
 
 
+def path_key(*names: str) -> str:
+    """Names joined by ``/``, each like `name_key`: one with a slash of its own is encoded too."""
+    return "/".join(f".{_encoded(each)}".replace("/", "%2F") if "/" in each else name_key(each) for each in names)
+
+
 class NamedModules(nn.ModuleDict):
     """An ``nn.ModuleDict`` that takes any non-empty string for a key, and answers to the real names.
 

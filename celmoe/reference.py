@@ -7,6 +7,7 @@ oracle and an engine agree was therefore computed in two ways.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ def reference_forward(
         output.levels[level.name] = level_output
         output.losses.update(level_output.losses)
         output.loss_weights.update(level_output.loss_weights)
+        output.loss_shares.update(level_output.loss_shares)
         hidden = level_output.hidden
     output.fused_hidden = model.fusion([level.hidden for level in output.levels.values()])
     return output
@@ -62,16 +64,17 @@ def _run_level(
     model: HierarchicalCELMoE,
     level: Level,
     hidden: torch.Tensor,
-    names: list[str],
+    shares: list[dict[str, float]],
     context: ExpertContext,
     mask: torch.Tensor | None,
     per_sample: bool,
 ) -> LevelOutput:
-    batch_size = len(names)
-    output = LevelOutput(level.name, hidden, names)
-    rows: list[torch.Tensor | None] = [None] * batch_size
-    for name in sorted(set(names)):
-        samples = [sample for sample in range(batch_size) if names[sample] == name]
+    batch_size = len(shares)
+    output = LevelOutput(level.name, hidden, [_route_of(each) for each in shares])
+    terms: list[list[torch.Tensor]] = [[] for _ in range(batch_size)]
+    for name in sorted({name for each in shares for name in each}):
+        samples = [sample for sample in range(batch_size) if name in shares[sample]]
+        mean_weight = sum(shares[sample][name] for sample in samples) / len(samples)
         for group in [[sample] for sample in samples] if per_sample else [samples]:
             batch = ExpertBatch(
                 hidden=pick(_input_of(level.flags(name), hidden), group),
@@ -81,11 +84,12 @@ def _run_level(
             )
             result: ExpertResult = model.level_modules[level.name][name](batch)  # type: ignore[index]  # nested mappings
             for place, sample in enumerate(group):
-                rows[sample] = result.hidden[place]
+                weight = shares[sample][name]
+                terms[sample].append(result.hidden[place] if weight == 1.0 else weight * result.hidden[place])
             if not per_sample:
-                _collect(output, level, name, result)
+                _collect(output, level, name, result, mean_weight, len(group) / batch_size)
     if batch_size:
-        output.hidden = _stack([row for row in rows if row is not None])
+        output.hidden = _stack([_total(each) if each else hidden[sample] for sample, each in enumerate(terms)])
     else:
         output.hidden = _no_rows(model, level, hidden, context, mask)
     return output
@@ -112,13 +116,30 @@ def _no_rows(
     return rows
 
 
-def _collect(output: LevelOutput, level: Level, name: str, result: ExpertResult) -> None:
+def _collect(
+    output: LevelOutput, level: Level, name: str, result: ExpertResult, mean_weight: float, share: float
+) -> None:
     for loss, value in result.losses.items():
         key = f"{name_key(level.name)}.{name_key(name)}.{loss}"
         output.losses[key] = value
-        output.loss_weights[key] = level.flags(name).loss_weight
+        output.loss_weights[key] = level.flags(name).loss_weight * mean_weight
+        output.loss_shares[key] = share
     if result.aux:
         output.aux[name] = result.aux
+
+
+def _route_of(shares: dict[str, float]) -> Any:
+    """A sample's route as the user would write it."""
+    if not shares:
+        return None
+    return next(iter(shares)) if [*shares.values()] == [1.0] else shares
+
+
+def _total(terms: list[torch.Tensor]) -> torch.Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def _stack(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -144,10 +165,12 @@ def _input_of(expert: ExpertConfig, hidden: torch.Tensor) -> torch.Tensor:
     return scaled
 
 
-def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int) -> dict[str, list[str]]:
-    """One expert's name for every sample at every enabled level."""
+def _routes(
+    model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, batch_size: int
+) -> dict[str, list[dict[str, float]]]:
+    """For every sample at every enabled level its experts, with their weights."""
     levels = model.layout.levels
-    given: dict[str, list[str]] = {}
+    given: dict[str, list[dict[str, float]]] = {}
     if isinstance(routing, RoutingPlan):
         if routing.layout.levels != levels:
             raise ValueError(f"the plan is for {routing.layout}, the model has {model.layout}")
@@ -155,42 +178,69 @@ def _routes(model: HierarchicalCELMoE, routing: Routing | RoutingPlan | None, ba
         raise KeyError(f"{sorted(unknown)} are no levels")
     for level in levels:
         if isinstance(routing, RoutingPlan):
-            ids = routing.levels[level.name].expert_ids.tolist()
-            given[level.name] = [level.experts[each] for each in ids]
+            given[level.name] = _shares(routing.routes(level.name), level, batch_size)
         elif routing is not None and level.name in routing:
-            given[level.name] = _names(routing[level.name], list(level.experts), batch_size)
-    names: dict[str, list[str]] = {}
+            given[level.name] = _shares(routing[level.name], level, batch_size)
+    shares: dict[str, list[dict[str, float]]] = {}
     below: LevelLayout | None = None
     for level in reversed(levels):
         if level.name in given:
-            names[level.name] = given[level.name]
+            shares[level.name] = given[level.name]
         else:
-            names[level.name] = [_inferred(level, below, names, sample) for sample in range(batch_size)]
+            under = None if below is None else shares[below.name]
+            shares[level.name] = [
+                _inferred(level, below, None if under is None else under[sample], sample)
+                for sample in range(batch_size)
+            ]
         below = level
-        for name in names[level.name]:
-            if name not in level.experts:
-                raise KeyError(f"{name!r} is no expert of level {level.name!r}")
-        if len(names[level.name]) != batch_size:
-            raise ValueError(f"{len(names[level.name])} routes for {batch_size} samples at level {level.name!r}")
-    return names
+        if len(shares[level.name]) != batch_size:
+            raise ValueError(f"{len(shares[level.name])} routes for {batch_size} samples at level {level.name!r}")
+    return shares
 
 
-def _names(routes: Any, experts: list[str], batch_size: int) -> list[str]:
-    if isinstance(routes, str):
-        return [routes] * batch_size
-    routes = routes.tolist() if hasattr(routes, "tolist") else routes
-    for route in routes:
-        if not isinstance(route, str) and (isinstance(route, bool) or not 0 <= route < len(experts)):
-            raise ValueError(f"{route!r} is no position among {len(experts)} experts")
-    return [route if isinstance(route, str) else experts[route] for route in routes]
+def _shares(routes: Any, level: LevelLayout, batch_size: int) -> list[dict[str, float]]:
+    if routes is None or isinstance(routes, str | Mapping):
+        routes = [routes] * batch_size
+    found = []
+    for route in routes.tolist() if hasattr(routes, "tolist") else routes:
+        several = {} if route is None else route if isinstance(route, Mapping) else {route: 1.0}
+        named = {_name(each, level): weight for each, weight in several.items() if weight > 0.0}
+        if several and not named:
+            raise ValueError(f"{route!r} has no weight above 0 at level {level.name!r}")
+        found.append({name: named[name] for name in sorted(named)})
+    return found
 
 
-def _inferred(level: LevelLayout, below: LevelLayout | None, names: dict[str, list[str]], sample: int) -> str:
-    """The parent of the sample's expert in the level below, else the only expert, else the fallback."""
-    if below is not None:
-        parent = below.parents[below.experts.index(names[below.name][sample])]
-        if parent is not None:
-            return parent
+def _name(expert: Any, level: LevelLayout) -> str:
+    if isinstance(expert, str):
+        if expert not in level.experts:
+            raise KeyError(f"{expert!r} is no expert of level {level.name!r}")
+        return str(expert)
+    if isinstance(expert, bool) or not 0 <= expert < len(level.experts):
+        raise ValueError(f"{expert!r} is no position among {len(level.experts)} experts")
+    return str(level.experts[expert])
+
+
+def _inferred(
+    level: LevelLayout, below: LevelLayout | None, under: dict[str, float] | None, sample: int
+) -> dict[str, float]:
+    """The parents of the sample's experts in the level below, by their share; else the only expert or the fallback."""
+    if below is None or under is None:
+        return {_default(level, sample): 1.0}
+    if len(level.experts) == 1:
+        return {level.experts[0]: 1.0}
+    if not under:
+        return {} if level.fallback is None else {level.fallback: 1.0}
+    shares: dict[str, float] = {}
+    for name, weight in under.items():
+        parent = below.parents[below.experts.index(name)]
+        parent = _default(level, sample) if parent is None else parent
+        shares[parent] = shares.get(parent, 0.0) + weight / sum(under.values())
+    # A sum of rounded parts is a whole one.
+    return {name: round(shares[name], 9) if round(shares[name], 9) == 1.0 else shares[name] for name in sorted(shares)}
+
+
+def _default(level: LevelLayout, sample: int) -> str:
     if len(level.experts) == 1:
         return level.experts[0]
     if level.fallback is not None:

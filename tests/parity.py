@@ -147,6 +147,10 @@ def _compare(
     return evidence
 
 
+def _experts_of(route: Any) -> int:
+    return 0 if route is None else len(route) if isinstance(route, dict) else 1
+
+
 class _Comparison:
     """Copies of two models, as a rule of one: the subject, which its engine runs, and the oracle's."""
 
@@ -210,7 +214,7 @@ class _Comparison:
             torch.manual_seed(seed)
             output = self.subject(given.hidden, given.routing, given.context, given.mask)
             random_state = torch.get_rng_state()
-            self._prove_engine_ran(spy, given)
+            self._prove_engine_ran(spy, output)
             spy.calls = 0
             expected = self._run_oracle(self.oracle, wanted, seed)
             if spy.calls:
@@ -229,10 +233,10 @@ class _Comparison:
             model, inputs.hidden, inputs.routing, inputs.context, inputs.mask, per_sample=self.per_sample
         )
 
-    def _prove_engine_ran(self, spy: EngineSpy, given: Inputs) -> None:
-        levels = len(self.subject.levels)
-        batch_size = given.hidden.shape[0]
-        calls, rows = (levels, levels * batch_size) if batch_size else (0, 0)
+    def _prove_engine_ran(self, spy: EngineSpy, output: CELMoEOutput) -> None:
+        # A sample with several experts is a row of each, one without is nobody's.
+        by_level = [sum(map(_experts_of, level.routes)) for level in output.levels.values()]
+        calls, rows = sum(map(bool, by_level)), sum(by_level)
         if (spy.calls, spy.rows) != (calls, rows):
             raise ParityError(
                 f"engine: {self.subject.engine!r} ran {spy.calls} times over {spy.rows} rows, "
@@ -262,6 +266,7 @@ class _Comparison:
         for key, value in output.losses.items():
             self.close(f"{where}.losses[{key!r}]", value, expected.losses[key])
         equal(f"{where}.loss_weights", output.loss_weights, expected.loss_weights)
+        equal(f"{where}.loss_shares", output.loss_shares, expected.loss_shares)
         self.evidence.losses += len(output.losses)
 
     def _compare_gradients(

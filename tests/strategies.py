@@ -11,9 +11,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -32,6 +31,8 @@ NAMES = (
     *("zh.Hant", "to", "keys", "training", ".", "..", "%2E", "zh%2EHant", "a b", "weights/x", "ü", "名", " "),
 )
 WIDTHS = (4, 6)
+# Samples with several experts, or none; for a whole batch, too.
+MIXED_FORMS = ("mixed", "mixed", "mixed ids", "one mixed", "none")
 FORMS = ("list", "tuple", "ids", "id tuple", "np str", "np object", "np int64", "np uint8", "tensor", "tensor int32")
 # Those with something aligned with the batch that is no dense tensor: what reads it does not run as one.
 IRREGULAR = ("lists", "arrays", "marked")
@@ -213,7 +214,8 @@ class Case:
             elif level.name in self.routing:
                 names = [expert.name for expert in level.experts]
                 routes = self.routing[level.name]
-                routing[level.name] = _in_form(routes.ids[:batch_size], names, routes.form)
+                in_form = _in_mixed_form if routes.form in MIXED_FORMS else _in_form
+                routing[level.name] = in_form(routes.ids[:batch_size], names, routes.form)
         if self.planned:
             return RoutingCompiler(self.config())(routing, batch_size)
         return routing or None
@@ -377,6 +379,31 @@ def _in_form(ids: Sequence[int], names: Sequence[str], form: str) -> Any:
     raise AssertionError(form)
 
 
+def _in_mixed_form(ids: Sequence[int], names: Sequence[str], form: str) -> Any:
+    match form:
+        case "mixed":
+            return _mixed(ids, names)
+        case "mixed ids":
+            return tuple(_mixed(ids, range(len(names))))
+        case "one mixed":
+            return dict(zip(names, (0.25, 0.5, 0.125), strict=False))
+        case "none":
+            return None
+    raise AssertionError(form)
+
+
+def _mixed(ids: Sequence[int], experts: Sequence[Any]) -> list[Any]:
+    """Routes of which a part has several experts, one with a weight, or none."""
+    rng = random.Random(repr(ids))
+    found: list[Any] = []
+    for own in ids:
+        drawn = rng.sample(range(len(experts)), rng.randint(1, min(3, len(experts))))
+        shares = {experts[each]: rng.choice([0.1, 0.5, 0.7, 1.0, 0.0, 2.5]) for each in drawn}
+        shares[experts[own]] = rng.choice([0.3, 1.0])
+        found.append(rng.choice([experts[own], experts[own], None, shares]))
+    return found
+
+
 # Kinds that meet only together or on certain inputs would seldom do so by chance.
 THEMES: dict[str, tuple[str, ...]] = {
     "any": tuple(KINDS),
@@ -470,12 +497,13 @@ def route_ids(draw: st.DrawFn, batch_size: int, num_experts: int, sorted_ids: Se
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, row_wise: bool = False, stochastic: bool = True) -> Case:
+def cases(draw: st.DrawFn, *, row_wise: bool = False, stochastic: bool = True, mixed: bool = False) -> Case:
     """Whole cases.
 
     Args:
         row_wise: Only experts whose rows depend on nothing else.
         stochastic: Whether experts and fusions may drop out.
+        mixed: Whether samples may have several experts, or none.
     """
     theme = draw(st.sampled_from(list(THEMES)))
     mode = theme if theme in {"dtypes", "integers"} else "floats"
@@ -515,11 +543,11 @@ def cases(draw: st.DrawFn, *, row_wise: bool = False, stochastic: bool = True) -
         objective=draw(st.sampled_from(["all", *OBJECTIVES])),
         seed=draw(st.integers(0, 100)),
     )
-    return draw(with_routing(case))
+    return draw(with_routing(case, mixed=mixed))
 
 
 @st.composite
-def with_routing(draw: st.DrawFn, case: Case) -> Case:
+def with_routing(draw: st.DrawFn, case: Case, *, mixed: bool = False) -> Case:
     """The case, with routes for its levels in any legal form, or without where they can be told."""
     routing: dict[str, Routes] = {}
     one_name = set()
@@ -538,7 +566,11 @@ def with_routing(draw: st.DrawFn, case: Case) -> Case:
             previous = [sorted_ids.index(each) for each in ids]
         if ids and len(set(ids)) == 1 and draw(st.booleans()):
             one_name.add(level.name)
-        routing[level.name] = Routes(ids, draw(st.sampled_from(FORMS)))
+        forms = FORMS
+        # Integers that pass through are no hidden states to train on.
+        if mixed and not case.draws_integers and level.name not in one_name and draw(st.integers(0, 2)) == 0:
+            forms = MIXED_FORMS
+        routing[level.name] = Routes(ids, draw(st.sampled_from(forms)))
     return replace(case, routing=routing, one_name=frozenset(one_name))
 
 
@@ -567,9 +599,22 @@ def examples(number: int) -> settings:
     return settings(max_examples=max(1, number * settings.default.max_examples // 100))
 
 
-@cache
-def pool(number: int = 2000) -> tuple[Case, ...]:
-    """What `cases` draws, the same cases every time: to ask what they hold, without a search and its shrinking."""
+_drawn: list[list[Case]] = []
+
+
+def pool(number: int = 2000) -> Iterator[Case]:
+    """What `cases` draws, the same cases every time: to ask what they hold, without a search and its shrinking.
+
+    They are drawn when they are asked for: most questions are answered by the first few hundred.
+    """
+    # Hypothesis varies what it drew before: many short runs hold more kinds of cases than a long one.
+    for start in range(number // 50):
+        if start == len(_drawn):
+            _drawn.append(_run_of_cases(start))
+        yield from _drawn[start]
+
+
+def _run_of_cases(start: int) -> list[Case]:
     drawn: list[Case] = []
 
     @settings(max_examples=50, phases=[Phase.generate])
@@ -577,7 +622,5 @@ def pool(number: int = 2000) -> tuple[Case, ...]:
     def collect(case: Case) -> None:
         drawn.append(case)
 
-    # Hypothesis varies what it drew before: many short runs hold more kinds of cases than a long one.
-    for start in range(number // 50):
-        seed(start)(collect)()
-    return tuple(drawn)
+    seed(start)(collect)()
+    return drawn

@@ -44,7 +44,10 @@ from tests.refusals import (
 
 LANGUAGE = "\"routing['language']\""
 FAMILY = "\"routing['family']\""
-KINDS = "must be a name, or a sequence, NumPy array or tensor of names or integer ids, one a sample"
+KINDS = (
+    "must be a name, a mapping to weights or None, or a sequence, NumPy array or tensor of routes or integer ids, "
+    "one a sample"
+)
 KNOWN = "known: 'ru', 'pl', 'fr', 'de'"
 
 
@@ -177,17 +180,20 @@ ROUTES = {
     "bool": (
         [True, False, True],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got True of type bool)",
+        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got True of type bool)",
     ),
     "bool among ids": (
         [0, True, 1],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got True of type bool)",
+        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got True of type bool)",
     ),
     "NumPy bool": (
         [np.True_, 0, 1],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got {np.True_!r} of type {type(np.True_).__name__})",
+        (
+            f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got {np.True_!r} of type "
+            f"{type(np.True_).__name__})"
+        ),
     ),
     "bool array": (
         np.array([True, False, True]),
@@ -202,7 +208,7 @@ ROUTES = {
     "float": (
         [0, 1.0, 2],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got 1.0 of type float)",
+        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got 1.0 of type float)",
     ),
     "float array": (
         np.zeros(3),
@@ -219,16 +225,6 @@ ROUTES = {
         (RouteTypeError, TypeError),
         f"{LANGUAGE} must hold integer ids (got dtype torch.complex64)",
     ),
-    "None among names": (
-        ["ru", None, "de"],
-        (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got None of type NoneType)",
-    ),
-    "None among ids": (
-        [0, None, 1],
-        (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got None of type NoneType)",
-    ),
     "names and ids": (
         ["ru", 1, "de"],
         (RouteTypeError, TypeError),
@@ -242,17 +238,17 @@ ROUTES = {
     "nested list": (
         [["ru"], ["de"], ["fr"]],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got ['ru'] of type list)",
+        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got ['ru'] of type list)",
     ),
     "bytes among names": (
         [b"ru", "de", "fr"],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got b'ru' of type bytes)",
+        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got b'ru' of type bytes)",
     ),
     "tensors in a list": (
         [torch.tensor(0), torch.tensor(1), torch.tensor(2)],
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must hold names or integer ids (got tensor(0) of type Tensor)",
+        f"{LANGUAGE} must hold names, integer ids, mappings to weights or None (got tensor(0) of type Tensor)",
     ),
     "masked array": (
         np.ma.array([0, 1, 2], mask=[False, True, False]),
@@ -294,11 +290,14 @@ ROUTES = {
         (RouteLengthError, ValueError),
         f"{LANGUAGE} must have one axis, the samples (got shape ())",
     ),
-    "None": (None, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got NoneType)"),
     "a number": (2, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got int)"),
     "bytes": (b"ru!", (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got bytes)"),
     "set": ({"ru", "de", "fr"}, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got set)"),
-    "mapping": ({0: "ru", 1: "de", 2: "fr"}, (RouteTypeError, TypeError), f"{LANGUAGE} {KINDS} (got dict)"),
+    "mapping to names": (
+        {0: "ru", 1: "de", 2: "fr"},
+        (RouteTypeError, TypeError),
+        f"{LANGUAGE} must map experts to finite weights of at least 0, one of them above 0 (got 'ru' of type str)",
+    ),
     "keys": (
         dict.fromkeys(["ru", "de", "fr"]).keys(),
         (RouteTypeError, TypeError),
@@ -330,7 +329,12 @@ def test_a_compiler_refuses_the_same_in_the_same_words(case):
 @pytest.mark.parametrize(
     ("routes", "kind", "builtin", "words"),
     [
-        (["core", np.array(["core", "core"])], RouteTypeError, TypeError, "must hold names or integer ids (got array"),
+        (
+            ["core", np.array(["core", "core"])],
+            RouteTypeError,
+            TypeError,
+            "mappings to weights or None (got array",
+        ),
         (["core", "cor"], UnknownExpertError, KeyError, "must name experts of level 'level' (got 'cor' for 1 of 2"),
         (["core", 0], RouteTypeError, TypeError, "must hold either names or integer ids (got both)"),
         ([0, 1], RouteIdError, ValueError, "must hold ids from 0 to 0"),

@@ -16,7 +16,6 @@ from celmoe import EngineRefusedError
 from tests.features import needs_weighted_losses
 from tests.traps import (
     BATCHES,
-    GROUPED,
     LEVEL,
     NAMES,
     WIDTH,
@@ -256,12 +255,11 @@ def own_entropy(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
     return F.cross_entropy(rows, batch.context["lengths"], ignore_index=self.ignored)
 
 
-@pytest.mark.parametrize("engine", [GROUPED, "auto"])
-def test_one_expert_leaves_out_other_targets_from_now_on(engine: str):
+def test_one_expert_leaves_out_other_targets_from_now_on():
     def change(model: Any) -> None:
         experts_of(model)[1].ignored = 1
 
-    check_change(lambda: Losing(own_entropy), change, engine=engine, make_batch=BATCHES[1])
+    check_change(lambda: Losing(own_entropy), change, make_batch=BATCHES[1])
 
 
 def test_a_mean_of_many_halves():

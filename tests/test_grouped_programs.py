@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from celmoe import ExpertResult
+from tests.strategies import examples
 from tests.traps import NAMES, WIDTH, Trapped, auto_groups_all, build, engines_of, oracle_of, with_an_empty_mask
 
 Step = tuple[str, int, int]
@@ -162,6 +163,7 @@ def gradients(model: Any, forward: Any, objective: Objective) -> dict[str, Any]:
     return {name: each.grad for name, each in leaves.items()}
 
 
+@examples(50)
 @given(programs(), objectives())
 def test_gradients_are_the_oracles(steps: tuple[Step, ...], objective: Objective):
     model = build(lambda: Programmed(steps), "auto", dtype=torch.float64)

@@ -11,7 +11,6 @@ from torch import nn
 
 from celmoe import ExpertResult, HierarchicalCELMoE
 from tests.traps import (
-    GROUPED,
     LEVEL,
     WIDTH,
     Batch,
@@ -116,12 +115,11 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Change, bool]] = {
 
 # As an error it would end what a user's program goes on with.
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
-@pytest.mark.parametrize("engine", [GROUPED, "auto"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_one_is_changed(name: str, engine: str):
+def test_one_is_changed(name: str):
     make, change, is_grouped = CHANGES[name]
     with auto_groups_all():
-        check_change(make, change, engine=engine, grouped_first=is_grouped)
+        check_change(make, change, grouped_first=is_grouped)
 
 
 COUNTED = [0]

@@ -22,7 +22,7 @@ from celmoe import (
     HierarchicalCELMoE,
     HierarchyLevelConfig,
 )
-from tests.traps import ARMINGS, Traps, shows
+from tests.traps import Traps, shows
 
 MIXES = Traps()
 MIXING = r"mix|batch|sample|rows|across"
@@ -417,16 +417,9 @@ def test_grouped_refuses_and_says_why(trap: str):
 
 
 @pytest.mark.parametrize("trap", ALL)
-def test_auto_is_right(trap: str):
+def test_armed_after_a_grouped_call(trap: str):
     traps, name = ALL[trap]
-    traps.check_auto(name)
-
-
-@pytest.mark.parametrize("arming", ARMINGS)
-@pytest.mark.parametrize("trap", ALL)
-def test_armed_after_a_grouped_call(trap: str, arming: str):
-    traps, name = ALL[trap]
-    traps.check_arming(name, arming)
+    traps.check_arming(name)
 
 
 # What these read is their own, or each row's: where siblings' weights are equal, nothing would show.

@@ -26,7 +26,6 @@ from celmoe import (
     HierarchyLevelConfig,
 )
 from tests.traps import (
-    ARMINGS,
     BATCHES,
     GROUPED,
     NAMES,
@@ -217,14 +216,8 @@ def test_grouped_refuses_or_is_right(trap: str):
 
 
 @pytest.mark.parametrize("trap", list(CODE))
-def test_auto_is_right(trap: str):
-    CODE.check_auto(trap)
-
-
-@pytest.mark.parametrize("arming", ARMINGS)
-@pytest.mark.parametrize("trap", list(CODE))
-def test_armed_after_a_grouped_call(trap: str, arming: str):
-    CODE.check_arming(trap, arming)
+def test_armed_after_a_grouped_call(trap: str):
+    CODE.check_arming(trap)
 
 
 class Operation(Trapped):

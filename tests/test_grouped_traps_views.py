@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.traps import GROUPED, Batch, Traps, assert_ran_grouped, build, check_auto, check_refusal
+from tests.traps import GROUPED, Batch, Traps, assert_ran_grouped, build, check_refusal
 
 COPIES = Traps()
 REASON = "makes a copy or a view|wrote into a tensor that is shared"
@@ -83,11 +83,6 @@ def test_grouped_refuses(name: str):
     COPIES.check_refusal(name)
 
 
-@pytest.mark.parametrize("name", list(COPIES))
-def test_auto_is_right(name: str):
-    COPIES.check_auto(name)
-
-
 def test_other_writes_are_grouped():
     """What is copied for any number of rows may be written into."""
 
@@ -101,6 +96,5 @@ def test_other_writes_are_grouped():
     make = traps.classes["heads"]
     model = build(lambda: make().arm(), GROUPED)
     check_refusal(lambda: make().arm(), "", may_run=True)
-    check_auto(lambda: make().arm())
     Batch()(model)
     assert_ran_grouped(model, Batch())

@@ -102,6 +102,7 @@ COMMANDS = [
     "",
     ".grid",
     ".grouped",
+    ".mixed_routes",
     ".multilingual",
     ".multilingual.ablation",
     ".multilingual.lemmatize",

@@ -220,6 +220,11 @@ def ignore_loss_weights(model: HierarchicalCELMoE, output: CELMoEOutput) -> None
         each.loss_weights = dict.fromkeys(each.loss_weights, 1.0)
 
 
+def share_losses_alike(model: HierarchicalCELMoE, output: CELMoEOutput) -> None:
+    for each in (output, *output.levels.values()):
+        each.loss_shares = dict.fromkeys(each.loss_shares, 1 / max(len(each.loss_shares), 1))
+
+
 def give_absent_experts_zeros(model: HierarchicalCELMoE, output: CELMoEOutput) -> None:
     """What a stack of all experts' weights does to those that no sample came to."""
     nothing = sum(0 * parameter.sum() for parameter in model.level_modules.parameters() if parameter.requires_grad)
@@ -554,6 +559,9 @@ MUTANTS = {
     ),
     "loss weight ignored": Mutant(
         change_output(ignore_loss_weights), r"levels\[.*\]\.loss_weights: is ", visible=has("losses")
+    ),
+    "losses shared alike": Mutant(
+        change_output(share_losses_alike), r"levels\[.*\]\.loss_shares: is ", visible=has("losses")
     ),
     "aux lost": Mutant(change_results(lose_aux), r"levels\[.*\]\.aux: is ", visible=has("aux")),
     "state of another expert": Mutant(

@@ -4,16 +4,16 @@ A *trap* is an expert that looks as if its siblings could run as one module over
 an ordinary batch would not show it. Unarmed it is a plain layer, so that a first call can be grouped; `Trapped.arm`
 sets the trap, by nothing but an attribute where that is enough.
 
-Every trap is checked in three ways (`check_refusal`, `check_auto`, `check_arming`). The oracle runs on a second model,
-built in the same way and led through the same calls: what experts hide from `copy.deepcopy` (closures, tables keyed by
-`id`, hooks) it has as well.
+Every trap is checked in two ways: armed from the start (`check_refusal`), and later (`check_arming`). The oracle runs
+on a second model, built in the same way and led through the same calls: what experts hide from `copy.deepcopy`
+(closures, tables keyed by `id`, hooks) it has as well.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -297,89 +297,86 @@ def assert_ran_grouped(model: HierarchicalCELMoE, batch: Batch) -> None:
     assert any(len(each.experts) > 1 for each in level.classes), "each expert stands alone"
 
 
-def check_refusal(make: Make, reason: str, *, may_run: bool = False, setup: Change | None = None) -> None:
+def check_refusal(make: Make, reason: str, *, may_run: bool = False) -> None:
     """``engine="grouped"`` refuses the experts for this reason; where it may run them, it gives the oracle's numbers.
 
-    A refusal holds for the next call too, and leaves the model as it was.
+    A refusal holds for another batch, too, and leaves the model as it was: ``"auto"`` gives the oracle's numbers then.
     """
+    subject, twin = build(make), build(make)
     for make_batch in BATCHES[:2]:
-        subject, twin = build(make), build(make)
-        for model in (subject, twin):
-            if setup is not None:
-                setup(model)
-        for _ in range(2):
-            before = {name: value.clone() for name, value in subject.state_dict().items()}
-            refusal = None
-            try:
-                assert_like_oracle(subject, twin, make_batch)
-            except EngineRefusedError as error:
-                refusal = str(error)
-            if refusal is None:
-                assert may_run, "it was run"
-                continue
-            # What is found first is said: an operation that mixes samples, say, before the value that is read of it.
-            also = r"mixed samples|called requires_grad_|can't be compared|followed by PyTorch's tracer"
-            assert re.search(f"{reason}|{also}", refusal, re.IGNORECASE), f"no {reason!r} in {refusal}"
-            after = subject.state_dict()
-            assert all(torch.equal(value, after[name]) for name, value in before.items()), "it was no clean refusal"
+        before = {name: value.clone() for name, value in subject.state_dict().items()}
+        refusal = None
+        try:
+            assert_like_oracle(subject, twin, make_batch)
+        except EngineRefusedError as error:
+            refusal = str(error)
+        if refusal is None:
+            assert may_run, "it was run"
+            continue
+        # What is found first is said: an operation that mixes samples, say, before the value that is read of it.
+        also = r"mixed samples|called requires_grad_|can't be compared|followed by PyTorch's tracer"
+        assert re.search(f"{reason}|{also}", refusal, re.IGNORECASE), f"no {reason!r} in {refusal}"
+        after = subject.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), "it was no clean refusal"
+    subject.engine = "auto"
+    for make_batch in (*BATCHES, BATCHES[0]):
+        assert_like_oracle(subject, twin, make_batch)
 
 
-def check_auto(make: Make, *, setup: Change | None = None) -> None:
+def check_auto(make: Make) -> None:
     """``engine="auto"`` gives the oracle's numbers, on one batch after another."""
     subject, twin = build(make, "auto"), build(make)
-    for model in (subject, twin):
-        if setup is not None:
-            setup(model)
     for make_batch in (*BATCHES, BATCHES[0]):
         assert_like_oracle(subject, twin, make_batch)
 
 
 def check_change(
     make: Make,
-    change: Change,
-    *,
-    engine: str,
+    *changes: Change,
     make_batch: Callable[[], Batch] = Batch,
-    dtype: torch.dtype = torch.float32,
     grouped_first: bool = True,
 ) -> None:
-    """After a first call that was grouped comes the change, and the next calls are still right.
+    """After a first call that was grouped comes a change, and the next calls are still right.
+
+    After the first change ``"grouped"`` runs the calls, and then ``"auto"``; after the second ``"auto"`` comes first:
+    each is once the one to find a change out. ``"grouped"`` may refuse, but not be wrong.
 
     Args:
         make: Makes an expert.
-        change: Changes a model, or gives another one for it.
-        engine: Runs what comes after the change: it may refuse, but not be wrong.
+        changes: Each changes a model, or gives another one for it.
         make_batch: Makes the first batch.
-        dtype: Of the model.
         grouped_first: Whether to insist that the first call was grouped.
     """
-    subject, twin = build(make, dtype=dtype), build(make, dtype=dtype)
+    subject, twin = build(make), build(make)
     try:
         assert_like_oracle(subject, twin, make_batch)
     except EngineRefusedError as refused:
         # The trap is seen in the code before it springs; then nothing was ever grouped.
         if grouped_first and not re.search(r"its experts .*(used|called|read|wrote) ", str(refused)):
             raise
-        subject.engine, grouped_first = "auto", False
+        grouped_first = False
     if grouped_first:
         assert_ran_grouped(subject, make_batch())
-    subject, twin = changed(subject, change), changed(twin, change)
-    subject.engine = engine
-    for next_batch in (make_batch, *BATCHES[1:3]):
+    engines = [GROUPED, "auto"]
+    for change in changes:
+        subject, twin = changed(subject, change), changed(twin, change)
+        for engine in engines:
+            subject.engine = engine
+            assert_right_or_refused(subject, twin, (make_batch, *BATCHES[1:3]))
+        engines.reverse()
+
+
+def assert_right_or_refused(
+    subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, batches: Sequence[Callable[[], Batch]]
+) -> None:
+    """On each batch the model gives what the oracle gives on its twin, up to the first that it refuses as told to."""
+    for make_batch in batches:
         try:
-            assert_like_oracle(subject, twin, next_batch)
+            assert_like_oracle(subject, twin, make_batch)
         except EngineRefusedError:
-            assert engine == GROUPED
+            assert subject.engine == GROUPED
             # What the refused call did not do must not be done by the oracle's either.
             return
-
-
-# Who runs what comes after, and which experts are armed. The clean siblings of one that is armed may still be grouped.
-ARMINGS = {
-    "all, grouped": (GROUPED, arm_all),
-    "all, auto": ("auto", arm_all),
-    "one, grouped": (GROUPED, arm_one),
-}
 
 
 def shows(make: Callable[[], Trapped]) -> bool:
@@ -451,12 +448,9 @@ class Traps:
         make = self.classes[name]
         check_refusal(lambda: make().arm(), self.reasons[name], may_run=name in self.may_run)
 
-    def check_auto(self, name: str) -> None:
-        """See `check_auto`."""
-        make = self.classes[name]
-        check_auto(lambda: make().arm())
+    def check_arming(self, name: str) -> None:
+        """Experts are clean at first, and armed after a call that was grouped: one, then all.
 
-    def check_arming(self, name: str, arming: str) -> None:
-        """Experts are clean at first, and armed after a call that was grouped; see `ARMINGS`."""
-        engine, arm = ARMINGS[arming]
-        check_change(self.classes[name], arm, engine=engine)
+        The clean siblings of the one that is armed may still be grouped.
+        """
+        check_change(self.classes[name], arm_one, arm_all)

@@ -206,7 +206,8 @@ def shard_experts(
                 # Frozen there, too, until all ranks let it be trained.
                 remote.__dict__[FROZEN] = tuple(f"elsewhere.{path}" for path in frozen)
         model._levels[index] = ShardedLevel(config, modules, tuple(owners[config.name].values()), passage)
-    model.register_forward_hook(passage.leave)
+    # What ranks told each other is no part of a graph.
+    model.register_forward_hook(torch.compiler.disable(passage.leave))
     return ExpertSharding(model, mesh, dimension, owners, GradientNorms(group, places))
 
 

@@ -26,7 +26,7 @@ from celmoe.level import Level, LevelInput
 from celmoe.names import STACKED, NamedModules
 from celmoe.outputs import LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
-from celmoe.rows.dispatch import Blocks
+from celmoe.rows.blocks import Blocks
 from celmoe.stacked.parallel import joined_members
 from celmoe.stacked.presence import kept, set_reached
 from celmoe.stacked.stack import stacks_of
@@ -228,7 +228,7 @@ class FullyShardedLevel(Level):
         hidden = self._input_cast(given.hidden)
         if hidden is not given.hidden:
             given = given._replace(blocks=None)  # the blocks are the rows before the cast
-        if self.is_detached:
+        if self.is_detached and not (plan.mixture and plan.mixture.num_passed):
             hidden = hidden.detach()
         found: list[Any] = []
 

@@ -1,6 +1,7 @@
 """The meeting of ranks before rows travel: ranks share their samples' numbers by expert, and the form of rows.
 
-One all-gather of some integers serves all levels of a batch.
+One all-gather of some integers serves all levels of a batch; another one tells the weights of samples with several
+experts, if a rank has some.
 
 Axes: G ranks of the group, E experts of a level.
 """
@@ -55,13 +56,17 @@ class Meeting(NamedTuple):
     """Facts of this batch that all ranks of the group know.
 
     Attributes:
+        num_samples: The samples of all ranks' batches together.
         counts: By level, ``[G, E]``: each rank's number of samples for each expert, in the config's order.
+        weights: By level, ``[G, E]``: the sums of the weights of these samples; ``None`` if all weights are 1.
         dtype: The hidden states' dtype, promoted over ranks with samples.
         is_differentiated: If gradients flow into the hidden states of any rank.
         rows: The form of rows.
     """
 
+    num_samples: int
     counts: Mapping[str, npt.NDArray[np.int64]]
+    weights: Mapping[str, npt.NDArray[np.float64]] | None
     dtype: torch.dtype
     is_differentiated: bool
     rows: Rows
@@ -97,17 +102,18 @@ class Table:
         rows = _look(given)
         kind = int.from_bytes(hashlib.blake2b(repr(rows).encode(), digest_size=8).digest(), signed=True)
         counts = [self._counts(level, plan) for level in self._levels]
-        said = np.concatenate([[kind, plan.batch_size, *coded(given.hidden)], *counts])
+        said = np.concatenate([[kind, plan.batch_size, *coded(given.hidden), plan.is_mixed], *counts])
         heard = self.all_gathered(said, given.hidden.device)
         self._learn(kind, rows, heard[:, 0])
         has_some = heard[:, 1] > 0
         agreed = self._agreed(heard[:, 0], has_some, rows)
         dtype, is_differentiated = decoded(heard[:, 2:4], has_some, given.hidden.dtype)
-        found, start = {}, 4
-        for level, positions in self._levels.items():
-            found[level] = heard[:, start : start + len(positions)]
-            start += len(positions)
-        return Meeting(found, dtype, is_differentiated, agreed)
+        weights = None
+        if heard[:, 4].any():
+            sums = np.concatenate([self._weights(level, plan) for level in self._levels])
+            weights = self._by_level(self.all_gathered(sums.view(np.int64), given.hidden.device).view(np.float64))
+        num_samples = int(heard[:, 1].sum())
+        return Meeting(num_samples, self._by_level(heard[:, 5:]), weights, dtype, is_differentiated, agreed)
 
     def all_gathered(self, said: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
         """``[G, N]``: the N integers of each rank."""
@@ -117,6 +123,16 @@ class Table:
         heard = tensor.new_empty(dist.get_world_size(self._group) * len(said))
         dist.all_gather_single(heard, tensor, self._group)
         return cast(npt.NDArray[np.int64], heard.cpu().numpy().reshape(-1, len(said)))
+
+    def _by_level(self, heard: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        ends = np.cumsum([len(positions) for positions in self._levels.values()])
+        return dict(zip(self._levels, np.split(heard, ends[:-1], axis=1), strict=True))
+
+    def _weights(self, level: str, plan: RoutingPlan) -> npt.NDArray[np.float64]:
+        positions, planned = self._levels[level], plan.levels[level]
+        weights = np.zeros(len(positions))
+        weights[[positions[name] for name in planned.present]] = planned.weights or planned.counts
+        return weights
 
     def _counts(self, level: str, plan: RoutingPlan) -> npt.NDArray[np.int64]:
         positions, planned = self._levels[level], plan.levels[level]

@@ -16,11 +16,12 @@ from torch import nn
 
 from celmoe.config import HierarchyLevelConfig
 from celmoe.explain import LevelExplanation
-from celmoe.level import Level, LevelInput
+from celmoe.level import Level, LevelInput, promoted_blocks
 from celmoe.names import NamedModules, modules_named
 from celmoe.outputs import CELMoEOutput, LevelOutput
 from celmoe.routing.plan import LevelPlan, RoutingPlan
-from celmoe.rows.dispatch import Blocks, combine, dispatch
+from celmoe.rows.blocks import Blocks
+from celmoe.rows.dispatch import combine, dispatch
 
 from .gradients import tied
 from .meeting import Meeting, Table, coded, decoded
@@ -61,8 +62,19 @@ class Passage:
         return self.meeting, self.token
 
     def leave(self, _model: nn.Module, _args: object, output: CELMoEOutput) -> None:
-        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges."""
-        token, self.token, self.meeting = self.token, None, None
+        """Tie fused output and losses to the pass's exchanges: a backward pass from any of them makes all exchanges.
+
+        Losses of levels that are not spread get their shares of all ranks' samples, times the number of ranks: the mean
+        of ranks' totals is the total of one process.
+        """
+        token, self.token = self.token, None
+        meeting, self.meeting = self.meeting, None
+        assert meeting is not None
+        for level in output.levels.values():
+            factor = dist.get_world_size(self.group) * level.hidden.shape[0] / max(meeting.num_samples, 1)
+            for key in level.loss_shares if level.name not in meeting.counts else ():
+                level.loss_shares[key] *= factor
+                output.loss_shares[key] = level.loss_shares[key]
         if token is None or not torch.is_grad_enabled():
             return
         output.fused_hidden = tied(output.fused_hidden, token)
@@ -106,7 +118,8 @@ class ShardedLevel(Level):
         """Run as `Level.run` does, but samples run on their experts' ranks, together with other ranks' samples.
 
         Losses and aux are those of the experts here, over the samples of all ranks. The losses' weights are multiplied
-        by the number of ranks, for the sum of all ranks' objectives is divided by that number.
+        by the number of ranks, for the sum of all ranks' objectives is divided by that number. Their shares are of the
+        samples of all ranks.
         """
         passage = self._passage
         meeting, token = passage.enter(plan.name, host_plan, given)
@@ -133,7 +146,8 @@ class ShardedLevel(Level):
         has_gradient = [is_differentiated, *(each[2] for each in (looks.mask, *looks.context) if each is not None)]
         token, received = to_experts(rows, way, [looks.records and each for each in has_gradient], token)
 
-        local_plan = self._local_plan(here, given.hidden.device)
+        weights = None if meeting.weights is None else meeting.weights[plan.name][:, self._here].sum(0)
+        local_plan = self._local_plan(here, weights, given.hidden.device)
         hidden, *rest = received
         mask = rest.pop(0) if given.mask is not None else None
         local = LevelInput(hidden, None, given.context.with_aligned(rest) if rest else given.context, mask)
@@ -142,8 +156,13 @@ class ShardedLevel(Level):
 
         result = self._in_agreed_dtype(output.hidden, bool(here.any()))
         passage.token, returned = from_experts(result, way, token)
-        output.hidden = combine([returned], outward).reshape(given.hidden.shape)
+        blocks = promoted_blocks([returned, *_passed(given.hidden, plan)])
+        output.hidden = combine(blocks, outward).reshape(given.hidden.shape)
         output.loss_weights = {key: weight * num_ranks for key, weight in output.loss_weights.items()}
+        num_received = local.hidden.shape[0]
+        output.loss_shares = {
+            key: share * num_received / meeting.num_samples for key, share in output.loss_shares.items()
+        }
         return output, None
 
     def explain(
@@ -194,30 +213,22 @@ class ShardedLevel(Level):
     def _by_owner(self, plan: LevelPlan) -> LevelPlan:
         """This rank's plan as one group of rows: ordered by destination rank, then by expert, then as in the batch."""
         owners = [self._owner_by_name[name] for name in plan.present]
-        size = plan.order.numel()
+        size = sum(plan.counts)
         positions = sorted(range(len(owners)), key=owners.__getitem__)
         if positions == list(range(len(owners))):
             return plan._replace(present=("",), counts=(size,), follows_previous=False)
         counts = np.asarray(plan.counts, dtype=np.int64)
         starts = np.cumsum(counts) - counts
-        order = _ranges(starts[positions], counts[positions])
-        both = torch.from_numpy(np.concatenate([order, np.argsort(order, kind="stable")])).to(
-            plan.order.device, non_blocking=True
-        )
-        return plan._replace(
-            present=("",),
-            counts=(size,),
-            is_sorted=False,
-            follows_previous=False,
-            order=plan.order.index_select(0, both[:size]),
-            inverse=both[size:].index_select(0, plan.inverse),
-        )
+        return plan.rearranged(_ranges(starts[positions], counts[positions]), (size,))._replace(present=("",))
 
-    def _local_plan(self, here: npt.NDArray[np.int64], device: torch.device) -> LevelPlan:
+    def _local_plan(
+        self, here: npt.NDArray[np.int64], weights: npt.NDArray[np.float64] | None, device: torch.device
+    ) -> LevelPlan:
         """The plan of the rows received. Rows come by rank, then by expert; an expert wants its rows by rank.
 
         Args:
             here: ``[G, E here]``, rows by rank and expert.
+            weights: ``[E here]``, the sums of the rows' weights, or ``None``.
             device: The rows' device.
         """
         starts = (np.cumsum(here) - here.reshape(-1)).reshape(here.shape)
@@ -236,7 +247,15 @@ class ShardedLevel(Level):
             bool((order == np.arange(size)).all()),
             False,
             *cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], parts),
+            weights=None if weights is None else tuple(weights[is_there].tolist()),
         )
+
+
+def _passed(hidden: torch.Tensor, plan: LevelPlan) -> list[torch.Tensor]:
+    """The rows of samples without an expert, if there are some: they stay here."""
+    if plan.mixture is None or not plan.mixture.num_passed:
+        return []
+    return [hidden.index_select(0, plan.order[sum(plan.counts) :])]
 
 
 def _ranges(starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from celmoe.grouped.classes import Unit
 from celmoe.routing.plan import LevelPlan
@@ -53,20 +52,8 @@ def arrange(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
     starts = np.cumsum(per_expert) - per_expert
     wanted = per_expert[positions]
     shifts = starts[positions] - (np.cumsum(wanted) - wanted)
-    rows = np.arange(plan.order.numel(), dtype=np.int64)
-    # The sorted row at each place, and the place of each sorted row.
-    source = np.repeat(shifts, wanted) + rows
-    place = np.empty_like(source)
-    place[source] = rows
-    both = torch.from_numpy(np.concatenate([source, place])).to(plan.order.device, non_blocking=True)
-    moved = plan._replace(
-        order=plan.order.index_select(0, both[: len(rows)]),
-        inverse=both[len(rows) :].index_select(0, plan.inverse),
-        counts=sizes,
-        is_sorted=False,
-        follows_previous=False,
-    )
-    return Arrangement(moved, counts, names, arranged)
+    source = np.repeat(shifts, wanted) + np.arange(int(wanted.sum()), dtype=np.int64)
+    return Arrangement(plan.rearranged(source, sizes), counts, names, arranged)
 
 
 def _by_count(unit: Unit, plan: LevelPlan) -> Unit:

@@ -21,8 +21,8 @@ from celmoe.grouped.classes import Unit
 from celmoe.grouped.program import Bound, Outcome, run_program
 from celmoe.grouped.segments import FEW_OF_A_STACK, Segments
 from celmoe.grouped.values import CannotGroupError
+from celmoe.rows.blocks import cut
 from celmoe.rows.context import ContextRows
-from celmoe.rows.dispatch import cut
 
 from .choice import refusal
 from .looped import run_looped

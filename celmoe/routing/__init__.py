@@ -1,5 +1,6 @@
 """Routes: names to codes to a plan.
 
+- `memberships`: samples of several experts, or of none
 - `routes`: the forms of a routing, and codes for its names
 - `layout`: the part of a config that decides plans
 - `planner`: codes to index tensors

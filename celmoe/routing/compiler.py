@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from celmoe.config import CELMoEConfig, HierarchyLevelConfig, enabled_levels
 from celmoe.errors import (
+    ConfigError,
     MissingRouteError,
     PlanError,
     RouteLengthError,
@@ -22,10 +23,12 @@ from celmoe.errors import (
 )
 
 from .layout import Layout, LevelLayout
+from .memberships import ForAll, Memberships, merged
 from .plan import RoutingPlan, make_plan
-from .routes import Codes, RouteTable, Routing, code_array
+from .routes import Codes, LevelCodes, LevelRoutes, RouteTable, Routing, code_array
 
 _NO_PARENT = -1
+_REFUSED, _FALLBACK = "refused", "fallback"
 
 
 class RoutingCompiler:
@@ -34,9 +37,11 @@ class RoutingCompiler:
     Args:
         config: The hierarchy. Construction reads levels, experts and parents: later changes have no effect. Every call
             reads `fallback_expert`.
+        unknown: The treatment of names that are no expert of their level: ``"refused"``; or ``"fallback"``, which takes
+            the level's only expert, else its `fallback_expert`, in their place.
 
     Raises:
-        ConfigError, ConfigTypeError: The config is not sound; see `config.enabled_levels`.
+        ConfigError, ConfigTypeError: The config is not sound (see `config.enabled_levels`), or ``unknown`` is neither.
 
     Attributes:
         configs: The enabled levels' configs; a copy of a compiler, pickled or not, has their names and fallbacks only.
@@ -45,9 +50,13 @@ class RoutingCompiler:
 
         compiler = RoutingCompiler(config)
         plan = compiler({"family": ["slavic", "romance"], "language": ["ru", "fr"]})
+        plan = compiler({"language": ["ru", {"es": 0.7, "pt": 0.3}, None]})
     """
 
-    def __init__(self, config: CELMoEConfig) -> None:
+    def __init__(self, config: CELMoEConfig, *, unknown: str = _REFUSED) -> None:
+        if unknown not in (_REFUSED, _FALLBACK):
+            raise ConfigError(f"'unknown' must be {_REFUSED!r} or {_FALLBACK!r} (got {unknown!r})")
+        self._takes_unknown = unknown == _FALLBACK
         self.configs = enabled_levels(config)
         # Names of disabled levels too: their routes are ignored.
         self._names = frozenset(level.name for level in config.levels)
@@ -84,8 +93,11 @@ class RoutingCompiler:
 
         Args:
             routing: For each level a sequence, NumPy array or tensor of names or ids (positions in the level's
-                experts), one for each sample; or one name for the whole batch. A level that is left out gives each
-                sample the parent of the sample's expert in the level below, else the only expert, else the fallback.
+                experts), one for each sample; or one route for the whole batch. In a sequence, a mapping of names or
+                ids to weights stands for the weighted sum of several experts, and ``None`` for no expert: the row
+                passes through the level unchanged. A level that is left out gives each sample the parents of the
+                sample's experts in the level below, by their shares of the weights; else the only expert, else the
+                fallback. If none of these applies, a sample without an expert in the level below has none here.
             batch_size: Samples B; needed only if nothing in the routing has a length.
 
         Raises:
@@ -93,6 +105,7 @@ class RoutingCompiler:
             MissingRouteError: A level that is left out can't be inferred.
             RouteLengthError: The number of routes is not the number of samples, or there is no batch size.
             RouteIdError, RouteTypeError: Ids are out of range, or routes are of the wrong kind.
+            RouteWeightError: Weights are negative, not finite or all zero.
             PlanError: ``routing`` is a plan for another config or batch size.
         """
         if batch_size is not None:
@@ -104,7 +117,7 @@ class RoutingCompiler:
         if isinstance(routing, RoutingPlan):
             routing.require_layout(self.layout)
             # A compiler takes a tensor's size for any, and an attribute for this one.
-            size_of_plan = routing.indices[0][0].shape[0] if routing.indices else routing.batch_size
+            size_of_plan = routing.indices[0][2].shape[0] if routing.indices else routing.batch_size
             # Not `in`, which a compiler answers wrongly for a size that it takes for any.
             if batch_size is not None and batch_size != size_of_plan:
                 raise PlanError(
@@ -112,22 +125,37 @@ class RoutingCompiler:
                     f"{routing.batch_size})"
                 )
             return routing
-        given: dict[str, Codes | int] = {}
+        given: dict[str, LevelCodes] = {}
         if routing is not None:
             self._check_levels(routing)
-            for table in self._tables:
+            for position, table in enumerate(self._tables):
                 if table.level in routing:
                     routes = routing[table.level]
-                    given[table.level] = table.code(routes) if isinstance(routes, str) else table.encode(routes)
+                    given[table.level] = (
+                        self._encoded(position, routes) if self._takes_unknown else table.encode(routes)
+                    )
         size = _agreed_size(given, batch_size, told_by)
-        codes: list[Codes | int] = []
-        below: Codes | int | None = None
+        codes: list[LevelCodes] = []
+        below: LevelCodes | None = None
         # Go from the lowest level up, for a level that is left out asks the level below.
         for position in reversed(range(len(self._tables))):
             level = self._tables[position].level
             below = given[level] if level in given else self._inferred(position, below)
             codes.append(below)
-        return make_plan(self.layout, self._tables, codes[::-1], size)
+        # Not `isinstance` for each: ordinary routes are planned in microseconds.
+        spread: Any = codes[::-1]
+        if ForAll in map(type, codes):
+            spread = [each.spread(size).settled() if isinstance(each, ForAll) else each for each in spread]
+        return make_plan(self.layout, self._tables, spread, size)
+
+    def _encoded(self, position: int, routes: LevelRoutes) -> LevelCodes:
+        """A level's codes, with unknown names sent to its fallback."""
+        table, unknown = self._tables[position], self._default(position)
+        try:
+            return table.encode(routes, unknown)
+        except UnknownExpertError as error:
+            error.add_note(f"celmoe: level {table.level!r} has several experts and no fallback for unknown names")
+            raise
 
     def _check_levels(self, routing: Routing) -> None:
         if type(routing) is not dict and not isinstance(routing, Mapping):
@@ -141,7 +169,7 @@ class RoutingCompiler:
                 f"{nearest(unknown, enabled)})"
             )
 
-    def _inferred(self, position: int, below: Codes | int | None) -> Codes | int:
+    def _inferred(self, position: int, below: LevelCodes | None) -> LevelCodes:
         """The codes of a level that the routing leaves out, from those of the level below."""
         table = self._tables[position]
         if below is None:
@@ -154,22 +182,45 @@ class RoutingCompiler:
             return code
         if len(table.experts) == 1:
             return 0
-        if not isinstance(below, int):
-            below = code_array(below)
-        parents = self._parents[position][below]
+        if isinstance(below, ForAll):
+            one = self._of_parents(position, below.one)
+            return ForAll(one) if isinstance(one, Memberships) else int(one[0])
+        if isinstance(below, Memberships):
+            return self._of_parents(position, below)
+        if isinstance(below, int):
+            return int(self._parents_of(position, np.array([below]))[0])
+        return self._parents_of(position, code_array(below)).astype(table.dtype)
+
+    def _of_parents(self, position: int, below: Memberships) -> Codes | Memberships:
+        """The memberships of the parents: a parent's weight is its children's share of the sample's weights."""
+        totals = np.bincount(below.samples, weights=below.weights, minlength=below.size)
+        parents = self._parents_of(position, below.codes).astype(self._tables[position].dtype)
+        found = merged(parents, below.samples, below.weights / totals[below.samples], below.size)
+        default = self._default(position)
+        if default is not None:
+            without = np.setdiff1d(np.arange(below.size, dtype=np.int64), below.samples)
+            codes = np.concatenate([found.codes, np.full(len(without), default, dtype=found.codes.dtype)])
+            samples = np.concatenate([found.samples, without])
+            found = merged(codes, samples, np.concatenate([found.weights, np.ones(len(without))]), below.size)
+        return found.settled()
+
+    def _parents_of(self, position: int, below: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The code of the parent of each code of the level below, else the default."""
+        table = self._tables[position]
+        parents: npt.NDArray[Any] = self._parents[position][below]
         orphaned = parents == _NO_PARENT
         if orphaned.any():
             code = self._default(position)
             if code is None:
                 lower = self._tables[position + 1]
-                orphans = np.unique(np.asarray(below)[orphaned]).tolist()
+                orphans = np.unique(below[orphaned]).tolist()
                 raise MissingRouteError(
                     f"'routing' must have a key for level {table.level!r}, which has no fallback, or these experts of "
                     f"level {lower.level!r} must have a parent: "
                     f"{listed(lower.sorted_experts[each] for each in orphans)}"
                 )
             parents = np.where(orphaned, code, parents)
-        return int(parents) if isinstance(below, int) else parents.astype(table.dtype)
+        return parents
 
     def _default(self, position: int) -> int | None:
         """The code of samples without a route or parent: the only expert's, else the fallback's."""
@@ -194,18 +245,18 @@ def _checked_size(batch_size: object) -> int:
     return int(batch_size)
 
 
-def _agreed_size(codes: Mapping[str, Codes | int], batch_size: int | None, told_by: str) -> int:
+def _agreed_size(codes: Mapping[str, LevelCodes], batch_size: int | None, told_by: str) -> int:
     """The one length that all routes and the caller agree on."""
     size = batch_size
     for level, code in codes.items():
-        if isinstance(code, int):
-            continue  # one name for however many samples there are
+        if isinstance(code, int) or type(code) is ForAll:
+            continue  # one route for however many samples there are
+        length = code.size if type(code) is Memberships else len(code)
         if size is None:
-            size, told_by = len(code), f'"routing[{level!r}]"'
-        elif len(code) != size:
+            size, told_by = length, f'"routing[{level!r}]"'
+        elif length != size:
             raise RouteLengthError(
-                f'"routing[{level!r}]" must have one route for each of the {size} samples of {told_by} '
-                f"(got {len(code)})"
+                f'"routing[{level!r}]" must have one route for each of the {size} samples of {told_by} (got {length})'
             )
     if size is None:
         raise RouteLengthError("'batch_size' must be given where no routes have a length (got None)")

@@ -1,6 +1,6 @@
 """Turn every level's codes into the indices of a plan: a stable sort of samples by expert, O(B) a level.
 
-Axes: B samples.
+Axes: B samples; R memberships, P experts present, N samples without an expert, M samples with several or a weight.
 """
 
 from __future__ import annotations
@@ -8,42 +8,70 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .routes import CodeArray, Codes, RouteTable, code_array
+from .memberships import Memberships
+from .routes import RouteTable, SampleCodes, code_array
 
 # Up to this many samples, Python's lists beat NumPy. NumPy takes a few dozen calls, each of which finds the processor's
 # caches cold after a training step, and that costs more than the work.
 FEW_SAMPLES = 64
 
 
-# The host's part of one level: LevelPlan's first fields in order (name, present, counts, is_sorted, follows_previous),
-# and the places of its four index tensors among the parts of the packed buffer.
-HostLevel: TypeAlias = tuple[tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int]]
+# The ids of samples without an expert, and of samples with several.
+NO_EXPERT = -1
+SEVERAL_EXPERTS = -2
 
+
+class HostMixture(NamedTuple):
+    """The host's part of a level of which some samples have several experts, or none.
+
+    Attributes:
+        num_passed: Samples N without an expert.
+        most: The most experts of a sample among those with several, or with a weight; 0 if there are none.
+        weights: By expert present, the sum of the weights of its rows.
+        first: The place of the first of the mixture's index tensors among the parts of the packed buffer.
+    """
+
+    num_passed: int
+    most: int
+    weights: tuple[float, ...]
+    first: int
+
+
+# The host's part of one level: LevelPlan's first fields in order (name, present, counts, is_sorted, follows_previous),
+# the places of its four index tensors among the parts of the packed buffer, and its mixture's part.
+HostLevel: TypeAlias = tuple[
+    tuple[str, tuple[str, ...], tuple[int, ...], bool, bool], tuple[int, int, int, int], HostMixture | None
+]
+
+
+# An order that equals no other.
+_NO_ORDER = np.full(1, -1, dtype=np.int64)
 
 # The parts of a plan: the host's part of each level; all index tensors end to end, int64, on the CPU; and the length of
 # each index tensor.
 Indices: TypeAlias = tuple[Sequence[HostLevel], torch.Tensor, Sequence[int]]
 
 
-def sort_samples(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
+def sort_samples(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
     """Sort one batch's samples by expert, at each level.
 
     Args:
         tables: One table a level.
-        codes: The codes ``[B]`` of each level, or one code for the whole batch.
+        codes: The codes of each level's B samples.
         batch_size: Samples B.
     """
-    sort = _sort_few if 0 < batch_size <= FEW_SAMPLES else _sort_many
+    is_mixed = Memberships in map(type, codes)
+    sort = _sort_few if 0 < batch_size <= FEW_SAMPLES and not is_mixed else _sort_many
     return sort(tables, codes, batch_size)
 
 
-def _sort_few(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
+def _sort_few(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
     identity = [*range(batch_size)]
     flat, sizes = [*identity], [batch_size]
     levels: list[HostLevel] = []
@@ -69,18 +97,19 @@ def _sort_few(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_
                 sizes += (batch_size, batch_size)
         experts = tuple(map(table.sorted_experts.__getitem__, present))
         known = (table.level, experts, counts, is_sorted, follows and bool(levels))
-        levels.append((known, (*places, len(sizes), len(sizes) + 1)))
+        levels.append((known, (*places, len(sizes), len(sizes) + 1), None))
         flat += map(table.ids.__getitem__, code)
         flat += accumulate(counts)
         sizes += (batch_size, len(counts))
     return levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes
 
 
-def _code_list(codes: CodeArray | int, batch_size: int) -> list[int]:
+def _code_list(codes: SampleCodes, batch_size: int) -> list[int]:
+    assert not isinstance(codes, bytearray | Memberships)
     return [codes] * batch_size if isinstance(codes, int) else codes.tolist()
 
 
-def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch_size: int) -> Indices:
+def _sort_many(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
     # NumPy's default integer has 32 bits on Windows before 2.0.
     identity = np.arange(batch_size, dtype=np.int64)
     parts: list[npt.NDArray[np.int64]] = [identity]
@@ -89,6 +118,13 @@ def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch
     previous: npt.NDArray[np.int64] | None = None
     places = (0, 0)
     for table, code in zip(tables, codes, strict=True):
+        if isinstance(code, Memberships):
+            found, own = _sorted_mixed(table, code, len(parts))
+            levels.append(found)
+            parts += own
+            # No order of another level is this one's: rows are more, or fewer, than samples.
+            previous, places = _NO_ORDER, (0, 0)
+            continue
         experts, counts, order = _sorted(table, code, batch_size)
         follows = _equal(order, previous)
         if not follows:
@@ -104,18 +140,70 @@ def _sort_many(tables: Sequence[RouteTable], codes: Sequence[Codes | int], batch
             else table.ids_by_code.take(code_array(code))
         )
         known = (table.level, experts, tuple(counts.tolist()), order is None, follows and bool(levels))
-        levels.append((known, (*places, len(parts), len(parts) + 1)))
+        levels.append((known, (*places, len(parts), len(parts) + 1), None))
         parts += (ids, np.add.accumulate(counts, dtype=np.int64))
     return levels, torch.from_numpy(np.concatenate(parts)), [*map(len, parts)]
 
 
+def _sorted_mixed(table: RouteTable, given: Memberships, first: int) -> tuple[HostLevel, list[npt.NDArray[np.int64]]]:
+    """One level's plan: the host's part, and the index tensors, the first of which is part ``first`` of the buffer.
+
+    Rows stand by expert, then by sample. Behind them come the samples without an expert, as rows of nobody.
+    """
+    codes, samples, weights, size = given
+    num_rows = len(codes)
+    counts = np.bincount(codes, minlength=1)
+    present = counts.nonzero()[0]
+    by_expert = codes.argsort(kind="stable")
+    place_of_row = np.empty(num_rows, dtype=np.int64)
+    place_of_row[by_expert] = np.arange(num_rows)
+    per_sample = np.bincount(samples, minlength=size)
+    passed = np.flatnonzero(per_sample == 0)
+    is_mixed = per_sample > 1
+    is_mixed[samples[weights != 1.0]] = True
+    mixed = np.flatnonzero(is_mixed)
+    of_mixed = is_mixed[samples]
+    widths, most = per_sample[mixed], int(per_sample[mixed].max(initial=0))
+    # Behind all rows come the sums of the samples with several experts.
+    inverse = np.empty(size, dtype=np.int64)
+    inverse[samples[~of_mixed]] = place_of_row[~of_mixed]
+    inverse[passed] = num_rows + np.arange(len(passed))
+    inverse[mixed] = num_rows + len(passed) + np.arange(len(mixed))
+    # An empty slot is filled by a row of zeros, behind the rows of all these samples.
+    slots = np.full((len(mixed), most), int(of_mixed.sum()), dtype=np.int64)
+    slots[np.arange(most) < widths[:, None]] = np.arange(int(of_mixed.sum()))
+    ids = np.full(size, NO_EXPERT, dtype=np.int64)
+    ids[samples] = table.ids_by_code[codes]
+    ids[mixed] = SEVERAL_EXPERTS
+    rows = np.concatenate([weights[by_expert], np.ones(len(passed))])
+    experts = tuple([table.sorted_experts[each] for each in present.tolist()])
+    sums = np.bincount(codes, weights=weights, minlength=1)[present]
+    known = (table.level, experts, tuple(counts[present].tolist()), False, False)
+    host = HostMixture(len(passed), most, tuple(sums.tolist()), first + 4)
+    order = np.concatenate([samples[by_expert], passed])
+    ends = np.add.accumulate(counts[present], dtype=np.int64)
+    own = [order, inverse, ids, ends, place_of_row[of_mixed], slots.reshape(-1), _as_integers(rows)]
+    return (known, (first, first + 1, first + 2, first + 3), host), own
+
+
+def _as_integers(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Weights in a buffer of integers: each as four floats of 32 bits, which add up to it exactly, on any device."""
+    parts = np.zeros((len(weights), 4), dtype=np.float32)
+    rest = weights.copy()
+    for part in range(3):
+        parts[:, part] = rest
+        rest -= parts[:, part]
+    return parts.reshape(-1).view(np.int64)
+
+
 def _sorted(
-    table: RouteTable, code: Codes | int, batch_size: int
+    table: RouteTable, code: SampleCodes, batch_size: int
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
     """The experts present, the number of samples of each, and the sorting order, ``None`` for the identity."""
     if isinstance(code, int) or len(table.experts) == 1:
         only = table.sorted_experts[code if isinstance(code, int) else 0]
         return ((only,) if batch_size else ()), np.full(min(batch_size, 1), batch_size, dtype=np.int64), None
+    assert not isinstance(code, Memberships)
     code = code_array(code)
     counts = np.bincount(code)
     present = counts.nonzero()[0]

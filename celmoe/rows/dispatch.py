@@ -4,7 +4,8 @@ Both are permutations, so each one's backward is the other: one ``index_select``
 level. Such a backward is O(rows), deterministic, without atomic adds, native on every device, and differentiable again.
 (PyTorch's own backward handles a few rows on a CPU, which costs a scatter-add and no Python.)
 
-Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present.
+Axes: B samples in batch order, R the same rows in expert order (R = B), P experts present. If some samples have several
+experts, or none, `rows.mixing` moves the rows.
 
 Blocks for experts are private: an expert that works in place reaches neither the caller's tensor, nor another expert's
 rows, nor anything that autograd saved. Rows that already stand in expert order are therefore copied, though never
@@ -14,19 +15,14 @@ gathered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 
 from celmoe.routing.plan import LevelPlan
-from celmoe.torch_internals import (
-    is_batch_of_gradients,
-    is_forward_differentiated,
-    is_jit_traced,
-    transforms_are_active,
-)
 
-Blocks: TypeAlias = list[torch.Tensor] | tuple[torch.Tensor, ...]
+from .blocks import Blocks, cut, records
+from .mixing import gathered, spread
 
 # Up to this many rows on a CPU, PyTorch's own backward beats a custom Function's Python, despite some useless work.
 FEW_ROWS = 128
@@ -93,10 +89,13 @@ def dispatch(rows: torch.Tensor, plan: LevelPlan) -> Blocks:
         plan: The level's plan, on the rows' device.
 
     Returns:
-        P tensors ``[counts[p], ...]``, rows in ascending batch order.
+        P tensors ``[counts[p], ...]``, rows in ascending batch order; with a mixture one more, of the samples without
+        an expert, if there are some.
     """
     if rows.layout != torch.strided:
-        return [rows.index_select(0, positions) for positions in plan.order.split(list(plan.counts))]
+        return [rows.index_select(0, positions) for positions in plan.order.split(list(plan.block_counts))]
+    if plan.mixture is not None:
+        return spread(rows, plan, is_weighted=False)
     if plan.is_sorted:
         return cut(rows.clone(memory_format=torch.contiguous_format), plan.counts)
     if plan.order.numel() <= FEW_ROWS and plan.order.is_cpu:
@@ -124,7 +123,7 @@ def relay(rows: torch.Tensor, blocks: Blocks, plan: LevelPlan) -> Blocks:
     """
     if not (torch.is_grad_enabled() and rows.requires_grad):
         return cut(_joined(blocks), plan.counts)
-    if not _records(rows) or (plan.order.numel() <= FEW_ROWS and plan.order.is_cpu):
+    if not records(rows) or (plan.order.numel() <= FEW_ROWS and plan.order.is_cpu):
         return dispatch(rows, plan)
     sorted_rows = _joined([block.detach() for block in blocks])
     return cast(Blocks, _Dispatch.apply(rows, plan.order, plan.inverse, plan.counts, sorted_rows))
@@ -134,12 +133,14 @@ def combine(blocks: Blocks, plan: LevelPlan) -> torch.Tensor:
     """The experts' rows back in batch order.
 
     Args:
-        blocks: Tensors ``[counts[p], ...]`` of one dtype.
+        blocks: Tensors ``[counts[p], ...]`` of one dtype; with a mixture, those of `dispatch`.
         plan: The level's plan, on the blocks' device.
 
     Returns:
         ``[B, ...]``, contiguous.
     """
+    if plan.mixture is not None:
+        return gathered(blocks, plan, is_weighted=True)
     if len(blocks) == 1 and plan.is_sorted:
         # The block may be the expert's own parameter, buffer or cache: the caller's in-place work on a level's output
         # must not reach it. Joining copies several blocks.
@@ -160,41 +161,13 @@ def _joined(blocks: Blocks) -> torch.Tensor:
     return torch.cat(blocks).contiguous()
 
 
-def cut(sorted_rows: torch.Tensor, counts: Sequence[int]) -> Blocks:
-    """Blocks of rows that are no views to autograd; nothing else may read ``sorted_rows``."""
-    if len(counts) == 1:
-        return (sorted_rows,)
-    if transforms_are_active() or is_batch_of_gradients(sorted_rows) or is_forward_differentiated():
-        # The call below has a rule neither for vmap nor for the older vmap behind `is_grads_batched`, whose batches may
-        # hide in a tangent.
-        return [block.clone() for block in sorted_rows.split(list(counts))]
-    # PyTorch calls a split unsafe if its parts are no views to autograd and count their versions apart. With a shared
-    # counter, in-place work on one block would invalidate the tensors that autograd saved of all others. Only these
-    # blocks read `sorted_rows`, so nothing is at risk.
-    return torch.unsafe_split_with_sizes(sorted_rows, counts)
-
-
 def _scatter_rows(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> Blocks:
-    if _records(rows):
+    if records(rows):
         return cast(Blocks, _Dispatch.apply(rows, order, inverse, counts, None))
     return cut(rows.index_select(0, order), counts)
 
 
 def _gather_blocks(blocks: Blocks, order: torch.Tensor, inverse: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    if _records(*blocks):
+    if records(*blocks):
         return cast(torch.Tensor, _Combine.apply(order, inverse, counts, *blocks))
     return _whole(blocks).index_select(0, inverse)
-
-
-def _records(*inputs: torch.Tensor) -> bool:
-    """True if a custom Function is to stand in the autograd graph.
-
-    Function transforms (``torch.func``) and tracing take plain operators only, and get the same result with PyTorch's
-    own backward.
-    """
-    return (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in inputs)
-        and not transforms_are_active()
-        and not is_jit_traced()
-    )

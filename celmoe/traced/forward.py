@@ -47,6 +47,15 @@ def forward_traced(
             )
         routing = _planned(model, routing, hidden.shape[0])
     plan: RoutingPlan = model._compiler.compile(routing, hidden.shape[0], told_by="'hidden'")
+    if plan.is_mixed:
+        # A graph knows one row a sample.
+        if torch.compiler.is_exporting():
+            raise GraphError(
+                "'routing' must give each sample one expert a level in an exported model (got a plan with several, or "
+                "none)"
+            )
+        mixed: CELMoEOutput = _mixed(model, hidden, routing, context, mask)
+        return mixed
     if plan.device != hidden.device:
         plan = plan.to(hidden.device, non_blocking=hidden.device.type != "cpu")
     packed = _packed(context, mask)
@@ -57,6 +66,7 @@ def forward_traced(
     outputs: dict[str, LevelOutput] = {}
     losses: dict[str, torch.Tensor] = {}
     loss_weights: dict[str, float] = {}
+    loss_shares: dict[str, float] = {}
     for index, (level, indices) in enumerate(zip(model._levels, plan.indices, strict=True)):
         if not ways[index]:
             rows = _ContextOfAll(context, hidden.shape[0])
@@ -68,6 +78,7 @@ def forward_traced(
             hidden = level_output.hidden
             losses.update(level_output.losses)
             loss_weights.update(level_output.loss_weights)
+            loss_shares.update(level_output.loss_shares)
         else:
             tensors = _tensors_of(model, level)
             marks = [stack.mark for stack in model._stacks.get(level.name, ())]
@@ -79,7 +90,7 @@ def forward_traced(
         outputs[level.name] = level_output
     fused = model.fusion([each.hidden for each in outputs.values()])
     # Made last: the tracer can't make objects again that were put into another one's dict.
-    return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights)
+    return CELMoEOutput(outputs, fused, losses, loss_weights=loss_weights, loss_shares=loss_shares)
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch's own
@@ -94,6 +105,15 @@ def _planned(model: Any, routing: Any, batch_size: int) -> RoutingPlan:
     reason="celmoe: an expert can't be part of a graph; see HierarchicalCELMoE.explain"
 )
 def _apart(model: Any, *arguments: Any) -> CELMoEOutput:
+    """The forward pass outside of a graph."""
+    output: CELMoEOutput = model.forward(*arguments)
+    return output
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # torch's own
+    reason="celmoe: samples with several experts, or none, can't be part of a graph"
+)
+def _mixed(model: Any, *arguments: Any) -> CELMoEOutput:
     """The forward pass outside of a graph."""
     output: CELMoEOutput = model.forward(*arguments)
     return output

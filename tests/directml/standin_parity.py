@@ -77,7 +77,7 @@ def assert_parity_there(case: Case, engine: str, **options: Any) -> Evidence:
     return evidence
 
 
-@pytest.mark.parametrize("engine", ENGINE_NAMES)
+@pytest.mark.parametrize("engine", ["looped", "grouped"])
 @pytest.mark.parametrize("kind", DEVICE_KINDS)
 def test_values_gradients_and_steps_equal_the_oracles(kind: str, engine: str):
     evidence = assert_parity_there(two_levels(kind), engine)

@@ -6,6 +6,7 @@ replaced, so that the next test starts anew.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -29,7 +30,7 @@ class RankTimeoutError(AssertionError):
     """A rank did not come back in time."""
 
 
-def _serve(rank: int, size: int, port: int, connection: Any) -> None:
+def _serve(rank: int, size: int, port: int, connection: Any, thresholds: tuple[int, int, int]) -> None:
     import warnings
 
     import torch
@@ -37,6 +38,7 @@ def _serve(rank: int, size: int, port: int, connection: Any) -> None:
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    gc.set_threshold(*thresholds)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=2 * LIMIT))
     while True:
@@ -44,6 +46,9 @@ def _serve(rank: int, size: int, port: int, connection: Any) -> None:
         if task is None:
             break
         function, args = task
+        # What is there by now is set apart: stacking experts goes through all objects.
+        gc.collect()
+        gc.freeze()
         try:
             torch.manual_seed(0)
             connection.send((True, function(*args)))
@@ -105,7 +110,9 @@ class Pool:
             port = probe.getsockname()[1]
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.size, port, theirs, gc.get_threshold()), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)

@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there: ranks that die or fail while they save, and disks that are full."""
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -125,6 +126,8 @@ def fork_ranks(folder, cases, size, timeout):
     # What torch imports late is imported once.
     save_alone(folder / "first", 1.0)
     values_in(folder / "first")
+    # Spreading experts over ranks goes through all objects, to find optimizers.
+    gc.freeze()
     for place, case in enumerate(cases):
         (folder / str(place)).mkdir()
         pids = [

@@ -1,6 +1,7 @@
 """Jobs drawn at random, in every layout: uneven and empty batches, frozen and detached experts, both engines."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -14,13 +15,19 @@ LANGUAGES = list(jobs.FAMILY_OF)
 TRAININGS = [train_with_ddp, train_with_experts_spread, train_with_levels_sharded]
 
 
-def draw(seed):
+def draw(seed, *, mixed=False):
     """A job for two ranks. No gradients of its rows: where a rank's experts are all detached, DDP has none for them."""
     choose = random.Random(seed)
 
+    def route(known):
+        if not mixed or choose.random() < 0.3:
+            return choose.choice(known)
+        some = choose.sample(known, min(len(known), choose.randint(1, 3)))
+        return choose.choice([None, {name: choose.choice([0.25, 0.7, 1.0]) for name in some}])
+
     def batch():
         known = LANGUAGES[: choose.randint(1, len(LANGUAGES))]
-        return [choose.choice(known) for _ in range(choose.choice([0, 1, 1, 2, 3, 7]))]
+        return [route(known) for _ in range(choose.choice([0, 1, 1, 2, 3, 7]))]
 
     return Job(
         [[[batch(), batch()] for _ in range(choose.choice([1, 1, 2]))] for _ in range(3)],
@@ -45,6 +52,18 @@ def test_every_layout_trains_as_one_process(two, seed):
             histories = put_together(histories)
         assert_ranks_agree(histories)
         assert assert_as_alone(job, histories)["gradients"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_of_several_experts_or_none_train_as_in_one_process(two, seed):
+    job = draw(seed, mixed=True)
+    with_losses = replace(job, has_losses=True, objective="all")
+    for training, each in [(train_with_experts_spread, with_losses), *((training, job) for training in TRAININGS)]:
+        histories = two.run(training, each)
+        if training is train_with_levels_sharded:
+            histories = put_together(histories)
+        assert_ranks_agree(histories)
+        assert assert_as_alone(each, histories)["gradients"]
 
 
 def test_what_is_drawn():

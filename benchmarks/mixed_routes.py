@@ -1,0 +1,129 @@
+"""Whole training steps in which some samples have several experts, or none, beside the same steps without."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.extras import missing_extra
+
+if __name__ == "__main__" and (missing := missing_extra("bench")):
+    sys.exit(missing)
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import celmoe
+from benchmarks.arguments import OptionError, above_zero, make_parser, read_arguments
+from benchmarks.grid.report import workload_columns, write_rows
+from benchmarks.interleaved import Timings, interleave
+from benchmarks.report.wording import ms_words, workload_words
+from benchmarks.setting import make_console, prepare_folder, read_setting
+from benchmarks.steps import ROUTINGS, TrainingStep, cycled
+from benchmarks.workloads import Workload
+
+ORDINARY, MIXED = "ordinary", "mixed"
+# Of the samples: two thirds of these have two experts at the family level and below, one third has none.
+SHARE = 0.05
+WEIGHTS = (0.7, 0.3)
+WORKLOADS = (
+    Workload("linear", 64, 512, 256),
+    Workload("linear", 64, 4096, 256),
+    Workload("mlp", 64, 4096, 256),
+    Workload("mlp", 128, 4096, 128),
+    Workload("block", 64, 64, 32),
+)
+REFUSED = 2
+
+
+def mixed(routing: Mapping[str, Sequence[str]], share: float, seed: int) -> dict[str, Sequence[Any]]:
+    """The routing, of which a share of the samples have two experts or none at every level but the first."""
+    draw = random.Random(seed)
+    size = len(next(iter(routing.values())))
+    odd = draw.sample(range(size), round(share * size))
+    found: dict[str, Sequence[Any]] = {}
+    for place, (level, names) in enumerate(routing.items()):
+        routes: list[Any] = list(names)
+        for count, sample in enumerate(odd if place else ()):
+            other = names[odd[count - 1]]
+            both = {names[sample]: WEIGHTS[0], other: WEIGHTS[1]} if other != names[sample] else names[sample]
+            routes[sample] = None if count % 3 == 0 else both
+        found[level] = routes
+    return found
+
+
+def measure(workload: Workload, seconds: float, *, is_stacked: bool) -> Timings:
+    """Time whole steps from names, with ordinary and with mixed routes, in turn."""
+    routings = [workload.routing(seed) for seed in range(ROUTINGS)]
+    steps = {}
+    for name, own in ((ORDINARY, routings), (MIXED, [mixed(each, SHARE, seed) for seed, each in enumerate(routings)])):
+        model = workload.build(celmoe)
+        if is_stacked:
+            assert isinstance(model, celmoe.HierarchicalCELMoE)
+            celmoe.stack_experts(model)
+
+        def call(hidden: torch.Tensor, routes: Any, model: torch.nn.Module = model) -> torch.Tensor:
+            fused: torch.Tensor = model(hidden, routes).fused_hidden
+            return fused
+
+        steps[name] = TrainingStep(cycled(call, own), model.parameters(), workload, rate=1e-3)
+    return interleave(steps, seconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure.
+
+    Returns:
+        0; 2 where an argument was refused.
+    """
+    parser = make_parser("benchmarks.mixed_routes", __doc__)
+    parser.add_argument("--seconds", default="10", help="about how long each line goes on (default 10)")
+    folder = "celmoe-report/mixed-routes"
+    parser.add_argument("--report", default=folder, help=f"folder to write to (default {folder})")
+    console, errors = make_console(), Console(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        given = read_arguments(parser, sys.argv[1:] if arguments is None else arguments)
+        seconds = above_zero("--seconds", given.seconds)
+        report = Path(given.report)
+        prepare_folder(report)
+    except OptionError as error:
+        errors.print(str(error), markup=False)
+        return REFUSED
+    torch.set_num_threads(1)
+    setting = read_setting(torch.device("cpu"), 1)
+    console.print(f"{setting}, commit {setting.commit}{' with changes' * setting.is_changed}", markup=False)
+    table = Table(title=f"A whole step with {SHARE:.0%} of the samples mixed, beside one without")
+    for heading in ("workload", "experts", f"{ORDINARY}, ms", f"{MIXED}, ms", "times as long (middle half)"):
+        table.add_column(heading)
+    rows = []
+    for workload, is_stacked in track([(each, way) for each in WORKLOADS for way in (False, True)], console=console):
+        timings = measure(workload, seconds, is_stacked=is_stacked)
+        low, high = timings.quartiles(MIXED, ORDINARY)
+        found = {"ratio": timings.ratio(MIXED, ORDINARY), "first_quartile": low, "third_quartile": high}
+        way = "stacked" if is_stacked else "plain"
+        ms = [1e3 * timings.median(name) for name in (ORDINARY, MIXED)]
+        table.add_row(
+            workload_words(workload), way, *map(ms_words, ms), f"{found['ratio']:.3f} ({low:.3f} to {high:.3f})"
+        )
+        rows.append(
+            {
+                **workload_columns(workload),
+                "experts_are": way,
+                **{f"{name}_ms": f"{each:.4f}" for name, each in zip((ORDINARY, MIXED), ms, strict=True)},
+                **{name: f"{value:.3f}" for name, value in found.items()},
+                "rounds": timings.rounds,
+            }
+        )
+        write_rows(report / "mixed_routes.csv", rows)
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
