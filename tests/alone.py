@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.nn.functional import layer_norm
@@ -274,6 +274,12 @@ class Alone:
         Raises:
             RefusedError: A level that is left out can't be inferred.
         """
+        given = {
+            level: self._known(self.level(level), own)
+            if isinstance(own, Mapping)
+            else [self._known(self.level(level), each) for each in own]
+            for level, own in given.items()
+        }
         found: dict[str, Sequence[Choice] | Choice] = {}
         below: Level | None = None
         for level in reversed(self.enabled):
@@ -294,20 +300,24 @@ class Alone:
         return {name: [each] * size if isinstance(each, Mapping) else list(each) for name, each in found.items()}
 
     def _inferred(self, level: Level, lower: Choice | None, ancestors: Mapping[str, str | None]) -> Choice:
+        """A sample's choice at a level that is left out, from the one at the level below."""
         if len(level.experts) == 1:
             return {next(iter(level.experts)): 1.0}
         if lower is not None and not lower:
-            # Passing through below says nothing of the level above.
             return {} if level.fallback is None else {level.fallback: 1.0}
         found: dict[str, float] = {}
-        total = 1.0 if lower is None else sum(lower.values())
         for name, weight in ({None: 1.0} if lower is None else lower).items():
-            parent = ancestors.get(name) if name is not None else None
-            parent = level.fallback if parent is None else parent
+            parent = level.fallback if (own := ancestors.get(name)) is None else own
             if parent is None:
                 raise RefusedError("MissingRouteError")
-            found[parent] = found.get(parent, 0.0) + weight / total
+            found[parent] = found.get(parent, 0.0) + weight / (sum(lower.values()) if lower else 1.0)
         return found
+
+    def _known(self, level: Level, choice: Choice) -> Choice:
+        """A choice whose unknown names go to the fallback."""
+        if all(name in level.experts for name in choice):
+            return choice
+        return self._inferred(level, None, {}) if level.fallback or len(level.experts) == 1 else _refuse()
 
     def _ancestors(self, level: Level) -> list[str | None]:
         """The ancestors of a level's experts in the enabled level above."""
@@ -321,7 +331,7 @@ class Alone:
     # Runs.
 
     def run(self, hidden: torch.Tensor, choices: Mapping[str, Sequence[Choice]]) -> Run:
-        """The rows of each level, the fused rows, and by level and expert the losses and the weights of their rows."""
+        """The rows of each level, the fused rows, and the losses by level and expert."""
         rows: list[torch.Tensor] = []
         losses: dict[tuple[str, str], torch.Tensor] = {}
         weights: dict[tuple[str, str], list[float]] = {}
@@ -340,7 +350,11 @@ class Alone:
                 made.append(result)
             hidden = torch.stack(made) if made else hidden
             rows.append(hidden)
-        return Run(rows, self._fused(rows), losses, {key: sum(each) / len(each) for key, each in weights.items()})
+        means = {
+            (level, name): self.level(level).experts[name].loss_weight * sum(own) / len(own)
+            for (level, name), own in weights.items()
+        }
+        return Run(rows, self._fused(rows), losses, means)
 
     def _fused(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         own = self.fusion.tensors
@@ -351,13 +365,7 @@ class Alone:
 
     def objective(self, run: Run) -> torch.Tensor:
         """The number whose gradients a step takes."""
-        weighted = [self.loss_weight(key, run) * loss for key, loss in run.losses.items()]
-        return run.fused.square().sum() + sum(weighted)
-
-    def loss_weight(self, key: tuple[str, str], run: Run) -> float:
-        """The weight of the loss of a level's expert: an expert's rows weigh what they do in their samples' sums."""
-        level, name = key
-        return self.level(level).experts[name].loss_weight * run.weights[key]
+        return run.fused.square().sum() + sum(run.loss_weights[key] * loss for key, loss in run.losses.items())
 
     # Training.
 
@@ -514,17 +522,28 @@ class Alone:
 
 
 class Run(NamedTuple):
-    """What the reference gives for a batch."""
+    """What the reference gives for a batch.
+
+    Attributes:
+        rows: The rows of each level.
+        fused: The fused rows.
+        losses: By level and expert, the sum of its losses over its samples.
+        loss_weights: The weights of the losses: the experts' own, times the mean of the samples' weights.
+    """
 
     rows: list[torch.Tensor]
     fused: torch.Tensor
     losses: dict[tuple[str, str], torch.Tensor]
-    weights: dict[tuple[str, str], float]
+    loss_weights: dict[tuple[str, str], float]
 
 
 def matching(pattern: str, names: Iterator[str] | Sequence[str]) -> list[str]:
     """The names that match a pattern, in order."""
     return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _refuse() -> NoReturn:
+    raise RefusedError("UnknownExpertError")
 
 
 def _is_meant(name: str, pattern: str, model: Alone, level: str) -> bool:

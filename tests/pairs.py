@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 import pickle
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -128,7 +127,10 @@ class Saved(NamedTuple):
 
 
 # Ways to route a level: names drawn for each sample to what the caller passes, and to the choices that it means.
-Way = Callable[[Level, Sequence[str]], tuple[Any, Sequence[Choice] | Choice]]
+Way = Callable[[Level, Sequence[str], random.Random], tuple[Any, Sequence[Choice] | Choice]]
+
+
+UNKNOWN = "some unknown"
 
 
 def _single(names: Sequence[str]) -> list[Choice]:
@@ -140,35 +142,49 @@ def _ids(level: Level, names: Sequence[str]) -> list[int]:
     return [known.index(name) for name in names]
 
 
-def _mixed(said: Sequence[Any], names: Sequence[str], experts: Sequence[str] = ()) -> tuple[list[Any], list[Choice]]:
-    """Samples with none, several and one in turn, told by names or ids."""
-    experts = experts or said
-    told: list[Any] = []
-    meant: list[Choice] = []
-    for place, name in enumerate(names):
-        several = {name: 0.7} | ({experts[place % len(experts)]: 0.5} if place % 2 else {})
-        meant.append([{}, several, {name: 1.0}][place % 3])
-        by_said = {said[experts.index(each)]: weight for each, weight in meant[-1].items()}
-        told.append([None, by_said, next(iter(by_said), None)][place % 3])
-    return told, meant
+def _one(level: Level, names: Sequence[str], _: random.Random) -> tuple[Any, Choice]:
+    name = (names or [*level.experts])[0]
+    return name, {name: 1.0}
 
 
-def _shares(level: Level) -> dict[str, float]:
-    return dict(zip(level.experts, (0.25, 1.5), strict=False))
+def _mixture(level: Level, name: str, numbers: random.Random, *, by_id: bool = False) -> tuple[Any, Choice]:
+    """A route of one sample, and its choice."""
+    other, weight = numbers.choice([*level.experts]), numbers.choice([0.25, 0.7])
+    choice = numbers.choice([{}, {name: 1.0}, {name: 2.0}, {name: weight}, {name: 1 - weight, other: weight}])
+    keys = {each: _ids(level, [each])[0] if by_id else each for each in level.experts}
+    route: Any = {keys[each]: own for each, own in choice.items()}
+    if not route:
+        route = None
+    elif route == {keys[name]: 1.0} and numbers.random() < 0.5:
+        route = keys[name]
+    elif other != name and other not in choice:
+        # A weight of zero is none.
+        route[keys[other]] = 0.0
+    return route, choice
+
+
+def _mixed(level: Level, names: Sequence[str], numbers: random.Random) -> tuple[Any, Sequence[Choice]]:
+    by_id = numbers.random() < 0.5
+    drawn = [_mixture(level, name, numbers, by_id=by_id) for name in names]
+    return [route for route, _ in drawn], [choice for _, choice in drawn]
+
+
+def _unknown(level: Level, names: Sequence[str], numbers: random.Random) -> tuple[Any, Sequence[Choice]]:
+    given = [numbers.choice([name, "nobody"]) for name in names]
+    return given, _single(given)
 
 
 WAYS: dict[str, Way] = {
-    "names": lambda _, names: ([*names], _single(names)),
-    "tuple": lambda _, names: (tuple(names), _single(names)),
-    "array of names": lambda _, names: (np.array([*names], dtype=object), _single(names)),
-    "ids": lambda level, names: (_ids(level, names), _single(names)),
-    "array of ids": lambda level, names: (np.array(_ids(level, names), dtype=np.int32), _single(names)),
-    "tensor": lambda level, names: (torch.tensor(_ids(level, names), dtype=torch.int64), _single(names)),
-    "mixed": lambda level, names: _mixed([*level.experts], names),
-    "mixed ids": lambda level, names: _mixed(range(len(level.experts)), names, [*level.experts]),
-    "one mixed": lambda level, names: (_shares(level), _shares(level)),
-    "none": lambda *_: (None, {}),
-    "one": lambda level, names: ((names or [*level.experts])[0], {(names or [*level.experts])[0]: 1.0}),
+    "names": lambda _, names, __: ([*names], _single(names)),
+    "tuple": lambda _, names, __: (tuple(names), _single(names)),
+    "array of names": lambda _, names, __: (np.array([*names], dtype=object), _single(names)),
+    "ids": lambda level, names, _: (_ids(level, names), _single(names)),
+    "array of ids": lambda level, names, _: (np.array(_ids(level, names), dtype=np.int32), _single(names)),
+    "tensor": lambda level, names, _: (torch.tensor(_ids(level, names), dtype=torch.int64), _single(names)),
+    "one": _one,
+    "mixed": _mixed,
+    "one mixture": lambda level, names, numbers: _mixture(level, (names or [*level.experts])[0], numbers),
+    UNKNOWN: _unknown,
 }
 LEFT_OUT = "left out"
 # What the routing becomes before the model gets it.
@@ -182,11 +198,13 @@ class Batch(NamedTuple):
         hidden: ``[B, ..., D]``.
         routing: What the caller passes.
         given: The choices that it means.
+        has_unknown: True if unknown names must go to the fallback.
     """
 
     hidden: torch.Tensor
     routing: dict[str, Any]
     given: dict[str, Sequence[Choice] | Choice]
+    has_unknown: bool
 
 
 class Pair:
@@ -417,16 +435,17 @@ class Pair:
             known = numbers.sample([*level.experts], min(3, len(level.experts)))
             names = numbers.choices(known, k=size)
             if way != LEFT_OUT:
-                routing[level.name], given[level.name] = WAYS[way](level, names)
-        return Batch(hidden, routing, given)
+                routing[level.name], given[level.name] = WAYS[way](level, names, numbers)
+        return Batch(hidden, routing, given, UNKNOWN in ways[: len(self.alone.enabled)])
 
     def planned(self, batch: Batch, form: str) -> Any:
         """The batch's routing in a form."""
         size = len(batch.hidden)
-        if form == "routing":
+        if form == "routing" and not batch.has_unknown:
             return batch.routing
-        plan = self.model.compile_routing(batch.routing, size)
-        if form == "plan of a compiler":
+        compiler = RoutingCompiler(self.model.config, unknown="fallback") if batch.has_unknown else None
+        plan = (self.model.compile_routing if compiler is None else compiler)(batch.routing, size)
+        if compiler is None and form == "plan of a compiler":
             plan = RoutingCompiler(self.model.config)(batch.routing, size)
         elif form == "pickled plan":
             plan = pickle.loads(pickle.dumps(plan))
@@ -467,8 +486,8 @@ class Pair:
         assert output.losses.keys() == wanted.keys(), (output.losses.keys(), wanted.keys())
         for key, (level, name) in wanted.items():
             self.close(key, output.losses[key], expected.losses[level, name])
-            weight = self.alone.loss_weight((level, name), expected)
-            assert math.isclose(output.loss_weights[key], weight, rel_tol=1e-12), key
+            wanted_weight = expected.loss_weights[level, name]
+            assert abs(output.loss_weights[key] - wanted_weight) < 1e-12, f"weight of {key}"
 
     def close(self, where: str, found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         """Refuse another value."""

@@ -93,6 +93,17 @@ WRONG_CALLS: dict[str, tuple[tuple[str, ...], Call]] = {
     "ids of bools": (("RouteTypeError",), _routed(lambda *_: [True, False])),
     "ids of floats": (("RouteTypeError",), _routed(lambda *_: np.array([0.0, 1.0]))),
     "names and ids": (("RouteTypeError",), _routed(lambda _p, _l, name: [name, 0])),
+    "weights below zero": (("RouteWeightError",), _routed(lambda _p, _l, name: [{name: -1.0}, name])),
+    "weights of zero": (("RouteWeightError",), _routed(lambda _p, _l, name: [{name: 0.0}, name])),
+    "weights that are no numbers": (("RouteTypeError",), _routed(lambda _p, _l, name: [{name: "1"}, name])),
+    "a mixture with nobody": (
+        ("UnknownExpertError",),
+        _routed(lambda _p, _l, name: [{name: 0.5, "nobody": 0.5}, name]),
+    ),
+    "a mixture of one expert twice": (
+        ("RouteTypeError",),
+        _routed(lambda _p, _l, name: [{name: 0.5, 0: 0.5}, name]),
+    ),
     "a routing of no kind": (("RouteTypeError",), lambda p, _, name: p.model(_rows(p), [name, name])),
     "two axes of routes": (("RouteLengthError",), _routed(lambda *_: torch.zeros(2, 1, dtype=torch.int64))),
     "a plan of another batch": (
