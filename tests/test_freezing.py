@@ -268,6 +268,31 @@ def test_gradients_of_frozen_experts_are_dropped(is_stacked):
     assert not torch.count_nonzero(torch.zeros(1) if (grad := expert_of(model, "e2").up.weight.grad) is None else grad)
 
 
+@pytest.mark.parametrize("patterns", [["e[13]"], ["e1", "e3"], ["e[1-3]"], ["*"]])
+def test_a_gradient_of_frozen_experts_alone_is_none(patterns):
+    """Optimizers that see one parameter would take its zeros for everybody's gradient."""
+    model = stacked()
+    run(model, ["e1", "e3"])
+    for pattern in patterns:
+        model.freeze("language", pattern)
+    assert all(each.grad is None for each in model.level_modules["language"].parameters())
+    before = {key: value.clone() for key, value in model.state_dict().items() if "language" in key}
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("is_noted", [True, False])
+def test_a_gradient_of_others_stays_when_experts_freeze(is_noted):
+    model = stacked()
+    run(model, ["e1", "e2"])
+    if not is_noted:
+        for each in model.level_modules["language"].parameters():
+            each.grad = None
+            each.grad = torch.ones_like(each)
+    model.freeze("language", "e1")
+    assert torch.count_nonzero(expert_of(model, "e2").up.weight.grad)
+
+
 def test_pytorchs_optimizers_refuse_to_move_frozen_experts():
     model = stacked()
     for kind, options in ((torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.5}), (torch.optim.Adagrad, {})):

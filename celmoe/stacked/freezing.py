@@ -8,7 +8,7 @@ from torch import nn
 
 from celmoe.names import FROZEN
 
-from .presence import forget
+from .presence import forget, reached
 from .stack import Stack, slot_of
 
 
@@ -34,7 +34,11 @@ def freeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> Non
     for stack, members in _members(experts).items():
         stack.freeze(members)
         for path in stack.keys:
-            forget(stack.whole(path), members)
+            whole = stack.whole(path)
+            before = reached(whole)
+            if not forget(whole, members) and (before is None or before.any()):
+                # Nobody's gradient is none, also for optimizers that see one parameter.
+                whole.grad = None
 
 
 def unfreeze(experts: Collection[nn.Module], everyone: Iterable[nn.Module]) -> None:
