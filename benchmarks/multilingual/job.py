@@ -25,7 +25,7 @@ from benchmarks.multilingual.checkpoint import (
 )
 from benchmarks.multilingual.console import Reporter, step_figures
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, known_languages
-from benchmarks.multilingual.data import Data, make_compiler, prepare_data
+from benchmarks.multilingual.data import Data, compiler_for, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import (
     IDENTITY_BASELINE,
     LanguageScore,
@@ -39,6 +39,7 @@ from benchmarks.multilingual.evaluation import (
     table_lemmas,
 )
 from benchmarks.multilingual.facts import engines_by_level, measurement_facts
+from benchmarks.multilingual.further import check_steps, plan_further
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import (
@@ -46,11 +47,13 @@ from benchmarks.multilingual.network import (
     UNIVERSAL,
     Lemmatizer,
     NetworkSettings,
+    expert_size,
     parameter_count,
 )
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
 from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
 from benchmarks.multilingual.schedule import Deadline, plan_pairs, plan_steps
+from benchmarks.multilingual.serving import EXPERTS
 from benchmarks.multilingual.training import (
     Contender,
     CurvePoint,
@@ -60,9 +63,9 @@ from benchmarks.multilingual.training import (
     seconds_to_compile,
     train,
 )
+from benchmarks.multilingual.words import Vocabulary
 from benchmarks.setting import prepare_folder
 
-EXPERTS = "experts"
 WIDE = "wide"
 TABLE = "table"
 VALIDATION_WORDS = 8_192
@@ -123,7 +126,9 @@ def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
     experts = contender(EXPERTS, settings, LEVELS)
     alone = settings.universal_alone()
     universal = contender(UNIVERSAL, alone, (UNIVERSAL,))
-    missing = parameter_count(experts.network) - parameter_count(universal.network)
+    # Languages that came later make the first ones' networks no wider.
+    later = sum(number * expert_size(settings, level) for level, number in vocabulary.later_experts.items())
+    missing = parameter_count(experts.network) - parameter_count(universal.network) - later
     # One more of the inner width is a row of each of two matrices, and a bias.
     wide = replace(alone, universal_width=alone.universal_width + max(0, missing) // (2 * alone.width + 1))
     largest = contender(WIDE, wide, (UNIVERSAL,))
@@ -147,7 +152,7 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
         return asked
     found = identity_of(state)
     pairs = (
-        ("--languages", options.languages, found.languages),
+        ("--languages", options.languages, tuple(sorted(found.languages))),
         ("--pairs", options.pairs, found.pairs),
         ("--batch-size", options.batch_size, found.batch_size),
         ("--seed", options.seed, found.seed),
@@ -179,9 +184,12 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         raise OptionError(
             f"'--batch-size' must be at least the number of ranks, {ranks.size} (got {identity.batch_size})"
         )
-    if state is not None and is_reported(state, identity, options.report):
-        reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
-        return 0
+    is_told = False
+    if state is not None:
+        check_steps(Progress.from_state(state["progress"]), options)
+        is_told = is_reported(state, identity, options.report)
+        if is_told and not options.further:
+            return _nothing_left(options, reporter)
     prepare_folder(options.report)
     where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
     ways = (", stacked" if options.stacked else "") + (", compiled" if options.compile else "")
@@ -192,6 +200,11 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
     )
     with ranks.watched():
         job = _prepare(options, reporter, identity, state, ranks)
+    if options.further and job.progress.finished:
+        if is_told and not _goes_on(job):
+            return _nothing_left(options, reporter)
+        if not is_told:
+            reporter.say("the run is finished and has no report yet, which comes first; call again to train further")
     try:
         with ranks.watched():
             return _carry_out(job, begun)
@@ -201,6 +214,30 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         return INTERRUPTED
     except RankLostError as error:
         raise RankLostError(f"{error}{_kept(job)}") from error
+
+
+def _nothing_left(options: Options, reporter: Reporter) -> int:
+    reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
+    return 0
+
+
+def _goes_on(job: Run) -> bool:
+    """Plan more steps for a finished run; False if its words have been met as often as is worthwhile."""
+    progress, words = job.progress, job.steps
+    more = plan_further(progress, job.options, words)
+    met = progress.step / words.steps_per_epoch
+    if more:
+        progress.go_on(more, clocked=job.options.steps is None)
+        job.reporter.say(
+            f"the run goes on from step {progress.begun} with a schedule of its own, on the words that it has, each of "
+            f"them met {met:.1f} times"
+        )
+    else:
+        job.reporter.say(
+            f"each word has been met {met:.1f} times, and more rounds make unseen words worse: a new run with more "
+            "--pairs learns more (or give --steps)"
+        )
+    return more > 0
 
 
 def _carry_out(job: Run, begun: float) -> int:
@@ -226,21 +263,36 @@ def _kept(job: Run) -> str:
 
 
 def is_reported(state: Mapping[str, Any], identity: RunIdentity, folder: Path) -> bool:
-    """Whether the checkpoint's run has trained all its steps and the folder's report is about them."""
+    """Whether the checkpoint's run has trained all its steps and the folder's report is about them.
+
+    A language that was added since has a report of its own.
+    """
     progress = Progress.from_state(state["progress"])
     told = report.read_run(folder)
-    return progress.finished and told == {**told, **_identity_facts(identity, progress)}
+    facts = _identity_facts(identity, progress)
+    later = len(identity.languages) - len(told.get("languages", ()))
+    if 0 < later <= len(identity.added):
+        facts |= {"languages": facts["languages"][:-later], "added": facts["added"][:-later]}
+    # A report from before languages could be added tells of none.
+    return progress.finished and {"added": [], **told} == {**told, **facts}
 
 
 def _identity_facts(identity: RunIdentity, progress: Progress) -> dict[str, Any]:
-    return {**asdict(identity), "languages": list(identity.languages), "steps": progress.step}
+    facts = asdict(identity)
+    # Lists, as a file has them.
+    return {
+        **facts,
+        "languages": list(identity.languages),
+        "added": [*map(list, identity.added)],
+        "steps": progress.step,
+    }
 
 
 def _prepare(
     options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None, ranks: Ranks
 ) -> Run:
     with ranks.first_goes_ahead():
-        data = prepare_data(identity.languages, reporter, identity.pairs)
+        data = prepare_data(identity.languages, reporter, identity.pairs, identity.added)
     contenders = make_contenders(data, options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:
@@ -297,7 +349,7 @@ def _train(job: Run, begun: float) -> bool:
     batches = training_batches(
         job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device, job.ranks
     )
-    checks = _validation_batches(data, options.device)
+    checks = validation_batches(data, options.device)
 
     def say_validated(point: CurvePoint) -> None:
         reporter.say(
@@ -340,11 +392,15 @@ def _train(job: Run, begun: float) -> bool:
             batches.close()
 
 
-def _validation_batches(data: Data, device: torch.device) -> list[Batch]:
-    """The same few thousand words of all languages at every check."""
+def validation_batches(data: Data, device: torch.device, vocabulary: Vocabulary | None = None) -> list[Batch]:
+    """The same few thousand words of all languages at every check.
+
+    They are for a network of the data's vocabulary, or of a ``vocabulary`` that has grown from it.
+    """
+    vocabulary = vocabulary or data.vocabulary
     table = data.tables[VALIDATION]
     chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(table))[:VALIDATION_WORDS])
-    collator = Collator(table, data.vocabulary.languages, make_compiler(data))
+    collator = Collator(table, vocabulary.languages, compiler_for(vocabulary))
     return [collator(rows).to(device) for rows in chosen.split(DEFAULT_BATCH_SIZE)]
 
 
@@ -382,6 +438,7 @@ def _evaluate(job: Run) -> None:
     engines = engines_by_level(experts.network.hierarchy)
     run_facts = {
         **_identity_facts(job.identity, progress),
+        "ended": progress.ended,
         **measurement_facts(options, NetworkSettings(), LossWeights()),
         "engines": engines,
         "compile_seconds": job.compile_seconds,
@@ -398,7 +455,7 @@ def _evaluate(job: Run) -> None:
     wrong = [each.predicted[EXPERTS] != each.lemma for each in everything]
     errors = examples_of(data.samples, table, lemmas, pick_rows(table, ERRORS, job.identity.seed, wrong))
     report.write_examples(folder, "errors", errors, list(lemmas))
-    figures.draw_training_curves(folder, progress.curve)
+    figures.draw_training_curves(folder, progress.curve, progress.ended)
     figures.draw_accuracy(folder, scores, systems)
     figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
     figures.draw_expert_load(folder, progress.expert_load, progress.step)
