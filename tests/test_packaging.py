@@ -105,6 +105,7 @@ COMMANDS = [
     ".multilingual",
     ".multilingual.ablation",
     ".multilingual.lemmatize",
+    ".multilingual.newcomers",
     ".scaling",
     ".whole_steps",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -101,6 +102,22 @@ def draw_newcomer(path: Path, title: str, curve: Sequence[tuple[int, str, float]
     axes.set(title=title, xlabel="step", ylabel="edit rule right, percent of validation words", ylim=(0, 100))
     axes.title.set_fontsize(8)
     axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def draw_newcomers(path: Path, rows: Sequence[Sequence[Any]], steps: int) -> None:
+    """A panel for each held-back language: test accuracy by training words, of every way to learn it."""
+    ends = [row for row in rows if row[3] == steps]
+    languages = list(dict.fromkeys((row[0], row[1]) for row in ends))
+    figure, panels = _new(2.6 * len(languages) + 0.6, 3.4, len(languages))
+    for axes, (language, neighbour) in zip(panels, languages, strict=True):
+        for number, system in enumerate(dict.fromkeys(row[4] for row in ends)):
+            points = [(row[2], 100 * row[6]) for row in ends if row[0] == language and row[4] == system]
+            axes.plot(*zip(*points, strict=True), f"C{number}o-", markersize=3, linewidth=1.2, label=system)
+        axes.set(title=f"{NAME_OF[language]}, from {NAME_OF[neighbour]}", xlabel="training words", xscale="log")
+        axes.title.set_fontsize(8)
+    panels[0].set(ylabel="lemmas right, percent of test words")
+    panels[0].legend(frameon=False, fontsize=7)
     _save(figure, path)
 
 

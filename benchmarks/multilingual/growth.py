@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 import celmoe
 from benchmarks.multilingual.languages import FAMILY_OF
@@ -38,7 +39,6 @@ def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str
         network.hierarchy.add_expert(LANGUAGE, language, config, warm_start=warm_start, optimizer=optimizer)
     place = None if warm_start is None else old.languages.index(warm_start)
     encoder, head = network.encoder, network.head
-    characters, rules = encoder.characters.weight, head.rules.weight
     own = torch.randn(1, encoder.languages.embedding_dim) if place is None else encoder.languages.weight[place][None]
     biases = torch.zeros(len(new.candidates[-1]))
     if place is not None:
@@ -46,29 +46,37 @@ def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str
         biases = torch.tensor([known.get(rule, 0.0) for rule in new.candidates[-1]])
     more_characters = new.character_count - old.character_count
     more_rules = len(new.rules) - len(old.rules)
-    for parameter, rows in (
-        (characters, torch.randn(more_characters, characters.shape[1])),
-        (encoder.languages.weight, own),
-        (rules, torch.randn(more_rules, rules.shape[1]) * rules.shape[1] ** -0.5),
-        (head.bias, biases),
+    append_rows(optimizer, head, "bias", biases)
+    width = head.rules.embedding_dim
+    for table, rows in (
+        (encoder.characters, torch.randn(more_characters, encoder.characters.embedding_dim)),
+        (encoder.languages, own),
+        (head.rules, torch.randn(more_rules, width) * width**-0.5),
     ):
-        append_rows(optimizer, parameter, rows)
-    encoder.characters.num_embeddings = len(characters)
-    encoder.languages.num_embeddings = len(encoder.languages.weight)
-    head.rules.num_embeddings = len(rules)
+        append_rows(optimizer, table, "weight", rows)
+        table.num_embeddings = len(table.weight)
     network.learn_vocabulary(new)
 
 
-def append_rows(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, rows: torch.Tensor) -> None:
-    """Append rows to a parameter, in place: groups and modules hold it. The rows' moments begin with zeros."""
-    shape, rows = parameter.shape, rows.detach().to(parameter)
-    parameter.grad = None
-    with torch.no_grad():
-        parameter.data = torch.cat((parameter.data, rows))
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.shape == shape:
-            state[key] = torch.cat((value, value.new_zeros(rows.shape)))
+def append_rows(optimizer: torch.optim.Optimizer, module: nn.Module, name: str, rows: torch.Tensor) -> None:
+    """Append rows to a module's parameter: a longer one takes its place, in the optimizer too.
+
+    The rows' moments begin with zeros.
+    """
+    old = module.get_parameter(name)
+    rows = rows.detach().to(old)
+    # A parameter that changes its shape would not fit the graphs that hold it.
+    new = nn.Parameter(torch.cat((old.detach(), rows)))
+    setattr(module, name, new)
+    for group in optimizer.param_groups:
+        group["params"] = [new if each is old else each for each in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = {
+            key: torch.cat((value, value.new_zeros(rows.shape)))
+            if isinstance(value, torch.Tensor) and value.shape == old.shape
+            else value
+            for key, value in optimizer.state.pop(old).items()
+        }
 
 
 @dataclass
