@@ -39,13 +39,9 @@ from benchmarks.multilingual.newcomer import (
     learner_in_network,
 )
 from benchmarks.multilingual.newcomer_report import NewcomerResult
-from benchmarks.multilingual.options import Options
+from benchmarks.multilingual.options import ADDED_BATCH_SIZE, ADDED_STEPS, Options
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import CurvePoint, Progress
-
-# Words of the language in a step, and steps, if nobody says otherwise.
-BATCH_SIZE = 512
-STEPS = 300
 
 
 def check(options: Options, identity: RunIdentity, progress: Progress) -> str:
@@ -94,7 +90,7 @@ def add(options: Options, reporter: Reporter) -> int:
     progress = restore(state, old, contenders)
     experts, *others = contenders
     seed = identity.seed if options.seed is None else options.seed
-    rows = TrainingSteps(len(newcomer.tables[TRAIN]), options.batch_size or BATCH_SIZE, seed)
+    rows = TrainingSteps(len(newcomer.tables[TRAIN]), options.batch_size or ADDED_BATCH_SIZE, seed)
     kept_before = rule_accuracy(experts.network, iter(validation_batches(data, options.device)))
     name = experts.name
     scratch = learner_from_scratch(newcomer, rows, seed, options.engine, options.device)
@@ -109,7 +105,7 @@ def add(options: Options, reporter: Reporter) -> int:
         seed=seed,
         device=options.device,
     )
-    steps = options.steps or STEPS
+    steps = options.steps or ADDED_STEPS
     family = FAMILY_OF[language]
     reporter.say(
         f"{NAME_OF[language]} ({language}) comes to {len(old.languages)} languages, "
@@ -169,7 +165,7 @@ def add(options: Options, reporter: Reporter) -> int:
     words = options.words if options.words is not None and options.words == len(newcomer.tables[TRAIN]) else None
     identity = replace(identity, languages=(*identity.languages, language), added=(*identity.added, (language, words)))
     save_checkpoint(options.report, identity, newcomer.vocabulary, contenders, progress)
-    newcomer_report.write(options.report, result)
+    newcomer_report.write(options.report, result, [each for each, _ in identity.added])
     reporter.say(newcomer_report.table(result))
     reporter.say(
         f"the checkpoint has {NAME_OF[language]} now: python -m benchmarks.multilingual.lemmatize --language "

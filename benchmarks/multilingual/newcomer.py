@@ -17,7 +17,7 @@ from benchmarks.multilingual.growth import Held, grow, hold
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import Lemmatizer, NetworkSettings
 from benchmarks.multilingual.rules import decode
-from benchmarks.multilingual.schedule import Deadline, learning_rate
+from benchmarks.multilingual.schedule import FURTHER_PEAK, LEARNING_RATE, Deadline, learning_rate
 from benchmarks.multilingual.training import Contender, CurvePoint, make_contender, train_step
 from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary, grown
 
@@ -91,18 +91,22 @@ class Newcomer:
 
 @dataclass
 class Learner:
-    """A contender that learns one language: ``batch`` gives the words of a step, ``held`` what it must not change."""
+    """A contender that learns one language.
+
+    ``batch`` gives the words of a step, ``held`` is what it must not change, and ``peak`` its highest learning rate.
+    """
 
     contender: Contender
     batch: Callable[[int], Batch]
     checks: list[Batch]
     held: Held | None = None
+    peak: float = LEARNING_RATE
 
     def step(self, step: int, total: int) -> None:
         """Take this step of so many."""
         # The losses that fade are for networks that begin: both go without.
         self.contender.network.train()
-        train_step(self.contender, self.batch(step), learning_rate(step, total), done=1.0, read=False)
+        train_step(self.contender, self.batch(step), learning_rate(step, total, self.peak), done=1.0, read=False)
         if self.held is not None:
             self.held.put_back()
 
@@ -159,7 +163,7 @@ def learner_in_network(
             words = words.followed_by(others.take(theirs[step]))
         return Collator(words, languages, compiler)(torch.arange(len(words))).to(device)
 
-    return Learner(contender, batch, newcomer.batches(VALIDATION, device), held)
+    return Learner(contender, batch, newcomer.batches(VALIDATION, device), held, LEARNING_RATE * FURTHER_PEAK)
 
 
 def learn(

@@ -80,8 +80,11 @@ def table(result: NewcomerResult) -> Table:
     return found
 
 
-def write(folder: Path, result: NewcomerResult) -> None:
-    """``added_xx.csv``, ``.png`` and ``.json``, and the page's section if there is a page."""
+def write(folder: Path, result: NewcomerResult, added: Sequence[str]) -> None:
+    """``added_xx.csv``, ``.png`` and ``.json``, and the page's section if there is a page.
+
+    ``added`` are all languages that were added to the run, this one included.
+    """
     name = f"added_{result.language}"
     rows = [(step, step * result.batch_size, system, f"{share:.4f}") for step, system, share in result.curve]
     write_csv(folder / f"{name}.csv", ["step", "words_seen", "system", "validation_accuracy"], rows)
@@ -90,13 +93,16 @@ def write(folder: Path, result: NewcomerResult) -> None:
     page = folder / PAGE
     if page.exists():
         text = page.read_text(encoding="utf-8")
-        page.write_text(_SECTION.sub(lambda _: section(folder), text, count=1), encoding="utf-8")
+        page.write_text(_SECTION.sub(lambda _: section(folder, added), text, count=1), encoding="utf-8")
 
 
-def section(folder: Path) -> str:
-    """The page's section about all languages that were added; empty if none was."""
+def section(folder: Path, added: Sequence[str]) -> str:
+    """The page's section about the languages that were added; empty if none was."""
     parts = []
-    for path in sorted(folder.glob("added_*.json")):
+    # The folder may hold files about languages of an earlier run.
+    for path in (folder / f"added_{language}.json" for language in added):
+        if not path.exists():
+            continue
         result = NewcomerResult(**json.loads(path.read_text(encoding="utf-8")))
         rows = "".join(
             f"<tr><td>{escape(system)}</td><td>{share:.1%}</td><td class=text>{escape(told)}</td></tr>"

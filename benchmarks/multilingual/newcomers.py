@@ -73,6 +73,7 @@ WAYS: Mapping[str, Way] = MappingProxyType(
         "warm": Way(warm=True, frozen=False),
         "warm, others frozen": Way(warm=True, frozen=True),
         "not warm": Way(warm=False, frozen=False),
+        "not warm, others frozen": Way(warm=False, frozen=True),
     }
 )
 

@@ -21,6 +21,9 @@ from celmoe.engines.registry import AUTO, ENGINES
 MODULE = "benchmarks.multilingual"
 DEFAULT_REPORT = Path("celmoe-report") / "multilingual"
 DEFAULT_BATCH_SIZE = 4_096
+# Of a language that is added: words of it in a step, and steps.
+ADDED_BATCH_SIZE = 512
+ADDED_STEPS = 300
 # Bounds the whole run, the report included, with a margin to the eight minutes that are promised.
 DEFAULT_MINUTES = 7.3
 DEFAULT_SEED = 0
@@ -93,12 +96,15 @@ def _parser() -> argparse.ArgumentParser:
         help=f"pairs drawn from each dictionary (default {FORMS_PER_LANGUAGE:,}, and as many more for each "
         f"{MINUTES_OF_FEW_PAIRS} of --minutes, up to {MOST_PAIRS} times)",
     )
-    add("--batch-size", help=f"words a step (default {DEFAULT_BATCH_SIZE})")
+    add(
+        "--batch-size",
+        help=f"words a step (default {DEFAULT_BATCH_SIZE}; with --add {ADDED_BATCH_SIZE}, of the language)",
+    )
     add("--minutes", help=f"bound on the whole run (default {DEFAULT_MINUTES})")
     add(
         "--steps",
         help=f"training steps; the clock then has no say (default: {WORDS_PER_MINUTE:,} words for each of --minutes, "
-        f"at most {MOST_EPOCHS} times each word, fewer where the machine turns out too slow)",
+        f"at most {MOST_EPOCHS} times each word, fewer where the machine turns out too slow; with --add {ADDED_STEPS})",
     )
     add("--seed", help=f"decides initial parameters and the order of the words (default {DEFAULT_SEED})")
     add("--workers", default=str(DEFAULT_WORKERS), help=f"loader processes, 0 for none (default {DEFAULT_WORKERS})")

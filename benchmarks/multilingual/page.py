@@ -68,11 +68,12 @@ def write_page(
         "errors": "Samples of errors",
         "run": "How it was measured",
     }
+    added = section(folder, [language for language, _ in run["added"]])
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading in headings.items())
     body = "".join(f'<h2 id="{key}">{headings[key]}</h2>{part}' for key, part in sections.items())
     text = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}{section(folder)}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}{added}</body></html>\n"
     )
     (folder / PAGE).write_text(text, encoding="utf-8")
 

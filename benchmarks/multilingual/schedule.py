@@ -19,7 +19,7 @@ MINUTES_OF_FEW_PAIRS = 15
 MOST_PAIRS = 4
 LEARNING_RATE = 8e-3
 # Of the learning rate, where a trained network goes on: at the whole of it the network forgets more than it learns.
-FURTHER_PEAK = 0.5
+FURTHER_PEAK = 0.25
 WARM_UP_STEPS = 40
 FINAL_SHARE = 0.02
 
