@@ -107,12 +107,12 @@ def draw_newcomer(path: Path, title: str, curve: Sequence[tuple[int, str, float]
 
 def draw_newcomers(path: Path, rows: Sequence[Sequence[Any]], steps: int) -> None:
     """A panel for each held-back language: test accuracy by training words, of every way to learn it."""
-    ends = [row for row in rows if row[3] == steps]
+    ends = [row for row in rows if row[4] == steps]
     languages = list(dict.fromkeys((row[0], row[1]) for row in ends))
     figure, panels = _new(2.6 * len(languages) + 0.6, 3.4, len(languages))
     for axes, (language, neighbour) in zip(panels, languages, strict=True):
-        for number, system in enumerate(dict.fromkeys(row[4] for row in ends)):
-            points = [(row[2], 100 * row[6]) for row in ends if row[0] == language and row[4] == system]
+        for number, system in enumerate(dict.fromkeys(row[5] for row in ends)):
+            points = [(row[3], 100 * row[7]) for row in ends if row[0] == language and row[5] == system]
             axes.plot(*zip(*points, strict=True), f"C{number}o-", markersize=3, linewidth=1.2, label=system)
         axes.set(title=f"{NAME_OF[language]}, from {NAME_OF[neighbour]}", xlabel="training words", xscale="log")
         axes.title.set_fontsize(8)

@@ -57,7 +57,17 @@ CPU = torch.device("cpu")
 DEFAULT_PAIRS = "ast:es,gl:pt,nn:nb,sk:cs,uk:ru"
 DEFAULT_WORDS = "300,1000,3000,10000,all"
 DEFAULT_REPORT = Path("celmoe-report") / "newcomers"
-HEADER = ("language", "neighbour", "words", "step", "system", "validation_accuracy", "test_accuracy", "others_after")
+HEADER = (
+    "language",
+    "neighbour",
+    "asked",
+    "words",
+    "step",
+    "system",
+    "validation_accuracy",
+    "test_accuracy",
+    "others_after",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +118,7 @@ class Base:
 
 
 def measure(base: Base, newcomer: Newcomer, neighbour: str, steps: int, batch_size: int, seed: int) -> list[list[Any]]:
-    """Rows under `HEADER`, but for language, neighbour and words."""
+    """Rows under `HEADER` from the step on."""
     data, rows = base.data, TrainingSteps(len(newcomer.tables[TRAIN]), batch_size, seed)
 
     def learner(system: str) -> Learner:
@@ -207,7 +217,7 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
             newcomer = Newcomer.join(data.vocabulary, sample, evidence)
             size = len(newcomer.tables[TRAIN])
             found = measure(base, newcomer, neighbour, steps, batch_size, seed)
-            rows += [[language, neighbour, size, *each] for each in found]
+            rows += [[language, neighbour, number or "all", size, *each] for each in found]
             ends = [f"{each[3]:.1%}" for each in found if each[0] == steps]
             table.add_row(language, neighbour, f"{size:,}", *ends)
             reporter.say(f"{language} from {neighbour}, {size:,} words: {', '.join(ends)}")
