@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import celmoe
+from benchmarks.multilingual import newcomer
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, fewer
@@ -19,7 +20,7 @@ from benchmarks.multilingual.growth import append_rows, grow
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.newcomer import Newcomer, learn, learner_from_scratch, learner_in_network
-from benchmarks.multilingual.schedule import Deadline
+from benchmarks.multilingual.schedule import FURTHER_PEAK, Deadline, learning_rate
 from benchmarks.multilingual.training import Contender, make_contender, train_step
 from benchmarks.multilingual.words import Vocabulary, only
 from celmoe.optim import state_by_name
@@ -216,6 +217,22 @@ def test_both_learn_from_the_same_words(data: Data, newcomers: dict[str, Newcome
     alone = newcomer.alone().vocabulary
     rules = [newcomer.vocabulary.rules[each] for each in newcomer.vocabulary.candidates[-1]]
     assert rules == [alone.rules[each] for each in alone.candidates[0]]
+
+
+def test_a_trained_network_learns_at_a_lower_rate_and_by_the_same_schedule(
+    data: Data, newcomers: dict[str, Newcomer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: dict[str, list[float]] = {"experts": [], "scratch": []}
+
+    def noted(contender: Contender, _batch: Batch, rate: float, **_: object) -> None:
+        rates[contender.name].append(rate)
+
+    monkeypatch.setattr(newcomer, "train_step", noted)
+    one = newcomers["ms"]
+    rows = TrainingSteps(len(one.tables[TRAIN]), 32, 3)
+    learn([in_network(data, one, trained(data), frozen=True), learner_from_scratch(one, rows, 3, "looped", CPU)], 9)
+    assert rates["scratch"] == [learning_rate(step, 9) for step in range(9)]
+    assert rates["experts"] == pytest.approx([FURTHER_PEAK * rate for rate in rates["scratch"]])
 
 
 def test_a_curve_begins_before_the_first_step_and_ends_with_the_last(
