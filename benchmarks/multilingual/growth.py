@@ -6,6 +6,7 @@ Embeddings and head get rows behind those that they have. Ids stay, so nothing t
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import celmoe
 from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, UNIVERSAL_EXPERT
 from benchmarks.multilingual.training import Contender
-from benchmarks.multilingual.words import Vocabulary
+from benchmarks.multilingual.words import FIRST_CHARACTER_ID, Vocabulary
 
 
 def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str | None) -> None:
@@ -37,42 +38,78 @@ def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str
             network.hierarchy.add_expert(FAMILY, family, config, warm_start=source, optimizer=optimizer)
         config = celmoe.ExpertConfig(language, parent=family)
         network.hierarchy.add_expert(LANGUAGE, language, config, warm_start=warm_start, optimizer=optimizer)
-    place = None if warm_start is None else old.languages.index(warm_start)
+    relearn(contender, old, new)
+    if warm_start is not None:
+        place = old.languages.index(warm_start)
+        biases = network.head.bias.split(network.head.counts)
+        known = dict(zip(new.candidates[place], biases[place].tolist(), strict=True))
+        with torch.no_grad():
+            network.encoder.languages.weight[-1] = network.encoder.languages.weight[place]
+            biases[-1].copy_(torch.tensor([known.get(rule, 0.0) for rule in new.candidates[-1]]))
+
+
+def relearn(contender: Contender, old: Vocabulary, new: Vocabulary) -> None:
+    """Give a contender rows for another vocabulary, and what both know the rows that it had.
+
+    Characters, languages and rules are found by themselves, a bias by its language and rule. Rows of what is new begin
+    afresh, with moments of zeros. The experts stay as they are.
+    """
+    network, optimizer = contender.network, contender.optimizer
     encoder, head = network.encoder, network.head
-    own = torch.randn(1, encoder.languages.embedding_dim) if place is None else encoder.languages.weight[place][None]
-    biases = torch.zeros(len(new.candidates[-1]))
-    if place is not None:
-        known = dict(zip(old.candidates[place], head.bias.split(head.counts)[place].tolist(), strict=True))
-        biases = torch.tensor([known.get(rule, 0.0) for rule in new.candidates[-1]])
-    more_characters = new.character_count - old.character_count
-    more_rules = len(new.rules) - len(old.rules)
-    append_rows(optimizer, head, "bias", biases)
-    width = head.rules.embedding_dim
-    for table, rows in (
-        (encoder.characters, torch.randn(more_characters, encoder.characters.embedding_dim)),
-        (encoder.languages, own),
-        (head.rules, torch.randn(more_rules, width) * width**-0.5),
+    special = list(range(FIRST_CHARACTER_ID))
+    for table, known, wanted, scale in (
+        (encoder.characters, [*special, *old.characters], [*special, *new.characters], 1.0),
+        (encoder.languages, old.languages, new.languages, 1.0),
+        (head.rules, old.rules, new.rules, head.rules.embedding_dim**-0.5),
     ):
-        append_rows(optimizer, table, "weight", rows)
-        table.num_embeddings = len(table.weight)
+        fresh = torch.randn(len(wanted), table.embedding_dim) * scale
+        place_rows(optimizer, table, "weight", places_of(wanted, known), fresh)
+        table.num_embeddings = len(wanted)
+    had, wants = (
+        [
+            (language, vocabulary.rules[rule])
+            for language, rules in zip(vocabulary.languages, vocabulary.candidates, strict=True)
+            for rule in rules
+        ]
+        for vocabulary in (old, new)
+    )
+    place_rows(optimizer, head, "bias", places_of(wants, had), torch.zeros(len(wants)))
     network.learn_vocabulary(new)
 
 
-def append_rows(optimizer: torch.optim.Optimizer, module: nn.Module, name: str, rows: torch.Tensor) -> None:
-    """Append rows to a module's parameter: a longer one takes its place, in the optimizer too.
+def places_of(wanted: Sequence[Hashable], known: Sequence[Hashable]) -> torch.Tensor:
+    """The place of each wanted one among the known; -1 for one that is new."""
+    places = {each: place for place, each in enumerate(known)}
+    return torch.tensor([places.get(each, -1) for each in wanted], dtype=torch.int64)
 
-    The rows' moments begin with zeros.
+
+def place_rows(
+    optimizer: torch.optim.Optimizer, module: nn.Module, name: str, places: torch.Tensor, fresh: torch.Tensor
+) -> None:
+    """Put another parameter in the place of a module's, in the optimizer too.
+
+    Args:
+        optimizer: The optimizer that steps the parameter.
+        module: The module.
+        name: The parameter's name there.
+        places: int64 [R], for each new row the old row that it is; -1 for none.
+        fresh: [R, ...], the rows that are not old ones.
     """
-    old = module.get_parameter(name)
-    rows = rows.detach().to(old)
+    old, kept = module.get_parameter(name), places >= 0
+
+    def placed(tensor: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        others = others.to(tensor)
+        others[kept] = tensor[places[kept]]
+        return others
+
     # A parameter that changes its shape would not fit the graphs that hold it.
-    new = nn.Parameter(torch.cat((old.detach(), rows)))
+    new = nn.Parameter(placed(old.detach(), fresh.clone()))
     setattr(module, name, new)
     for group in optimizer.param_groups:
         group["params"] = [new if each is old else each for each in group["params"]]
     if old in optimizer.state:
         optimizer.state[new] = {
-            key: torch.cat((value, value.new_zeros(rows.shape)))
+            key: placed(value, torch.zeros_like(fresh))
             if isinstance(value, torch.Tensor) and value.shape == old.shape
             else value
             for key, value in optimizer.state.pop(old).items()

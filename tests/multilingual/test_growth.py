@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, fewer
 from benchmarks.multilingual.data import Data, compiler_for, prepare_data, read_words
-from benchmarks.multilingual.growth import append_rows, grow
+from benchmarks.multilingual.evidence import gather_evidence
+from benchmarks.multilingual.growth import grow, place_rows, relearn
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.newcomer import Newcomer, learn, learner_from_scratch, learner_in_network
 from benchmarks.multilingual.schedule import FURTHER_PEAK, Deadline, learning_rate
 from benchmarks.multilingual.training import Contender, make_contender, train_step
-from benchmarks.multilingual.words import Vocabulary, only
+from benchmarks.multilingual.words import Vocabulary, build_table, build_vocabulary, only
 from celmoe.optim import state_by_name
 
 CPU = torch.device("cpu")
@@ -313,21 +315,58 @@ def test_fewer_words_are_among_more_and_leave_the_other_sides(data: Data) -> Non
     assert fewer(sample, None) is fewer(sample, 10**9) is sample
 
 
-def test_rows_come_with_moments_of_zeros() -> None:
-    table = torch.nn.Embedding(2, 3)
+def test_rows_go_to_their_places_with_their_moments() -> None:
+    table = torch.nn.Embedding(3, 2)
     optimizer = celmoe.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.0)
     # A graph that is still held knows the shape that the parameter had.
-    held = table.weight.sum()
+    held = (table.weight * torch.arange(6).view(3, 2)).sum()
     held.backward(retain_graph=True)
     optimizer.step()
-    before = copy.deepcopy(optimizer.state[table.weight])
-    append_rows(optimizer, table, "weight", torch.full((1, 3), 7.0))
+    weight, state = table.weight.detach().clone(), copy.deepcopy(optimizer.state[table.weight])
+    place_rows(optimizer, table, "weight", torch.tensor([2, -1, 0, -1]), torch.full((4, 2), 7.0))
     parameter = table.weight
     assert list(optimizer.state) == [parameter]
-    assert parameter.shape == (3, 3)
-    assert parameter[2].tolist() == [7.0] * 3
-    assert torch.equal(optimizer.state[parameter]["exp_avg"][:2], before["exp_avg"])
-    assert not optimizer.state[parameter]["exp_avg"][2].any()
+    assert torch.equal(parameter[[0, 2]], weight[[2, 0]])
+    assert parameter[[1, 3]].eq(7.0).all()
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[parameter][key][[0, 2]], state[key][[2, 0]])
+        assert not optimizer.state[parameter][key][[1, 3]].any()
     parameter.sum().backward()
     optimizer.step()
-    assert (parameter[2] < 7.0).all()
+    assert (parameter[[1, 3]] < 7.0).all()
+
+
+def test_another_vocabulary_finds_rows_by_what_they_are_of(data: Data) -> None:
+    """As when more words are read: ids change, and what they are of does not."""
+    samples = [fewer(each, 3_000) for each in data.samples]
+    evidence = [gather_evidence(each) for each in samples]
+    old, new = build_vocabulary(samples, evidence), data.vocabulary
+    assert new.rules[: len(old.rules)] != old.rules
+    few = replace(data, vocabulary=old, tables={TRAIN: build_table(samples, evidence, old, TRAIN)})
+    contender = trained(few)
+    wanted = logits_of(contender, batch_of(few, old))
+    before = {name: value.clone() for name, value in contender.network.named_parameters()}
+    relearn(contender, old, new)
+    encoder, head = contender.network.encoder, contender.network.head
+    assert torch.equal(encoder.characters.weight[:2], before["encoder.characters.weight"][:2])
+    biases = head.bias.split(head.counts)
+    places = [
+        [new.candidates[row].index(new.rules.index(old.rules[each])) for each in old.candidates[row]] for row in (0, 1)
+    ]
+    for row, bias in enumerate(before["head.bias"].split([len(each) for each in old.candidates])):
+        assert torch.equal(biases[row][places[row]], bias)
+        assert len(biases[row]) > len(bias)
+    # The same words by other ids are the same to it.
+    table = few.tables[TRAIN]
+    characters = torch.tensor([0, 1, *(new.characters.index(each) + 2 for each in old.characters)])
+    candidates = torch.full((2, max(map(len, places)) + 1), -1)
+    for row, found in enumerate(places):
+        candidates[row, : len(found)] = torch.tensor(found)
+    table = replace(
+        table,
+        characters=characters[table.characters.long()],
+        proposals=candidates[table.language_ids.long()[:, None], table.proposals.long()],
+    )
+    found = logits_of(contender, batch_of(replace(few, tables={TRAIN: table}), new))
+    for row, language in enumerate(("id", "tl")):
+        torch.testing.assert_close(found[language][:, places[row]], wanted[language], rtol=0, atol=1e-5)
