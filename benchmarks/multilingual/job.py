@@ -22,6 +22,7 @@ from benchmarks.multilingual.checkpoint import (
     read_checkpoint,
     restore,
     save_checkpoint,
+    vocabulary_of,
 )
 from benchmarks.multilingual.console import Reporter, step_figures
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, known_languages
@@ -39,7 +40,8 @@ from benchmarks.multilingual.evaluation import (
     table_lemmas,
 )
 from benchmarks.multilingual.facts import engines_by_level, measurement_facts
-from benchmarks.multilingual.further import check_steps, plan_further
+from benchmarks.multilingual.further import check_steps, go_on, nothing_left, reading_more
+from benchmarks.multilingual.growth import relearn
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import (
@@ -151,9 +153,10 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
     if state is None:
         return asked
     found = identity_of(state)
+    more_pairs = options.further and Progress.from_state(state["progress"]).finished
     pairs = (
         ("--languages", options.languages, tuple(sorted(found.languages))),
-        ("--pairs", options.pairs, found.pairs),
+        ("--pairs", None if more_pairs else options.pairs, found.pairs),
         ("--batch-size", options.batch_size, found.batch_size),
         ("--seed", options.seed, found.seed),
     )
@@ -184,12 +187,14 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         raise OptionError(
             f"'--batch-size' must be at least the number of ranks, {ranks.size} (got {identity.batch_size})"
         )
-    is_told = False
+    goes_on = False
     if state is not None:
         check_steps(Progress.from_state(state["progress"]), options)
-        is_told = is_reported(state, identity, options.report)
-        if is_told and not options.further:
-            return _nothing_left(options, reporter)
+        goes_on = is_reported(state, identity, options.report)
+        if goes_on and not options.further:
+            return nothing_left(options, reporter)
+        if goes_on:
+            identity = reading_more(identity, options)
     prepare_folder(options.report)
     where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
     ways = (", stacked" if options.stacked else "") + (", compiled" if options.compile else "")
@@ -200,11 +205,10 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
     )
     with ranks.watched():
         job = _prepare(options, reporter, identity, state, ranks)
+    if goes_on and not go_on(job.progress, options, job.steps, reporter):
+        return nothing_left(options, reporter)
     if options.further and job.progress.finished:
-        if is_told and not _goes_on(job):
-            return _nothing_left(options, reporter)
-        if not is_told:
-            reporter.say("the run is finished and has no report yet, which comes first; call again to train further")
+        reporter.say("the run is finished and has no report yet, which comes first; call again to train further")
     try:
         with ranks.watched():
             return _carry_out(job, begun)
@@ -214,30 +218,6 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         return INTERRUPTED
     except RankLostError as error:
         raise RankLostError(f"{error}{_kept(job)}") from error
-
-
-def _nothing_left(options: Options, reporter: Reporter) -> int:
-    reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
-    return 0
-
-
-def _goes_on(job: Run) -> bool:
-    """Plan more steps for a finished run; False if its words have been met as often as is worthwhile."""
-    progress, words = job.progress, job.steps
-    more = plan_further(progress, job.options, words)
-    met = progress.step / words.steps_per_epoch
-    if more:
-        progress.go_on(more, clocked=job.options.steps is None)
-        job.reporter.say(
-            f"the run goes on from step {progress.begun} with a schedule of its own, on the words that it has, each of "
-            f"them met {met:.1f} times"
-        )
-    else:
-        job.reporter.say(
-            f"each word has been met {met:.1f} times, and more rounds make unseen words worse: a new run with more "
-            "--pairs learns more (or give --steps)"
-        )
-    return more > 0
 
 
 def _carry_out(job: Run, begun: float) -> int:
@@ -293,7 +273,11 @@ def _prepare(
 ) -> Run:
     with ranks.first_goes_ahead():
         data = prepare_data(identity.languages, reporter, identity.pairs, identity.added)
-    contenders = make_contenders(data, options, identity.seed)
+    # A run that goes on may read more words than its networks know.
+    known = data.vocabulary
+    if state is not None and identity_of(state).pairs != identity.pairs:
+        known = vocabulary_of(state)
+    contenders = make_contenders(replace(data, vocabulary=known), options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:
         # Whatever draws numbers in training follows the seed, not the networks' sizes.
@@ -301,7 +285,9 @@ def _prepare(
         planned = options.steps or plan_steps(options.minutes, steps.batch_size, steps.steps_per_epoch)
         progress = Progress(planned_steps=planned, total_steps=planned, clocked=options.steps is None)
     else:
-        progress = restore(state, data.vocabulary, contenders)
+        progress = restore(state, known, contenders)
+        for each in contenders if known is not data.vocabulary else ():
+            relearn(each, known, data.vocabulary)
         reporter.say(f"resumed at step {progress.step} of {progress.total_steps}")
     if options.parallel is not None:
         from benchmarks.multilingual.layouts import spread  # noqa: PLC0415  # one process needs no such PyTorch

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from benchmarks.multilingual import further, job, training
 from benchmarks.multilingual.batches import TrainingSteps
+from benchmarks.multilingual.checkpoint import RunIdentity
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar
 from benchmarks.multilingual.options import Options, parse_options
@@ -107,7 +109,7 @@ def test_a_finished_run_goes_on(
     monkeypatch.setattr(training, "train_step", noted)
     assert main(["--resume", "--steps", "20", "--report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "the run goes on from step 4 with a schedule of its own, on the words that it has" in said
+    assert "the run goes on from step 4 with a schedule of its own; its steps so far have met its words" in said
     assert "training 20 steps of 256 words" in said
     found = [(rate, done) for name, rate, done in rates if name == "experts"]
     assert found == [(learning_rate(each, 20, FURTHER_PEAK * LEARNING_RATE), 1.0) for each in range(20)]
@@ -161,10 +163,78 @@ def test_minutes_without_words_left_train_nothing(
 ) -> None:
     before = contents(folder)
     monkeypatch.setattr(further, "MOST_EPOCHS", 0)
-    assert main(["--resume", "--minutes", "60", "--report", str(folder)]) == 0
+    assert main(["--resume", "--minutes", "10", "--report", str(folder)]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-2].startswith("each word has been met 0.0 times, and more rounds make unseen words worse")
+    assert said[-2].startswith("its steps have met its words 0.0 times, and more rounds make unseen words worse")
     assert said[-1].endswith("nothing is left to train")
+    assert contents(folder) == before
+
+
+def test_a_longer_run_reads_more_words_and_keeps_what_it_knows(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = tmp_path_factory.mktemp("few")
+    small = ["--languages", "id,ms", "--batch-size", "256", "--pairs", "3000", "--steps", "2"]
+    assert main([*small, "--report", str(few)]) == 0
+    before = saved(few)
+    taken = []
+    step = training.train_step
+
+    def noted(contender: Any, batch: Any, rate: float, **more: Any) -> Any:
+        if not taken:
+            taken.append({key: value.clone() for key, value in contender.network.state_dict().items()})
+        return step(contender, batch, rate, **more)
+
+    monkeypatch.setattr(training, "train_step", noted)
+    assert main(["--resume", "--steps", "1", "--pairs", "40000", "--report", str(few)]) == 0
+    after = saved(few)
+    assert after["identity"] == {**before["identity"], "pairs": 40_000}
+    assert after["vocabulary"] == {**saved(folder)["vocabulary"]}
+    old, new = before["contenders"]["experts"]["network"], taken[0]
+    for key, value in old.items():
+        if key.startswith(("hierarchy", "encoder.mix", "encoder.known", "encoder.languages")):
+            assert torch.equal(new[key], value), key
+    rules = before["vocabulary"]["rules"]
+    assert rules != after["vocabulary"]["rules"][: len(rules)]
+    for place, rule in enumerate(rules):
+        row = new["head.rules.weight"][after["vocabulary"]["rules"].index(rule)]
+        assert torch.equal(row, old["head.rules.weight"][place])
+    # It is a run like any other from then on.
+    assert main(["--resume", "--steps", "1", "--report", str(few)]) == 0
+    assert saved(few)["progress"]["ended"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pairs"),
+    [
+        (["--minutes", "8"], 40_000),
+        (["--minutes", "10"], 160_000),
+        (["--minutes", "60", "--pairs", "50000"], 50_000),
+        (["--steps", "9"], 40_000),
+        (["--steps", "9", "--pairs", "50000"], 50_000),
+    ],
+)
+def test_minutes_say_how_many_words_are_read(arguments: list[str], pairs: int) -> None:
+    identity = RunIdentity(languages=("id",), pairs=40_000, batch_size=256, seed=0)
+    assert further.reading_more(identity, options(*arguments)) == replace(identity, pairs=pairs)
+    more = replace(identity, pairs=200_000)
+    if "--pairs" not in arguments:
+        assert further.reading_more(more, options(*arguments)) == more
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "9", "--pairs", "9"], "no fewer than the checkpoint was trained with, 40000 (got 9)"),
+        (["--pairs", "90000"], "what the checkpoint was trained with, 40000 (got 90000)"),
+    ],
+)
+def test_other_pairs_are_refused(
+    arguments: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(folder)
+    assert main(["--resume", *arguments, "--report", str(folder)]) == 2
+    assert capsys.readouterr().err == f"'--pairs' must be {words}\n"
     assert contents(folder) == before
 
 
