@@ -58,8 +58,8 @@ def go_on(progress: Progress, options: Options, steps: TrainingSteps, reporter: 
     if more:
         progress.go_on(more, clocked=options.steps is None)
         reporter.say(
-            f"the run goes on from step {progress.begun} with a schedule of its own; its steps so far have met its words "
-            f"{met}"
+            f"the run goes on from step {progress.begun} with a schedule of its own; its steps so far have met its "
+            f"words {met}"
         )
     else:
         reporter.say(

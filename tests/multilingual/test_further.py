@@ -208,7 +208,7 @@ def test_a_longer_run_reads_more_words_and_keeps_what_it_knows(
     ("arguments", "pairs"),
     [
         (["--minutes", "8"], 40_000),
-        (["--minutes", "10"], 160_000),
+        (["--minutes", "60"], 160_000),
         (["--minutes", "60", "--pairs", "50000"], 50_000),
         (["--steps", "9"], 40_000),
         (["--steps", "9", "--pairs", "50000"], 50_000),
