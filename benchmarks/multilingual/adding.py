@@ -6,6 +6,7 @@ Nothing is written before the end, so a refused or stopped call leaves the check
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.arguments import OptionError, nearest
@@ -33,7 +34,9 @@ from benchmarks.multilingual.network import NetworkSettings
 from benchmarks.multilingual.newcomer import (
     ADDED,
     SCRATCH,
+    Learner,
     Newcomer,
+    Point,
     learn,
     learner_from_scratch,
     learner_in_network,
@@ -41,7 +44,8 @@ from benchmarks.multilingual.newcomer import (
 from benchmarks.multilingual.newcomer_report import NewcomerResult
 from benchmarks.multilingual.options import ADDED_BATCH_SIZE, ADDED_STEPS, Options
 from benchmarks.multilingual.schedule import Deadline
-from benchmarks.multilingual.training import CurvePoint, Progress
+from benchmarks.multilingual.training import Progress
+from benchmarks.multilingual.words import Vocabulary
 
 
 def check(options: Options, identity: RunIdentity, progress: Progress) -> str:
@@ -70,6 +74,51 @@ def check(options: Options, identity: RunIdentity, progress: Progress) -> str:
     return language
 
 
+def _described(options: Options, old: Vocabulary, newcomer: Newcomer) -> str:
+    """One line of what comes."""
+    language, new = newcomer.name, newcomer.vocabulary
+    family = FAMILY_OF[language]
+    start = f"warm-started from {options.warm_start}" if options.warm_start else "without a warm start"
+    return (
+        f"{NAME_OF[language]} ({language}) comes to {len(old.languages)} languages, {start}, "
+        f"{'all others frozen' if options.freeze else 'with as many words of the others in each step'}; "
+        f"its family {family} is {'there' if family in old.families else 'new'}; "
+        f"{len(new.rules) - len(old.rules)} of its {len(new.candidates[-1])} rules and "
+        f"{new.character_count - old.character_count} of its characters are new"
+    )
+
+
+def _trained(
+    learners: Sequence[Learner],
+    newcomer: Newcomer,
+    rows: TrainingSteps,
+    options: Options,
+    reporter: Reporter,
+    begun: float,
+) -> list[Point] | None:
+    """The learners' curves; ``None`` if somebody asked to stop."""
+    steps, deadline = options.steps or ADDED_STEPS, None
+    if options.steps is None:
+        deadline = Deadline(begun + options.minutes * 60 - report_seconds(1))
+
+    def say(point: Point) -> None:
+        reporter.say(
+            f"step {point.step:>5}, {point.system:<7}: {point.accuracy:.1%} on unseen lemmas of {newcomer.name}, "
+            f"{point.step * rows.batch_size:,} words seen"
+        )
+
+    with InterruptGuard() as guard, reporter.bar("learning", steps) as bar:
+        reporter.say(f"training {steps:,} steps of {rows.batch_size:,} words of {len(newcomer.tables[TRAIN]):,}")
+        return learn(
+            learners,
+            steps,
+            deadline=deadline,
+            on_step=bar.move_to,
+            on_point=say,
+            stop_requested=guard.requested,
+        )
+
+
 def add(options: Options, reporter: Reporter) -> int:
     """Add a language to the checkpoint; returns the exit code.
 
@@ -83,7 +132,9 @@ def add(options: Options, reporter: Reporter) -> int:
     language = check(options, identity, Progress.from_state(state["progress"]))
     (sample,), (evidence,) = read_words([language], reporter, identity.pairs, [(language, options.words)])
     if not len(evidence.candidates):
-        raise OptionError(f"'--words' must leave a rule that the words have twice (got {options.words})")
+        raise OptionError(
+            f"'--words' must leave a rule that the words have twice (got {options.words or 'all of them'})"
+        )
     data = prepare_data(identity.languages, reporter, identity.pairs, identity.added)
     old, newcomer = data.vocabulary, Newcomer.join(data.vocabulary, sample, evidence)
     contenders = make_contenders(data, options, identity.seed)
@@ -91,10 +142,8 @@ def add(options: Options, reporter: Reporter) -> int:
     experts, *others = contenders
     seed = identity.seed if options.seed is None else options.seed
     rows = TrainingSteps(len(newcomer.tables[TRAIN]), options.batch_size or ADDED_BATCH_SIZE, seed)
-    kept_before = rule_accuracy(experts.network, iter(validation_batches(data, options.device)))
-    name = experts.name
+    others_before = rule_accuracy(experts.network, iter(validation_batches(data, options.device)))
     scratch = learner_from_scratch(newcomer, rows, seed, options.engine, options.device)
-    experts.name = ADDED
     added = learner_in_network(
         experts,
         old,
@@ -105,58 +154,29 @@ def add(options: Options, reporter: Reporter) -> int:
         seed=seed,
         device=options.device,
     )
-    steps = options.steps or ADDED_STEPS
-    family = FAMILY_OF[language]
-    reporter.say(
-        f"{NAME_OF[language]} ({language}) comes to {len(old.languages)} languages, "
-        f"{f'warm-started from {options.warm_start}' if options.warm_start else 'without a warm start'}, "
-        f"{'all others frozen' if options.freeze else 'with as many words of the others in each step'}; "
-        f"its family {family} is {'there' if family in old.families else 'new'}; "
-        f"{len(newcomer.vocabulary.rules) - len(old.rules)} of its {len(newcomer.vocabulary.candidates[-1])} rules and "
-        f"{newcomer.vocabulary.character_count - old.character_count} of its characters are new"
-    )
-    deadline = None
-    if options.steps is None:
-        deadline = Deadline(begun + options.minutes * 60 - report_seconds(1))
-
-    def say(point: CurvePoint) -> None:
-        reporter.say(
-            f"step {point.step:>5}, {point.contender:<7}: {point.validation_accuracy or 0:.1%} on unseen lemmas of "
-            f"{language}, {point.step * rows.batch_size:,} words seen"
-        )
-
-    with InterruptGuard() as guard, reporter.bar("learning", steps) as bar:
-        reporter.say(f"training {steps:,} steps of {rows.batch_size:,} words of {len(newcomer.tables[TRAIN]):,}")
-        curve = learn(
-            [added, scratch],
-            steps,
-            deadline=deadline,
-            on_step=bar.move_to,
-            on_point=say,
-            stop_requested=guard.requested,
-        )
+    reporter.say(_described(options, old, newcomer))
+    curve = _trained([added, scratch], newcomer, rows, options, reporter, begun)
     if curve is None:
         reporter.say("stopped; the checkpoint is as it was")
         return INTERRUPTED
-    experts.name = name
     for each in others:
         grow(each, old, newcomer.vocabulary, options.warm_start)
     result = NewcomerResult(
         language=language,
-        family=family,
+        family=FAMILY_OF[language],
         warm_start=options.warm_start,
         frozen=options.freeze,
         train_words=len(newcomer.tables[TRAIN]),
         test_words=len(newcomer.tables[TEST]),
         batch_size=rows.batch_size,
         seed=seed,
-        curve=[(point.step, point.contender, point.validation_accuracy or 0.0) for point in curve],
+        curve=curve,
         accuracy={
             ADDED: newcomer.test_accuracy(experts.network, options.device),
             SCRATCH: newcomer.alone().test_accuracy(scratch.contender.network, options.device),
             **newcomer.baselines(),
         },
-        others_before=kept_before,
+        others_before=others_before,
         others_after=rule_accuracy(
             experts.network, iter(validation_batches(data, options.device, newcomer.vocabulary))
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import Lemmatizer, NetworkSettings
 from benchmarks.multilingual.rules import decode
 from benchmarks.multilingual.schedule import FURTHER_PEAK, LEARNING_RATE, Deadline, learning_rate
-from benchmarks.multilingual.training import Contender, CurvePoint, make_contender, train_step
+from benchmarks.multilingual.training import Contender, make_contender, train_step
 from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary, grown
 
 ADDED, SCRATCH, TABLE = "added", "scratch", "table"
@@ -89,6 +90,14 @@ class Newcomer:
         return sum(map(str.__eq__, made, wanted)) / max(1, len(wanted))
 
 
+class Point(NamedTuple):
+    """The share of a language's validation words whose rule a system has right after so many steps."""
+
+    step: int
+    system: str
+    accuracy: float
+
+
 @dataclass
 class Learner:
     """A contender that learns one language.
@@ -96,6 +105,7 @@ class Learner:
     ``batch`` gives the words of a step, ``held`` is what it must not change, and ``peak`` its highest learning rate.
     """
 
+    system: str
     contender: Contender
     batch: Callable[[int], Batch]
     checks: list[Batch]
@@ -110,10 +120,9 @@ class Learner:
         if self.held is not None:
             self.held.put_back()
 
-    def point(self, step: int) -> CurvePoint:
-        """Its accuracy on validation words: the share whose rule is right."""
-        found = rule_accuracy(self.contender.network, iter(self.checks))
-        return CurvePoint(step, self.contender.name, float("nan"), float("nan"), 0.0, found)
+    def point(self, step: int) -> Point:
+        """Its accuracy after so many steps."""
+        return Point(step, self.system, rule_accuracy(self.contender.network, iter(self.checks)))
 
 
 def learner_from_scratch(
@@ -125,6 +134,7 @@ def learner_from_scratch(
     network = Lemmatizer(alone.vocabulary, NetworkSettings(), engine=engine).to(device)
     collator = Collator(alone.tables[TRAIN], alone.vocabulary.languages, compiler_for(alone.vocabulary))
     return Learner(
+        SCRATCH,
         make_contender(SCRATCH, network, Losses(network, LossWeights())),
         lambda step: collator(rows[step]).to(device),
         alone.batches(VALIDATION, device),
@@ -150,11 +160,8 @@ def learner_in_network(
     torch.manual_seed(seed)
     grow(contender, old, newcomer.vocabulary, warm_start)
     held = None if others is not None else hold(contender, old)
-    table, languages, compiler = (
-        newcomer.tables[TRAIN],
-        newcomer.vocabulary.languages,
-        compiler_for(newcomer.vocabulary),
-    )
+    table, languages = newcomer.tables[TRAIN], newcomer.vocabulary.languages
+    compiler = compiler_for(newcomer.vocabulary)
     theirs = None if others is None else TrainingSteps(len(others), rows.batch_size, seed)
 
     def batch(step: int) -> Batch:
@@ -163,7 +170,8 @@ def learner_in_network(
             words = words.followed_by(others.take(theirs[step]))
         return Collator(words, languages, compiler)(torch.arange(len(words))).to(device)
 
-    return Learner(contender, batch, newcomer.batches(VALIDATION, device), held, LEARNING_RATE * FURTHER_PEAK)
+    checks = newcomer.batches(VALIDATION, device)
+    return Learner(ADDED, contender, batch, checks, held, LEARNING_RATE * FURTHER_PEAK)
 
 
 def learn(
@@ -172,15 +180,15 @@ def learn(
     *,
     deadline: Deadline | None = None,
     on_step: Callable[[int, int], object] | None = None,
-    on_point: Callable[[CurvePoint], object] | None = None,
+    on_point: Callable[[Point], object] | None = None,
     stop_requested: Callable[[], bool] | None = None,
-) -> list[CurvePoint] | None:
+) -> list[Point] | None:
     """Train all learners for so many steps, on the same words of the language; fewer if the deadline has it so.
 
     Returns:
         Their curves, from the step before the first one; ``None`` if somebody asked to stop.
     """
-    total, checks, curve = steps, FIRST_CHECK, list[CurvePoint]()
+    total, checks, curve = steps, FIRST_CHECK, list[Point]()
 
     def look(step: int) -> None:
         for learner in learners:

@@ -149,7 +149,7 @@ def measure(base: Base, newcomer: Newcomer, neighbour: str, steps: int, batch_si
         for point in curve:
             is_last = point.step == steps
             ends = [owner.test_accuracy(network, CPU), others] if is_last else ["", ""]
-            found.append([point.step, system, point.validation_accuracy, *ends])
+            found.append([point.step, system, point.accuracy, *ends])
     return found
 
 

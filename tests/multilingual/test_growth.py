@@ -244,7 +244,7 @@ def test_a_curve_begins_before_the_first_step_and_ends_with_the_last(
     curve = learn([learner], 12)
     assert curve is not None
     assert [point.step for point in curve] == [0, 5, 10, 12]
-    assert all(0 <= (point.validation_accuracy or 0) <= 1 for point in curve)
+    assert all(0 <= point.accuracy <= 1 for point in curve)
 
 
 def test_a_slow_machine_takes_fewer_steps(data: Data, newcomers: dict[str, Newcomer]) -> None:
