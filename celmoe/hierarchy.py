@@ -269,6 +269,9 @@ class HierarchicalCELMoE(nn.Module):
     def rename_expert(self, level: str, name: str, new_name: str, *, optimizer: Optimizers = None) -> None:
         """Rename an expert, which keeps its id. Children and fallback follow; old plans are refused.
 
+        The order of ``parameters()`` may change. An optimizer that is not given keeps its own: what it saves by
+        position fits no new model then (`celmoe.optim.state_by_name` saves by name).
+
         Args:
             level: The level's name.
             name: The expert's name.

@@ -238,6 +238,28 @@ def test_what_accuracy_took():
                 check(row, [(number(cell), 100 * float(found[column]) if column == "mean" else found[column])])
 
 
+def test_new_languages_by_words():
+    head, *rows = table_of(MULTILINGUAL, "language", "from", "words")
+    assert rows
+    for language, neighbour, words, *cells in rows:
+        asked = number(words)
+        for system, cell in zip(head[3:], cells, strict=True):
+            found = rows_of("multilingual_newcomers.csv", language=language, asked=asked, system=system)
+            (end,) = [row for row in found if row["test_accuracy"]]
+            assert end["neighbour"] == neighbour
+            check((language, words, system), [(cell, 100 * float(end["test_accuracy"]))])
+
+
+def test_new_languages_by_step():
+    head, *rows = table_of(MULTILINGUAL, "words", "step", "warm")
+    assert rows
+    for words, step, *cells in rows:
+        for system, cell in zip(head[2:], cells, strict=True):
+            found = rows_of("multilingual_newcomers.csv", asked=number(words), step=step, system=system)
+            mean = sum(float(row["validation_accuracy"]) for row in found) / len(found)
+            check((words, step, system), [(cell, 100 * mean)])
+
+
 def test_counted_bytes():
     for row in table_of(SCALING, "ranks", "layout", "experts")[1:]:
         name, _, copies = row[1].partition(", ")

@@ -106,6 +106,7 @@ COMMANDS = [
     ".multilingual",
     ".multilingual.ablation",
     ".multilingual.lemmatize",
+    ".multilingual.newcomers",
     ".scaling",
     ".whole_steps",
 ]

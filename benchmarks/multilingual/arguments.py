@@ -6,6 +6,17 @@ from benchmarks.arguments import OptionError, nearest
 from benchmarks.multilingual.corpus import known_languages
 
 
+def language_code(option: str, text: str) -> str:
+    """The value of an option that names one language."""
+    known = known_languages()
+    if text not in known:
+        raise OptionError(
+            f"'{option}' must be the code of one of simplemma's {len(known)} languages (got {text!r}; "
+            f"{nearest(text, known)})"
+        )
+    return text
+
+
 def language_codes(text: str) -> tuple[str, ...]:
     """The value of ``--languages``: codes separated by commas, sorted."""
     known = known_languages()

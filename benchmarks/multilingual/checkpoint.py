@@ -25,12 +25,17 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What must not change between a run and its resumption."""
+    """What must not change between a run and its resumption.
+
+    ``added`` are the last of the languages, which came after the training, each with the number of its training words,
+    ``None`` for all that it has.
+    """
 
     languages: tuple[str, ...]
     pairs: int
     batch_size: int
     seed: int
+    added: tuple[tuple[str, int | None], ...] = ()
 
 
 def _vocabulary_state(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -50,6 +55,7 @@ def vocabulary_of(state: Mapping[str, Any]) -> Vocabulary:
         characters=saved["characters"],
         rules=[EditRule.from_text(text) for text in saved["rules"]],
         candidates=saved["candidates"],
+        later=len(identity_of(state).added),
     )
 
 
@@ -69,6 +75,7 @@ def save_checkpoint(
             "pairs": identity.pairs,
             "batch_size": identity.batch_size,
             "seed": identity.seed,
+            "added": [*map(list, identity.added)],
         },
         "vocabulary": _vocabulary_state(vocabulary),
         "progress": progress.state_dict(),
@@ -90,33 +97,37 @@ def save_checkpoint(
     return path
 
 
-def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The checkpoint's content, on the CPU.
+def read_checkpoint(folder: Path, option: str = "--resume", *, mapped: bool = False) -> dict[str, Any]:
+    """The checkpoint's content, on the CPU; ``mapped``: tensors are read from the file when they are used.
+
+    ``option`` is what asks for it, for errors.
 
     Raises:
         CheckpointError: There is none, it is damaged, or of another format.
     """
     path = folder / FILE_NAME
     if not path.exists():
-        raise CheckpointError(f"'--resume' must find a checkpoint in the report folder (got none in {str(folder)!r})")
+        raise CheckpointError(f"'{option}' must find a checkpoint in the report folder (got none in {str(folder)!r})")
     try:
         verify_archive(path)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         found = state.get("format")
     except Exception as error:  # torch.load raises whatever its layers below do
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"'--resume' must find a whole checkpoint (got {str(path)!r}: {reason})") from error
+        raise CheckpointError(f"'{option}' must find a whole checkpoint (got {str(path)!r}: {reason})") from error
     if found != FORMAT:
         raise CheckpointError(
-            f"'--resume' must find a checkpoint of format {FORMAT} (got format {found!r} in {str(path)!r})"
+            f"'{option}' must find a checkpoint of format {FORMAT} (got format {found!r} in {str(path)!r})"
         )
     return state
 
 
-def identity_of(state: dict[str, Any]) -> RunIdentity:
+def identity_of(state: Mapping[str, Any]) -> RunIdentity:
     """Which run wrote the checkpoint."""
     found = state["identity"]
-    return RunIdentity(**{**found, "languages": tuple(found["languages"])})
+    # A run that no language was added to may not have noted that.
+    added = tuple((language, words) for language, words in found.get("added", ()))
+    return RunIdentity(**{**found, "languages": tuple(found["languages"]), "added": added})
 
 
 def restore(state: dict[str, Any], vocabulary: Vocabulary, contenders: Sequence[Contender]) -> Progress:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.arguments import OptionError
+from benchmarks.multilingual.adding import add
 from benchmarks.multilingual.checkpoint import CheckpointError
 from benchmarks.multilingual.compare import compare
 from benchmarks.multilingual.console import Reporter
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_options(sys.argv[1:] if arguments is None else arguments)
         if options.compare:
             return compare(options, reporter)
+        if options.add is not None:
+            return add(options, reporter)
         if options.parallel is None:
             return run(options, reporter)
         with joined_ranks() as ranks:

@@ -18,7 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import compress
@@ -116,6 +116,25 @@ def draw_sample(language: str, cap: int) -> LanguageSample:
         rule_ids=np.array(rule_ids, dtype=np.int32),
         split=np.array([split_of(lemma) for lemma in lemmas], dtype=np.uint8),
         dictionary_size=size,
+    )
+
+
+def fewer(sample: LanguageSample, words: int | None) -> LanguageSample:
+    """The sample with so many of its training words, drawn by the language's name; all words of the other sides stay.
+
+    Fewer words are among more words. ``None``, and more than there are, means all.
+    """
+    trained = np.flatnonzero(sample.split == TRAIN)
+    if words is None or words >= len(trained):
+        return sample
+    drawn = np.random.default_rng(zlib.crc32(sample.language.encode())).permutation(trained)[:words]
+    kept = np.sort(np.concatenate((drawn, np.flatnonzero(sample.split != TRAIN))))
+    return replace(
+        sample,
+        forms=[sample.forms[each] for each in kept.tolist()],
+        lemmas=[sample.lemmas[each] for each in kept.tolist()],
+        rule_ids=sample.rule_ids[kept],
+        split=sample.split[kept],
     )
 
 

@@ -22,12 +22,13 @@ from benchmarks.multilingual.corpus import (
     build_samples,
     cache_path,
     cached,
+    fewer,
     in_builders,
     load_sample,
 )
 from benchmarks.multilingual.evidence import FORMAT, PROPOSALS, Evidence, gather_evidence, load_evidence, save_evidence
 from benchmarks.multilingual.network import LEVELS, NetworkSettings, hierarchy_config
-from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary
+from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary, grown
 from benchmarks.peers import cache_folder
 
 EVIDENCE = f"evidence-{FORMAT}-{PROPOSALS}"
@@ -93,11 +94,31 @@ def _read(
     return [load(language) if content is None else content for language, content in found.items()]
 
 
-def prepare_data(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> Data:
-    """The words of these languages, encoded."""
+def read_words(
+    languages: Sequence[str], reporter: Reporter, cap: int, added: Sequence[tuple[str, int | None]] = ()
+) -> tuple[list[LanguageSample], list[Evidence]]:
+    """Samples of these languages, with so many training words of those ``added``, and evidence from these words."""
     samples = read_samples(languages, reporter, cap)
-    evidence = read_evidence(languages, reporter, cap)
-    vocabulary = build_vocabulary(samples, evidence)
+    few = {sample.language: fewer(sample, dict(added).get(sample.language)) for sample in samples}
+    # Counting few words takes less time than a file of them is worth.
+    whole = [sample.language for sample in samples if few[sample.language] is sample]
+    told = dict(zip(whole, read_evidence(whole, reporter, cap), strict=True))
+    evidence = [told.get(each) or gather_evidence(few[each]) for each in languages]
+    return [few[each] for each in languages], evidence
+
+
+def prepare_data(
+    languages: Sequence[str],
+    reporter: Reporter,
+    cap: int = FORMS_PER_LANGUAGE,
+    added: Sequence[tuple[str, int | None]] = (),
+) -> Data:
+    """The words of these languages, encoded; the last of them may have been ``added``: see `RunIdentity`."""
+    samples, evidence = read_words(languages, reporter, cap, added)
+    first = len(languages) - len(added)
+    vocabulary = build_vocabulary(samples[:first], evidence[:first])
+    for sample, told in zip(samples[first:], evidence[first:], strict=True):
+        vocabulary = grown(vocabulary, sample, told)
     tables = {split: build_table(samples, evidence, vocabulary, split) for split in (TRAIN, VALIDATION, TEST)}
     return Data(
         samples=samples,
@@ -109,4 +130,10 @@ def prepare_data(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_
 
 def make_compiler(data: Data) -> celmoe.RoutingCompiler:
     """Routes of a language's name to plans of all levels."""
-    return celmoe.RoutingCompiler(hierarchy_config(celmoe, data.vocabulary.languages, LEVELS, NetworkSettings()))
+    return compiler_for(data.vocabulary)
+
+
+def compiler_for(vocabulary: Vocabulary) -> celmoe.RoutingCompiler:
+    """See `make_compiler`."""
+    config = hierarchy_config(celmoe, vocabulary.languages, LEVELS, NetworkSettings(), families=vocabulary.families)
+    return celmoe.RoutingCompiler(config)

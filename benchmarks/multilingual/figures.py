@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -16,7 +17,13 @@ from benchmarks.multilingual.report import write_csv
 from benchmarks.multilingual.training import CurvePoint
 
 # A palette that stays apart in grey and for colour-blind readers.
-COLOURS = {"experts": "#0b6e99", "universal": "#e08214", IDENTITY_BASELINE: "#8c8c8c"}
+COLOURS = {
+    "experts": "#0b6e99",
+    "universal": "#e08214",
+    "added": "#0b6e99",
+    "scratch": "#e08214",
+    IDENTITY_BASELINE: "#8c8c8c",
+}
 DOTS_PER_INCH = 130
 ROW_HEIGHT = 0.21
 
@@ -42,8 +49,8 @@ def _new(width: float, height: float, columns: int = 1, *, share_rows: bool = Fa
     return figure, found
 
 
-def draw_training_curves(folder: Path, curve: Sequence[CurvePoint]) -> None:
-    """Loss and accuracy by step, of every contender."""
+def draw_training_curves(folder: Path, curve: Sequence[CurvePoint], ended: Sequence[int] = ()) -> None:
+    """Loss and accuracy by step, of every contender; a line at each step at which a plan ``ended`` and one began."""
     figure, (loss, accuracy) = _new(11, 4.2, 2)
     for name in dict.fromkeys(point.contender for point in curve):
         points = [point for point in curve if point.contender == name]
@@ -63,6 +70,8 @@ def draw_training_curves(folder: Path, curve: Sequence[CurvePoint]) -> None:
     loss.tick_params(axis="y", which="minor", labelsize=7)
     accuracy.set(title="Edit rule right", xlabel="step", ylabel="percent of words", ylim=(0, 100))
     for each in (loss, accuracy):
+        for step in ended:
+            each.axvline(step, color="#bbbbbb", linewidth=0.8, linestyle=":")
         each.legend(frameon=False, fontsize=8)
     _save(figure, folder / "training_curves.png")
     header = ["step", "contender", "loss", "rule_loss", "accuracy", "validation_accuracy", "words_per_second"]
@@ -79,6 +88,37 @@ def draw_training_curves(folder: Path, curve: Sequence[CurvePoint]) -> None:
         for point in curve
     ]
     write_csv(folder / "training_curves.csv", header, rows)
+
+
+def draw_newcomer(path: Path, title: str, curve: Sequence[tuple[int, str, float]]) -> None:
+    """Accuracy by step of a language that was added, beside training it from scratch."""
+    figure, (axes,) = _new(7.0, 4.0)
+    for name in dict.fromkeys(system for _, system, _ in curve):
+        points = [(step, 100 * share) for step, system, share in curve if system == name]
+        axes.plot(*zip(*points, strict=True), color=_colour(name), marker="o", markersize=4, linewidth=1.4, label=name)
+    # The step before the first one has its place on the axis, too.
+    axes.set_xscale("symlog", linthresh=5)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(title=title, xlabel="step", ylabel="edit rule right, percent of validation words", ylim=(0, 100))
+    axes.title.set_fontsize(8)
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def draw_newcomers(path: Path, rows: Sequence[Sequence[Any]], steps: int) -> None:
+    """A panel for each held-back language: test accuracy by training words, of every way to learn it."""
+    ends = [row for row in rows if row[4] == steps]
+    languages = list(dict.fromkeys((row[0], row[1]) for row in ends))
+    figure, panels = _new(2.6 * len(languages) + 0.6, 3.4, len(languages))
+    for axes, (language, neighbour) in zip(panels, languages, strict=True):
+        for number, system in enumerate(dict.fromkeys(row[5] for row in ends)):
+            points = [(row[3], 100 * row[7]) for row in ends if row[0] == language and row[5] == system]
+            axes.plot(*zip(*points, strict=True), f"C{number}o-", markersize=3, linewidth=1.2, label=system)
+        axes.set(title=f"{NAME_OF[language]}, from {NAME_OF[neighbour]}", xlabel="training words", xscale="log")
+        axes.title.set_fontsize(8)
+    panels[0].set(ylabel="lemmas right, percent of test words")
+    panels[0].legend(frameon=False, fontsize=7)
+    _save(figure, path)
 
 
 def _label(score: LanguageScore) -> str:

@@ -22,10 +22,11 @@ from benchmarks.multilingual.checkpoint import (
     read_checkpoint,
     restore,
     save_checkpoint,
+    vocabulary_of,
 )
 from benchmarks.multilingual.console import Reporter, step_figures
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, known_languages
-from benchmarks.multilingual.data import Data, make_compiler, prepare_data
+from benchmarks.multilingual.data import Data, compiler_for, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import (
     IDENTITY_BASELINE,
     LanguageScore,
@@ -39,6 +40,8 @@ from benchmarks.multilingual.evaluation import (
     table_lemmas,
 )
 from benchmarks.multilingual.facts import engines_by_level, measurement_facts
+from benchmarks.multilingual.further import check_steps, go_on, nothing_left, reading_more
+from benchmarks.multilingual.growth import relearn
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import (
@@ -46,11 +49,13 @@ from benchmarks.multilingual.network import (
     UNIVERSAL,
     Lemmatizer,
     NetworkSettings,
+    expert_size,
     parameter_count,
 )
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
 from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
 from benchmarks.multilingual.schedule import Deadline, plan_pairs, plan_steps
+from benchmarks.multilingual.serving import EXPERTS
 from benchmarks.multilingual.training import (
     Contender,
     CurvePoint,
@@ -60,9 +65,9 @@ from benchmarks.multilingual.training import (
     seconds_to_compile,
     train,
 )
+from benchmarks.multilingual.words import Vocabulary
 from benchmarks.setting import prepare_folder
 
-EXPERTS = "experts"
 WIDE = "wide"
 TABLE = "table"
 VALIDATION_WORDS = 8_192
@@ -123,7 +128,9 @@ def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
     experts = contender(EXPERTS, settings, LEVELS)
     alone = settings.universal_alone()
     universal = contender(UNIVERSAL, alone, (UNIVERSAL,))
-    missing = parameter_count(experts.network) - parameter_count(universal.network)
+    # Languages that came later make the first ones' networks no wider.
+    later = sum(number * expert_size(settings, level) for level, number in vocabulary.later_experts.items())
+    missing = parameter_count(experts.network) - parameter_count(universal.network) - later
     # One more of the inner width is a row of each of two matrices, and a bias.
     wide = replace(alone, universal_width=alone.universal_width + max(0, missing) // (2 * alone.width + 1))
     largest = contender(WIDE, wide, (UNIVERSAL,))
@@ -146,9 +153,10 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
     if state is None:
         return asked
     found = identity_of(state)
+    more_pairs = options.further and Progress.from_state(state["progress"]).finished
     pairs = (
-        ("--languages", options.languages, found.languages),
-        ("--pairs", options.pairs, found.pairs),
+        ("--languages", options.languages, tuple(sorted(found.languages))),
+        ("--pairs", None if more_pairs else options.pairs, found.pairs),
         ("--batch-size", options.batch_size, found.batch_size),
         ("--seed", options.seed, found.seed),
     )
@@ -179,9 +187,14 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         raise OptionError(
             f"'--batch-size' must be at least the number of ranks, {ranks.size} (got {identity.batch_size})"
         )
-    if state is not None and is_reported(state, identity, options.report):
-        reporter.say(f"the run in {options.report} is finished and its report is written: nothing is left to train")
-        return 0
+    goes_on = False
+    if state is not None:
+        check_steps(Progress.from_state(state["progress"]), options)
+        goes_on = is_reported(state, identity, options.report)
+        if goes_on and not options.further:
+            return nothing_left(options, reporter)
+        if goes_on:
+            identity = reading_more(identity, options)
     prepare_folder(options.report)
     where = f"{ranks.size} ranks ({options.parallel}) of " if options.parallel else ""
     ways = (", stacked" if options.stacked else "") + (", compiled" if options.compile else "")
@@ -192,6 +205,10 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
     )
     with ranks.watched():
         job = _prepare(options, reporter, identity, state, ranks)
+    if goes_on and not go_on(job.progress, options, job.steps, reporter):
+        return nothing_left(options, reporter)
+    if options.further and job.progress.finished:
+        reporter.say("the run is finished and has no report yet, which comes first; call again to train further")
     try:
         with ranks.watched():
             return _carry_out(job, begun)
@@ -226,22 +243,41 @@ def _kept(job: Run) -> str:
 
 
 def is_reported(state: Mapping[str, Any], identity: RunIdentity, folder: Path) -> bool:
-    """Whether the checkpoint's run has trained all its steps and the folder's report is about them."""
+    """Whether the checkpoint's run has trained all its steps and the folder's report is about them.
+
+    A language that was added since has a report of its own.
+    """
     progress = Progress.from_state(state["progress"])
     told = report.read_run(folder)
-    return progress.finished and told == {**told, **_identity_facts(identity, progress)}
+    facts = _identity_facts(identity, progress)
+    later = len(identity.languages) - len(told.get("languages", ()))
+    if 0 < later <= len(identity.added):
+        facts |= {"languages": facts["languages"][:-later], "added": facts["added"][:-later]}
+    # A report from before languages could be added tells of none.
+    return progress.finished and {"added": [], **told} == {**told, **facts}
 
 
 def _identity_facts(identity: RunIdentity, progress: Progress) -> dict[str, Any]:
-    return {**asdict(identity), "languages": list(identity.languages), "steps": progress.step}
+    facts = asdict(identity)
+    # Lists, as a file has them.
+    return {
+        **facts,
+        "languages": list(identity.languages),
+        "added": [*map(list, identity.added)],
+        "steps": progress.step,
+    }
 
 
 def _prepare(
     options: Options, reporter: Reporter, identity: RunIdentity, state: dict[str, Any] | None, ranks: Ranks
 ) -> Run:
     with ranks.first_goes_ahead():
-        data = prepare_data(identity.languages, reporter, identity.pairs)
-    contenders = make_contenders(data, options, identity.seed)
+        data = prepare_data(identity.languages, reporter, identity.pairs, identity.added)
+    # A run that goes on may read more words than its networks know.
+    known = data.vocabulary
+    if state is not None and identity_of(state).pairs != identity.pairs:
+        known = vocabulary_of(state)
+    contenders = make_contenders(replace(data, vocabulary=known), options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:
         # Whatever draws numbers in training follows the seed, not the networks' sizes.
@@ -249,7 +285,9 @@ def _prepare(
         planned = options.steps or plan_steps(options.minutes, steps.batch_size, steps.steps_per_epoch)
         progress = Progress(planned_steps=planned, total_steps=planned, clocked=options.steps is None)
     else:
-        progress = restore(state, data.vocabulary, contenders)
+        progress = restore(state, known, contenders)
+        for each in contenders if known is not data.vocabulary else ():
+            relearn(each, known, data.vocabulary)
         reporter.say(f"resumed at step {progress.step} of {progress.total_steps}")
     if options.parallel is not None:
         from benchmarks.multilingual.layouts import spread  # noqa: PLC0415  # one process needs no such PyTorch
@@ -297,7 +335,7 @@ def _train(job: Run, begun: float) -> bool:
     batches = training_batches(
         job.steps, collator, progress.step, progress.planned_steps, options.workers, options.device, job.ranks
     )
-    checks = _validation_batches(data, options.device)
+    checks = validation_batches(data, options.device)
 
     def say_validated(point: CurvePoint) -> None:
         reporter.say(
@@ -340,11 +378,15 @@ def _train(job: Run, begun: float) -> bool:
             batches.close()
 
 
-def _validation_batches(data: Data, device: torch.device) -> list[Batch]:
-    """The same few thousand words of all languages at every check."""
+def validation_batches(data: Data, device: torch.device, vocabulary: Vocabulary | None = None) -> list[Batch]:
+    """The same few thousand words of all languages at every check.
+
+    They are for a network of the data's vocabulary, or of a ``vocabulary`` that has grown from it.
+    """
+    vocabulary = vocabulary or data.vocabulary
     table = data.tables[VALIDATION]
     chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(table))[:VALIDATION_WORDS])
-    collator = Collator(table, data.vocabulary.languages, make_compiler(data))
+    collator = Collator(table, vocabulary.languages, compiler_for(vocabulary))
     return [collator(rows).to(device) for rows in chosen.split(DEFAULT_BATCH_SIZE)]
 
 
@@ -382,6 +424,7 @@ def _evaluate(job: Run) -> None:
     engines = engines_by_level(experts.network.hierarchy)
     run_facts = {
         **_identity_facts(job.identity, progress),
+        "ended": progress.ended,
         **measurement_facts(options, NetworkSettings(), LossWeights()),
         "engines": engines,
         "compile_seconds": job.compile_seconds,
@@ -398,7 +441,7 @@ def _evaluate(job: Run) -> None:
     wrong = [each.predicted[EXPERTS] != each.lemma for each in everything]
     errors = examples_of(data.samples, table, lemmas, pick_rows(table, ERRORS, job.identity.seed, wrong))
     report.write_examples(folder, "errors", errors, list(lemmas))
-    figures.draw_training_curves(folder, progress.curve)
+    figures.draw_training_curves(folder, progress.curve, progress.ended)
     figures.draw_accuracy(folder, scores, systems)
     figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
     figures.draw_expert_load(folder, progress.expert_load, progress.step)

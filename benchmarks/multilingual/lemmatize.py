@@ -18,20 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-import celmoe
 from benchmarks.arguments import OptionError, make_parser, one_of, read_arguments
 from benchmarks.multilingual.batches import Collator, all_batches
-from benchmarks.multilingual.checkpoint import identity_of, read_checkpoint, vocabulary_of
+from benchmarks.multilingual.checkpoint import identity_of, read_checkpoint
 from benchmarks.multilingual.cli import answered
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, LanguageSample
-from benchmarks.multilingual.data import read_samples
+from benchmarks.multilingual.corpus import TEST, LanguageSample, fewer
+from benchmarks.multilingual.data import compiler_for, read_samples
 from benchmarks.multilingual.evaluation import predict
 from benchmarks.multilingual.evidence import gather_evidence
-from benchmarks.multilingual.job import EXPERTS
-from benchmarks.multilingual.network import LEVELS, Lemmatizer, NetworkSettings, hierarchy_config
 from benchmarks.multilingual.options import DEFAULT_REPORT
 from benchmarks.multilingual.rules import decode
+from benchmarks.multilingual.serving import network_of
 from benchmarks.multilingual.words import NO_RULE, WordTable, encode_forms
 
 CPU = torch.device("cpu")
@@ -39,12 +37,8 @@ CPU = torch.device("cpu")
 
 def lemmatize(state: Mapping[str, Any], sample: LanguageSample, forms: Sequence[str]) -> list[str]:
     """The lemmas of these forms, by the experts of a checkpoint and the training words of their language's sample."""
-    vocabulary = vocabulary_of(state)
-    settings = NetworkSettings()
-    network = Lemmatizer(vocabulary, settings)
-    network.load_state_dict(state["contenders"][EXPERTS]["network"])
+    network, vocabulary = network_of(state, sample.language)
     size = len(forms)
-    place = vocabulary.languages.index(sample.language)
     # New words stand behind the sample's, on a side that nothing is counted of.
     asked = replace(
         sample,
@@ -56,16 +50,16 @@ def lemmatize(state: Mapping[str, Any], sample: LanguageSample, forms: Sequence[
     evidence = gather_evidence(asked)
     table = WordTable(
         characters=torch.from_numpy(encode_forms(forms, vocabulary)),
-        language_ids=torch.full((size,), place, dtype=torch.int16),
+        language_ids=torch.zeros(size, dtype=torch.int16),
         targets=torch.full((size,), NO_RULE, dtype=torch.int32),
         positions=torch.arange(size, dtype=torch.int32),
         proposals=torch.from_numpy(evidence.proposals[-size:]),
         counts=torch.from_numpy(evidence.counts[-size:]),
         totals=torch.from_numpy(evidence.totals[-size:]),
     )
-    compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, vocabulary.languages, LEVELS, settings))
-    found = predict(network, all_batches(table, Collator(table, vocabulary.languages, compiler), size, CPU))
-    rules = [vocabulary.rules[each] for each in vocabulary.candidates[place]]
+    collator = Collator(table, vocabulary.languages, compiler_for(vocabulary))
+    found = predict(network, all_batches(table, collator, size, CPU))
+    rules = vocabulary.rules
     return [decode(form, None if best == NO_RULE else rules[best]) for form, best in zip(forms, found, strict=True)]
 
 
@@ -87,13 +81,14 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
     given = read_arguments(_parser(), arguments)
     if not given.words:
         raise OptionError("'words' must be word forms (got none)")
-    state = read_checkpoint(Path(given.report))
+    state = read_checkpoint(Path(given.report), mapped=True)
     identity = identity_of(state)
     known = identity.languages
     if given.language is None:
         raise OptionError(f"'--language' must be given, as one of {', '.join(known)} (got none)")
     language = one_of("--language", given.language, known)
     (sample,) = read_samples([language], reporter, identity.pairs)
+    sample = fewer(sample, dict(identity.added).get(language))
     for form, lemma in zip(given.words, lemmatize(state, sample, given.words), strict=True):
         reporter.say(f"{form} -> {lemma}")
     return 0

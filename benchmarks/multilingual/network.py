@@ -144,13 +144,18 @@ class RuleHead(nn.Module):
 
     def __init__(self, width: int, vocabulary: Vocabulary) -> None:
         super().__init__()
+        self.register_buffer("candidates", torch.empty(0, dtype=torch.int64), persistent=False)
+        self.learn_vocabulary(vocabulary)
+        self.rules = nn.Embedding(len(vocabulary.rules), width)
+        self.bias = nn.Parameter(torch.zeros(len(self.candidates)))
+        nn.init.normal_(self.rules.weight, std=width**-0.5)
+
+    def learn_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take over which rules each language may choose from; the parameters must have rows for them."""
         self.languages = {language: place for place, language in enumerate(vocabulary.languages)}
         self.counts = [len(rules) for rules in vocabulary.candidates]
         flat = [rule for rules in vocabulary.candidates for rule in rules]
-        self.register_buffer("candidates", torch.tensor(flat, dtype=torch.int64), persistent=False)
-        self.rules = nn.Embedding(len(vocabulary.rules), width)
-        self.bias = nn.Parameter(torch.zeros(len(flat)))
-        nn.init.normal_(self.rules.weight, std=width**-0.5)
+        self.candidates = torch.tensor(flat, dtype=torch.int64, device=self.candidates.device)
 
     def forward(self, words: torch.Tensor, scores: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
         """Words [B, D] and scores [B, M] -> logits [N, K] of every language present, in the plan's order of experts."""
@@ -180,14 +185,16 @@ def hierarchy_config(
     levels: Sequence[str],
     settings: NetworkSettings,
     family_of: Mapping[str, str] = FAMILY_OF,
+    families: Sequence[str] | None = None,
 ) -> celmoe.CELMoEConfig:
     """The hierarchy over these languages in the terms of ``library`` (ours, or a peer with the same names).
 
-    Only ours knows parents: a peer is told every level's routes instead.
+    Only ours knows parents: a peer is told every level's routes instead. ``families`` are the families of all languages
+    in the order of their ids, by default sorted.
     """
     experts: Mapping[str, Sequence[str]] = {
         UNIVERSAL: [UNIVERSAL_EXPERT],
-        FAMILY: sorted({family_of[language] for language in languages}),
+        FAMILY: families or sorted({family_of[language] for language in languages}),
         LANGUAGE: list(languages),
     }
     parents: Mapping[str, Mapping[str, str]] = {
@@ -235,17 +242,23 @@ class Lemmatizer(nn.Module):
         self.encoder = WordEncoder(settings, vocabulary.character_count, len(vocabulary.languages))
         options = {"engine": engine} if library is celmoe else {}
         self.hierarchy: celmoe.HierarchicalCELMoE = library.HierarchicalCELMoE(
-            hierarchy_config(library, vocabulary.languages, levels, settings, family_of),
+            hierarchy_config(library, vocabulary.languages, levels, settings, family_of, vocabulary.families),
             lambda level, _name, _metadata: LemmatizingExpert(settings, level),
             **options,
         )
         self.head = RuleHead(settings.width, vocabulary)
         self.levels = tuple(levels)
         self.width = settings.width
+        self.settings = settings
         self.multiply_adds = multiply_adds(settings, vocabulary, levels)
         # A plain dictionary, which can be copied with the network.
         self._family_of = dict(family_of)
         self._takes_plans = self.levels == LEVELS and self._family_of == FAMILY_OF
+
+    def learn_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Take over a vocabulary that the parameters have grown for."""
+        self.head.learn_vocabulary(vocabulary)
+        self.multiply_adds = multiply_adds(self.settings, vocabulary, self.levels)
 
     def forward(self, batch: Batch) -> celmoe.CELMoEOutput:
         """The hierarchy's output; the losses and the evaluation take `logits` of it."""
@@ -293,6 +306,12 @@ def cross_entropy(logits: Sequence[torch.Tensor], targets: Sequence[torch.Tensor
 def parameter_count(network: nn.Module) -> int:
     """Numbers in all parameters."""
     return sum(each.numel() for each in network.parameters())
+
+
+def expert_size(settings: NetworkSettings, level: str) -> int:
+    """Numbers in the parameters of one expert of this level."""
+    with torch.device("meta"):
+        return parameter_count(LemmatizingExpert(settings, level))
 
 
 def multiply_adds(settings: NetworkSettings, vocabulary: Vocabulary, levels: Sequence[str]) -> int:

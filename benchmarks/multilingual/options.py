@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
 from benchmarks.devices import open_device
-from benchmarks.multilingual.arguments import language_codes
+from benchmarks.multilingual.arguments import language_code, language_codes
 from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
 from benchmarks.multilingual.ranks import launched_ranks
 from benchmarks.multilingual.schedule import MINUTES_OF_FEW_PAIRS, MOST_EPOCHS, MOST_PAIRS, WORDS_PER_MINUTE
@@ -21,6 +21,9 @@ from celmoe.engines.registry import AUTO, ENGINES
 MODULE = "benchmarks.multilingual"
 DEFAULT_REPORT = Path("celmoe-report") / "multilingual"
 DEFAULT_BATCH_SIZE = 4_096
+# Of a language that is added: words of it in a step, and steps.
+ADDED_BATCH_SIZE = 512
+ADDED_STEPS = 300
 # Bounds the whole run, the report included, with a margin to the eight minutes that are promised.
 DEFAULT_MINUTES = 7.3
 DEFAULT_SEED = 0
@@ -36,7 +39,8 @@ LAYOUTS = (DDP, FSDP, EXPERT)
 class Options:
     """The command line. ``None`` where it says nothing and a checkpoint may know better.
 
-    ``device_name`` is ``device`` as it was asked for: DirectML's own name for a device can't be asked for.
+    ``device_name`` is ``device`` as it was asked for: DirectML's own name for a device can't be asked for. ``further``
+    is true if a finished run is to go on, for the minutes or steps that were given.
     """
 
     engine: str
@@ -55,6 +59,11 @@ class Options:
     stacked: bool
     compile: bool
     parallel: str | None
+    further: bool
+    add: str | None
+    warm_start: str | None
+    freeze: bool
+    words: int | None
 
 
 def _parallel(text: str | None) -> str | None:
@@ -87,17 +96,30 @@ def _parser() -> argparse.ArgumentParser:
         help=f"pairs drawn from each dictionary (default {FORMS_PER_LANGUAGE:,}, and as many more for each "
         f"{MINUTES_OF_FEW_PAIRS} of --minutes, up to {MOST_PAIRS} times)",
     )
-    add("--batch-size", help=f"words a step (default {DEFAULT_BATCH_SIZE})")
-    add("--minutes", default=str(DEFAULT_MINUTES), help=f"bound on the whole run (default {DEFAULT_MINUTES})")
+    add(
+        "--batch-size",
+        help=f"words a step (default {DEFAULT_BATCH_SIZE}; with --add {ADDED_BATCH_SIZE}, of the language)",
+    )
+    add("--minutes", help=f"bound on the whole run (default {DEFAULT_MINUTES})")
     add(
         "--steps",
         help=f"training steps; the clock then has no say (default: {WORDS_PER_MINUTE:,} words for each of --minutes, "
-        f"at most {MOST_EPOCHS} times each word, fewer where the machine turns out too slow)",
+        f"at most {MOST_EPOCHS} times each word, fewer where the machine turns out too slow; with --add {ADDED_STEPS})",
     )
     add("--seed", help=f"decides initial parameters and the order of the words (default {DEFAULT_SEED})")
     add("--workers", default=str(DEFAULT_WORKERS), help=f"loader processes, 0 for none (default {DEFAULT_WORKERS})")
     add("--report", default=str(DEFAULT_REPORT), help=f"folder to write to (default {DEFAULT_REPORT})")
-    add("--resume", action="store_true", help="go on from the checkpoint in the report folder")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in the report folder; a finished run for the --minutes or --steps given",
+    )
+    add(
+        "--add", help="code of a language that a finished run's checkpoint, in the report folder, has not seen and gets"
+    )
+    add("--warm-start", help="with --add: the language of the checkpoint that the new one begins like")
+    add("--freeze", action="store_true", help="with --add: train nothing that was there before")
+    add("--words", help="with --add: training words of the new language (default: all)")
     add("--compare", action="store_true", help="time the same steps plain, stacked, compiled and with celmoe-vp 1.1.4")
     add(
         "--stacked",
@@ -107,6 +129,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="run the hierarchy by torch.compile; compiling is timed by itself")
     add("--parallel", help=f"under torchrun, how ranks share the training: {', '.join(LAYOUTS)}")
     return parser
+
+
+def _check_adding(given: argparse.Namespace) -> None:
+    """Refuse what can't stand with ``--add``, or not without it."""
+    others = {
+        "--resume": given.resume,
+        "--compare": given.compare,
+        "--compile": given.compile,
+        "--parallel": given.parallel,
+        "--languages": given.languages,
+        "--pairs": given.pairs,
+        "--workers": given.workers != str(DEFAULT_WORKERS),
+    }
+    own = {"--warm-start": given.warm_start, "--freeze": given.freeze, "--words": given.words}
+    if given.add is None:
+        if alone := [option for option, value in own.items() if value]:
+            raise OptionError(f"'{alone[0]}' must stand with '--add' (got it alone: no language is added)")
+        return
+    if together := [option for option, value in others.items() if value]:
+        raise OptionError(f"'--add' must stand without {together[0]!r} (got both: the checkpoint knows the rest)")
+    language_code("--add", given.add)
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -120,8 +163,6 @@ def parse_options(arguments: Sequence[str]) -> Options:
         raise OptionError("'--report' must be a folder that can be written to (got '')")
     if given.resume and given.compare:
         raise OptionError("'--resume' and '--compare' must not stand together (got both: a comparison has none)")
-    if given.resume and given.steps is not None:
-        raise OptionError("'--resume' and '--steps' must not stand together (got both: the checkpoint knows its steps)")
     parallel = _parallel(given.parallel)
     if parallel is not None and given.compare:
         raise OptionError("'--parallel' and '--compare' must not stand together (got both: one process is compared)")
@@ -134,6 +175,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
             "'--parallel' must stand without '--compile' and '--stacked' (got one of them: ranks share experts' own "
             "parameters)"
         )
+    _check_adding(given)
     device = open_device(given.device)
     if parallel is not None and device.type != "cpu":
         raise OptionError(f"'--device' must be cpu where '--parallel' is given (got {given.device!r})")
@@ -144,7 +186,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         languages=None if given.languages is None else language_codes(given.languages),
         pairs=None if given.pairs is None else whole_number("--pairs", given.pairs, 1),
         batch_size=None if given.batch_size is None else whole_number("--batch-size", given.batch_size, 1),
-        minutes=above_zero("--minutes", given.minutes),
+        minutes=DEFAULT_MINUTES if given.minutes is None else above_zero("--minutes", given.minutes),
         steps=None if given.steps is None else whole_number("--steps", given.steps, 1),
         seed=None if given.seed is None else whole_number("--seed", given.seed, 0, LARGEST_SEED),
         workers=whole_number("--workers", given.workers, 0, 64),
@@ -154,6 +196,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
         stacked=parallel is None if given.stacked is None else given.stacked,
         compile=given.compile,
         parallel=parallel,
+        further=given.resume and (given.minutes is not None or given.steps is not None),
+        add=given.add,
+        warm_start=given.warm_start,
+        freeze=given.freeze,
+        words=None if given.words is None else whole_number("--words", given.words, 1),
     )
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.multilingual.evaluation import Example, LanguageScore, macro_mean
 from benchmarks.multilingual.languages import NAME_OF
-from benchmarks.multilingual.report import COST_HEADINGS, cost_rows
+from benchmarks.multilingual.newcomer_report import section
+from benchmarks.multilingual.report import COST_HEADINGS, PAGE, cost_rows
 from benchmarks.multilingual.training import CurvePoint
 
-PAGE = "index.html"
 FIGURES = (
     ("training_curves", "Loss and accuracy on the way"),
     ("accuracy_by_language", "Accuracy by language"),
@@ -50,7 +50,7 @@ def write_page(
     title = f"Lemmatization of {len(scores)} language{'s' * (len(scores) != 1)}"
     sections = {
         "result": _result(scores, systems, run),
-        "curve": _curve(curve),
+        "curve": _curve(curve, run["ended"]),
         "languages": _languages(scores, systems),
         "figures": "".join(
             f'<h3>{escape(caption)}</h3><p><img src="{name}.png" alt="{escape(caption)}"> '
@@ -68,11 +68,12 @@ def write_page(
         "errors": "Samples of errors",
         "run": "How it was measured",
     }
+    added = section(folder, [language for language, _ in run["added"]])
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading in headings.items())
-    body = "".join(f'<h2 id="{key}">{headings[key]}</h2>{section}' for key, section in sections.items())
+    body = "".join(f'<h2 id="{key}">{headings[key]}</h2>{part}' for key, part in sections.items())
     text = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}{added}</body></html>\n"
     )
     (folder / PAGE).write_text(text, encoding="utf-8")
 
@@ -101,7 +102,7 @@ def _result(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mappin
     )
 
 
-def _curve(curve: Sequence[CurvePoint]) -> str:
+def _curve(curve: Sequence[CurvePoint], ended: Sequence[int]) -> str:
     points = [point for point in curve if point.validation_accuracy is not None]
     names = list(dict.fromkeys(point.contender for point in points))
     found = {(point.step, point.contender): point.validation_accuracy for point in points}
@@ -109,9 +110,11 @@ def _curve(curve: Sequence[CurvePoint]) -> str:
         _row([f"{step:,}", *(f"{found[step, name]:.1%}" if (step, name) in found else "" for name in names)])
         for step in sorted({point.step for point in points})
     ]
+    went_on = "".join(f" The run went on at step {step:,}, by a new schedule." for step in ended)
     return (
         "<p>Accuracy on validation words by step. The learning rate falls to its end with the time given, so the "
-        "points before the last are below what a run of that length reaches. More minutes also read more words.</p>"
+        "points before the last are below what a run of that length reaches. More minutes also read more words."
+        f"{went_on}</p>"
         f"{_table(['step', *names], rows)}"
     )
 
@@ -166,7 +169,7 @@ def _errors(errors: Sequence[Example], systems: Sequence[str]) -> str:
 
 def _facts(run: Mapping[str, Any]) -> str:
     rows = [
-        _row([escape(name), escape(", ".join(value) if isinstance(value, list) else str(value))], texts=2)
+        _row([escape(name), escape(", ".join(map(str, value)) if isinstance(value, list) else str(value))], texts=2)
         for name, value in run.items()
     ]
     return _table(["", ""], rows, texts=2)

@@ -15,6 +15,7 @@ from rich.table import Table
 from benchmarks.multilingual.evaluation import Example, LanguageScore, macro_mean
 
 RUN_FILE = "accuracy.json"
+PAGE = "index.html"
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

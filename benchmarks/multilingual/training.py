@@ -19,7 +19,7 @@ import celmoe
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.losses import Losses
 from benchmarks.multilingual.network import Lemmatizer, rule_targets
-from benchmarks.multilingual.schedule import LEARNING_RATE, Deadline, learning_rate
+from benchmarks.multilingual.schedule import FURTHER_PEAK, LEARNING_RATE, Deadline, learning_rate
 from celmoe.names import STACKED
 
 WEIGHT_DECAY = 0.01
@@ -113,7 +113,8 @@ class Progress:
     """Where training stands, and what it has seen.
 
     ``planned_steps`` are what the options ask for, ``total_steps`` what the clock leaves of them (all, where it is not
-    ``clocked``); ``expert_load`` counts words by ``level/expert``.
+    ``clocked``); ``expert_load`` counts words by ``level/expert``. A finished run may go on by a new plan: ``ended``
+    are the steps at which earlier plans ended.
     """
 
     planned_steps: int
@@ -122,6 +123,29 @@ class Progress:
     step: int = 0
     curve: list[CurvePoint] = field(default_factory=list)
     expert_load: Counter[str] = field(default_factory=Counter)
+    ended: list[int] = field(default_factory=list)
+
+    @property
+    def begun(self) -> int:
+        """The step at which the plan began."""
+        return self.ended[-1] if self.ended else 0
+
+    @property
+    def done(self) -> float:
+        """The share of the plan that is done. A run that goes on has long done what is for its beginning alone."""
+        return 1.0 if self.ended else self.step / self.total_steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next: each plan has a schedule of its own, a later one with a lower peak."""
+        peak = LEARNING_RATE * (FURTHER_PEAK if self.ended else 1.0)
+        return learning_rate(self.step - self.begun, self.total_steps - self.begun, peak)
+
+    def go_on(self, steps: int, *, clocked: bool) -> None:
+        """Plan so many more steps for a finished run."""
+        self.ended.append(self.step)
+        self.planned_steps = self.total_steps = self.step + steps
+        self.clocked = clocked
 
     @property
     def finished(self) -> bool:
@@ -137,6 +161,7 @@ class Progress:
             "step": self.step,
             "curve": [asdict(point) for point in self.curve],
             "expert_load": dict(self.expert_load),
+            "ended": self.ended,
         }
 
     @classmethod
@@ -149,6 +174,8 @@ class Progress:
             step=state["step"],
             curve=[CurvePoint(**point) for point in state["curve"]],
             expert_load=Counter(state["expert_load"]),
+            # A run that never went on may not have noted that.
+            ended=list(state.get("ended", ())),
         )
 
 
@@ -219,20 +246,20 @@ def train(
     # nothing about the steps to come.
     begun: deque[float] = deque(maxlen=2 * REVISION_INTERVAL)
     latest: dict[str, StepResult] = {}
-    validate_every = max(1, progress.planned_steps // validations)
+    validate_every = max(1, (progress.planned_steps - progress.begun) // validations)
     for batch in batches:
         begun.append(time.monotonic())
         # One step is always taken: an untrained network has no figures.
-        if progress.step and deadline is not None and deadline.passed():
+        if progress.step > progress.begun and deadline is not None and deadline.passed():
             # Nothing is left for a resumed run either.
             progress.total_steps = progress.step
         if progress.finished:
             break
         if watchers.stop_requested():
             return False
-        rate = learning_rate(progress.step, progress.total_steps)
+        rate = progress.learning_rate
         last = progress.step + 1 == progress.total_steps
-        validate = last or (progress.step + 1) % validate_every == 0
+        validate = last or (progress.step + 1 - progress.begun) % validate_every == 0
         # A step that costs much is read whenever it is taken.
         results: dict[str, StepResult] = {}
         speeds: dict[str, float] = {}
@@ -243,7 +270,7 @@ def train(
             wait_for(batch.targets.device)
             started = time.perf_counter()
             read = validate or contender.stride > 1 or progress.step % read_every == 0
-            result = train_step(contender, batch, rate, done=progress.step / progress.total_steps, read=read)
+            result = train_step(contender, batch, rate, done=progress.done, read=read)
             wait_for(batch.targets.device)
             spent = time.perf_counter() - started
             contender.seconds += spent

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.multilingual.corpus import TRAIN, LanguageSample
 from benchmarks.multilingual.evidence import Evidence
+from benchmarks.multilingual.languages import FAMILY_OF, families_of
 from benchmarks.multilingual.rules import EditRule
 
 CHARACTERS = 1_000
@@ -40,13 +41,28 @@ class Vocabulary:
     """What the network knows before training: characters, and for each language the rules it may choose from.
 
     ``characters`` are in the order of their ids (from `FIRST_CHARACTER_ID`), most frequent first; ``rules`` likewise;
-    ``candidates`` [L][K] are positions in ``rules``, in the order of the language's `Evidence.candidates`.
+    ``candidates`` [L][K] are positions in ``rules``, in the order of the language's `Evidence.candidates`. The last
+    languages, as many as ``later``, came after the others had been trained: see `grown`.
     """
 
     languages: list[str]
     characters: str
     rules: list[EditRule]
     candidates: list[list[int]]
+    later: int = 0
+
+    @property
+    def families(self) -> list[str]:
+        """Families in the order of their ids: the first languages' sorted, then each when it came."""
+        first = len(self.languages) - self.later
+        later = (FAMILY_OF[each] for each in self.languages[first:])
+        return list(dict.fromkeys((*families_of(self.languages[:first]), *later)))
+
+    @property
+    def later_experts(self) -> dict[str, int]:
+        """How many experts of each level came later."""
+        first = families_of(self.languages[: len(self.languages) - self.later])
+        return {"family": len(self.families) - len(first), "language": self.later}
 
     @property
     def character_count(self) -> int:
@@ -73,6 +89,14 @@ class WordTable:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def take(self, rows: torch.Tensor) -> WordTable:
+        """The words of these rows [B]."""
+        return WordTable(**{name: tensor[rows] for name, tensor in vars(self).items()})
+
+    def followed_by(self, other: WordTable) -> WordTable:
+        """These words, then the other table's."""
+        return WordTable(**{name: torch.cat((tensor, getattr(other, name))) for name, tensor in vars(self).items()})
 
     def share_memory(self) -> WordTable:
         """The same table, readable by the loader's processes without a copy."""
@@ -109,6 +133,34 @@ def build_vocabulary(samples: Sequence[LanguageSample], evidence: Sequence[Evide
             for sample, told in zip(samples, evidence, strict=True)
         ],
     )
+
+
+def grown(vocabulary: Vocabulary, sample: LanguageSample, told: Evidence) -> Vocabulary:
+    """The vocabulary with one more language. Whatever has an id keeps it; new characters and rules stand behind."""
+    alone = build_vocabulary([sample], [told])
+    characters = "".join(each for each in alone.characters if each not in vocabulary.characters)
+    known = set(vocabulary.rules)
+    rules = [*vocabulary.rules, *(rule for rule in alone.rules if rule not in known)]
+    ids = {rule: position for position, rule in enumerate(rules)}
+    return Vocabulary(
+        languages=[*vocabulary.languages, sample.language],
+        characters=vocabulary.characters + characters,
+        rules=rules,
+        candidates=[*vocabulary.candidates, [ids[alone.rules[each]] for each in alone.candidates[0]]],
+        later=vocabulary.later + 1,
+    )
+
+
+def only(vocabulary: Vocabulary, language: str) -> tuple[Vocabulary, list[int]]:
+    """What is there for one language, and the position in ``vocabulary`` of each rule of its."""
+    kept = vocabulary.candidates[vocabulary.languages.index(language)]
+    alone = Vocabulary(
+        languages=[language],
+        characters=vocabulary.characters,
+        rules=[vocabulary.rules[each] for each in kept],
+        candidates=[list(range(len(kept)))],
+    )
+    return alone, kept
 
 
 def encode_forms(forms: Sequence[str], vocabulary: Vocabulary) -> npt.NDArray[np.int16]:

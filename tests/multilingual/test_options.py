@@ -39,7 +39,6 @@ REFUSALS = {
     ("--report", __file__): f"'--report' must be a folder that can be written to (got {__file__!r}: ",
     ("--report", ""): "'--report' must be a folder that can be written to (got '')",
     ("--resume", "--compare"): "'--resume' and '--compare' must not stand together (got both: ",
-    ("--resume", "--steps", "3"): "'--resume' and '--steps' must not stand together (got both: ",
     ("--parallel", "dpp"): "'--parallel' must be one of ddp, fsdp, expert (got 'dpp'; nearest: ddp",
     ("--parallel", "experts"): "'--parallel' must be one of ddp, fsdp, expert (got 'experts'; nearest: expert",
     ("--parallel", "fsdp"): (
