@@ -54,9 +54,10 @@ class Mixture(NamedTuple):
     slots: torch.Tensor
     packed: torch.Tensor
 
-    def row_weights(self, like: torch.Tensor) -> torch.Tensor:
-        """``[R + N, 1, ...]``: the weight of each row, to multiply rows like these."""
-        weights = self.packed.view(torch.float32).to(like.dtype.to_real()).sum(-1)
+    def row_weights(self, like: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """``[R + N, 1, ...]``: the weight of each row, to multiply rows like these; or of the rows at some places."""
+        packed = self.packed if places is None else self.packed.index_select(0, places)
+        weights = packed.view(torch.float32).to(like.dtype.to_real()).sum(-1)
         return weights.view(-1, *(1 for _ in range(like.dim() - 1)))
 
 

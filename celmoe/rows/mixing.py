@@ -106,7 +106,9 @@ def _gathered(blocks: Blocks, plan: LevelPlan, is_weighted: bool) -> torch.Tenso
     every = torch.cat([*blocks, first.new_empty((num_sums, *first.shape[1:]))])
     rows = every.index_select(0, mixture.places)
     if is_weighted:
-        rows = rows * mixture.row_weights(rows).index_select(0, mixture.places)
-    filled = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))]).index_select(0, mixture.slots)
-    every[plan.order.shape[0] :] = filled.view(num_sums, mixture.most, *rows.shape[1:]).sum(1)
+        rows = rows * mixture.row_weights(rows, mixture.places)
+    if rows.shape[0] < mixture.slots.shape[0]:
+        # Some samples have fewer experts than others: a row of zeros stands in.
+        rows = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))]).index_select(0, mixture.slots)
+    every[plan.order.shape[0] :] = rows.view(num_sums, mixture.most, *rows.shape[1:]).sum(1)
     return every.index_select(0, plan.inverse)
