@@ -293,6 +293,23 @@ def test_a_gradient_of_others_stays_when_experts_freeze(is_noted):
     assert torch.count_nonzero(expert_of(model, "e2").up.weight.grad)
 
 
+def test_frozen_experts_that_were_replaced_hold_nobody_back():
+    model = stacked()
+    model.freeze("language", "e[12]")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.level_modules["language"]["e1"] = MLP()
+    run(model, NAMES)
+    with pytest.raises(StackedError, match=r"may move 'e2' by"):
+        optimizer.step()
+    # A part of it still reads the stack.
+    part = expert_of(model, "e2")
+    part.up = torch.nn.Linear(part.up.in_features, part.up.out_features)
+    with pytest.raises(StackedError, match=r"may move 'e2' by"):
+        optimizer.step()
+    model.level_modules["language"]["e2"] = MLP()
+    optimizer.step()
+
+
 def test_pytorchs_optimizers_refuse_to_move_frozen_experts():
     model = stacked()
     for kind, options in ((torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.5}), (torch.optim.Adagrad, {})):

@@ -242,12 +242,12 @@ def mask_rows_of_the_neighbour(patch: Patch) -> None:
     """A class's mask slips by a row."""
     right = celmoe.level._unit_batches
 
-    def wrong(*args: Any) -> list[ExpertBatch]:
-        batches = right(*args)
+    def wrong(*args: Any) -> tuple[list[ExpertBatch], Any]:
+        batches, passed = right(*args)
         for batch in batches:
             if isinstance(batch, UnitBatch) and batch.mask is not None:
                 batch.mask = batch.mask.roll(1, 0)
-        return batches
+        return batches, passed
 
     patch.setattr(celmoe.level, "_unit_batches", wrong)
 

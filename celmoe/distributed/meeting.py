@@ -102,18 +102,20 @@ class Table:
         rows = _look(given)
         kind = int.from_bytes(hashlib.blake2b(repr(rows).encode(), digest_size=8).digest(), signed=True)
         counts = [self._counts(level, plan) for level in self._levels]
-        said = np.concatenate([[kind, plan.batch_size, *coded(given.hidden), plan.is_mixed], *counts])
+        dtype_code, has_gradient = coded(given.hidden)
+        said = np.concatenate([[kind, plan.batch_size, dtype_code, has_gradient + 2 * plan.is_mixed], *counts])
         heard = self.all_gathered(said, given.hidden.device)
         self._learn(kind, rows, heard[:, 0])
+        is_mixed, heard[:, 3] = bool((heard[:, 3] >= 2).any()), heard[:, 3] % 2
         has_some = heard[:, 1] > 0
         agreed = self._agreed(heard[:, 0], has_some, rows)
         dtype, is_differentiated = decoded(heard[:, 2:4], has_some, given.hidden.dtype)
         weights = None
-        if heard[:, 4].any():
+        if is_mixed:
             sums = np.concatenate([self._weights(level, plan) for level in self._levels])
             weights = self._by_level(self.all_gathered(sums.view(np.int64), given.hidden.device).view(np.float64))
         num_samples = int(heard[:, 1].sum())
-        return Meeting(num_samples, self._by_level(heard[:, 5:]), weights, dtype, is_differentiated, agreed)
+        return Meeting(num_samples, self._by_level(heard[:, 4:]), weights, dtype, is_differentiated, agreed)
 
     def all_gathered(self, said: npt.NDArray[np.int64], device: torch.device) -> npt.NDArray[np.int64]:
         """``[G, N]``: the N integers of each rank."""

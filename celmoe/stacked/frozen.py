@@ -60,7 +60,12 @@ def _require_kept(optimizer: torch.optim.Optimizer, _args: object, _kwargs: obje
         for parameter in group["params"]:
             if id(parameter) in frozen and parameter.grad is not None:
                 stack = next(each for each in _STACKS if any(each.whole(path) is parameter for path in each.keys))
-                names = listed(stack.names[member] for member in sorted(stack.frozen))
+                path = next(path for path in stack.keys if stack.whole(path) is parameter)
+                # The values of a member that another module has replaced are nobody's.
+                kept = stack.frozen & stack.holders(path)
+                if not kept:
+                    continue
+                names = listed(stack.names[member] for member in sorted(kept))
                 raise StackedError(
                     f"'optimizer' must keep the frozen experts of a stack as they are (got "
                     f"{type(optimizer).__module__}.{type(optimizer).__name__}, which may move {names} by weight decay "

@@ -236,6 +236,13 @@ class Stack:
             self._intact = state, frozenset(found)
         return self._intact[1]
 
+    def holders(self, path: str) -> frozenset[int]:
+        """The places of the members that have their tensor at a path from the stack; replaced ones have not."""
+        slots = [slot_of(module) for expert in self.registry.values() for module in expert.modules()]
+        return frozenset(
+            slot.member for slot in slots if slot is not None and slot.stack is self and path in slot.paths.values()
+        )
+
     def _holds(self, member: nn.Module, place: int) -> bool:
         paths = []
         for prefix, module in member.named_modules(remove_duplicate=False):
