@@ -26,7 +26,7 @@ from benchmarks.grid.report import workload_columns, write_rows
 from benchmarks.interleaved import Timings, interleave
 from benchmarks.report.wording import ms_words, workload_words
 from benchmarks.setting import make_console, prepare_folder, read_setting
-from benchmarks.steps import ROUTINGS, TrainingStep, cycled
+from benchmarks.steps import ROUTINGS, TrainingStep, turns
 from benchmarks.workloads import Workload
 
 ORDINARY, MIXED = "ordinary", "mixed"
@@ -69,15 +69,19 @@ def measure(workload: Workload, seconds: float, *, is_stacked: bool) -> Timings:
         assert isinstance(model, celmoe.HierarchicalCELMoE)
         celmoe.stack_experts(model)
     ordinary = [workload.routing(seed) for seed in range(ROUTINGS)]
-    routings = {ORDINARY: ordinary, MIXED: [mixed(each, SHARE, seed) for seed, each in enumerate(ordinary)]}
+    routings: dict[str, Sequence[Any]] = {
+        ORDINARY: ordinary,
+        MIXED: [mixed(each, SHARE, seed) for seed, each in enumerate(ordinary)],
+    }
 
-    def call(hidden: torch.Tensor, routes: Any) -> torch.Tensor:
-        fused: torch.Tensor = model(hidden, routes).fused_hidden
+    taken = [ORDINARY]
+    turn = turns(ROUTINGS)
+
+    def call(hidden: torch.Tensor) -> torch.Tensor:
+        fused: torch.Tensor = model(hidden, routings[taken[0]][turn()]).fused_hidden
         return fused
 
-    passes = {name: cycled(call, own) for name, own in routings.items()}
-    taken = [ORDINARY]
-    step = TrainingStep(lambda hidden: passes[taken[0]](hidden), model.parameters(), workload, rate=1e-3)
+    step = TrainingStep(call, model.parameters(), workload, rate=1e-3)
 
     def take(name: str) -> None:
         taken[0] = name
