@@ -87,7 +87,7 @@ class RouteIdError(CELMoEError, ValueError):
 
 
 class RouteWeightError(CELMoEError, ValueError):
-    """The weights of a sample's experts are negative, not finite, or all zero."""
+    """The weights of a sample's experts are out of range, or all too small to count."""
 
 
 class RouteTypeError(CELMoEError, TypeError):

@@ -204,9 +204,9 @@ def _shares(routes: Any, level: LevelLayout, batch_size: int) -> list[dict[str, 
     found = []
     for route in routes.tolist() if hasattr(routes, "tolist") else routes:
         several = {} if route is None else route if isinstance(route, Mapping) else {route: 1.0}
-        named = {_name(each, level): weight for each, weight in several.items() if weight > 0.0}
+        named = {_name(each, level): weight for each, weight in several.items() if weight >= 2.0**-64}
         if several and not named:
-            raise ValueError(f"{route!r} has no weight above 0 at level {level.name!r}")
+            raise ValueError(f"{route!r} has no weight that counts at level {level.name!r}")
         found.append({name: named[name] for name in sorted(named)})
     return found
 

@@ -296,7 +296,7 @@ ROUTES = {
     "mapping to names": (
         {0: "ru", 1: "de", 2: "fr"},
         (RouteTypeError, TypeError),
-        f"{LANGUAGE} must map experts to finite weights of at least 0, one of them above 0 (got 'ru' of type str)",
+        f"{LANGUAGE} must map experts to weights from 0 to 2**64, one of them at least 2**-64 (got 'ru' of type str)",
     ),
     "keys": (
         dict.fromkeys(["ru", "de", "fr"]).keys(),

@@ -153,11 +153,14 @@ def test_orphans_need_a_fallback_as_ever():
 @pytest.mark.parametrize(
     ("route", "error", "words"),
     [
-        ({"es": -0.1}, RouteWeightError, "finite weights of at least 0, one of them above 0 (got {'es': -0.1})"),
+        ({"es": -0.1}, RouteWeightError, "weights from 0 to 2**64, one of them at least 2**-64 (got {'es': -0.1})"),
         ({"es": float("nan")}, RouteWeightError, "(got {'es': nan})"),
         ({"es": float("inf")}, RouteWeightError, "(got {'es': inf})"),
         ({"es": 0.0, "pt": 0}, RouteWeightError, "(got {'es': 0.0, 'pt': 0})"),
         ({}, RouteWeightError, "(got {})"),
+        ({"es": 1e39}, RouteWeightError, "(got {'es': 1e+39})"),
+        ({"es": 10**400}, RouteWeightError, "weights from 0 to 2**64"),
+        ({"es": 1e-300, "pt": 5e-324}, RouteWeightError, "one of them at least 2**-64"),
         ({"es": "0.5"}, RouteTypeError, "(got '0.5' of type str)"),
         ({"es": True}, RouteTypeError, "(got True of type bool)"),
         ({"es": torch.tensor(0.5)}, RouteTypeError, "of type Tensor)"),
@@ -178,6 +181,21 @@ def test_refused_routes(route, error, words):
     if isinstance(route, dict):
         with pytest.raises((error, RouteIdError)):
             compiled(route, 2)
+
+
+def test_weights_that_change_no_sum_are_none():
+    """Floats of 32 bits, which a plan is made of, hold none of them."""
+    routes = [{"es": 1e-46, "ru": 0.5}, {"es": 2.0**-65, "ru": 1}, {"es": 2.0**-64, "ru": 2.0**64}]
+    assert compiled(routes).routes("language") == [{"ru": 0.5}, "ru", {"es": 2.0**-64, "ru": 2.0**64}]
+    # Shares of parents can be smaller than any weight.
+    assert compiled(routes).routes("family") == ["slavic", "slavic", "slavic"]
+    by_ids = compiled([{0: 1e-46, 3: 1}, {0: 2.0**64, 3: 2.0**-64}])
+    assert by_ids.routes("language") == ["ru", {"es": 2.0**64, "ru": 2.0**-64}]
+
+
+def test_an_unknown_name_for_the_whole_batch_is_told_as_such():
+    with pytest.raises(UnknownExpertError, match=r"\(got 'xx' for the whole batch; known"):
+        compiled({"xx": 0.5, "es": 0.5}, 3)
 
 
 def test_refused_ids_of_several_experts():

@@ -105,7 +105,7 @@ class RoutingCompiler:
             MissingRouteError: A level that is left out can't be inferred.
             RouteLengthError: The number of routes is not the number of samples, or there is no batch size.
             RouteIdError, RouteTypeError: Ids are out of range, or routes are of the wrong kind.
-            RouteWeightError: Weights are negative, not finite or all zero.
+            RouteWeightError: Weights are not from 0 to 2**64, or all of a sample's are below 2**-64, and count as 0.
             PlanError: ``routing`` is a plan for another config or batch size.
         """
         if batch_size is not None:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 CodeArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any] | np.signedinteger[Any]]
 
+# A plan holds weights in this range exactly, as floats of 32 bits. Smaller ones change no sum, and count as 0.
+LEAST_WEIGHT, MOST_WEIGHT = 2.0**-64, 2.0**64
 # Weights this close to 1 are 1: sums of weights that a user wrote in decimals come out a rounding error beside it.
 _CLOSE = 1e-9
 
@@ -69,7 +71,7 @@ def membership_of(codes: CodeArray) -> Memberships:
 def merged(
     codes: CodeArray, samples: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], size: int
 ) -> Memberships:
-    """Memberships in any order, with the weights of equal ones added up."""
+    """Memberships in any order, with the weights of equal ones added up, without those that count as 0."""
     keys = samples * (int(codes.max(initial=0)) + 1) + codes
     if not (keys[1:] > keys[:-1]).all():
         # Nearly sorted, which this sort makes use of.
@@ -78,7 +80,9 @@ def merged(
         is_first = np.concatenate([[True], keys[1:] != keys[:-1]])
         codes, samples = codes[order][is_first], samples[order][is_first]
         weights = np.bincount(is_first.cumsum() - 1, weights=weights[order]).astype(np.float64, copy=False)
-    return Memberships(codes, samples, np.where(np.abs(weights - 1.0) < _CLOSE, 1.0, weights), size)
+    weights = np.where(np.abs(weights - 1.0) < _CLOSE, 1.0, weights)
+    counts = weights >= LEAST_WEIGHT
+    return Memberships(codes[counts], samples[counts], weights[counts], size)
 
 
 def joined(parts: Sequence[CodeArray | Memberships]) -> CodeArray | Memberships:

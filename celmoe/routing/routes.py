@@ -8,7 +8,6 @@ A sample's route is a name or an id; a mapping of several to their weights; or `
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
@@ -29,7 +28,7 @@ from celmoe.errors import (
     nearest,
 )
 
-from .memberships import CodeArray, ForAll, Memberships, merged
+from .memberships import LEAST_WEIGHT, MOST_WEIGHT, CodeArray, ForAll, Memberships, merged
 
 # One code a sample: bytes if codes were looked up and fit into a byte, else an array.
 Codes: TypeAlias = bytearray | CodeArray
@@ -47,6 +46,7 @@ LevelRouting: TypeAlias = dict[str, list[str]]
 Routing: TypeAlias = Mapping[str, LevelRoutes]
 
 _BYTE = 256
+_WHOLE_BATCH = "the whole batch"
 
 
 def code_array(codes: Codes) -> CodeArray:
@@ -95,7 +95,7 @@ class RouteTable:
 
         Raises:
             RouteTypeError: The routes are of the wrong kind.
-            RouteWeightError: A mapping's weights are negative, not finite or all zero.
+            RouteWeightError: A mapping's weights are not from 0 to 2**64, or all are below 2**-64.
             UnknownExpertError: A name is no expert of this level.
             RouteIdError: An id is no position in the level's experts.
             RouteLengthError: An array has no axis, or several.
@@ -108,7 +108,7 @@ class RouteTable:
             if isinstance(routes, np.ndarray):
                 return self._encode_array(routes, unknown)
             if routes is None or isinstance(routes, Mapping):
-                one = self._encode_mixed([routes], unknown)
+                one = self._encode_mixed([routes], unknown, is_whole=True)
                 return ForAll(one) if isinstance(one, Memberships) else int(one[0])
             routes = self._as_list(routes)
         return self._encode_list(routes, unknown)
@@ -156,7 +156,7 @@ class RouteTable:
         names = [str.__str__(name) for name in routes]
         if strangers := Counter(name for name in names if name not in self.code_by_name):
             if unknown is None:
-                raise self._unknown(strangers, strangers.total(), len(names))
+                raise self._unknown(strangers, f"{strangers.total()} of {len(names)} samples")
             return self._look_up(
                 [name if name in self.code_by_name else self.sorted_experts[unknown] for name in names]
             )
@@ -188,7 +188,7 @@ class RouteTable:
                     return None
                 for name, weight in route.items():
                     code = self.code_by_name.get(name) if type(name) is str else None
-                    if code is None or type(weight) is not float or not 0.0 < weight < math.inf:
+                    if code is None or type(weight) is not float or not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
                         return None
                     own.append(code)
                     weights.append(weight)
@@ -213,8 +213,10 @@ class RouteTable:
         every[of_odd], all_weights[of_odd] = own, weights
         return merged(every, samples, all_weights, size).settled()
 
-    def _encode_mixed(self, routes: Sequence[Any], unknown: int | None) -> CodeArray | Memberships:
-        """Encode routes of which some are mappings or ``None``."""
+    def _encode_mixed(
+        self, routes: Sequence[Any], unknown: int | None, *, is_whole: bool = False
+    ) -> CodeArray | Memberships:
+        """Encode routes of which some are mappings or ``None``; or the one route of the whole batch."""
         odd = [place for place, route in enumerate(routes) if type(route) is not str]
         odd = [place for place in odd if routes[place] is None or isinstance(routes[place], Mapping)]
         shares = [{} if routes[place] is None else self._weighted(routes[place]) for place in odd]
@@ -232,28 +234,28 @@ class RouteTable:
             named = [each if isinstance(each, Mapping) else (each,) for each in routes if each is not None]
             strangers = [{str(name) for name in each if name not in self.code_by_name} for each in named]
             names = [name for name in names if isinstance(name, str) and name not in self.code_by_name]
-            raise self._unknown(names, sum(map(bool, strangers)), len(routes)) from None
+            told = _WHOLE_BATCH if is_whole else f"{sum(map(bool, strangers))} of {len(routes)} samples"
+            raise self._unknown(names, told) from None
         plain = np.zeros(len(routes), dtype=self.dtype)
         plain[~is_odd] = codes[: len(others)]
         weights = [weight for each in shares for weight in each.values()]
         return self._assembled(plain, odd, [*map(len, shares)], codes[len(others) :], weights)
 
     def _weighted(self, route: Mapping[Any, Any]) -> dict[Any, float]:
-        """The experts of a mapping, without those of weight 0."""
+        """The experts of a mapping, without those whose weights count as 0."""
+        if wrong := [each for each in route.values() if isinstance(each, bool) or not isinstance(each, Real)]:
+            raise RouteTypeError(self._of_weights(f"{wrong[0]!r} of type {type(wrong[0]).__name__}"))
         for weight in route.values():
-            if type(weight) is float and 0.0 < weight < math.inf:
-                continue
-            if isinstance(weight, bool) or not isinstance(weight, float | Real):
-                raise RouteTypeError(self._of_weights(f"{weight!r} of type {type(weight).__name__}"))
-            if not 0.0 <= float(weight) < math.inf:
+            # Not as a float, which a large integer can't become.
+            if not 0 <= weight <= MOST_WEIGHT:
                 raise RouteWeightError(self._of_weights(dict(route)))
-        found = {name: float(weight) for name, weight in route.items() if weight}
+        found = {name: float(weight) for name, weight in route.items() if weight >= LEAST_WEIGHT}
         if not found:
             raise RouteWeightError(self._of_weights(dict(route)))
         return found
 
     def _of_weights(self, got: object) -> str:
-        return f"{self._where} must map experts to finite weights of at least 0, one of them above 0 (got {got})"
+        return f"{self._where} must map experts to weights from 0 to 2**64, one of them at least 2**-64 (got {got})"
 
     def _encode_array(self, routes: npt.NDArray[Any], unknown: int | None) -> Codes | Memberships:
         if np.ma.is_masked(routes):
@@ -287,11 +289,11 @@ class RouteTable:
             )
         return list(routes)
 
-    def _unknown(self, unknown: Iterable[str], num_wrong: int, num_samples: int) -> UnknownExpertError:
+    def _unknown(self, unknown: Iterable[str], told: str) -> UnknownExpertError:
         names = sorted(set(unknown))
         return UnknownExpertError(
-            f"{self._where} must name experts of level {self.level!r} (got {listed(names)} for {num_wrong} of "
-            f"{num_samples} samples; {nearest(names, self.experts)})"
+            f"{self._where} must name experts of level {self.level!r} (got {listed(names)} for {told}; "
+            f"{nearest(names, self.experts)})"
         )
 
     @property

@@ -25,6 +25,8 @@ class _Stack(Protocol):
 
     def whole(self, path: str) -> torch.Tensor: ...
 
+    def holders(self, path: str) -> frozenset[int]: ...
+
 
 _STACKS: weakref.WeakSet[Any] = weakref.WeakSet()
 _HOOKS: list[Any] = []
@@ -59,7 +61,9 @@ def _require_kept(optimizer: torch.optim.Optimizer, _args: object, _kwargs: obje
             continue
         for parameter in group["params"]:
             if id(parameter) in frozen and parameter.grad is not None:
-                stack = next(each for each in _STACKS if any(each.whole(path) is parameter for path in each.keys))
+                stack: _Stack = next(
+                    each for each in _STACKS if any(each.whole(path) is parameter for path in each.keys)
+                )
                 path = next(path for path in stack.keys if stack.whole(path) is parameter)
                 # The values of a member that another module has replaced are nobody's.
                 kept = stack.frozen & stack.holders(path)

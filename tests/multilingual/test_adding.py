@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from benchmarks.multilingual import adding, lemmatize, network, newcomers
 from benchmarks.multilingual.batches import Collator, all_batches
 from benchmarks.multilingual.checkpoint import identity_of, read_checkpoint, vocabulary_of
 from benchmarks.multilingual.cli import main
-from benchmarks.multilingual.console import Bar, Reporter
+from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TEST
 from benchmarks.multilingual.data import compiler_for, prepare_data
 from benchmarks.multilingual.evaluation import lemmas_of, predict
 from benchmarks.multilingual.network import Lemmatizer, LemmatizingExpert, NetworkSettings
 from benchmarks.multilingual.serving import network_of
+from tests.interrupting import interrupt_at
 
 BASE = ["--languages", "id,tl", "--batch-size", "256", "--seed", "5"]
 ADD = ["--add", "ms", "--warm-start", "id", "--words", "400", "--batch-size", "64", "--steps", "6"]
@@ -234,23 +234,11 @@ def test_adding_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
-def interrupting(monkeypatch: pytest.MonkeyPatch, at: int, times: int = 1) -> None:
-    move_to = Bar.move_to
-
-    def interrupt(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == at:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Bar, "move_to", interrupt)
-
-
 def test_an_unfinished_run_takes_no_language(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupting(patch, 2)
+        interrupt_at(patch, 2)
         assert main([*BASE, "--steps", "4", "--report", str(tmp_path)]) == 130
     capsys.readouterr()
     assert main([*ADD, "--report", str(tmp_path)]) == 2
@@ -264,7 +252,7 @@ def test_a_stopped_call_changes_nothing(
     times: int, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished)
-    interrupting(monkeypatch, 3, times)
+    interrupt_at(monkeypatch, 3, times)
     assert main([*ADD, "--report", str(finished)]) == 130
     said = capsys.readouterr()
     assert (said.out.endswith("stopped; the checkpoint is as it was\n"), bool(said.err)) == (times == 1, times == 2)

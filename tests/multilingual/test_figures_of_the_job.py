@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from benchmarks.multilingual import ablation, job, training
 from benchmarks.multilingual.ablation import VARIANTS, validation_accuracy
 from benchmarks.multilingual.batches import Batch, Collator
 from benchmarks.multilingual.cli import main
-from benchmarks.multilingual.console import Bar, Reporter
+from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION
 from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import LanguageScore, rule_accuracy
@@ -26,6 +25,7 @@ from benchmarks.multilingual.options import parse_options
 from benchmarks.multilingual.rules import decode
 from benchmarks.multilingual.suffix_table import table_rules
 from benchmarks.multilingual.words import NO_RULE, encode_forms
+from tests.interrupting import interrupt_at
 
 LANGUAGES = ["id", "ms"]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0", "--seed", "5"]
@@ -239,15 +239,8 @@ def test_the_seconds_are_of_all_steps_and_of_the_network_s_own(
     if stopped_after is None:
         assert main(begin) == 0
     else:
-        move_to = Bar.move_to
-
-        def interrupt(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-            move_to(bar, done, total, figures)
-            if done == stopped_after:
-                signal.raise_signal(signal.SIGINT)
-
         with monkeypatch.context() as patch:
-            patch.setattr(Bar, "move_to", interrupt)
+            interrupt_at(patch, stopped_after)
             assert main(begin) == 130
         assert main(["--resume", "--workers", "0", "--report", str(tmp_path)]) == 0
     told = json.loads((tmp_path / "accuracy.json").read_text())["run"]

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from benchmarks.multilingual import further, job, training
 from benchmarks.multilingual.batches import TrainingSteps
 from benchmarks.multilingual.checkpoint import RunIdentity
 from benchmarks.multilingual.cli import main
-from benchmarks.multilingual.console import Bar
 from benchmarks.multilingual.options import Options, parse_options
 from benchmarks.multilingual.schedule import FURTHER_PEAK, LEARNING_RATE, MOST_EPOCHS, WARM_UP_STEPS, learning_rate
 from benchmarks.multilingual.training import Progress
+from tests.interrupting import interrupt_at
 
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--seed", "5"]
 
@@ -140,15 +139,8 @@ def test_a_plan_in_its_midst_is_resumed_as_it_is(
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(folder, whole, dirs_exist_ok=True)
     assert main(["--resume", "--steps", "6", "--report", str(whole)]) == 0
-    move_to = Bar.move_to
-
-    def interrupt_at_seven(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == 7:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "move_to", interrupt_at_seven)
+        interrupt_at(patch, 7)
         assert main(["--resume", "--steps", "6", "--report", str(folder)]) == 130
     assert saved(folder)["progress"]["step"] == 7
     # The minutes bound what is left of the plan; they make no new one.
@@ -249,15 +241,8 @@ def test_a_run_without_its_report_is_reported_first(folder: Path, capsys: pytest
 def test_an_unfinished_run_knows_its_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    move_to = Bar.move_to
-
-    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "move_to", interrupt_at_three)
+        interrupt_at(patch, 3)
         assert main([*SMALL, "--steps", "6", "--report", str(tmp_path)]) == 130
     before = contents(tmp_path)
     capsys.readouterr()

@@ -30,7 +30,6 @@ from benchmarks.multilingual import job, lemmatize
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.checkpoint import FORMAT
 from benchmarks.multilingual.cli import main
-from benchmarks.multilingual.console import Bar
 from benchmarks.multilingual.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
 from benchmarks.multilingual.hierarchy_clock import HierarchyClock
 from benchmarks.multilingual.losses import Losses, LossWeights
@@ -41,6 +40,7 @@ from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import is_stacked, make_contender, train_step
 from benchmarks.multilingual.words import WINDOW, Vocabulary
 from benchmarks.setting import processor_name
+from tests.interrupting import interrupt_at
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--languages", "id,ms", "--batch-size", "256"]
@@ -194,15 +194,8 @@ def test_the_same_seed_gives_the_same_parameters_with_loader_processes_too(unint
 def test_a_resumed_run_equals_an_uninterrupted_one(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    move_to = Bar.move_to
-
-    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "move_to", interrupt_at_three)
+        interrupt_at(patch, 3)
         assert main([*SMALL, *HERE, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
     said = capsys.readouterr().out
     assert "training 6 steps of 256 words, 1,536 words in all" in said
@@ -226,15 +219,8 @@ def test_grouped_and_looped_runs_train_to_like_parameters_and_a_grouped_one_can_
     assert "levels by engine grouped: universal looped, family looped, language grouped" in capsys.readouterr().out
     engines = {"universal": "looped", "family": "looped", "language": "grouped"}
     assert json.loads((whole / "accuracy.json").read_text())["run"]["engines"] == engines
-    move_to = Bar.move_to
-
-    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "move_to", interrupt_at_three)
+        interrupt_at(patch, 3)
         assert main([*SMALL, *grouped, "--steps", "6", "--seed", "5", "--report", str(parts)]) == 130
     assert "--engine grouped" in capsys.readouterr().out
     assert main(["--resume", *grouped, "--report", str(parts)]) == 0
@@ -265,15 +251,8 @@ def test_a_compiled_run_tells_what_compiling_took(
 def test_a_run_goes_on_stacked_or_not(
     first: list[str], then: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    move_to = Bar.move_to
-
-    def interrupt_at_three(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Bar, "move_to", interrupt_at_three)
+        interrupt_at(patch, 3)
         assert main([*SMALL, *HERE, *first, "--steps", "6", "--seed", "5", "--report", str(tmp_path)]) == 130
     assert main(["--resume", *HERE, *then, "--report", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "accuracy.json").read_text())["run"]["stacked"] == (then == ["--stacked"])
@@ -327,15 +306,7 @@ def test_a_second_interrupt_tells_the_truth_about_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    move_to = Bar.move_to
-
-    def interrupt_twice(bar: Bar, done: int, total: int | None = None, figures: str | None = None) -> None:
-        move_to(bar, done, total, figures)
-        if done == stop_at:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Bar, "move_to", interrupt_twice)
+    interrupt_at(monkeypatch, stop_at, times=2)
     # A validation, and with it a checkpoint, every second step.
     assert main([*SMALL, *HERE, "--steps", "20", "--report", str(tmp_path)]) == 130
     said = capsys.readouterr().err
