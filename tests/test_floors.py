@@ -31,7 +31,7 @@ FLOORS = [
     {"stacked.fitness", "stacked.assembly"},
     {"routing.plan"},
     {"routing.compiler", "rows.mixing", "outputs", "explain", "load_tracker"},
-    {"rows.dispatch"},
+    {"rows.dispatch", "collator"},
     {"loss", "grouped.values"},
     {
         "grouped.segments",
@@ -69,7 +69,12 @@ FLOORS = [
     {"lifecycle.changes", "lifecycle.subsets"},
     {"hierarchy"},
     {"stacked.stacking", "groups", "norms", "lifecycle.loading"},
-    {"reference"},
+    {"reference", "attached.where", "attached.runs"},
+    {"attached.place"},
+    {"attached.hosts"},
+    {"attached.root"},
+    {"attached.attaching", "attached.routed", "attached.adapters"},
+    {"attached.files", "attached.merging"},
     {"devices"},
     {"", "__main__"},
     {"distributed.versions"},
@@ -86,7 +91,7 @@ FLOORS = [
     {"distributed"},
 ]
 # Packages whose file is a map, and nothing else.
-MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced", "lifecycle"}
+MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced", "lifecycle", "attached"}
 FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in floor}
 
 
