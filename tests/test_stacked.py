@@ -721,3 +721,16 @@ def test_host_work_does_not_grow_with_the_number_of_experts(present):
         return counted
 
     assert calls_with(present) <= 1.05 * calls_with(4)
+
+
+def test_one_experts_file_holds_one_expert():
+    """Members of a stack share its memory, and a storage is saved whole."""
+    model = build()
+    celmoe.stack_experts(model)
+    state = model.state_dict()
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in state.values())
+    key = "level_modules.language.e3.up.weight"
+    with torch.no_grad():
+        state[key].fill_(7.0)
+    assert expert_of(model, "e3").up.weight.eq(7.0).all()
+    assert not expert_of(model, "e2").up.weight.eq(7.0).any()

@@ -53,13 +53,13 @@ HostLevel: TypeAlias = tuple[
 # An order that equals no other.
 _NO_ORDER = np.full(1, -1, dtype=np.int64)
 
-# Two numbers that nobody reads, in front of all index tensors: a compiler has one graph for tensors that begin a buffer,
-# and another for those that don't. The identity comes next.
+# Two numbers that nobody reads, in front of all index tensors: a compiler has one graph for tensors that begin a
+# buffer, and another for those that don't. The identity comes next.
 _FRONT = (-1, -1)
 _IDENTITY = 1, 1
 
-# The parts of a plan: the host's part of each level; the buffer of all index tensors, int64, on the CPU; and the length of
-# each index tensor.
+# The parts of a plan: the host's part of each level; the buffer of all index tensors, int64, on the CPU; and the length
+# of each index tensor.
 Indices: TypeAlias = tuple[Sequence[HostLevel], torch.Tensor, Sequence[int]]
 
 

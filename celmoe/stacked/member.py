@@ -183,6 +183,10 @@ class StackedModule(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self.__dict__["_parameters"] = kept
+        slot = slot_of(self)
+        for name in () if keep_vars or slot is None else slot.paths:
+            if (key := f"{prefix}{name}") in destination:
+                destination[key] = _with_own_storage(destination[key])
 
     def _load_from_state_dict(self, *args: Any) -> None:
         load = kind_of(self)._load_from_state_dict
@@ -243,6 +247,16 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
     """A module of a class, without attributes, and not by the class's own ``__new__``."""
     made: nn.Module = object.__new__(kind)
     return made
+
+
+def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage that holds nothing else.
+
+    A file of one expert's tensors would else have the memory of all, and safetensors refuses a part of a storage.
+    """
+    if type(tensor) is not torch.Tensor or tensor.device.type not in ("cpu", "cuda"):
+        return tensor
+    return torch.from_dlpack(tensor)  # type: ignore[attr-defined]  # public, though not in its list
 
 
 def tensors_of(module: nn.Module, prefix: str = "") -> dict[str, Any]:
