@@ -112,7 +112,7 @@ class Root:
             call[2].extend(map(_begin_call, self._runs()))
         return result
 
-    def _afterwards(self, _model: nn.Module, _args: Any, _kwargs: Any, _output: Any) -> None:
+    def _afterwards(self, *_: Any) -> None:
         for root, run, spans in _calls():
             if root is self:
                 if run is not None:

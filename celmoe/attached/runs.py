@@ -5,7 +5,7 @@ pass, when another plan may be at hand, or none. Autograd numbers the nodes that
 a run notes the numbers that its forward pass began and ended with; and a call in the backward pass belongs to the run
 within whose numbers the node lies that is differentiated just then. Both kinds of checkpoints have such a node: the
 checkpoint's own, or one of the recomputed part's. If runs of several threads have that number, and different plans, the
-call is refused.
+call is refused. A checkpoint within a checkpoint may have a node that a backward pass made: its run is that pass's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from celmoe.errors import MissingRouteError, PlanError
 from celmoe.experts import ExpertContext
 from celmoe.routing.plan import RoutingPlan
-from celmoe.torch_internals import node_number, number_in_backward, tree_map
+from celmoe.torch_internals import after_backward, current_backward, node_number, number_in_backward, tree_map
 
 # Forward passes whose recomputation may still come, for each thread.
 _NUM_SPANS = 64
@@ -127,6 +127,16 @@ _all_spans: weakref.WeakSet[_Spans] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
+class _Begun:
+    """Counts the forward passes that have begun in this process."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+
+_begun = _Begun()
+
+
 def begin(run: Run) -> None:
     """Let a run be the one at hand in this thread, until its `end`."""
     here.runs = (*getattr(here, "runs", ()), run)
@@ -146,6 +156,8 @@ def begin_span(run: Run) -> Span:
         spans = here.spans = _Spans()
         with _lock:
             _all_spans.add(spans)
+    with _lock:
+        _begun.passes += number_in_backward() is None
     span = Span(run, node_number())
     spans.recent.append(span)
     return span
@@ -182,6 +194,13 @@ def run_of(group: Group, place: str) -> tuple[Run | None, bool]:
     number = None if torch.compiler.is_compiling() else number_in_backward()
     if number is None or (run is not None and run.begun_in == number):
         return run, False
+    recomputed = _of_outer(group, number) or _of_span(group, place, number)
+    _note(recomputed, number)
+    return recomputed, True
+
+
+def _of_span(group: Group, place: str, number: int) -> Run:
+    """The run within whose span a node was made."""
     with _lock:
         threads = [list(spans.recent) for spans in _all_spans]
     found = []
@@ -190,13 +209,55 @@ def run_of(group: Group, place: str) -> tuple[Run | None, bool]:
         if own:
             found.append(max(own, key=lambda span: span.first).run)
     if len({id(each.plan) for each in found}) != 1:
-        several = "several threads have run" if found else "none has run, or too long ago, or within another checkpoint"
+        several = "several threads" if found else "none, or too long ago"
         raise MissingRouteError(
-            f"'plan' must be known for the recomputed forward pass at {place!r} (got one of {several}; run the "
+            f"'plan' must be known for the recomputed forward pass at {place!r} (got runs of {several}; run the "
             f"backward pass inside of 'with celmoe.routed(model, plan):', in the only thread that trains)"
         )
-    if not torch.is_grad_enabled():
-        # A checkpoint within a checkpoint: its node is the last one, made in this backward pass.
-        nested = begin_span(found[0])
-        nested.first, nested.last = nested.first - 1, nested.first
-    return found[0], True
+    return found[0]
+
+
+class _Recomputation(NamedTuple):
+    """A part that a backward pass recomputes.
+
+    Attributes:
+        backward: The number of the backward pass.
+        node: The number of the node that is differentiated.
+        first: The number of the first node known to be made for it.
+        run: The run that is recomputed.
+        passes: The forward passes that had begun. A backward pass that raised an error is over when the next begins.
+    """
+
+    backward: int
+    node: int
+    first: int
+    run: Run
+    passes: int
+
+
+def _of_outer(group: Group, number: int) -> Run | None:
+    """The run of the recomputation that made a node: a checkpoint within a checkpoint."""
+    this = current_backward()
+    for each in reversed(_recomputations()):
+        # A node of the forward pass has a lower number than all that the backward pass makes.
+        is_around = each.backward != this and each.passes == _begun.passes
+        if is_around and number >= each.first - 1 and group in each.run.groups:
+            return each.run
+    return None
+
+
+def _note(run: Run, number: int) -> None:
+    """Note that the backward pass of this thread makes nodes for the run, until it ends."""
+    known, this = _recomputations(), current_backward()
+    if not any((each.backward, each.node) == (this, number) for each in known):
+        made = _Recomputation(this, number, node_number(), run, _begun.passes)
+        known[:] = [*(each for each in known if each.passes == made.passes), made]
+        after_backward(lambda: known.remove(made) if made in known else None)
+
+
+def _recomputations() -> list[_Recomputation]:
+    """This thread's, in the order in which they began."""
+    found: list[_Recomputation] | None = getattr(here, "recomputations", None)
+    if found is None:
+        found = here.recomputations = []
+    return found
