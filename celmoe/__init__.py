@@ -1,6 +1,6 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
-from . import optim, reference
+from . import optim, reference, zoo
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .errors import (
     CELMoEError,
@@ -147,4 +147,5 @@ __all__ = [
     "stack_experts",
     "unstack_experts",
     "validate_routing_length",
+    "zoo",
 ]
