@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -360,6 +361,23 @@ def test_formulas():
         }
     )
     torch.testing.assert_close(found, layer(rows))
+
+
+def test_sizes_in_the_notes():
+    text = (Path(__file__).parents[1] / "notes" / "zoo.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d,]+)", text, re.MULTILINE)
+    assert {name for name, _ in rows} == {*zoo.__all__} - {"BasedExpert"}
+    for name, size in rows:
+        expert = getattr(zoo, name)(768, **({"rank": 8} if name == "LoRA" else {}))
+        assert sum(parameter.numel() for parameter in expert.parameters()) == int(size.replace(",", "")), name
+
+
+def test_every_expert_names_its_paper():
+    for name in {*zoo.__all__} - {"BasedExpert"}:
+        # Authors, year, title and number.
+        assert re.search(
+            r"[A-Z]\w+[\w., ]* 20\d\d.*\"[A-Z].*\(arXiv:\d{4}\.\d{5}", getattr(zoo, name).__doc__, re.DOTALL
+        ), name
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from celmoe import (
     ExpertBatch,
     ExpertConfig,
     ExpertResult,
+    GraphError,
     HierarchicalCELMoE,
     HierarchyLevelConfig,
     InputError,
@@ -431,6 +433,36 @@ def test_compiles_as_one_operator_on_a_base():
         torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
 
 
+def test_compiles_as_the_graph_s_own_operations_behind_a_layer():
+    model = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2, alpha=ord(name[0])), "auto").double()
+    celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for routes in (ROUTES, ["b"] * len(ROUTES)):
+        batch = Given(routes, dtype=torch.float64)
+        batch.routing = model.compile_routing(batch.routing)
+        wanted = batch(partial(reference_forward, model)).fused_hidden
+        torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_exported_behind_a_layer_and_refused_on_a_base():
+    batch = Given(dtype=torch.float64)
+    hidden, context = batch.leaves["hidden"].detach(), {"input": batch.leaves["input"].detach()}
+    behind = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2), "auto").double()
+    exported = torch.export.export(behind, (hidden, behind.compile_routing(batch.routing), context)).module()
+    other = Given([*ROUTES[1:], "b"], seed=5, dtype=torch.float64)
+    torch.testing.assert_close(
+        exported(hidden, behind.compile_routing(other.routing), context).fused_hidden,
+        reference_forward(behind, hidden, other.routing, context).fused_hidden,
+    )
+    model = on_base(base_of(), "auto").double()
+    with pytest.raises(GraphError) as error:
+        torch.export.export(model, (hidden, model.compile_routing(batch.routing)))
+    assert str(error.value).startswith(
+        "'model' must have experts of one class at level 'language' to be exported (got 'a', 'b', 'c', 'd', 'e', "
+        "'absent', which read tensors of a base)"
+    )
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_folded_into_a_layer(bias: bool):
     """A layer whose weight is changed gives what the expert gives, behind a layer or on it."""
@@ -471,9 +503,11 @@ def test_begins_as_the_base():
     torch.testing.assert_close(batch(model).fused_hidden, base(batch.leaves["hidden"]), rtol=0, atol=0)
 
 
-def test_nothing_keeps_a_base_alive():
-    model = on_base(base_of())
+def test_nothing_of_the_engine_keeps_a_base_or_its_experts_alive_in_grouped():
+    base = base_of()
+    model = on_base(base)
     Given()(model)
-    del model
+    gone = [weakref.ref(each) for each in (base, base.weight, expert_of(model))]
+    del model, base
     gc.collect()
-    assert not [each for each in gc.get_objects() if type(each) is zoo.LoRA]
+    assert [each() for each in gone] == [None] * 3
