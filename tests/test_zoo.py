@@ -173,7 +173,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_begins_as_the_identity(name: str, dtype: torch.dtype):
+def test_begins_as_the_identity_alone_and_grouped(name: str, dtype: torch.dtype):
     """Bit for bit, padding and all, alone and grouped."""
     kind = KINDS[name]
     model, batch = build(kind.make, dtype=dtype), make_batch(kind, 0, dtype)()
@@ -197,7 +197,7 @@ def test_a_first_step_leaves_the_identity(name: str):
 
 
 @pytest.mark.parametrize("name", REPLACING)
-def test_without_residual_it_is_another_function(name: str):
+def test_without_residual_it_is_another_function_grouped(name: str):
     kind = REPLACING[name]
     model, batch = build(kind.make), make_batch(kind, 0)()
     assert not torch.allclose(batch(model).levels[LEVEL].hidden, batch.leaves["hidden"], atol=0.1)
@@ -235,7 +235,7 @@ def test_stacks_as_one_class_and_trains_like_ordinary_experts_in_grouped(name: s
 
 
 @pytest.mark.parametrize("name", ["MLP", "Prefix", "Convolution with a mask", "Block with a mask"])
-def test_compiles_without_a_break(name: str):
+def test_grouped_compiles_without_a_break(name: str):
     """As the graph's own operations, for all routings; shown for two layers, a softmax, shifts and attention."""
     kind = KINDS[name]
     model = trained(build(kind.make, "auto", dtype=torch.float64))
@@ -269,7 +269,7 @@ def test_copies_pickles_and_checkpoints(name: str):
 
 
 @pytest.mark.parametrize("name", ["Convolution with a mask", "Block with a mask"])
-def test_padding_reaches_no_real_position_and_passes_unchanged(name: str):
+def test_padding_reaches_no_real_position_and_passes_unchanged_in_grouped(name: str):
     kind = KINDS[name]
     model = trained(build(kind.make))
     batch = make_batch(kind, 0)()
@@ -286,7 +286,7 @@ def test_padding_reaches_no_real_position_and_passes_unchanged(name: str):
 
 
 @pytest.mark.parametrize("name", ["Convolution with a mask", "Block with a mask"])
-def test_a_mask_may_hold_numbers(name: str):
+def test_a_mask_may_hold_numbers_in_grouped(name: str):
     kind = KINDS[name]
     model, batch = trained(build(kind.make)), make_batch(kind, 0)()
     wanted = batch(model).levels[LEVEL].hidden

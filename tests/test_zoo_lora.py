@@ -125,7 +125,7 @@ def test_a_shared_base_runs_grouped_and_like_the_oracle(kind: str, dtype: torch.
             assert_same(mine, theirs)
 
 
-def test_a_shared_base_runs_once_in_the_program():
+def test_a_shared_base_runs_once_in_the_grouped_program():
     """One product for the base, and two for the change; the base's parameters are everybody's."""
     model = on_base(base_of())
     Given()(model)
@@ -150,7 +150,7 @@ class Counting(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_shared_base_runs_once_on_all_rows():
+def test_a_shared_base_runs_once_on_all_rows_in_grouped():
     base = base_of()
     grouped, looped = on_base(base), on_base(base, "looped")
     batch = Given()
@@ -165,7 +165,7 @@ def test_a_shared_base_runs_once_on_all_rows():
 
 def test_the_base_is_frozen_and_none_of_the_experts_own():
     base = base_of()
-    model = on_base(base)
+    model = on_base(base, "looped")
     assert not any(parameter.requires_grad for parameter in base.parameters())
     ours = {
         f"level_modules.{LEVEL}.{name}.{path}" for name in NAMES for path in ("down.weight", "up.weight", "scaling")
@@ -178,7 +178,7 @@ def test_the_base_is_frozen_and_none_of_the_experts_own():
 
 def test_the_base_moves_with_the_experts():
     base = base_of()
-    model = on_base(base)
+    model = on_base(base, "looped")
     model.double()
     assert base.weight.dtype == torch.float64
     assert Given(dtype=torch.float64)(model).fused_hidden.dtype == torch.float64
@@ -190,7 +190,7 @@ def test_the_base_moves_with_the_experts():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_share_one_copy_of_the_base(copied: Callable[[Any], Any]):
-    model = on_base(base_of())
+    model = on_base(base_of(), "looped")
     other = copied(model)
     assert len({id(expert_of(each, name).base) for each in (model, other) for name in NAMES}) == 2
     assert torch.equal(Given()(other).fused_hidden, Given()(model).fused_hidden)
@@ -198,7 +198,7 @@ def test_copies_share_one_copy_of_the_base(copied: Callable[[Any], Any]):
     assert expert_of(part, "a").base is expert_of(part, "b").base is not expert_of(model).base
 
 
-def test_an_expert_comes_on_the_same_base():
+def test_an_expert_comes_on_the_same_base_in_grouped():
     base = base_of()
     model = on_base(base)
     model.add_expert(LEVEL, "new", ExpertConfig("new"), warm_start="a")
@@ -321,7 +321,7 @@ def by_rank(base: nn.Module | None) -> Callable[[str], nn.Module]:
 
 
 @pytest.mark.parametrize("has_base", [True, False], ids=["base", "no base"])
-def test_a_group_for_each_rank_whatever_the_alphas(has_base: bool):
+def test_grouped_by_rank_whatever_the_alphas(has_base: bool):
     base = base_of() if has_base else None
     subject = built(by_rank(base))
     twin = copy.deepcopy(subject)
@@ -339,7 +339,7 @@ def test_a_group_for_each_rank_whatever_the_alphas(has_base: bool):
 
 
 def test_alphas_stay_through_training_stacking_and_checkpoints():
-    model = built(by_rank(None))
+    model = built(by_rank(None), "looped")
     wanted = {name: alpha / rank for name, (rank, alpha) in RANKS.items()}
 
     def found(of: HierarchicalCELMoE) -> dict[str, float]:
@@ -422,7 +422,7 @@ def test_a_stack_s_settled_members_see_a_changed_base_in_grouped():
     compare()
 
 
-def test_compiles_as_one_operator_on_a_base():
+def test_grouped_compiles_as_one_operator_on_a_base():
     model = on_base(base_of(), "auto").double()
     celmoe.stack_experts(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -433,7 +433,7 @@ def test_compiles_as_one_operator_on_a_base():
         torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_compiles_as_the_graph_s_own_operations_behind_a_layer():
+def test_grouped_compiles_as_the_graph_s_own_operations_behind_a_layer():
     model = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2, alpha=ord(name[0])), "auto").double()
     celmoe.stack_experts(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -444,7 +444,7 @@ def test_compiles_as_the_graph_s_own_operations_behind_a_layer():
         torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_exported_behind_a_layer_and_refused_on_a_base():
+def test_grouped_is_exported_behind_a_layer_and_refused_on_a_base():
     batch = Given(dtype=torch.float64)
     hidden, context = batch.leaves["hidden"].detach(), {"input": batch.leaves["input"].detach()}
     behind = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2), "auto").double()
@@ -498,7 +498,7 @@ def test_without_a_layer_s_input(context: Any, engine: str):
 
 def test_begins_as_the_base():
     base = base_of()
-    model = built(lambda name: zoo.LoRA(WIDTH, rank=2, base=base), trained=False)
+    model = built(lambda name: zoo.LoRA(WIDTH, rank=2, base=base), "looped", trained=False)
     batch = Given()
     torch.testing.assert_close(batch(model).fused_hidden, base(batch.leaves["hidden"]), rtol=0, atol=0)
 
