@@ -6,9 +6,11 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 import celmoe
 from celmoe import (
     CELMoEConfig,
+    ChangedError,
     EngineRefusedError,
     ExpertBatch,
     ExpertConfig,
@@ -30,6 +33,7 @@ from celmoe import (
 )
 from celmoe.based import BasedExpert
 from celmoe.reference import reference_forward
+from celmoe.traced import forward
 from tests.traps import assert_same, auto_groups_all, observe
 
 WIDTH = 8
@@ -422,26 +426,62 @@ def test_a_stack_s_settled_members_see_a_changed_base_in_grouped():
     compare()
 
 
-def test_grouped_compiles_as_one_operator_on_a_base():
+def compare_compiled(model: HierarchicalCELMoE, compiled: Any, routes: list[str] = ROUTES) -> None:
+    batch = Given(routes, dtype=torch.float64)
+    batch.routing = model.compile_routing(batch.routing)
+    wanted = batch(partial(reference_forward, model)).fused_hidden
+    torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
+
+
+@contextmanager
+def operators() -> Iterator[mock.Mock]:
+    """Sees the levels that are one operator of a graph."""
+    with mock.patch("celmoe.traced.forward.run_opaque", wraps=forward.run_opaque) as seen:
+        yield seen
+
+
+@pytest.mark.parametrize("kind", ["linear", "block", "behind a layer"])
+def test_grouped_compiles_as_the_graph_s_own_operations(kind: str):
+    if kind in BASES:
+        model = on_base(base_of(kind), "auto").double()
+    else:
+        model = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2, alpha=ord(name[0])), "auto").double()
+    celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with operators() as seen:
+        for routes in (ROUTES, ["b"] * len(ROUTES)):
+            compare_compiled(model, compiled, routes)
+    assert not seen.called
+
+
+def test_grouped_compiles_as_one_operator_on_several_bases():
     model = on_base(base_of(), "auto").double()
     celmoe.stack_experts(model)
+    expert_of(model, "c").base = base_of(seed=9).double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for routes in (ROUTES, ["b"] * len(ROUTES)):
-        batch = Given(routes, dtype=torch.float64)
-        batch.routing = model.compile_routing(batch.routing)
-        wanted = batch(partial(reference_forward, model)).fused_hidden
-        torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
+    with operators() as seen:
+        compare_compiled(model, compiled)
+    assert seen.called
 
 
-def test_grouped_compiles_as_the_graph_s_own_operations_behind_a_layer():
-    model = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2, alpha=ord(name[0])), "auto").double()
+def test_a_compiled_graph_sees_a_changed_base_in_grouped():
+    """Values are seen at once; another tensor or module once the graph has looked, as with what experts share."""
+    base = base_of().double()
+    model = on_base(base, "auto").double()
     celmoe.stack_experts(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for routes in (ROUTES, ["b"] * len(ROUTES)):
-        batch = Given(routes, dtype=torch.float64)
-        batch.routing = model.compile_routing(batch.routing)
-        wanted = batch(partial(reference_forward, model)).fused_hidden
-        torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
+    compare_compiled(model, compiled)
+    with torch.no_grad():
+        base.weight.mul_(2)
+    compare_compiled(model, compiled)
+    base.weight = nn.Parameter(torch.randn_like(base.weight), requires_grad=False)
+    with pytest.raises(ChangedError):
+        compare_compiled(model, compiled)
+    compare_compiled(model, compiled)
+    other = base_of(seed=5).double()
+    for name in NAMES:
+        expert_of(model, name).base = other
+    compare_compiled(model, compiled)
 
 
 def test_grouped_is_exported_behind_a_layer_and_refused_on_a_base():
