@@ -50,6 +50,12 @@ def bases_of(expert: nn.Module) -> list[nn.Module]:
     return [base for base in found if base is not None]
 
 
-def base_tensors(expert: nn.Module) -> list[torch.Tensor]:
-    """The parameters and buffers of an expert's bases."""
-    return [tensor for base in bases_of(expert) for tensor in (*base.parameters(), *base.buffers())]
+def base_tensors(expert: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of the bases of an expert and of its parts, by path from the expert."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in expert.named_modules():
+        if isinstance(module, BasedExpert) and module.base is not None:
+            where = f"{path}.{_BASE}" if path else _BASE
+            found.update(module.base.named_parameters(where, remove_duplicate=False))
+            found.update(module.base.named_buffers(where, remove_duplicate=False))
+    return found

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,7 +173,7 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_begins_as_the_identity(name: str, dtype: torch.dtype):
+def test_begins_as_the_identity_alone_and_grouped(name: str, dtype: torch.dtype):
     """Bit for bit, padding and all, alone and grouped."""
     kind = KINDS[name]
     model, batch = build(kind.make, dtype=dtype), make_batch(kind, 0, dtype)()
@@ -196,7 +197,7 @@ def test_a_first_step_leaves_the_identity(name: str):
 
 
 @pytest.mark.parametrize("name", REPLACING)
-def test_without_residual_it_is_another_function(name: str):
+def test_without_residual_it_is_another_function_grouped(name: str):
     kind = REPLACING[name]
     model, batch = build(kind.make), make_batch(kind, 0)()
     assert not torch.allclose(batch(model).levels[LEVEL].hidden, batch.leaves["hidden"], atol=0.1)
@@ -234,7 +235,7 @@ def test_stacks_as_one_class_and_trains_like_ordinary_experts_in_grouped(name: s
 
 
 @pytest.mark.parametrize("name", ["MLP", "Prefix", "Convolution with a mask", "Block with a mask"])
-def test_compiles_without_a_break(name: str):
+def test_grouped_compiles_without_a_break(name: str):
     """As the graph's own operations, for all routings; shown for two layers, a softmax, shifts and attention."""
     kind = KINDS[name]
     model = trained(build(kind.make, "auto", dtype=torch.float64))
@@ -268,7 +269,7 @@ def test_copies_pickles_and_checkpoints(name: str):
 
 
 @pytest.mark.parametrize("name", ["Convolution with a mask", "Block with a mask"])
-def test_padding_reaches_no_real_position_and_passes_unchanged(name: str):
+def test_padding_reaches_no_real_position_and_passes_unchanged_in_grouped(name: str):
     kind = KINDS[name]
     model = trained(build(kind.make))
     batch = make_batch(kind, 0)()
@@ -285,7 +286,7 @@ def test_padding_reaches_no_real_position_and_passes_unchanged(name: str):
 
 
 @pytest.mark.parametrize("name", ["Convolution with a mask", "Block with a mask"])
-def test_a_mask_may_hold_numbers(name: str):
+def test_a_mask_may_hold_numbers_in_grouped(name: str):
     kind = KINDS[name]
     model, batch = trained(build(kind.make)), make_batch(kind, 0)()
     wanted = batch(model).levels[LEVEL].hidden
@@ -360,6 +361,23 @@ def test_formulas():
         }
     )
     torch.testing.assert_close(found, layer(rows))
+
+
+def test_sizes_in_the_notes():
+    text = (Path(__file__).parents[1] / "notes" / "zoo.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d,]+)", text, re.MULTILINE)
+    assert {name for name, _ in rows} == {*zoo.__all__} - {"BasedExpert"}
+    for name, size in rows:
+        expert = getattr(zoo, name)(768, **({"rank": 8} if name == "LoRA" else {}))
+        assert sum(parameter.numel() for parameter in expert.parameters()) == int(size.replace(",", "")), name
+
+
+def test_every_expert_names_its_paper():
+    for name in {*zoo.__all__} - {"BasedExpert"}:
+        # Authors, year, title and number.
+        assert re.search(
+            r"[A-Z]\w+[\w., ]* 20\d\d.*\"[A-Z].*\(arXiv:\d{4}\.\d{5}", getattr(zoo, name).__doc__, re.DOTALL
+        ), name
 
 
 @pytest.mark.parametrize("bias", [True, False])

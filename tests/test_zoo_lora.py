@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,10 +20,12 @@ from torch.nn import functional as F
 import celmoe
 from celmoe import (
     CELMoEConfig,
+    ChangedError,
     EngineRefusedError,
     ExpertBatch,
     ExpertConfig,
     ExpertResult,
+    GraphError,
     HierarchicalCELMoE,
     HierarchyLevelConfig,
     InputError,
@@ -28,6 +33,7 @@ from celmoe import (
 )
 from celmoe.based import BasedExpert
 from celmoe.reference import reference_forward
+from celmoe.traced import forward
 from tests.traps import assert_same, auto_groups_all, observe
 
 WIDTH = 8
@@ -123,7 +129,7 @@ def test_a_shared_base_runs_grouped_and_like_the_oracle(kind: str, dtype: torch.
             assert_same(mine, theirs)
 
 
-def test_a_shared_base_runs_once_in_the_program():
+def test_a_shared_base_runs_once_in_the_grouped_program():
     """One product for the base, and two for the change; the base's parameters are everybody's."""
     model = on_base(base_of())
     Given()(model)
@@ -148,7 +154,7 @@ class Counting(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_shared_base_runs_once_on_all_rows():
+def test_a_shared_base_runs_once_on_all_rows_in_grouped():
     base = base_of()
     grouped, looped = on_base(base), on_base(base, "looped")
     batch = Given()
@@ -163,7 +169,7 @@ def test_a_shared_base_runs_once_on_all_rows():
 
 def test_the_base_is_frozen_and_none_of_the_experts_own():
     base = base_of()
-    model = on_base(base)
+    model = on_base(base, "looped")
     assert not any(parameter.requires_grad for parameter in base.parameters())
     ours = {
         f"level_modules.{LEVEL}.{name}.{path}" for name in NAMES for path in ("down.weight", "up.weight", "scaling")
@@ -176,7 +182,7 @@ def test_the_base_is_frozen_and_none_of_the_experts_own():
 
 def test_the_base_moves_with_the_experts():
     base = base_of()
-    model = on_base(base)
+    model = on_base(base, "looped")
     model.double()
     assert base.weight.dtype == torch.float64
     assert Given(dtype=torch.float64)(model).fused_hidden.dtype == torch.float64
@@ -188,7 +194,7 @@ def test_the_base_moves_with_the_experts():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_share_one_copy_of_the_base(copied: Callable[[Any], Any]):
-    model = on_base(base_of())
+    model = on_base(base_of(), "looped")
     other = copied(model)
     assert len({id(expert_of(each, name).base) for each in (model, other) for name in NAMES}) == 2
     assert torch.equal(Given()(other).fused_hidden, Given()(model).fused_hidden)
@@ -196,7 +202,7 @@ def test_copies_share_one_copy_of_the_base(copied: Callable[[Any], Any]):
     assert expert_of(part, "a").base is expert_of(part, "b").base is not expert_of(model).base
 
 
-def test_an_expert_comes_on_the_same_base():
+def test_an_expert_comes_on_the_same_base_in_grouped():
     base = base_of()
     model = on_base(base)
     model.add_expert(LEVEL, "new", ExpertConfig("new"), warm_start="a")
@@ -319,7 +325,7 @@ def by_rank(base: nn.Module | None) -> Callable[[str], nn.Module]:
 
 
 @pytest.mark.parametrize("has_base", [True, False], ids=["base", "no base"])
-def test_a_group_for_each_rank_whatever_the_alphas(has_base: bool):
+def test_grouped_by_rank_whatever_the_alphas(has_base: bool):
     base = base_of() if has_base else None
     subject = built(by_rank(base))
     twin = copy.deepcopy(subject)
@@ -337,7 +343,7 @@ def test_a_group_for_each_rank_whatever_the_alphas(has_base: bool):
 
 
 def test_alphas_stay_through_training_stacking_and_checkpoints():
-    model = built(by_rank(None))
+    model = built(by_rank(None), "looped")
     wanted = {name: alpha / rank for name, (rank, alpha) in RANKS.items()}
 
     def found(of: HierarchicalCELMoE) -> dict[str, float]:
@@ -420,15 +426,81 @@ def test_a_stack_s_settled_members_see_a_changed_base_in_grouped():
     compare()
 
 
-def test_compiles_as_one_operator_on_a_base():
-    model = on_base(base_of(), "auto").double()
+def compare_compiled(model: HierarchicalCELMoE, compiled: Any, routes: list[str] = ROUTES) -> None:
+    batch = Given(routes, dtype=torch.float64)
+    batch.routing = model.compile_routing(batch.routing)
+    wanted = batch(partial(reference_forward, model)).fused_hidden
+    torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
+
+
+@contextmanager
+def operators() -> Iterator[mock.Mock]:
+    """Sees the levels that are one operator of a graph."""
+    with mock.patch("celmoe.traced.forward.run_opaque", wraps=forward.run_opaque) as seen:
+        yield seen
+
+
+@pytest.mark.parametrize("kind", ["linear", "block", "behind a layer"])
+def test_grouped_compiles_as_the_graph_s_own_operations(kind: str):
+    if kind in BASES:
+        model = on_base(base_of(kind), "auto").double()
+    else:
+        model = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2, alpha=ord(name[0])), "auto").double()
     celmoe.stack_experts(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for routes in (ROUTES, ["b"] * len(ROUTES)):
-        batch = Given(routes, dtype=torch.float64)
-        batch.routing = model.compile_routing(batch.routing)
-        wanted = batch(partial(reference_forward, model)).fused_hidden
-        torch.testing.assert_close(batch(compiled).fused_hidden, wanted, rtol=1e-10, atol=1e-10)
+    with operators() as seen:
+        for routes in (ROUTES, ["b"] * len(ROUTES)):
+            compare_compiled(model, compiled, routes)
+    assert not seen.called
+
+
+def test_grouped_compiles_as_one_operator_on_several_bases():
+    model = on_base(base_of(), "auto").double()
+    celmoe.stack_experts(model)
+    expert_of(model, "c").base = base_of(seed=9).double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with operators() as seen:
+        compare_compiled(model, compiled)
+    assert seen.called
+
+
+def test_a_compiled_graph_sees_a_changed_base_in_grouped():
+    """Values are seen at once; another tensor or module once the graph has looked, as with what experts share."""
+    base = base_of().double()
+    model = on_base(base, "auto").double()
+    celmoe.stack_experts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compare_compiled(model, compiled)
+    with torch.no_grad():
+        base.weight.mul_(2)
+    compare_compiled(model, compiled)
+    base.weight = nn.Parameter(torch.randn_like(base.weight), requires_grad=False)
+    with pytest.raises(ChangedError):
+        compare_compiled(model, compiled)
+    compare_compiled(model, compiled)
+    other = base_of(seed=5).double()
+    for name in NAMES:
+        expert_of(model, name).base = other
+    compare_compiled(model, compiled)
+
+
+def test_grouped_is_exported_behind_a_layer_and_refused_on_a_base():
+    batch = Given(dtype=torch.float64)
+    hidden, context = batch.leaves["hidden"].detach(), {"input": batch.leaves["input"].detach()}
+    behind = built(lambda name: zoo.LoRA(INPUT, WIDTH, rank=2), "auto").double()
+    exported = torch.export.export(behind, (hidden, behind.compile_routing(batch.routing), context)).module()
+    other = Given([*ROUTES[1:], "b"], seed=5, dtype=torch.float64)
+    torch.testing.assert_close(
+        exported(hidden, behind.compile_routing(other.routing), context).fused_hidden,
+        reference_forward(behind, hidden, other.routing, context).fused_hidden,
+    )
+    model = on_base(base_of(), "auto").double()
+    with pytest.raises(GraphError) as error:
+        torch.export.export(model, (hidden, model.compile_routing(batch.routing)))
+    assert str(error.value).startswith(
+        "'model' must have experts of one class at level 'language' to be exported (got 'a', 'b', 'c', 'd', 'e', "
+        "'absent', which read tensors of a base)"
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -466,14 +538,16 @@ def test_without_a_layer_s_input(context: Any, engine: str):
 
 def test_begins_as_the_base():
     base = base_of()
-    model = built(lambda name: zoo.LoRA(WIDTH, rank=2, base=base), trained=False)
+    model = built(lambda name: zoo.LoRA(WIDTH, rank=2, base=base), "looped", trained=False)
     batch = Given()
     torch.testing.assert_close(batch(model).fused_hidden, base(batch.leaves["hidden"]), rtol=0, atol=0)
 
 
-def test_nothing_keeps_a_base_alive():
-    model = on_base(base_of())
+def test_nothing_of_the_engine_keeps_a_base_or_its_experts_alive_in_grouped():
+    base = base_of()
+    model = on_base(base)
     Given()(model)
-    del model
+    gone = [weakref.ref(each) for each in (base, base.weight, expert_of(model))]
+    del model, base
     gc.collect()
-    assert not [each for each in gc.get_objects() if type(each) is zoo.LoRA]
+    assert [each() for each in gone] == [None] * 3

@@ -13,7 +13,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
@@ -124,6 +124,7 @@ class Captured:
         outputs: For each of the result's tensors an output's position, or an input's if an input is given back.
         losses: Names of the losses, in the order of ``outputs`` behind the hidden states.
         names: The paths of the own tensors.
+        base_names: The paths of the bases' tensors.
     """
 
     kind: weakref.ref[type]
@@ -136,11 +137,7 @@ class Captured:
     outputs: tuple[tuple[str, int], ...]
     losses: tuple[str, ...]
     names: tuple[str, ...]
-
-    @cached_property
-    def has_bases(self) -> bool:
-        """True if the graph reads tensors of bases."""
-        return any(kind == "base" for kind, _ in self.inputs)
+    base_names: tuple[str, ...]
 
     def fits(self, sample: Sample) -> bool:
         """True if the same inputs are batch-aligned; the guard must hold for the arguments."""
@@ -227,7 +224,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
     if has_hooks(expert):
         return Refusal("have hooks")
     rows = [each for each in (sample.hidden, sample.mask, *sample.aligned) if each is not None]
-    tensors = [*rows, *sample.shared.values(), *expert.parameters(), *expert.buffers(), *base_tensors(expert)]
+    tensors = [*rows, *sample.shared.values(), *expert.parameters(), *expert.buffers(), *base_tensors(expert).values()]
     try:
         with (
             _LOCK,
@@ -292,7 +289,7 @@ def _described(
             inputs = [*inputs, value]
     rows = sample.row_ids()
     described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
-    base_ids = {id(each) for each in base_tensors(expert) if not each.requires_grad}
+    base_ids = {id(each) for each in base_tensors(expert).values() if not each.requires_grad}
     own: list[str] = []
     bases: list[str] = []
     for (_, source), value in zip(sources(module.graph).items(), inputs, strict=True):
@@ -330,6 +327,7 @@ def _described(
         tuple(outputs),
         tuple(result.losses),
         tuple(map(path_of, own)),
+        tuple(map(path_of, bases)),
     )
 
 

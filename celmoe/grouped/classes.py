@@ -549,7 +549,7 @@ def _shape(tensor: torch.Tensor) -> torch.Size:
 
 def _have_same_bases(record: ClassRecord, members: Sequence[nn.Module]) -> bool:
     """True if all experts for which a graph holds read the same tensors of bases, or none."""
-    if not record.captured.has_bases:
+    if not record.captured.base_names:
         return True
     first = record.identity_of(members[0])
     return all(record.identity_of(member) == first for member in members)

@@ -5,6 +5,7 @@
 - `bottleneck`: `Houlsby` and `Pfeiffer`, adapters in a pretrained network. Take `Pfeiffer` first: it has half as many
   parameters a layer, because it stands in one place a layer and not in two.
 - `lora`: `LoRA`, a low-rank change of a linear layer that all experts share. Take it to be able to fold an expert away.
+  `BasedExpert` is for experts of your own that share a frozen module.
 - `prefix`: `Prefix`, attention to learned keys and values.
 - `convolution`: `Convolution`, a look at the neighbouring positions.
 - `block`: `Block`, a whole transformer block: the most that an expert can do.
@@ -14,6 +15,8 @@ Experts that add something to their rows begin as the identity: attached to a pr
 before they are trained. `notes/zoo.md` compares sizes, and says how to write an expert that runs grouped.
 """
 
+from celmoe.based import BasedExpert
+
 from .block import Block
 from .bottleneck import Houlsby, Pfeiffer
 from .convolution import Convolution
@@ -21,4 +24,4 @@ from .dense import GLU, MLP, Linear
 from .lora import LoRA
 from .prefix import Prefix
 
-__all__ = ["GLU", "MLP", "Block", "Convolution", "Houlsby", "Linear", "LoRA", "Pfeiffer", "Prefix"]
+__all__ = ["GLU", "MLP", "BasedExpert", "Block", "Convolution", "Houlsby", "Linear", "LoRA", "Pfeiffer", "Prefix"]
