@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def _folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
+COMPILERS = ("g++", "clang++", "c++", "cl")
 # Run by `tests/test_guide_project.py`.
 PROJECT = "project.md"
 
@@ -37,6 +39,8 @@ PROJECT = "project.md"
 def test_a_chapter_runs_and_prints_what_it_shows(name):
     if missing := missing_packages(CHAPTERS[name]):
         pytest.skip(f"{', '.join(missing)} must be installed")
+    if "torch.compile(" in CHAPTERS[name] and not any(map(shutil.which, COMPILERS)):
+        pytest.skip("PyTorch's compiler wants a C++ compiler")
     run_page(CHAPTERS[name], name)
 
 

@@ -22,6 +22,7 @@ def project(tmp_path_factory):
     """The folder in which the project ran, and the names that it left."""
     if missing := missing_packages(PAGE):
         pytest.skip(f"{', '.join(missing)} must be installed")
+    pytest.importorskip("accelerate", reason="transformers' Trainer wants accelerate")
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
