@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,6 +17,14 @@ MOST_LINES = 40
 LANGUAGES = ("ru", "pl", "de")
 
 pytestmark = needs_distributed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone():
+    """accelerate keeps the device and precision of a Trainer for the whole process."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
