@@ -319,6 +319,21 @@ def test_an_input_without_rows():
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors():
+    """PyTorch's encoder makes some in evaluation, if it is given a mask."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+    model = celmoe.attach(nn.TransformerEncoder(layer, 1).eval(), config(), lambda *_: Bottleneck(), "layers.0")
+    padding = torch.zeros(6, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    with torch.no_grad(), celmoe.routed(model, plan_of(ROUTES)), pytest.raises(celmoe.InputTypeError) as caught:
+        model(torch.randn(6, 5, WIDTH), src_key_padding_mask=padding)
+    assert str(caught.value) == (
+        "the output of 'layers.0' must be a dense tensor (got a nested one; build nn.TransformerEncoder with "
+        "enable_nested_tensor=False)"
+    )
+
+
 def test_files(tmp_path):
     model = attached()
     (tmp_path / "wrong").write_bytes(b"no safetensors")
