@@ -3,7 +3,7 @@
 from . import optim, reference, zoo
 from .attached.adapters import Adapters, adapters, freeze_host
 from .attached.attaching import attach, detach
-from .attached.files import load_adapters, save_adapters
+from .attached.files import load_adapters, save_adapters, saved_config
 from .attached.merging import merge_adapters
 from .attached.routed import routed
 from .collator import Collator
@@ -160,6 +160,7 @@ __all__ = [
     "routing_constant",
     "rowwise",
     "save_adapters",
+    "saved_config",
     "stack_experts",
     "unstack_experts",
     "validate_routing_length",

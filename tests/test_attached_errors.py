@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -338,6 +339,7 @@ def test_files(tmp_path):
     model = attached()
     (tmp_path / "wrong").write_bytes(b"no safetensors")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "whole").write_bytes(safetensors.torch.save({"x": torch.zeros(1)}))
     celmoe.save_adapters(attached("blocks.1"), tmp_path / "second")
     only_first = attached("blocks.0")
     for call, error, message in (
@@ -357,6 +359,12 @@ def test_files(tmp_path):
             f"'path' must be a file of safetensors, or a folder with some (got {str(tmp_path / 'empty')!r})",
         ),
         (lambda: celmoe.load_adapters(model, tmp_path / "wrong"), celmoe.CheckpointError, None),
+        (lambda: celmoe.saved_config(tmp_path / "wrong"), celmoe.CheckpointError, None),
+        (
+            lambda: celmoe.saved_config(tmp_path / "whole"),
+            celmoe.CheckpointError,
+            f"'path' must be written by save_adapters (got {str(tmp_path / 'whole')!r}, which has no config)",
+        ),
         (lambda: celmoe.load_adapters(only_first, tmp_path / "second"), celmoe.CheckpointError, None),
     ):
         with pytest.raises(error) as caught:
