@@ -1,9 +1,9 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
-from . import optim, reference
+from . import optim, reference, zoo
 from .attached.adapters import Adapters, adapters, freeze_host
 from .attached.attaching import attach, detach
-from .attached.files import load_adapters, save_adapters
+from .attached.files import load_adapters, save_adapters, saved_config
 from .attached.merging import merge_adapters
 from .attached.routed import routed
 from .collator import Collator
@@ -53,8 +53,8 @@ from .grouped.declared import rowwise
 from .grouped.kernels import operators as _operators  # noqa: F401  # exported programs call them
 from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
-from .lifecycle.loading import LoadReport, load_experts
 from .load_tracker import LoadTracker
+from .loading import LoadReport, load_experts
 from .loss import (
     BridgeLossCallable,
     CELMoELossAPI,
@@ -71,7 +71,7 @@ from .routing.compiler import RoutingCompiler
 from .routing.load import LevelLoad
 from .routing.plan import LevelPlan, RoutingPlan
 from .routing.routes import LevelRoutes, LevelRouting, Routing, merge_routing, routing_constant, validate_routing_length
-from .stacked.stacking import StackedClass, StackReport, stack_experts, unstack_experts
+from .stacking import StackedClass, StackReport, stack_experts, unstack_experts
 from .version import __version__
 
 __all__ = [
@@ -160,7 +160,9 @@ __all__ = [
     "routing_constant",
     "rowwise",
     "save_adapters",
+    "saved_config",
     "stack_experts",
     "unstack_experts",
     "validate_routing_length",
+    "zoo",
 ]
