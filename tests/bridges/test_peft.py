@@ -26,6 +26,8 @@ from tests.bridges.hosts import (
 )
 
 peft = pytest.importorskip("peft")
+# PEFT asks transformers' models by the name of before.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 def adapted(model: Any, *targets: str) -> Any:
