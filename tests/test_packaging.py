@@ -109,6 +109,7 @@ COMMANDS = [
     ".multilingual.lemmatize",
     ".multilingual.newcomers",
     ".scaling",
+    ".trainer_compile",
     ".whole_steps",
 ]
 

@@ -30,7 +30,7 @@ class Logits(nn.Module):
 
 PLACES = {
     "layers": ("bert.encoder.layer.*", None),
-    "attention": ("bert.encoder.layer.*.attention.self.query", LowRank),
+    "attention": ("bert.encoder.layer.*.attention.output.dense", LowRank),
 }
 
 
