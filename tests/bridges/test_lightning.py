@@ -57,6 +57,17 @@ class Hosted(Own):
         return self.experts(**batch).loss
 
 
+class Stacked(Hosted):
+    """Its experts are stacked, and stepped by an optimizer that leaves absent and frozen ones as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        celmoe.adapters(self.experts).stack()
+
+    def configure_optimizers(self) -> Any:
+        return celmoe.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+
 def loader_of(module: Own, size: int = SIZE * STEPS) -> DataLoader[Any]:
     if isinstance(module, Hosted):
         return DataLoader(samples(size), SIZE, collate_fn=collator(module.experts))
@@ -83,7 +94,7 @@ def trainer_of(folder: Path, *callbacks: Any, **others: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", [Own, Hosted])
+@pytest.mark.parametrize("kind", [Own, Hosted, Stacked])
 def test_loads_and_norms_are_logged(tmp_path: Path, kind: type[Own]) -> None:
     """Each value is that of the tracker and of the gradients at the last step."""
     module, loads, norms = kind(), ours.LoadCallback(), ours.GradientNormCallback()
@@ -142,21 +153,27 @@ class Judged(Own):
             self.log(f"val_loss/{name}", float(-min(self.current_epoch, end)), batch_size=1)
 
 
+class JudgedStacks(Judged, Stacked):
+    """The same, stacked."""
+
+
 def is_frozen(module: Own, name: str) -> bool:
     experts = [each.level_modules["language"][name] for each in hierarchies(module).values()]
-    found = {parameter.requires_grad for expert in experts for parameter in expert.parameters()}
+    found = {each.requires_grad for expert in experts for each in dict(expert.named_parameters()).values()}
     assert len(found) == 1
     return not found.pop()
 
 
-def test_experts_stop_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [Judged, JudgedStacks])
+def test_experts_stop_one_by_one(tmp_path: Path, kind: type[Own]) -> None:
     """A frozen expert stays as it is while the others go on; once all are frozen, training ends."""
-    module, stopping = Judged(), ours.ExpertEarlyStopping("language", "val_loss/{expert}", patience=2)
+    module, stopping = kind(), ours.ExpertEarlyStopping("language", "val_loss/{expert}", patience=2)
     states: list[tuple[int, list[str], torch.Tensor]] = []
 
     class Look(lightning.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            weight = pl_module.experts.level_modules["language"]["de"].up.weight
+            first = next(iter(hierarchies(pl_module).values()))
+            weight = first.level_modules["language"]["de"].up.weight
             states.append((trainer.current_epoch, list(stopping.patience.frozen), weight.detach().clone()))
 
     trainer = trainer_of(tmp_path, stopping, Look(), max_epochs=20)
