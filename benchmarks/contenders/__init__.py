@@ -1,1 +1,1 @@
-"""What our engines are timed against: a floor, hand-written models, and other packages."""
+"""The contenders beside our engines: a floor, hand-written models, and other packages."""

@@ -1,4 +1,4 @@
-"""What a run leaves: a table for the terminal, a CSV file, and a figure of the growth with the number of experts."""
+"""The output of a run: a table for the terminal, a CSV file, and a figure of the growth with the number of experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEIGHT, _WIDTH = 3.2, 4.4
 
 
 def steps_table(rows: Sequence[Row], goals: Mapping[Workload, tuple[float, float]]) -> Table:
-    """A row a workload: milliseconds, and how many times as fast as celmoe-vp; as asked, where it is."""
+    """A row a workload: milliseconds, and the multiple of celmoe-vp's speed; with the target, if there is one."""
     table = Table(title="Whole steps: ms, and times as fast as celmoe-vp (asked of stacked: must, aim)")
     table.add_column("workload")
     for heading in (*CONTENDERS, "asked", "s of first steps"):
@@ -54,7 +54,7 @@ def mean_line(rows: Sequence[Row]) -> str:
     both = [each.timings for each in rows if {BY_HAND, STACKED} <= each.timings.seconds.keys()]
     if not both:
         return "no workload has a stack by hand beside the stacked one"
-    # As the CSV file rounds them.
+    # Rounded as in the CSV file, so that a reader of the file finds the same mean.
     mean = geometric_mean([round(timings.ratio(BY_HAND, STACKED), 3) for timings in both])
     return f"stacked is {mean:.2f} times as fast as by hand, geometric mean of {len(both)} workloads"
 
@@ -81,7 +81,11 @@ def _lines(row: Row, name: str) -> list[dict[str, object]]:
 
 
 def draw_growth(path: Path, rows: Sequence[Row], title: str) -> bool:
-    """Milliseconds by number of experts, a panel for all that is alike but for it; false where there is no line."""
+    """Draw milliseconds by number of experts, a panel for each kind, width, batch and routes.
+
+    Returns:
+        False if no line has two points.
+    """
     lines: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         each = row.workload
