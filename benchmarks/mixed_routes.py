@@ -1,4 +1,4 @@
-"""Whole training steps in which some samples have several experts, or none, beside the same steps without."""
+"""Times training steps in which some samples have several experts, or none, beside the same steps without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came of a language that was added: a curve with its numbers, a table, and a section of the report's page."""
+"""The results of a language that was added: a curve with its numbers, a table, and a section of the report's page."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class NewcomerResult:
 
     @property
     def title(self) -> str:
-        """One line of what was done."""
+        """One line that describes the training."""
         start = f"warm-started from {NAME_OF[self.warm_start]}" if self.warm_start else "without a warm start"
         others = "the others frozen" if self.frozen else "the others trained along"
         return f"{NAME_OF[self.language]} ({self.language}), {start}, {others}, {self.train_words:,} training words"
 
     @property
     def explained(self) -> dict[str, str]:
-        """What each system is."""
+        """A line of explanation for each system."""
         return {
             "added": "the language added to the trained network",
             "scratch": "the same network for the language alone, on the same words, steps and schedule",
@@ -62,7 +62,7 @@ class NewcomerResult:
 
     @property
     def kept(self) -> str:
-        """What the languages that were there lost or gained."""
+        """The accuracy that the known languages lost or gained."""
         return (
             f"The languages that were there: {self.others_before:.1%} of validation words by the right rule before, "
             f"{self.others_after:.1%} after."

@@ -1,4 +1,4 @@
-"""Whole steps of celmoe-vp, plain, stacked, by hand and compiled, on one device, within so many minutes."""
+"""Times whole steps: celmoe-vp, plain, stacked, by hand and compiled, on one device, within so many minutes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def last_told(work: Work, seconds: float) -> tuple[Any, str]:
 
     Args:
         work: Can be pickled.
-        seconds: How long it may take, from the start of its process.
+        seconds: Limit on its time, from the start of its process.
 
     Returns:
         The last result, ``None`` if none was sent; and why the work did not end by itself, empty if it did.
