@@ -1,4 +1,4 @@
-"""The README's functions for several ranks do what it says; and `celmoe.distributed` shows what it lists."""
+"""The README's functions for several ranks do as it says; and `celmoe.distributed` shows the names that it lists."""
 
 import importlib
 
@@ -14,7 +14,7 @@ from tests.test_readme import README, examples
 
 
 def follow(block):
-    """Both trainings of the README, with what the ranks hold afterwards; and the steps of one process."""
+    """Run both trainings of the README, and return the ranks' values afterwards; and the steps of one process."""
     names = {"torch": torch, "__name__": "__readme__"}
     exec(block, names)
     rank, job = dist.get_rank(), Job(STEPS[:3])
