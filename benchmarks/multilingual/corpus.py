@@ -9,7 +9,7 @@ validation and test words are those of any run.
 The split is by lemma: a stable hash of the case-folded lemma decides, so that no lemma is on two sides, neither
 within a language nor between two languages that share the word.
 
-The cache holds data derived under licences of its sources (see ``notes/data.md``): it stays in the user's cache.
+Cached samples derive from data under licences of their own (see ``notes/data.md``): they stay in the user's cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The network: a character encoder, the hierarchy of experts, and a head over each language's edit rules.
 
-A word's hidden state is the word's features, [D], and behind them a score for each of its proposals, [M].
-Every expert adds to both: to the features by an MLP, to the scores by a second one on the proposals' evidence.
+A word's hidden state is the word's encoding, [D], and behind them a score for each of its proposals, [M].
+Every expert adds to both: to the encoding by an MLP, to the scores by a function of the proposals' evidence.
 
 Axes: B words, N words of one expert, W characters of a window, C width of a character, D width of a word's state, K
 candidate rules of one language, M proposals, E features of a proposal; F and T as in `evidence`.

@@ -51,8 +51,8 @@ class Tally:
 
     Attributes:
         kernels: All kernels that ran.
-        hidden: Those that compute on the CPU without a warning.
-        reads: Those that read values back to the host, copies included.
+        hidden: Kernels that compute on the CPU without a warning.
+        reads: Kernels that read values back to the host, copies included.
         refused: The refused calls, even if the error was caught.
     """
 

@@ -206,7 +206,7 @@ _alone: dict[str, list[Any]] = {}
 
 
 def train_alone(job: Job) -> list[Any]:
-    """One process on the joined batches: what `seen` sees after each step, with the leaves' gradients by rank.
+    """One process on the joined batches: the record of `seen` after each step, with the leaves' gradients by rank.
 
     The process loops, and is asked once for jobs that differ in the engine alone.
     """

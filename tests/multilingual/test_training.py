@@ -72,7 +72,7 @@ def batch() -> Batch:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens in the order it happens, with a training step that trains nothing."""
+    """The events in their order, with a training step that trains nothing."""
     events: list[str] = []
 
     def step(contender: Contender, batch: Batch, rate: float, *, done: float, read: bool) -> StepResult:
