@@ -37,7 +37,7 @@ LARGEST_ROUNDING = 1e-3
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 # SGD shows a gradient's size, to which Adam is blind. Adam's epsilon is far above rounding errors, which a parameter
-# with no other gradient would otherwise turn into whole steps; absent experts stay as special.
+# with no other gradient would otherwise turn into whole steps; AdamW's effect on absent experts is the same.
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),

@@ -202,7 +202,7 @@ def make_model_with_tables():
 
 
 def refuse_tables():
-    """DDP and `fully_shard` can't reduce a table's gradient if a rank has none; a frozen table has no gradient to reduce."""
+    """DDP and `fully_shard` can't reduce a table's gradient if a rank has none; a frozen table has none to reduce."""
     model, found = make_model_with_tables(), []
     mesh = dist.init_device_mesh("cpu", (2,))
     for call in (partial(prepare_ddp, model, lambda model: None), partial(shard_levels, model, mesh)):
