@@ -1,9 +1,9 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
-from . import optim, reference
+from . import optim, reference, zoo
 from .attached.adapters import Adapters, adapters, freeze_host
 from .attached.attaching import attach, detach
-from .attached.files import load_adapters, save_adapters
+from .attached.files import load_adapters, save_adapters, saved_config
 from .attached.merging import merge_adapters
 from .attached.routed import routed
 from .collator import Collator
@@ -160,7 +160,9 @@ __all__ = [
     "routing_constant",
     "rowwise",
     "save_adapters",
+    "saved_config",
     "stack_experts",
     "unstack_experts",
     "validate_routing_length",
+    "zoo",
 ]

@@ -24,7 +24,7 @@ _HEADINGS = {
     "rows": "rows/expert (min median max)",
     "parameters": "parameters",
     "megabytes": "MB",
-    "why": "why",
+    "how": "how",
 }
 
 
@@ -64,6 +64,7 @@ class LevelExplanation:
         num_parameters: Parameters of all the level's experts, shared ones counted once.
         parameter_bytes: Bytes of the present experts' parameters; without a plan, of all experts' parameters.
         why: The reason for the engine, and the copies of rows that the plan saves.
+        movement: The last part of `why`: how the plan moves rows; empty without a plan.
         classes: The present experts by structure; the experts of one structure run in one way.
     """
 
@@ -75,6 +76,7 @@ class LevelExplanation:
     num_parameters: int
     parameter_bytes: int
     why: str
+    movement: str = ""
     classes: tuple[ClassExplanation, ...] = ()
 
 
@@ -143,8 +145,10 @@ def explain_level(
     rows = None
     if plan is not None and plan.counts:
         rows = spread_of(plan.counts)
+    movement = ""
     if plan is not None and (plan.counts or plan.mixture is not None):
-        why = f"{why}; {_movement(plan)}"
+        movement = _movement(plan)
+        why = f"{why}; {movement}"
     return LevelExplanation(
         level=level,
         engine=engine,
@@ -154,6 +158,7 @@ def explain_level(
         num_parameters=sum(parameter.numel() for parameter in _initialized([modules])),
         parameter_bytes=parameter_bytes(present),
         why=why,
+        movement=movement,
         classes=tuple(classes),
     )
 
@@ -211,5 +216,6 @@ def _cells(line: LevelExplanation) -> tuple[str, ...]:
         rows,
         f"{line.num_parameters:,}",
         f"{line.parameter_bytes / 1e6:.2f}",
-        line.why,
+        # The lines below the table tell the reasons of classes.
+        line.movement if line.classes else line.why,
     )

@@ -153,6 +153,20 @@ def test_files_give_the_experts_back(tmp_path, by, stacked):
         assert torch.equal(other.state_dict()[key], value) == (".celmoe." in key or "norm" in key)
 
 
+@pytest.mark.parametrize("by", [None, "language"])
+@pytest.mark.parametrize("metadata", [{"rank": 3}, {"rank": 3, "make": nn.Linear}])
+def test_files_tell_the_config(tmp_path, by, metadata):
+    """A server attaches alike experts without a copy of the training's config."""
+    one = config()
+    one.levels[1].experts["nl"] = ExpertConfig("nl", parent="germanic", loss_weight=0.5, metadata=metadata)
+    celmoe.save_adapters(celmoe.attach(Encoder(), one, lambda *_: Bottleneck(), "blocks.0"), tmp_path / "here", by=by)
+    found = celmoe.saved_config(tmp_path / "here")
+    assert found.levels[1].experts["nl"].metadata == (metadata if len(metadata) == 1 else {})
+    found.levels[1].experts["nl"].metadata = metadata
+    assert found == one
+    celmoe.load_adapters(celmoe.attach(Encoder(), found, lambda *_: Bottleneck(), "blocks.0"), tmp_path / "here")
+
+
 def test_one_languages_file(tmp_path):
     model, other = attached(), attached(seed=1)
     files = celmoe.save_adapters(model, tmp_path, by="language")

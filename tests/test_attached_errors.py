@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -319,10 +320,26 @@ def test_an_input_without_rows():
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors():
+    """PyTorch's encoder makes some in evaluation, if it is given a mask."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True)
+    model = celmoe.attach(nn.TransformerEncoder(layer, 1).eval(), config(), lambda *_: Bottleneck(), "layers.0")
+    padding = torch.zeros(6, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    with torch.no_grad(), celmoe.routed(model, plan_of(ROUTES)), pytest.raises(celmoe.InputTypeError) as caught:
+        model(torch.randn(6, 5, WIDTH), src_key_padding_mask=padding)
+    assert str(caught.value) == (
+        "the output of 'layers.0' must be a dense tensor (got a nested one; build nn.TransformerEncoder with "
+        "enable_nested_tensor=False)"
+    )
+
+
 def test_files(tmp_path):
     model = attached()
     (tmp_path / "wrong").write_bytes(b"no safetensors")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "whole").write_bytes(safetensors.torch.save({"x": torch.zeros(1)}))
     celmoe.save_adapters(attached("blocks.1"), tmp_path / "second")
     only_first = attached("blocks.0")
     for call, error, message in (
@@ -342,6 +359,12 @@ def test_files(tmp_path):
             f"'path' must be a file of safetensors, or a folder with some (got {str(tmp_path / 'empty')!r})",
         ),
         (lambda: celmoe.load_adapters(model, tmp_path / "wrong"), celmoe.CheckpointError, None),
+        (lambda: celmoe.saved_config(tmp_path / "wrong"), celmoe.CheckpointError, None),
+        (
+            lambda: celmoe.saved_config(tmp_path / "whole"),
+            celmoe.CheckpointError,
+            f"'path' must be written by save_adapters (got {str(tmp_path / 'whole')!r}, which has no config)",
+        ),
         (lambda: celmoe.load_adapters(only_first, tmp_path / "second"), celmoe.CheckpointError, None),
     ):
         with pytest.raises(error) as caught:

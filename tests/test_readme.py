@@ -1,134 +1,87 @@
-"""Each of the README's examples runs alone, as a reader would paste it into a session of its own."""
+"""The README is a path: its blocks run in order, in one session, as a reader would paste them."""
 
 from __future__ import annotations
 
 import re
-import sys
-import textwrap
-import types
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
+from tests.documents import README, ROOT, blocks_in, examples, run_page
 from tests.features import needs_distributed
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-
-# A fence, its language, its body up to the fence that closes it; indented ones, in lists, too.
-FENCE = re.compile(
-    r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.DOTALL | re.MULTILINE
-)
-
-
-def examples(text):
-    """The Python examples with the line that each begins on."""
-    return [
-        (text[: fence.start("body")].count("\n") + 1, textwrap.dedent(fence["body"]))
-        for fence in FENCE.finditer(text)
-        if fence["language"] in ("python", "py")
-    ]
-
-
-def run(line, block, name="README.md"):
-    """Execute one block in a namespace of its own; a traceback shows the README's own lines."""
-    module = types.ModuleType("__readme__")
-    # Not `mock.patch.dict`: that takes all modules back which the block imports first, PyTorch's tracer among them.
-    sys.modules[module.__name__] = module
-    try:
-        exec(compile("\n" * (line - 1) + block, name, "exec"), vars(module))
-    finally:
-        del sys.modules[module.__name__]
-    return vars(module)
-
-
-BLOCKS = examples(README.read_text(encoding="utf-8"))
+TEXT = README.read_text(encoding="utf-8")
+FIRST = next(block for block in blocks_in(TEXT) if block.is_python)
+MOST_LINES = 20
 
 
 @needs_distributed
-@pytest.mark.parametrize(("line", "block"), BLOCKS, ids=[f"line {line}" for line, _ in BLOCKS])
-def test_an_example_runs_alone(line, block, tmp_path, monkeypatch):
+def test_the_examples_run_and_print_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    run(line, block)
+    run_page(TEXT, README.name)
 
 
-def test_the_training_loop_learns_and_runs_its_experts_as_one():
-    line, block = BLOCKS[0]
-    assert "optimizer.step()" in block
-    assert block.count("\n") < 40, "a first example is read in one look"
-    found = run(line, block)
-    (level,) = found["model"].explain({"language": found["routes"]}).levels
-    (experts,) = level.classes
-    assert (experts.engine, len(experts.experts)) == ("grouped", 64)
-    before = nn.functional.mse_loss(found["hidden"], found["hidden"].flip(1))
-    assert found["loss"] < 0.2 * before
+def test_the_first_example_learns_and_runs_its_experts_as_one():
+    """It is short, and needs neither the other blocks nor an extra."""
+    assert len([line for line in FIRST.body.splitlines() if line.strip()]) <= MOST_LINES
+    torch.manual_seed(0)
+    found = run_page(f"```python\n{FIRST.body}```\n", README.name)
+    family, language = found["model"].explain(found["routing"]).levels
+    (experts,) = language.classes
+    assert (experts.engine, len(experts.experts)) == ("grouped", 26)
+    assert (family.engine, family.num_experts) == ("looped", 3)
+    assert found["loss"] < 0.4 * (found["hidden"] - found["targets"]).square().mean()
 
 
-def test_the_examples_cover_a_users_way():
-    text = "\n".join(block for _, block in BLOCKS)
-    for step in ("torch.save(", "load_state_dict(", "use_learned_fusion=False", "torch.autocast(", "RoutingCompiler("):
-        assert step in text, step
+def test_the_guide_begins_with_the_same_program():
+    chapter = examples((ROOT / "notes/guide/start.md").read_text(encoding="utf-8"))[0][1]
+    assert chapter.replace('print(f"loss {loss.item():.1f}")\n', "") == FIRST.body
 
 
-def test_the_examples_use_the_library():
-    text = "\n".join(block for _, block in examples(README.read_text(encoding="utf-8")))
-    for word in ("from celmoe import", "HierarchicalCELMoE(", "routing=", ".backward()"):
-        assert word in text, word
+STEPS = [
+    *("pip install -e .", "uv pip install --torch-backend cpu", "optimizer.step()", "celmoe.attach(", "torch.save("),
+    *(
+        "load_state_dict(",
+        "add_expert(",
+        "subset(",
+        "| stacked |",
+        "notes/guide/README.md",
+        "notes/guide/alternatives.md",
+    ),
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_path_has_every_step(step):
+    assert step in TEXT
+
+
+def test_it_has_one_figure_and_two_tables_at_most():
+    assert len(re.findall(r"^!\[", TEXT, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\|[-:| ]+\|$", TEXT, re.MULTILINE)) <= 2
 
 
 def test_links_into_the_repository_lead_somewhere():
-    text = README.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", TEXT):
         assert (ROOT / target).exists(), target
 
 
-def test_the_two_commands_stand_there():
-    text = README.read_text(encoding="utf-8")
-    for command in (
-        'pip install -e ".[bench]"',
-        "python -m benchmarks.multilingual",
-        'pip install -e ".[test]"',
-        "pytest",
-    ):
-        assert command in text, command
+def test_every_note_is_linked():
+    notes = {f"notes/{path.name}" for path in (ROOT / "notes").glob("*.md")}
+    assert notes - set(re.findall(r"\]\(([^)#\s]+)", TEXT)) == set()
 
 
-SAMPLE = """
-```python
-x = 1
-```
-text
-- in a list
-  ```python
-  y = 2
-  ```
-```
-z = nonsense(
-```
-```bash
-pip install celmoe
-```
-"""
+@pytest.mark.parametrize(
+    "command",
+    ['pip install -e ".[bench]"', "python -m benchmarks.multilingual", 'pip install -e ".[test]"', "pytest"],
+)
+def test_the_two_commands_stand_there(command):
+    assert command in TEXT
 
 
-def test_examples_are_found_and_run():
-    blocks = examples(SAMPLE)
-    assert blocks == [(3, "x = 1\n"), (8, "y = 2\n")]
-    assert run(*blocks[1])["y"] == 2
+def test_documents_find_blocks_also_in_lists():
+    text = "```python\nx = 1\n```\n- in a list\n  ```python\n  y = 2\n  ```\n```\nz = nonsense(\n```\n"
+    assert examples(text) == [(2, "x = 1\n"), (6, "y = 2\n")]
+    assert run_page(text, "page.md")["y"] == 2
     assert examples("no example at all") == []
-
-
-def test_an_example_does_not_see_another_ones_names():
-    blocks = examples(SAMPLE.replace("y = 2", "y = x"))
-    run(*blocks[0])
-    with pytest.raises(NameError):
-        run(*blocks[1])
-
-
-def test_an_example_that_fails_is_told_with_its_line():
-    with pytest.raises(NameError) as caught:
-        run(*examples("\n\n```python\na = 1\nb = missing\n```\n")[0])
-    assert caught.traceback[-1].lineno + 1 == 5

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from celmoe.config import CELMoEConfig
 from celmoe.errors import (
     CheckpointError,
     ConfigError,
+    ConfigTypeError,
     InputTypeError,
     PackageMissingError,
     UnknownLevelError,
@@ -27,13 +30,14 @@ from celmoe.names import name_key, parted_key
 from .adapters import Adapters, adapters
 from .place import CHILD
 
-_SUFFIX, _REST, _LEVELS = ".safetensors", "rest", "level_modules."
+_SUFFIX, _REST, _LEVELS, _CONFIG = ".safetensors", "rest", "level_modules.", "celmoe"
 
 
 def save_adapters(model: nn.Module, path: str | Path, *, by: str | None = None) -> list[Path]:
     """Save the experts that are attached to a model, without the model.
 
-    Files are safetensors. A tensor's key is its key in ``model.state_dict()``. A file is whole or not there.
+    Files are safetensors. A tensor's key is its key in ``model.state_dict()``. A file is whole or not there. It has the
+    config of the experts: see `saved_config`.
 
     Args:
         model: The host.
@@ -109,6 +113,27 @@ def load_adapters(
     return reports
 
 
+def saved_config(path: str | Path) -> CELMoEConfig:
+    """The config of the experts in a file of `save_adapters`, or in a folder of them: to attach alike ones elsewhere.
+
+    Metadata of experts is there if JSON can hold it.
+
+    Raises:
+        CheckpointError: There is no such file, it can't be read, or `save_adapters` has not written it.
+        PackageMissingError: safetensors is not installed.
+    """
+    file = _files(Path(path))[0]
+    _safetensors()
+    try:
+        with importlib.import_module("safetensors").safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except _safetensors_error() as error:
+        raise CheckpointError(f"'path' must hold files of safetensors (got {str(file)!r}: {error})") from error
+    if _CONFIG not in metadata:
+        raise CheckpointError(f"'path' must be written by save_adapters (got {str(file)!r}, which has no config)")
+    return CELMoEConfig.from_dict(json.loads(metadata[_CONFIG]))
+
+
 def _prefix(place: str) -> str:
     return f"{place}.{CHILD}." if place else f"{CHILD}."
 
@@ -140,19 +165,34 @@ def _file_of(key: str, level: str) -> str:
 
 
 def _written(path: Path, tensors: dict[str, torch.Tensor], found: Adapters) -> Path:
-    experts = {level.name: list(level.experts) for level in found.config.levels if level.enabled}
-    content = _safetensors().save(tensors, {"format": "pt", "celmoe": json.dumps(experts)})
+    content = _safetensors().save(tensors, {"format": "pt", _CONFIG: json.dumps(_plain(found.config))})
     with replaced(path) as file:
         file.write(content)
     return path
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _plain(config: CELMoEConfig) -> dict[str, Any]:
+    """The config as JSON can hold it."""
+    try:
+        return config.to_dict()
+    except ConfigTypeError:
+        levels = [
+            replace(level, experts={name: replace(each, metadata={}) for name, each in level.experts.items()})
+            for level in config.levels
+        ]
+        return replace(config, levels=levels).to_dict()
+
+
+def _files(path: Path) -> list[Path]:
     files = sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise CheckpointError(f"'path' must be a file of safetensors, or a folder with some (got {str(path)!r})")
+    return files
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in _files(path):
         try:
             tensors |= _safetensors().load(file.read_bytes())
         except _safetensors_error() as error:

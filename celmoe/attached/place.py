@@ -205,7 +205,7 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     attached, seat = cast(Attached, module._modules[CHILD]), cast(Seat, getattr(module, SEAT))
     given = args[0] if args else next(iter(kwargs.values()), None)
     if isinstance(output, torch.Tensor):
-        return attached.changed(output, given, seat)
+        return attached.changed(_tensor(output, seat), given, seat)
     if isinstance(output, Mapping) and output:
         first = next(iter(output))
         changed: Any = copy.copy(output)
@@ -224,5 +224,10 @@ def _tensor(value: Any, seat: Seat) -> torch.Tensor:
         raise InputTypeError(
             f"the output of {seat.place!r} must be a tensor of rows by sample, or begin with one (got "
             f"{type(value).__name__})"
+        )
+    if value.is_nested:
+        raise InputTypeError(
+            f"the output of {seat.place!r} must be a dense tensor (got a nested one; build nn.TransformerEncoder with "
+            f"enable_nested_tensor=False)"
         )
     return value

@@ -302,10 +302,12 @@ class Bound(NamedTuple):
     Attributes:
         sample: Hidden states, mask and context with the rows of all members.
         tensors: For each own tensor of a member, in the graph's order, the tensors of all members, or a stack of them.
+        bases: The tensors of the members' bases, in the graph's order.
     """
 
     sample: Sample
     tensors: Sequence[Sequence[torch.Tensor] | torch.Tensor]
+    bases: Sequence[torch.Tensor]
 
 
 def run_program(
@@ -398,7 +400,7 @@ def _modes_kept(run: Run) -> Iterator[None]:
 
 def _inputs(captured: Captured, bound: Bound) -> list[Any]:
     arguments = bound.sample.arguments()
-    own = iter(bound.tensors)
+    own, bases = iter(bound.tensors), iter(bound.bases)
     values: list[Any] = []
     for kind, read in captured.inputs:
         if kind == "own":
@@ -408,6 +410,8 @@ def _inputs(captured: Captured, bound: Bound) -> list[Any]:
             values.append(RowCount())
         elif kind == "rows":
             values.append(rows(read(arguments)))
+        elif kind == "base":
+            values.append(common(next(bases), is_given=True))
         elif kind == "shared":
             values.append(common(read(arguments), is_given=True))
         else:

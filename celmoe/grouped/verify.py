@@ -167,15 +167,16 @@ def _verified(record: Verifiable, members: Sequence[nn.Module], few: Few) -> lis
     tensors = [[_stirred(tensor) for tensor in captured.own(member)] for member in members]
     segments = Segments(counts, few.hidden.device)
     by_input = list(zip(*tensors, strict=True))
+    bases = captured.bases(members[0])
     if program.calls is None:
-        seen = bound_to_kinds(program, Bound(_private(sample, few.context), by_input), segments)
+        seen = bound_to_kinds(program, Bound(_private(sample, few.context), by_input, bases), segments)
         record.program = program = seen
     given = _private(sample, few.context)
-    grouped = run_program(program, Bound(given, by_input), segments, is_rehearsal=True)
+    grouped = run_program(program, Bound(given, by_input, bases), segments, is_rehearsal=True)
     record.operations_looped = grouped.operations_looped
     record.writes, record.draws = grouped.writes, grouped.draws
     parts = _parts(sample, few.context, counts)
-    alone = [_alone(captured, own, part) for own, part in zip(tensors, parts, strict=True)]
+    alone = [_alone(captured, bases, *each) for each in zip(tensors, parts, strict=True)]
     hidden = torch.cat([each[0] for each in alone])
     agree = _Agreement(
         [sample.hidden, *(each for own in tensors for each in own), *(each for one in alone for each in one)]
@@ -256,18 +257,21 @@ def _parts(sample: Sample, context: ContextRows, counts: Sequence[int]) -> list[
     return [part(place) for place in range(len(counts))]
 
 
-def _alone(captured: Captured, own: Sequence[torch.Tensor], part: _Part) -> list[torch.Tensor]:
+def _alone(
+    captured: Captured, bases: Sequence[torch.Tensor], own: Sequence[torch.Tensor], part: _Part
+) -> list[torch.Tensor]:
     """One member's hidden states and losses by the traced graph."""
     arguments = part(slice(None)).arguments()
-    tensors = iter(own)
-    inputs = [next(tensors) if kind == "own" else read(arguments) for kind, read in captured.inputs]
+    tensors = {"own": iter(own), "base": iter(bases)}
+    inputs = [next(tensors[kind]) if kind in tensors else read(arguments) for kind, read in captured.inputs]
     with _Rehearsal():
         outputs = captured.module(*inputs)
     return [outputs[place] if kind == "output" else inputs[place] for kind, place in captured.outputs]
 
 
 def _differs_from_expert(member: nn.Module, part: _Part, captured: Captured, agree: _Agreement) -> str | None:
-    alone = _alone(captured, [_copy(tensor, tensor.requires_grad) for tensor in captured.own(member)], part)
+    own = [_copy(tensor, tensor.requires_grad) for tensor in captured.own(member)]
+    alone = _alone(captured, captured.bases(member), own, part)
     try:
         (result, calls), (first_row, calls_of_one) = _called(member, part(slice(None))), _called(member, part(slice(1)))
     except Exception as error:  # noqa: BLE001  # whatever it is, the loop will tell the user

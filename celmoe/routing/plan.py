@@ -147,6 +147,11 @@ class LevelPlan(NamedTuple):
         return f"LevelPlan({self.name!r}, {{{groups}}})"
 
 
+# A NamedTuple's constructor names a module that does not exist. Tools that resolve its annotations, such as pdoc, look
+# there in vain.
+LevelPlan.__new__.__module__ = __name__
+
+
 class RoutingPlan:
     """The compiled routing of one batch: picklable, and independent of any model.
 

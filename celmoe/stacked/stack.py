@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import nn
 
+from celmoe.based import base_tensors
 from celmoe.errors import StackedError
 from celmoe.names import SLOT, NamedModules
 from celmoe.torch_internals import PlainTensor, fill_recurrent, version_of
@@ -42,6 +43,7 @@ class Stack:
         frozen: The places of the members that are frozen.
         seen: ``[M]`` int64: the rows of each member that backward passes of compiled graphs have reached, until
             `presence` reads them; ``None`` before there is such a graph.
+        bases: The tensors of the members' bases that compiled graphs take, by path: see `take_bases`.
     """
 
     #: True once a stack was made in this process.
@@ -62,6 +64,7 @@ class Stack:
         Stack.is_used = True
         self.mark = f"{self.version}, {self._num_training}"
         self.seen: torch.Tensor | None = None
+        self.bases: dict[str, torch.Tensor] = {}
         # The stacked modules, as long as they live: those that were taken out of the model, too.
         self.modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # By place, a twin, and the state that it was filled in.
@@ -84,6 +87,24 @@ class Stack:
         """Note a change of a member's attributes."""
         self.version += 1
         self.mark = f"{self.version}, {self._num_training}"
+        self.bases = {}
+
+    def take_bases(self, member: nn.Module) -> None:
+        """Take the tensors of a member's bases for compiled graphs, in the same memory.
+
+        A tracer marks the parameters that it takes, and guards of captured experts see the marks.
+        """
+        self.bases = {path: tensor.detach() for path, tensor in base_tensors(member).items()}
+
+    def has_bases_of(self, member: nn.Module) -> bool:
+        """True if the tensors that compiled graphs take for those of a member's bases still are."""
+        if not self.bases:
+            return True
+        now = base_tensors(member)
+        return now.keys() == self.bases.keys() and all(
+            (_address(now[path]), now[path].shape, now[path].dtype) == (_address(taken), taken.shape, taken.dtype)
+            for path, taken in self.bases.items()
+        )
 
     def trained(self, num_modules: int) -> None:
         """Note that so many more of the members' modules are in training."""

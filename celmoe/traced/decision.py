@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from celmoe.based import base_tensors
 from celmoe.engines.choice import LevelChoice, Present
 from celmoe.experts import ExpertBatch
 from celmoe.grouped.capture import sample_of
@@ -124,13 +125,15 @@ def _reason(unit: Unit, *, is_exported: bool) -> str | None:
     if unit.fault is not None or record is None or record.program is None:
         return unit.fault or "can't run as one"
     if is_exported:
-        return None
+        return "read tensors of a base" if record.captured.base_names else None
     if not _UNROLLED.isdisjoint(step.name for step in record.program.steps):
         return "run position by position"
     if stack is None or unit.members != tuple(range(len(stack.names))):
         return "are not stacked"
     if not all(name in stack.keys for name in record.captured.names):
         return "read tensors that are not stacked"
+    if not base_tensors(unit.modules[0]).keys() >= {*record.captured.base_names}:
+        return "read tensors of a base by other names"
     if not stack.is_fixed:
         # A graph looks at the first member only.
         return "hold objects of their own that may change"
@@ -178,7 +181,8 @@ def _with_own_values(experts: list[nn.Module]) -> list[nn.Module]:
     made: list[nn.Module] = []
     for expert, slot in zip(experts, slots_of(experts), strict=True):
         ordinary = expert if slot is None else slot.stack.twins([expert], [slot.member])[0]
-        memo: dict[int, Any] = {}
+        # Bases are everybody's, and no parameters.
+        memo: dict[int, Any] = {id(each): each for each in base_tensors(ordinary).values()}
         for tensor in (*ordinary.parameters(), *ordinary.buffers()):
             shape = [example_of(size) for size in tensor.shape]
             values = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)

@@ -154,11 +154,12 @@ def _ways(model: Any, hidden: torch.Tensor, packed: Any) -> list[int] | None:
 
 
 def _tensors_of(model: Any, level: Level) -> dict[str, torch.Tensor]:
-    """By path in an expert, the members' tensors ``[M, ...]``, if a graph takes them."""
+    """By path in an expert, the members' tensors ``[M, ...]`` and those of their bases, if a graph takes them."""
     modules = model.level_modules[level.name]
     stacks: list[Stack] = model._stacks.get(level.name, [])
     if len(stacks) == 1 and len(stacks[0].names) == len(level.experts):
-        return {path: modules._parameters[name] for path, name in stacks[0].keys.items()}
+        stacked = {path: modules._parameters[name] for path, name in stacks[0].keys.items()}
+        return {**stacked, **stacks[0].bases}
     if torch.compiler.is_exporting():
         experts = [modules[name] for name in sorted(level.experts)]
         named = [dict([*each.named_parameters(), *each.named_buffers()]) for each in experts]
@@ -241,6 +242,9 @@ def _decided(key: str, index: int, number: int, hidden: torch.Tensor, packed: An
         raise _not_exported(level, way.reason)
     _WAYS.setdefault(model, {})[number] = way
     stack = None if way.way != INSIDE or way.unit is None else way.unit.stack
+    if stack is not None and way.unit is not None:
+        with apart(), torch.inference_mode(False):
+            stack.take_bases(way.unit.modules[0])
     if stack is not None and not is_exported and (stack.seen is None or stack.seen.device != hidden.device):
         with apart(), torch.inference_mode(False):
             stack.seen = torch.zeros(len(stack.names), dtype=torch.int64, device=hidden.device)

@@ -49,7 +49,7 @@ def run_inside(
         mask: ``[B, ...]`` or ``None``.
         context: The context as passed.
         indices: The plan's order, its inverse, and the expert ids, ``[B]`` int64 each.
-        tensors: By path in an expert, the members' tensors ``[M, ...]``.
+        tensors: By path in an expert, the members' tensors ``[M, ...]``, and the tensors of their bases.
         seen: The stack's `Stack.seen`, or ``None``.
 
     Returns:
@@ -74,7 +74,8 @@ def run_inside(
     aligned = [permuted(each, order, inverse) for each in given.aligned]
     mask_rows = None if mask is None else permuted(mask, order, inverse)
     sample = Sample(rows, mask_rows, given.build(aligned))
-    bound = Bound(sample, [tensors[name] for name in record.captured.names])
+    captured = record.captured
+    bound = Bound(sample, [tensors[name] for name in captured.names], [tensors[name] for name in captured.base_names])
     # Kernels were resolved for rows that the host counts.
     program = replace(record.program, calls=None)
     segments = DeviceSegments(members, len(names))
@@ -153,7 +154,7 @@ def looked(members: torch.Tensor, name: str) -> torch.Tensor:
         member = stack.registry[stack.names[0]]
         look.question["expert"] = stack.twins([member], [0])[0]
         with as_called(look.modes):
-            if record.captured.guard.holds(look.question):
+            if record.captured.guard.holds(look.question) and stack.has_bases_of(member):
                 if look.modes.is_grad_enabled:
                     follow(stack)
                 return members.clone()

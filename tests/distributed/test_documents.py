@@ -1,4 +1,4 @@
-"""The README's functions for several ranks do as it says; and `celmoe.distributed` shows the names that it lists."""
+"""The guide's functions for several ranks do as it says; and `celmoe.distributed` shows the names that it lists."""
 
 import importlib
 
@@ -10,12 +10,12 @@ import celmoe.distributed
 from tests.distributed import jobs
 from tests.distributed.jobs import Job
 from tests.distributed.test_data_parallel import STEPS
-from tests.test_readme import README, examples
+from tests.documents import GUIDE, examples
 
 
 def follow(block):
-    """Run both trainings of the README, and return the ranks' values afterwards; and the steps of one process."""
-    names = {"torch": torch, "__name__": "__readme__"}
+    """Run both trainings of the guide, and return the ranks' values afterwards; and the steps of one process."""
+    names = {"torch": torch, "__name__": "__guide__"}
     exec(block, names)
     rank, job = dist.get_rank(), Job(STEPS[:3])
     models = [jobs.make_model(job) for _ in range(2)]
@@ -26,8 +26,8 @@ def follow(block):
     return [model.state_dict() for model in models]
 
 
-def test_the_readme_s_trainings(two):
-    (block,) = [text for _, text in examples(README.read_text(encoding="utf-8")) if "celmoe.distributed" in text]
+def test_the_guides_trainings(two):
+    block = examples((GUIDE / "ranks.md").read_text(encoding="utf-8"))[0][1]
     job = Job(STEPS[:3])
     found = two.run(follow, block)
     for way, max_norm in ((0, None), (1, 1.0)):
