@@ -59,8 +59,8 @@ Weights: TypeAlias = Mapping[str, nn.Parameter | Part]
 def training_evidence(forward: Forward, weights: Weights, workload: Workload, device: torch.device = HOST) -> Evidence:
     """Take a training step, and return the fused hidden states, the input's gradient and every parameter's.
 
-    The loss weighs each number differently. A mean of squares would not do: the fusion's norm makes it almost
-    constant, and the gradients would be rounding errors.
+    The loss weighs each number differently. A mean of squares would not do: the fusion's norm makes it almost constant,
+    and the gradients would be rounding errors.
     """
     hidden = workload.hidden().to(device).requires_grad_()
     for weight in weights.values():

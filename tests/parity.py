@@ -86,8 +86,8 @@ def assert_parity(
         optimizers: Names in `OPTIMIZERS`.
         steps: Training steps with each.
         seed: Set before each call, so that dropout draws the same numbers.
-        in_float64: Makes the same model and inputs in float64, to tell rounding from error if a float32 model's
-            values differ by more than the tolerance.
+        in_float64: Makes the same model and inputs in float64, to tell rounding from error if a float32 model's values
+            differ by more than the tolerance.
         elsewhere: Another device, and a function that makes the same inputs on it: the model runs there, the oracle on
             the CPU.
 

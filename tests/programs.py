@@ -1,9 +1,9 @@
 """Random expert programs, each run under ``"auto"`` and ``"grouped"`` beside an identical model that is looped.
 
 A seed makes a program: the source of an expert class, out of pieces of tensor operations and of the Python around them
-(`program_pieces`). Both models live in modules of their own, so that no state of experts is shared. A few steps
-with changes between them must give the same on both sides, Python state and random streams included. This command runs
-a number of programs, and prints the counts at the end::
+(`program_pieces`). Both models live in modules of their own, so that no state of experts is shared. A few steps with
+changes between them must give the same on both sides, Python state and random streams included. This command runs a
+number of programs, and prints the counts at the end::
 
     python -m tests.programs --count 20000 --seed 0 --workers 2
     python -m tests.programs --count 1 --seed 123 --show

@@ -1,8 +1,8 @@
 """The model and the checks of the message tests: a small model that counts its experts' calls, and a look at refusals.
 
-A refusal is right when its class is celmoe's and the builtin's, when its message is the expected one to the letter,
-and when nothing ran or changed: no expert was called, the random stream and the arguments are as before, and
-the next good call gives a fresh model's result.
+A refusal is right when its class is celmoe's and the builtin's, when its message is the expected one to the letter, and
+when nothing ran or changed: no expert was called, the random stream and the arguments are as before, and the next good
+call gives a fresh model's result.
 """
 
 from __future__ import annotations

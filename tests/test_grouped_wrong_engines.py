@@ -1,7 +1,7 @@
 """Wrong engines of the kind that captures, verifies and runs programs: each is caught by name, with the proof on.
 
-Every engine is first found right in its scenario, so that the test catches the fault put in. Scenarios are a
-few calls with changes between them, beside the oracle's.
+Every engine is first found right in its scenario, so that the test catches the fault put in. Scenarios are a few calls
+with changes between them, beside the oracle's.
 """
 
 from __future__ import annotations

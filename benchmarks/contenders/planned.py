@@ -31,8 +31,8 @@ class Planned(nn.Module):
     """The hierarchy of a model, without its experts.
 
     Args:
-        model: Gives the hierarchy and the fusion. Its experts stand in sorted order, so that an expert's place in
-            the config is also the place of its rows.
+        model: Gives the hierarchy and the fusion. Its experts stand in sorted order, so that an expert's place in the
+            config is also the place of its rows.
 
     Attributes:
         sizes: Experts of each level.

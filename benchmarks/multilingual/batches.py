@@ -30,8 +30,7 @@ class Batch:
     ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language;
     ``proposals`` int64 [B, M], ``counts`` uint8 [B, M, F] and ``totals`` uint8 [B, T] as in `WordTable`. ``languages``
     are the names behind ``plan``, for readers that route by strings. If several ranks share a batch, a `Batch` holds
-    one
-    rank's words, and ``joined`` is the plan of all of them.
+    one rank's words, and ``joined`` is the plan of all of them.
     """
 
     characters: torch.Tensor

@@ -18,10 +18,8 @@ class HierarchyClock:
     Forward: from the return of the encoder to the return of the network. Only the hierarchy runs between them, with its
     routing if the system routes by itself. Backward: from the whole gradient of the fused hidden states to the whole
     gradient of the encoder's output. Autograd goes from the last operation to the first: losses and head come before,
-    the
-    encoder after, and the gradients of the experts' parameters between. Clipping and the optimizer's step are left out.
-    On
-    CUDA each of the four readings waits for the device.
+    the encoder after, and the gradients of the experts' parameters between. Clipping and the optimizer's step are left
+    out. On CUDA each of the four readings waits for the device.
     """
 
     def __init__(self, network: Lemmatizer, clock: Callable[[], float] = time.perf_counter) -> None:

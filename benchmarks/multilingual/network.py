@@ -1,6 +1,6 @@
 """The network: a character encoder, the hierarchy of experts, and a head over each language's edit rules.
 
-A word's hidden state is the word's encoding, [D], and behind them a score for each of its proposals, [M].
+A word's hidden state is the word's encoding, [D], and behind it a score for each of its proposals, [M].
 Every expert adds to both: to the encoding by an MLP, to the scores by a function of the proposals' evidence.
 
 Axes: B words, N words of one expert, W characters of a window, C width of a character, D width of a word's state, K
@@ -225,8 +225,7 @@ class Lemmatizer(nn.Module):
     """Encoder, hierarchy and head. The hierarchy is any library's: it is made by ``library.HierarchicalCELMoE``.
 
     ``multiply_adds`` are those of a forward pass of one word. ``family_of`` may give languages other families than
-    their
-    own, for a control.
+    their own, for a control.
     """
 
     def __init__(

@@ -113,9 +113,8 @@ class Progress:
     """The step that training has reached, and its words and curve so far.
 
     ``planned_steps`` are the options' steps. ``total_steps`` are those that the clock leaves, or all unless
-    ``clocked``.
-    ``expert_load`` counts words by ``level/expert``. A finished run may go on by a new plan: ``ended`` are the steps at
-    which earlier plans ended.
+    ``clocked``. ``expert_load`` counts words by ``level/expert``. A finished run may go on by a new plan: ``ended`` are
+    the steps at which earlier plans ended.
     """
 
     planned_steps: int

@@ -4,8 +4,9 @@ A step is one forward pass, ``joined_mean``, one backward pass, and ``reduce_gra
 Everything is trained, gradients are of the parameters' dtype, every rank has B samples. The model leaves out clipping,
 which communicates under `shard_levels` alone, and the work of the first step alone.
 
-Formulas are of payload; `collectives` adds a ring's traffic. Axes: N ranks, G of them in a dimension that
-samples that goes to this rank.
+Formulas are of payload; `collectives` adds a ring's traffic. Axes: N ranks, G of them in a dimension that shares
+parameters or experts, D in the dimension of copies (N = G·D), E experts of a level, s the share of a level's samples
+that goes to this rank.
 """
 
 from __future__ import annotations
@@ -43,8 +44,7 @@ class Rows(NamedTuple):
         hidden_bytes: Bytes of one sample's hidden states.
         other_bytes: Bytes of one sample's mask and context, which get no gradient.
         has_input_gradient: True if gradients flow into the input of the first spread level, for a trained level below
-            or
-            an encoder.
+            or an encoder.
     """
 
     batch_size: int
@@ -110,16 +110,13 @@ def expert_parallel(
 
     For each spread level, with h bytes of a sample's hidden states: an all-to-all to the experts gives B·h and takes
     G·s·B·h, and one back gives G·s·B·h and takes B·h. The backward pass has both again. The first all-to-all has mask
-    and
-    context too. Before the levels, an all-gather takes ``8·(4 + ΣE)`` bytes from each rank, and one or two take 24
-    bytes a
-    level.
+    and context too. Before the levels, an all-gather takes ``8·(4 + ΣE)`` bytes from each rank, and one or two take 24
+    bytes a level.
 
     After the levels, the parameters that every rank holds are all-reduced over all dimensions in turn. This rank's
-    present
-    experts are all-reduced over the dimension of copies. Both take 1 byte more a parameter, for its presence. An
-    all-gather of ``16·(1 + n)`` bytes from each rank shares the norms of experts' gradients, with n the most tensors of
-    experts on one of the G.
+    present experts are all-reduced over the dimension of copies. Both take 1 byte more a parameter, for its presence.
+    An all-gather of ``16·(1 + n)`` bytes from each rank shares the norms of experts' gradients, with n the most tensors
+    of experts on one of the G.
 
     Args:
         sizes: The model, whole.
