@@ -1,6 +1,12 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
 from . import optim, reference, zoo
+from .attached.adapters import Adapters, adapters, freeze_host
+from .attached.attaching import attach, detach
+from .attached.files import load_adapters, save_adapters
+from .attached.merging import merge_adapters
+from .attached.routed import routed
+from .collator import Collator
 from .config import CELMoEConfig, ExpertConfig, HierarchyLevelConfig
 from .errors import (
     CELMoEError,
@@ -69,6 +75,7 @@ from .stacked.stacking import StackedClass, StackReport, stack_experts, unstack_
 from .version import __version__
 
 __all__ = [
+    "Adapters",
     "BridgeLossCallable",
     "CELMoEConfig",
     "CELMoEError",
@@ -77,6 +84,7 @@ __all__ = [
     "ChangedError",
     "CheckpointError",
     "ClassExplanation",
+    "Collator",
     "ConfigError",
     "ConfigTypeError",
     "DeviceMissingError",
@@ -136,14 +144,22 @@ __all__ = [
     "UnknownExpertError",
     "UnknownLevelError",
     "__version__",
+    "adapters",
+    "attach",
+    "detach",
+    "freeze_host",
     "gradient_norms",
+    "load_adapters",
     "load_experts",
+    "merge_adapters",
     "merge_routing",
     "optim",
     "parameter_groups",
     "reference",
+    "routed",
     "routing_constant",
     "rowwise",
+    "save_adapters",
     "stack_experts",
     "unstack_experts",
     "validate_routing_length",

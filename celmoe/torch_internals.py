@@ -583,3 +583,22 @@ def active_ddp() -> torch.nn.parallel.DistributedDataParallel | None:
 def is_joining(ddp: torch.nn.parallel.DistributedDataParallel) -> bool:
     """True within ``ddp.join()``, where ranks may end before others."""
     return bool(ddp._join_config.enable)
+
+
+def node_number() -> int:
+    """The number that autograd gives the node made here; numbers of one thread ascend."""
+    with torch.inference_mode(False), torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).view(()).grad_fn
+        number: int = node._sequence_nr()
+        return number
+
+
+def number_in_backward() -> int | None:
+    """The number of the node whose backward this thread runs now; ``None`` outside of backward passes."""
+    node: Any = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True for a module whose calls run compiled code."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")

@@ -31,7 +31,7 @@ FLOORS = [
     {"stacked.fitness", "stacked.assembly"},
     {"routing.plan"},
     {"routing.compiler", "rows.mixing", "outputs", "explain", "load_tracker"},
-    {"rows.dispatch"},
+    {"rows.dispatch", "collator"},
     {"loss", "grouped.values"},
     {
         "grouped.segments",
@@ -72,7 +72,12 @@ FLOORS = [
     {"zoo.arguments", "zoo.layers", "zoo.positions"},
     {*(f"zoo.{name}" for name in ("dense", "bottleneck", "lora", "prefix", "convolution", "block"))},
     {"zoo"},
-    {"reference"},
+    {"reference", "attached.where", "attached.runs"},
+    {"attached.place"},
+    {"attached.hosts"},
+    {"attached.root"},
+    {"attached.attaching", "attached.routed", "attached.adapters"},
+    {"attached.files", "attached.merging"},
     {"devices"},
     {"", "__main__"},
     {"distributed.versions"},
@@ -89,7 +94,7 @@ FLOORS = [
     {"distributed"},
 ]
 # Packages whose file is a map, and nothing else.
-MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced", "lifecycle"}
+MAPS = {"routing", "rows", "grouped", "grouped.kernels", "engines", "stacked", "traced", "lifecycle", "attached"}
 FLOOR_BY_FILE = {file: number for number, floor in enumerate(FLOORS) for file in floor}
 
 

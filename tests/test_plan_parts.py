@@ -58,6 +58,28 @@ def test_joined_plans_are_what_their_routes_are_compiled_to(case, data):
     same(joined, compiled(case, names, [sample for part in parts for sample in part]))
 
 
+@examples(100)
+@given(case=cases(), repeats=st.integers(1, 4))
+def test_a_repeated_plan_is_what_the_repeated_routes_are_compiled_to(case, repeats):
+    names = names_of(case)
+    repeated = compiled(case, names, range(case.batch_size)).repeat_interleave(repeats)
+    same(repeated, compiled(case, names, [sample for sample in range(case.batch_size) for _ in range(repeats)]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "builtin", "message"),
+    [
+        (0, PlanError, ValueError, "'repeats' must be at least 1 (got 0)"),
+        (2.0, RouteTypeError, TypeError, "'repeats' must be an integer (got 2.0)"),
+        (True, RouteTypeError, TypeError, "'repeats' must be an integer (got True)"),
+    ],
+)
+def test_plans_are_repeated_a_whole_number_of_times(wrong, error, builtin, message):
+    with pytest.raises(error) as caught:
+        RoutingCompiler(two_levels())(GOOD).repeat_interleave(wrong)
+    assert_error(caught.value, error, builtin, message)
+
+
 @pytest.mark.parametrize("num_samples", [64, 65, 1000])
 def test_large_plans_fall_apart_and_come_together(num_samples):
     rng = random.Random(num_samples)

@@ -388,10 +388,11 @@ def test_who_computes(device: str, dtype: torch.dtype, widths: tuple[int, ...], 
 
 
 @pytest.mark.parametrize(
-    ("counts", "expected"), [((1, 0, 3, 2), "even"), ((0, 0, 1, 0), "even"), ((1, 1, 1, 2000), "grouped_mm")]
+    ("counts", "expected"),
+    [((1, 0, 3, 2), "even"), ((0, 0, 1, 0), "even"), ((1, 1, 1, 2000), "grouped_mm"), ((4, 4, 4, 4), "runs")],
 )
 def test_who_computes_for_a_stack(counts: tuple[int, ...], expected: str):
-    """Places for all members if that wastes little."""
+    """Places for all members if that wastes little; no places if none would be empty."""
     if not hasattr(F, "grouped_mm"):
         expected = expected.replace("grouped_mm", "runs")
     rows, weights = torch.zeros(sum(counts), 64), torch.zeros(len(counts), 64, 64)

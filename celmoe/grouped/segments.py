@@ -81,6 +81,11 @@ class Segments:
         self._even: dict[int, tuple[torch.Tensor, int]] = {}
 
     @cached_property
+    def is_even(self) -> bool:
+        """True if all members have equally many rows, and some have any."""
+        return len(set(self.counts)) == 1 and self.num_rows > 0
+
+    @cached_property
     def runs(self) -> list[Run]:
         """The members by equal counts, in order."""
         return _runs(self.counts)

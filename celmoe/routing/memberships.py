@@ -40,6 +40,13 @@ class Memberships(NamedTuple):
         rows = slice(first, last)
         return Memberships(self.codes[rows], self.samples[rows] - start, self.weights[rows], stop - start)
 
+    def repeated(self, repeats: int) -> Memberships:
+        """The memberships of as many samples for each one, one after another."""
+        samples = (self.samples[:, None] * repeats + np.arange(repeats)).ravel()
+        order = samples.argsort(kind="stable")
+        codes, weights = np.repeat(self.codes, repeats), np.repeat(self.weights, repeats)
+        return Memberships(codes[order], samples[order], weights[order], self.size * repeats)
+
     def settled(self) -> CodeArray | Memberships:
         """The memberships; or the code of each sample, if each has one expert of weight 1."""
         is_plain = len(self.samples) == self.size and (self.weights == 1.0).all()

@@ -327,6 +327,30 @@ class RoutingPlan:
         cut = [each.cut(start, stop).settled() if isinstance(each, Memberships) else each[start:stop] for each in whole]
         return _planned_again(self, cut, stop - start)
 
+    def repeat_interleave(self, repeats: int) -> RoutingPlan:
+        """The plan of a batch that has each sample several times, one after another: the beams of generation.
+
+        The result equals the compiled plan of the repeated routes, and lies on this plan's device. The host sorts the
+        samples again, O(B · repeats). Reading the ids of a plan on a device waits for that device.
+
+        Args:
+            repeats: Rows of each sample, from 1 on.
+
+        Raises:
+            PlanError: ``repeats`` is below 1, or the plan is on meta.
+            RouteTypeError: ``repeats`` is no integer.
+        """
+        if isinstance(repeats, bool) or not isinstance(repeats, Integral):
+            raise RouteTypeError(f"'repeats' must be an integer (got {repeats!r})")
+        if repeats < 1:
+            raise PlanError(f"'repeats' must be at least 1 (got {repeats})")
+        number = int(repeats)
+        codes = [
+            each.repeated(number) if isinstance(each, Memberships) else np.repeat(each, number)
+            for each in _host_codes(self)
+        ]
+        return _planned_again(self, codes, self.batch_size * number)
+
     @staticmethod
     def join(plans: Iterable[RoutingPlan]) -> RoutingPlan:
         """The plan of several batches' samples, one batch after another.

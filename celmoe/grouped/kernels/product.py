@@ -269,7 +269,9 @@ def backend_of(segments: Segments, *operands: torch.Tensor) -> str:
         # PyTorch's own operator where its rule for shapes knows what its kernel takes.
         is_fit = segments.device.type == "cuda" and takes_grouped_mm("cuda", operands[0].dtype, widths)
         return "grouped_mm" if is_fit else "operators"
-    return backend_for(segments.device.type, operands[0].dtype, widths, _padding(segments, operands, widths))
+    # Members of equally many rows are one run: one batched product, whose rows are not moved.
+    padding = None if segments.is_even else _padding(segments, operands, widths)
+    return backend_for(segments.device.type, operands[0].dtype, widths, padding)
 
 
 def _backend(segments: Segments, *operands: torch.Tensor) -> Backend:

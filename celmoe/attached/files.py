@@ -1,0 +1,174 @@
+"""Attached experts in files of their own, by name."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from celmoe.errors import (
+    CheckpointError,
+    ConfigError,
+    InputTypeError,
+    PackageMissingError,
+    UnknownLevelError,
+    listed,
+    nearest,
+)
+from celmoe.files import replaced
+from celmoe.lifecycle.loading import LoadReport, load_experts
+from celmoe.names import name_key, parted_key
+
+from .adapters import Adapters, adapters
+from .place import CHILD
+
+_SUFFIX, _REST, _LEVELS = ".safetensors", "rest", "level_modules."
+
+
+def save_adapters(model: nn.Module, path: str | Path, *, by: str | None = None) -> list[Path]:
+    """Save the experts that are attached to a model, without the model.
+
+    Files are safetensors. A tensor's key is its key in ``model.state_dict()``. A file is whole or not there.
+
+    Args:
+        model: The host.
+        path: The file; with ``by`` a folder, which is made.
+        by: A level's name: each of its experts then has a file, named for the expert, with its tensors from all places.
+            The experts of other levels and the fusions are in ``rest.safetensors``.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputTypeError, ConfigError: See `adapters`.
+        UnknownLevelError: There is no such level.
+        PackageMissingError: safetensors is not installed.
+        OSError: A file could not be written.
+    """
+    found = adapters(model)
+    tensors = _tensors(found)
+    if by is None:
+        return [_written(Path(path), tensors, found)]
+    levels = [level.name for level in found.config.levels if level.enabled]
+    if by not in levels:
+        raise UnknownLevelError(f"'by' must be a level of the experts (got {by!r}; {nearest(by, levels)})")
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        parts.setdefault(_file_of(key, by), {})[key] = tensor
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_written(folder / f"{name}{_SUFFIX}", part, found) for name, part in parts.items()]
+
+
+def load_adapters(
+    model: nn.Module, path: str | Path, *, rename: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, LoadReport]:
+    """Load attached experts by name, those that the file and the model both have.
+
+    Args:
+        model: The host, with experts attached at the same places.
+        path: A file of `save_adapters`, a folder of them, or the ``model.safetensors`` of a whole model.
+        rename: See `load_experts`.
+
+    Returns:
+        By place what was loaded, what is new in the model, and what was left.
+
+    Raises:
+        InputTypeError, ConfigError: See `adapters`.
+        CheckpointError: There is no such file; it can't be read; or it has no expert of the model, or one of other
+            tensors. Then nothing has changed.
+        CELMoEError: See `load_experts`.
+        PackageMissingError: safetensors is not installed.
+    """
+    found = adapters(model)
+    tensors = _read(Path(path))
+    own: dict[str, dict[str, torch.Tensor]] = {}
+    for place in found:
+        prefix = _prefix(place)
+        if part := {key.removeprefix(prefix): each for key, each in tensors.items() if key.startswith(prefix)}:
+            own[place] = part
+    if not own:
+        raise CheckpointError(
+            f"'path' must hold experts of the model's places (got keys {listed(tensors)}; the model's begin with "
+            f"{listed(map(_prefix, found))})"
+        )
+    before = {place: {key: each.clone() for key, each in found[place].state_dict().items()} for place in own}
+    reports = {}
+    try:
+        for place, state in own.items():
+            reports[place] = load_experts(found[place], state, rename)
+    except BaseException:
+        for place in reports:
+            found[place].load_state_dict(before[place])
+        raise
+    return reports
+
+
+def _prefix(place: str) -> str:
+    return f"{place}.{CHILD}." if place else f"{CHILD}."
+
+
+def _tensors(found: Adapters) -> dict[str, torch.Tensor]:
+    """All tensors of attached experts, by key; each with memory of its own, as safetensors wants it."""
+    tensors: dict[str, torch.Tensor] = {}
+    for place, each in found.items():
+        for key, value in each.state_dict().items():
+            if not isinstance(value, torch.Tensor):
+                raise InputTypeError(
+                    f"experts must have nothing but tensors in their state to be saved (got {key!r} at {place!r})"
+                )
+            tensors[_prefix(place) + key] = value.detach().cpu().contiguous().clone()
+    if not tensors:
+        raise ConfigError("'model' must have attached experts with tensors to be saved (got none)")
+    return tensors
+
+
+def _file_of(key: str, level: str) -> str:
+    """The name of the file that a tensor belongs to."""
+    _, found, rest = key.partition(f"{CHILD}.{_LEVELS}")
+    if found:
+        name, rest = parted_key(rest)
+        if name == level:
+            # As in keys: a name may hold what no file name does.
+            return name_key(parted_key(rest)[0]).replace("/", "%2F")
+    return _REST
+
+
+def _written(path: Path, tensors: dict[str, torch.Tensor], found: Adapters) -> Path:
+    experts = {level.name: list(level.experts) for level in found.config.levels if level.enabled}
+    content = _safetensors().save(tensors, {"format": "pt", "celmoe": json.dumps(experts)})
+    with replaced(path) as file:
+        file.write(content)
+    return path
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    files = sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise CheckpointError(f"'path' must be a file of safetensors, or a folder with some (got {str(path)!r})")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors |= _safetensors().load(file.read_bytes())
+        except _safetensors_error() as error:
+            raise CheckpointError(f"'path' must hold files of safetensors (got {str(file)!r}: {error})") from error
+    return tensors
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise PackageMissingError(
+            "safetensors must be installed to save and load attached experts (pip install safetensors)"
+        ) from error
+
+
+def _safetensors_error() -> type[Exception]:
+    kind: type[Exception] = importlib.import_module("safetensors").SafetensorError
+    return kind
