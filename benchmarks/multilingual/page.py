@@ -147,8 +147,8 @@ def _curve(curve: Sequence[CurvePoint], ended: Sequence[int]) -> str:
     went_on = "".join(f" The run went on at step {step:,}, by a new schedule." for step in ended)
     return (
         "<p>An edit rule makes a lemma of a word. Here is the share of validation words for which the right rule was "
-        "chosen. The learning rate falls until the run ends, so the points before the last are below what a run of "
-        "that length reaches. A run of more minutes also reads more words."
+        "chosen. The learning rate falls until the run ends, so a point in the middle is below what a run that ends "
+        "there reaches. A run of more minutes also reads more words."
         f"{went_on}</p>"
         f"{_table(['step', *names], rows)}"
     )
