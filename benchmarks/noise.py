@@ -31,6 +31,8 @@ class Noise:
         return self.restless > NOISY * self.series
 
     def __str__(self) -> str:
+        if not self.series:
+            return "Nothing was timed often enough to tell whether the machine was noisy."
         return (
             f"In {self.restless:,} of {self.series:,} series of timings, the middle half is wider than {RESTLESS:.0%} "
             f"of the median. More than {NOISY:.0%} of them make a run noisy."

@@ -17,6 +17,7 @@ def test_series_are_counted_by_their_middle_halves():
 def test_few_timings_tell_nothing():
     assert measure_noise([[1.0, 2.0, 3.0, 4.0]]) == Noise(0, 0)
     assert not Noise(0, 0).is_noisy
+    assert str(Noise(0, 0)) == "Nothing was timed often enough to tell whether the machine was noisy."
 
 
 @pytest.mark.parametrize(("restless", "noisy"), [(0, False), (25, False), (26, True), (100, True)])
