@@ -1,6 +1,6 @@
 """A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
 
-from . import optim, reference
+from . import optim, reference, zoo
 from .attached.adapters import Adapters, adapters, freeze_host
 from .attached.attaching import attach, detach
 from .attached.files import load_adapters, save_adapters
@@ -163,4 +163,5 @@ __all__ = [
     "stack_experts",
     "unstack_experts",
     "validate_routing_length",
+    "zoo",
 ]

@@ -410,6 +410,17 @@ def a_dict_of_settings(expert, rows, batch):
     return getattr(F, expert.settings["inner"]["activation"])(rows) * expert.settings["scale"]
 
 
+@kind(3)
+def padded(expert, rows, batch):
+    return F.pad(rows, (0, 0, 1, 1))[:, 2:] * F.pad(rows, (1, 1), value=0.5)[..., 2:]
+
+
+@kind(3)
+def a_linear_layer_that_is_everybody_s(expert, rows, batch):
+    weight = torch.arange(2.0 * WIDTH, dtype=rows.dtype).view(2, WIDTH) / WIDTH
+    return torch.cat([F.linear(rows, weight, weight[:, 1]), F.linear(rows[..., 1:], weight[:, 1:]), rows[..., 4:]], -1)
+
+
 layer("group_norm", lambda: nn.GroupNorm(2, WIDTH))
 layer("layer_norm", lambda: nn.LayerNorm(WIDTH))
 layer("rms_norm", lambda: nn.RMSNorm(WIDTH))

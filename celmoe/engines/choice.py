@@ -258,10 +258,9 @@ class LevelChoice:
                 fault = self.classes.refusal(name, expert) if record is None else record.fault
                 if record is not None and fault is None:
                     fault = record.fault_of(expert)[1]
-                known.setdefault((record.first if record is not None and fault is None else None, fault), []).append(
-                    place
-                )
-            for (record, fault), places in known.items():
+                first = None if record is None or fault is not None else record.first
+                known.setdefault((first, first and first.last_identity_of(expert), fault), []).append(place)
+            for (record, _, fault), places in known.items():
                 modules = tuple(present.experts[place] for place in places)
                 some = unit._replace(positions=tuple(places), modules=modules, record=record)
                 layout = self.classes.layouts([present.names[places[0]]], modules[:1])[0]

@@ -151,7 +151,7 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
         given = [each.clone() for each in given]
     sample = Sample(given[0], given[1] if mask else None, rows.build(given[1 + len(mask) :]))
     segments = Segments(counts, batch.hidden.device, is_stacked=unit.stack is not None)
-    outcome = run_program(record.program, Bound(sample, own), segments, may_write=record.writes)
+    outcome = run_program(record.program, Bound(sample, own, unit.modules[0]), segments, may_write=record.writes)
     return _left(outcome, entered, batch.counts) if record.captured.losses else outcome
 
 

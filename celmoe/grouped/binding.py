@@ -230,7 +230,7 @@ class _Finder:
         if len(set(kinds)) > 1:
             return None
         func, args, kwargs = step.func, step.args, step.kwargs
-        if step.name in _DRAWS:
+        if _draws(step):
             by_handler = _by_handler(step, self._kinds, self._place)
             return lambda values, run: (
                 by_handler(values, run) if run.is_rehearsal else func(*_filled(args, values), **_filled(kwargs, values))
@@ -324,6 +324,12 @@ def _are_rows(kind: Any) -> bool:
 def _writes(step: Step) -> bool:
     place = place_of_inplace(step.func)
     return bool(step.kwargs.get("inplace")) or (place is not None and place < len(step.args) and bool(step.args[place]))
+
+
+def _draws(step: Step) -> bool:
+    if step.name == "scaled_dot_product_attention":
+        return bool(step.args[4] if len(step.args) > 4 else step.kwargs.get("dropout_p"))
+    return step.name in _DRAWS
 
 
 def _places(value: Any) -> list[Place]:

@@ -13,7 +13,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from celmoe.based import base_tensors
 from celmoe.experts import ExpertBatch, ExpertResult, is_aux
 from celmoe.rows.context import ContextRows
 from celmoe.torch_internals import (
@@ -117,8 +118,9 @@ class Captured:
         module: Runs the graph for one expert, with the graph's inputs in order.
         guard: Tells for which arguments the graph holds.
         own: Reads an expert's own tensors among the graph's inputs, in order.
+        bases: Reads an expert's bases' tensors among the graph's inputs, in order.
         inputs: For each of the graph's inputs its kind: ``"own"``, ``"rows"``, ``"count"`` (the number of rows),
-            ``"size"`` or ``"shared"``; and a function that reads the input from the call's arguments.
+            ``"size"``, ``"shared"`` or ``"base"``; and a function that reads the input from the call's arguments.
         outputs: For each of the result's tensors an output's position, or an input's if an input is given back.
         losses: Names of the losses, in the order of ``outputs`` behind the hidden states.
         names: The paths of the own tensors.
@@ -129,10 +131,16 @@ class Captured:
     module: fx.GraphModule
     guard: Guard
     own: Callable[[nn.Module], list[torch.Tensor]]
+    bases: Callable[[nn.Module], list[torch.Tensor]]
     inputs: tuple[tuple[str, Callable[[Mapping[str, Any]], Any]], ...]
     outputs: tuple[tuple[str, int], ...]
     losses: tuple[str, ...]
     names: tuple[str, ...]
+
+    @cached_property
+    def has_bases(self) -> bool:
+        """True if the graph reads tensors of bases."""
+        return any(kind == "base" for kind, _ in self.inputs)
 
     def fits(self, sample: Sample) -> bool:
         """True if the same inputs are batch-aligned; the guard must hold for the arguments."""
@@ -219,7 +227,7 @@ def capture(expert: nn.Module, sample: Sample) -> Captured | Refusal:
     if has_hooks(expert):
         return Refusal("have hooks")
     rows = [each for each in (sample.hidden, sample.mask, *sample.aligned) if each is not None]
-    tensors = [*rows, *sample.shared.values(), *expert.parameters(), *expert.buffers()]
+    tensors = [*rows, *sample.shared.values(), *expert.parameters(), *expert.buffers(), *base_tensors(expert)]
     try:
         with (
             _LOCK,
@@ -284,7 +292,9 @@ def _described(
             inputs = [*inputs, value]
     rows = sample.row_ids()
     described: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = []
+    base_ids = {id(each) for each in base_tensors(expert) if not each.requires_grad}
     own: list[str] = []
+    bases: list[str] = []
     for (_, source), value in zip(sources(module.graph).items(), inputs, strict=True):
         read = _reader(source, guard.scope)
         if not isinstance(value, torch.Tensor):
@@ -298,6 +308,9 @@ def _described(
         elif id(value) in sample.shared or (source.startswith("G[") and "L[" not in source):
             # A tensor of the context, or of a Python module, is the same for all experts.
             described.append(("shared", read))
+        elif id(value) in base_ids:
+            bases.append(source)
+            described.append(("base", read))
         else:
             return Refusal(f"read a tensor that is not their own ({path_of(source)})")
     outputs = []
@@ -312,6 +325,7 @@ def _described(
         module,
         guard,
         _gatherer(own),
+        _gatherer(bases),
         tuple(described),
         tuple(outputs),
         tuple(result.losses),

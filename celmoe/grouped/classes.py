@@ -80,6 +80,17 @@ class ClassRecord:
         """The record of the class: ``same_as``, or this one."""
         return self.same_as or self
 
+    def identity_of(self, expert: nn.Module) -> tuple[int, ...]:
+        """A key that experts of the class share if they have the same bases: others don't run as one with them."""
+        return id(self), *map(id, self.captured.bases(expert))
+
+    def last_identity_of(self, expert: nn.Module) -> tuple[int, ...] | None:
+        """`identity_of` an expert that was of the class when it was last asked; ``None`` if its base is another now."""
+        try:
+            return self.identity_of(expert)
+        except (LookupError, AttributeError, TypeError):
+            return None
+
     def note(self, expert: nn.Module, fault: str | None) -> None:
         """Keep the finding of an expert's comparison with the loop."""
         self.verified[id(expert)] = weakref.ref(expert), fault
@@ -219,7 +230,9 @@ class LevelClasses:
         found: dict[tuple[Any, float], ClassRecord | None] = {}
         for position, (record, fault) in enumerate(search.find_all(names, experts, scales)):
             scale = scales[position]
-            key = (id(record) if record is not None and fault is None else (type(experts[position]), fault), scale)
+            expert = experts[position]
+            kind = (type(expert), fault) if record is None or fault is not None else record.identity_of(expert)
+            key = kind, scale
             groups.setdefault(key, []).append(position)
             faults[key], found[key] = fault, record
         units = []
@@ -353,6 +366,8 @@ class _Search:
             if not guard.holds_for_all(self._questions[record, scale == 0.0], experts):
                 return None
         members = tuple(experts)
+        if not _have_same_bases(record, members):
+            return None
         tensors: Tensors = tuple(map(record.first.captured.own, members))
         fault = _shared(record.first, members, tensors)
         return Unit(tuple(range(len(members))), members, record.first, scale, fault, tensors)
@@ -530,6 +545,14 @@ def layout_of(expert: nn.Module) -> Layout:
 
 def _shape(tensor: torch.Tensor) -> torch.Size:
     return torch.Size() if nn.parameter.is_lazy(tensor) else tensor.shape
+
+
+def _have_same_bases(record: ClassRecord, members: Sequence[nn.Module]) -> bool:
+    """True if all experts for which a graph holds read the same tensors of bases, or none."""
+    if not record.captured.has_bases:
+        return True
+    first = record.identity_of(members[0])
+    return all(record.identity_of(member) == first for member in members)
 
 
 def _shared(record: ClassRecord, members: Sequence[nn.Module], tensors: Tensors) -> str | None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from celmoe.grouped.ops.table import OPERATIONS, Run
 from celmoe.torch_internals import enter_autocast, exit_autocast, facts_of, needs_gradient, set_grad_mode, sources
@@ -302,10 +302,12 @@ class Bound(NamedTuple):
     Attributes:
         sample: Hidden states, mask and context with the rows of all members.
         tensors: For each own tensor of a member, in the graph's order, the tensors of all members, or a stack of them.
+        member: One of the members, all of which have the same bases.
     """
 
     sample: Sample
     tensors: Sequence[Sequence[torch.Tensor] | torch.Tensor]
+    member: nn.Module
 
 
 def run_program(
@@ -397,7 +399,7 @@ def _modes_kept(run: Run) -> Iterator[None]:
 
 
 def _inputs(captured: Captured, bound: Bound) -> list[Any]:
-    arguments = bound.sample.arguments()
+    arguments = bound.sample.arguments(bound.member)
     own = iter(bound.tensors)
     values: list[Any] = []
     for kind, read in captured.inputs:
@@ -408,7 +410,7 @@ def _inputs(captured: Captured, bound: Bound) -> list[Any]:
             values.append(RowCount())
         elif kind == "rows":
             values.append(rows(read(arguments)))
-        elif kind == "shared":
+        elif kind in ("shared", "base"):
             values.append(common(read(arguments), is_given=True))
         else:
             values.append(read(arguments))

@@ -168,14 +168,14 @@ def _verified(record: Verifiable, members: Sequence[nn.Module], few: Few) -> lis
     segments = Segments(counts, few.hidden.device)
     by_input = list(zip(*tensors, strict=True))
     if program.calls is None:
-        seen = bound_to_kinds(program, Bound(_private(sample, few.context), by_input), segments)
+        seen = bound_to_kinds(program, Bound(_private(sample, few.context), by_input, members[0]), segments)
         record.program = program = seen
     given = _private(sample, few.context)
-    grouped = run_program(program, Bound(given, by_input), segments, is_rehearsal=True)
+    grouped = run_program(program, Bound(given, by_input, members[0]), segments, is_rehearsal=True)
     record.operations_looped = grouped.operations_looped
     record.writes, record.draws = grouped.writes, grouped.draws
     parts = _parts(sample, few.context, counts)
-    alone = [_alone(captured, own, part) for own, part in zip(tensors, parts, strict=True)]
+    alone = [_alone(captured, *each) for each in zip(members, tensors, parts, strict=True)]
     hidden = torch.cat([each[0] for each in alone])
     agree = _Agreement(
         [sample.hidden, *(each for own in tensors for each in own), *(each for one in alone for each in one)]
@@ -256,9 +256,9 @@ def _parts(sample: Sample, context: ContextRows, counts: Sequence[int]) -> list[
     return [part(place) for place in range(len(counts))]
 
 
-def _alone(captured: Captured, own: Sequence[torch.Tensor], part: _Part) -> list[torch.Tensor]:
+def _alone(captured: Captured, member: nn.Module, own: Sequence[torch.Tensor], part: _Part) -> list[torch.Tensor]:
     """One member's hidden states and losses by the traced graph."""
-    arguments = part(slice(None)).arguments()
+    arguments = part(slice(None)).arguments(member)
     tensors = iter(own)
     inputs = [next(tensors) if kind == "own" else read(arguments) for kind, read in captured.inputs]
     with _Rehearsal():
@@ -267,7 +267,8 @@ def _alone(captured: Captured, own: Sequence[torch.Tensor], part: _Part) -> list
 
 
 def _differs_from_expert(member: nn.Module, part: _Part, captured: Captured, agree: _Agreement) -> str | None:
-    alone = _alone(captured, [_copy(tensor, tensor.requires_grad) for tensor in captured.own(member)], part)
+    own = [_copy(tensor, tensor.requires_grad) for tensor in captured.own(member)]
+    alone = _alone(captured, member, own, part)
     try:
         (result, calls), (first_row, calls_of_one) = _called(member, part(slice(None))), _called(member, part(slice(1)))
     except Exception as error:  # noqa: BLE001  # whatever it is, the loop will tell the user

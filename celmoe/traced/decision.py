@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from celmoe.based import bases_of
 from celmoe.engines.choice import LevelChoice, Present
 from celmoe.experts import ExpertBatch
 from celmoe.grouped.capture import sample_of
@@ -123,6 +124,8 @@ def _reason(unit: Unit, *, is_exported: bool) -> str | None:
         return "are one, which the tracer does not follow"
     if unit.fault is not None or record is None or record.program is None:
         return unit.fault or "can't run as one"
+    if record.captured.has_bases:
+        return "read tensors of a base"
     if is_exported:
         return None
     if not _UNROLLED.isdisjoint(step.name for step in record.program.steps):
@@ -178,7 +181,7 @@ def _with_own_values(experts: list[nn.Module]) -> list[nn.Module]:
     made: list[nn.Module] = []
     for expert, slot in zip(experts, slots_of(experts), strict=True):
         ordinary = expert if slot is None else slot.stack.twins([expert], [slot.member])[0]
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(base): base for base in bases_of(ordinary)}
         for tensor in (*ordinary.parameters(), *ordinary.buffers()):
             shape = [example_of(size) for size in tensor.shape]
             values = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)

@@ -74,7 +74,7 @@ def run_inside(
     aligned = [permuted(each, order, inverse) for each in given.aligned]
     mask_rows = None if mask is None else permuted(mask, order, inverse)
     sample = Sample(rows, mask_rows, given.build(aligned))
-    bound = Bound(sample, [tensors[name] for name in record.captured.names])
+    bound = Bound(sample, [tensors[name] for name in record.captured.names], unit.modules[0])
     # Kernels were resolved for rows that the host counts.
     program = replace(record.program, calls=None)
     segments = DeviceSegments(members, len(names))

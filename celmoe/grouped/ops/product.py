@@ -67,6 +67,9 @@ def _require_one_dtype(*tensors: torch.Tensor | None) -> None:
 def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """Compute ``x Wᵀ + b``."""
     value, weight, bias = arguments(("input", "weight", "bias"), args, kwargs, (None,))
+    if _are_common(weight, bias) and isinstance(value, Rows) and value.axis < value.dim() - 1:
+        # The layer is everybody's.
+        return rows(F.linear(value.plain, weight.plain, None if bias is None else bias.plain), value.axis, value.factor)
     if not isinstance(value, Rows) or not isinstance(weight, Stack) or weight.dim() != 2:
         product = matmul(run, func, name, (value, like(weight, weight.plain.mT)), {}) if weight.dim() == 2 else None
         if product is None:
@@ -75,6 +78,10 @@ def linear(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     if bias is None or (isinstance(bias, Stack) and bias.dim() == 1):
         return by_weights(run, value, weight, bias)
     return _plus(run, by_weights(run, value, weight, None), bias)
+
+
+def _are_common(weight: Ragged, bias: Ragged | None) -> bool:
+    return isinstance(weight, Common) and (bias is None or isinstance(bias, Common))
 
 
 def _plus(run: Run, value: Ragged, bias: Ragged, beta: float = 1) -> Ragged:

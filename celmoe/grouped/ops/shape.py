@@ -484,7 +484,7 @@ def along_other_axes(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> 
     raise CannotGroupError(f"called {name} on their rows")
 
 
-@operation("pad", namespaces=(F,))
+@operation("pad")
 def pad(run: Run, func: Any, name: str, args: Any, kwargs: Any) -> Ragged:
     """Pad the last axes; never the row axis."""
     value, widths, mode, fill = arguments(("input", "pad", "mode", "value"), args, kwargs, ("constant", None))
