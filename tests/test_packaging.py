@@ -102,6 +102,7 @@ COMMANDS = [
     "",
     ".grid",
     ".grouped",
+    ".lora_languages",
     ".mixed_routes",
     ".multilingual",
     ".multilingual.ablation",
