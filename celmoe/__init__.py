@@ -53,8 +53,8 @@ from .grouped.declared import rowwise
 from .grouped.kernels import operators as _operators  # noqa: F401  # exported programs call them
 from .groups import parameter_groups
 from .hierarchy import HierarchicalCELMoE
-from .lifecycle.loading import LoadReport, load_experts
 from .load_tracker import LoadTracker
+from .loading import LoadReport, load_experts
 from .loss import (
     BridgeLossCallable,
     CELMoELossAPI,
@@ -71,7 +71,7 @@ from .routing.compiler import RoutingCompiler
 from .routing.load import LevelLoad
 from .routing.plan import LevelPlan, RoutingPlan
 from .routing.routes import LevelRoutes, LevelRouting, Routing, merge_routing, routing_constant, validate_routing_length
-from .stacked.stacking import StackedClass, StackReport, stack_experts, unstack_experts
+from .stacking import StackedClass, StackReport, stack_experts, unstack_experts
 from .version import __version__
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Find out which devices work, in child processes: a broken driver stack ends the process that asks it.
 
-`open_device` serves programs that take a device's name; ``python -m celmoe`` prints each `report`.
+`open_device` serves programs that take a device's name; ``python -m celmoe`` prints each `report`. A new device is one
+more name here, and the way to find it.
 """
 
 from __future__ import annotations

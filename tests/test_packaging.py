@@ -103,6 +103,7 @@ COMMANDS = [
     "",
     ".grid",
     ".grouped",
+    ".lora_languages",
     ".mixed_routes",
     ".multilingual",
     ".multilingual.ablation",

@@ -22,6 +22,8 @@ COLOURS = {
     "universal": "#e08214",
     "added": "#0b6e99",
     "scratch": "#e08214",
+    "wide": "#7b3294",
+    "table": "#1b7837",
     IDENTITY_BASELINE: "#8c8c8c",
 }
 DOTS_PER_INCH = 130

@@ -111,9 +111,10 @@ def section(folder: Path, added: Sequence[str]) -> str:
         )
         cells = "".join(f"<th{' class=text' * (heading != HEADINGS[1])}>{escape(heading)}</th>" for heading in HEADINGS)
         parts.append(
-            f"<h3>{escape(result.title)}</h3><table><tr>{cells}</tr>{rows}</table><p>{escape(result.kept)}</p>"
-            f'<p><img src="{path.stem}.png" alt="{escape(result.title)}"> '
-            f'<a href="{path.stem}.csv">its numbers</a></p>'
+            f"<h3>{escape(result.title)}</h3><div class=wide><table><tr>{cells}</tr>{rows}</table></div>"
+            f"<p>{escape(result.kept)}</p>"
+            f'<div class=wide><img src="{path.stem}.png" alt="Accuracy by step: {escape(result.title)}"></div>'
+            f'<p><a href="{path.stem}.csv">Its numbers</a></p>'
         )
     heading = "<h2>Languages that were added</h2>" if parts else ""
     return f'<section id="added">{heading}{"".join(parts)}</section>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ from benchmarks.contenders.contender import (
     VMAP,
 )
 from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
+from benchmarks.interleaved import Timings
 from benchmarks.report.reading import LATER_PEER, PEER, Record
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers, and two of Paul Tol's.
@@ -152,6 +154,18 @@ def _apart(heights: Sequence[float], gap: float, highest: float) -> list[float]:
         found[place] = min(found[place], ceiling)
         ceiling = found[place] / gap
     return found
+
+
+def draw_medians(
+    axes: Axes, at: Sequence[int], timings: Sequence[Timings], name: str, colour: str, **style: Any
+) -> list[dict[str, str]]:
+    """A contender's median milliseconds as a line, the middle half of its rounds as a band; returns the numbers."""
+    found = [[1e3 * seconds for seconds in (each.median(name), *each.spread(name))] for each in timings]
+    medians, lows, highs = ([each[place] for each in found] for place in range(3))
+    axes.fill_between(at, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(at, medians, **{"color": colour, "marker": "o", "markersize": 3.5, **style})
+    names = ("ms", "first_quartile_ms", "third_quartile_ms")
+    return [{name: f"{ms:.4f}" for name, ms in zip(names, each, strict=True)} for each in found]
 
 
 def record_columns(record: Record) -> dict[str, object]:

@@ -6,15 +6,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.bodies import UNTOUCHED
 from benchmarks.contenders.contender import FLOORS
 from benchmarks.grid.report import geometric_mean
-from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.crossover import Crossover
 from benchmarks.report.ratios import Ratio, ratio_of, ratios
 from benchmarks.report.reading import Record, in_order
 from benchmarks.report.regressions import Change, Spread
-from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, mebibytes_words, ms_words, times_words, workload_words
+from benchmarks.report.wording import (
+    DEVICE_NAMES,
+    STAGE_NAMES,
+    mebibytes_words,
+    ms_words,
+    times_words,
+    unusual,
+    workload_words,
+)
 
 # Reasons that differ in their numbers alone are told once.
 _NUMBER = re.compile(r"\d[\d.,]*")
@@ -103,8 +109,7 @@ def crossover_table(found: Sequence[Crossover]) -> Table:
     lines: dict[tuple[str, ...], dict[int, Crossover]] = {}
     for each in found:
         workload = each.record.workload
-        routes = [workload.routes] * (workload.routes != UNIFORM) + [workload.hierarchy] * (workload.hierarchy != TREE)
-        experts = ", ".join([workload.expert, f"H {workload.hidden_size}", *routes])
+        experts = ", ".join([workload.expert, f"H {workload.hidden_size}", *unusual(workload)])
         device = DEVICE_NAMES.get(each.device, each.device)
         lines.setdefault((device, STAGE_NAMES[each.record.stage], experts), {})[workload.num_experts] = each
     rows = [
@@ -162,18 +167,22 @@ def headline(records: Sequence[Record], against: str, ours: str) -> tuple[float,
 
 
 def _workload_cells(records: Sequence[Record]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Headings that say what was run, and their cells by record; columns that would say nothing are left out."""
+    """Headings that say what was run, and their cells by record; what is usual is left out."""
     columns = {
-        "experts": [record.workload.expert for record in records],
         "H": [f"{record.workload.hidden_size}" for record in records],
         "B": [f"{record.workload.batch_size:,}" for record in records],
         "E": [f"{record.workload.num_experts}" for record in records],
-        "routes": [record.workload.routes for record in records],
-        "hierarchy": [record.workload.hierarchy for record in records],
     }
-    usual = {"experts": {UNTOUCHED}, "H": {"1"}, "routes": {UNIFORM}, "hierarchy": {TREE}}
-    kept = [name for name, values in columns.items() if set(values) != usual.get(name)]
-    return kept, {record.name: [Cell(columns[name][row]) for name in kept] for row, record in enumerate(records)}
+    # Planning sees no hidden states.
+    kept = [name for name, values in columns.items() if (name, set(values)) != ("H", {"1"})]
+    cells = {
+        record.name: [
+            Cell(record.workload.expert, ", ".join(unusual(record.workload))),
+            *(Cell(columns[name][row]) for name in kept),
+        ]
+        for row, record in enumerate(records)
+    }
+    return ["experts", *kept], cells
 
 
 def _ratio_cell(found: Ratio | None, record: Record, contender: str) -> Cell:

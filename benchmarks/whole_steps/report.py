@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.grid.report import DOTS_PER_INCH, geometric_mean, workload_columns, write_rows
-from benchmarks.report.canvas import SERIES_COLOURS, label_values, new_panels, plain_numbers
+from benchmarks.report.canvas import SERIES_COLOURS, draw_medians, label_values, new_panels, plain_numbers
 from benchmarks.report.wording import ms_words, times_words, workload_words
 from benchmarks.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
 from benchmarks.workloads import Workload
@@ -99,11 +99,7 @@ def draw_growth(path: Path, rows: Sequence[Row], title: str) -> bool:
         for name, colour in zip(CONTENDERS, SERIES_COLOURS, strict=False):
             timed = [row for row in line if name in row.timings.seconds]
             at = [row.workload.num_experts for row in timed]
-            spreads = [row.timings.spread(name) for row in timed]
-            low, high = ([1e3 * spread[place] for spread in spreads] for place in (0, 1))
-            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-            ms = [1e3 * row.timings.median(name) for row in timed]
-            axes.plot(at, ms, color=colour, linewidth=1.5, marker="o", markersize=3.5, label=name)
+            draw_medians(axes, at, [row.timings for row in timed], name, colour, label=name)
         first = line[0].workload
         axes.set_title(f"{first.expert}, H = {first.hidden_size}, B = {first.batch_size:,}", fontsize=10)
         axes.set(xlabel="experts E of the last level", ylabel="ms a step")

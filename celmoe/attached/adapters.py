@@ -13,7 +13,7 @@ from celmoe.lifecycle.newcomer import Factory
 from celmoe.routing.compiler import RoutingCompiler
 from celmoe.routing.plan import RoutingPlan
 from celmoe.routing.routes import Routing
-from celmoe.stacked.stacking import StackReport, stack_experts, unstack_experts
+from celmoe.stacking import StackReport, stack_experts, unstack_experts
 
 from .hosts import hierarchy_of, hosts_in
 from .place import CHILD, Attached

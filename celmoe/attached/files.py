@@ -24,7 +24,7 @@ from celmoe.errors import (
     nearest,
 )
 from celmoe.files import replaced
-from celmoe.lifecycle.loading import LoadReport, load_experts
+from celmoe.loading import LoadReport, load_experts
 from celmoe.names import name_key, parted_key
 
 from .adapters import Adapters, adapters

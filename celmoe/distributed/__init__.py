@@ -1,4 +1,15 @@
-"""The engine beyond one machine, built on ``torch.distributed``; see ``notes/distributed.md``."""
+"""The engine beyond one machine, built on ``torch.distributed``; see ``notes/distributed.md``.
+
+- `data_parallel`: all experts on every rank: `prepare_ddp`
+- `fully_sharded`: a part of each parameter on every rank: `shard_levels`
+- `expert_parallel`: some experts on each rank: `shard_experts`; `placement` says which
+- `sharded_level`: a level of spread experts; `meeting`, `transport`: the way of rows to their experts, and back
+- `remote`: stand-ins for experts on other ranks
+- `gradients`: losses and gradients of all ranks' samples
+- `samplers`: each rank's share of a batch
+- `checkpoints`: from any number of ranks to any other
+- `groups`, `versions`: checks before anything is sent
+"""
 
 from . import versions  # noqa: F401  # first of all
 from .checkpoints import load_checkpoint, load_file, save_checkpoint, write_file

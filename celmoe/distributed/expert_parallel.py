@@ -27,7 +27,7 @@ from celmoe.names import ELSEWHERE, FROZEN, STACKED, NamedModules
 from celmoe.stacked.assembly import key_of, stack_members
 from celmoe.stacked.freezing import trained_paths
 from celmoe.stacked.stack import stacks_of
-from celmoe.stacked.stacking import require_no_optimizer, unstack_experts
+from celmoe.stacking import require_no_optimizer, unstack_experts
 
 from .data_parallel import refuse_collectives, require_hierarchy
 from .gradients import buckets, reduce_over

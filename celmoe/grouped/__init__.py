@@ -6,6 +6,7 @@
 - `segments`, `kernels`: the rows of each member, and products by member
 - `verify`: compares a program with the loop
 - `classes`: finds the experts that share a program, and sees their changes
+- `identities`, `namespaces`, `canonical`: things that a captured graph depends on, and PyTorch's guards don't see
 - `boundary`: limits the members that losses reach in a backward pass
 - `declared`: functions that users declare to act on each row alone
 - `inline`, `waiting`: graphs within graphs; a line for a user who waits

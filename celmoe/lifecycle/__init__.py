@@ -8,6 +8,5 @@
 - `grouping`: the group of a new expert's parameters.
 - `changes`: adding, removing and renaming.
 - `order`: the order of experts, in the metadata of a ``state_dict``.
-- `loading`: loads experts by name from another model's ``state_dict``.
 - `subsets`: a smaller model of some experts.
 """

@@ -1,4 +1,10 @@
-"""Optimizers that treat each expert of a stack as an expert of its own, and any optimizer's state by expert."""
+"""Optimizers that treat each expert of a stack as an expert of its own, and any optimizer's state by expert.
+
+- `per_expert`: steps over runs of present experts: absent ones stay as they are
+- `optimizers`: `AdamW`, `Adam` and `SGD` that step so
+- `members`: a stack's state, cut by expert and put together
+- `by_name`: any optimizer's state by the experts' own names
+"""
 
 from .by_name import load_state_by_name, state_by_name
 from .optimizers import SGD, Adam, AdamW

@@ -1,4 +1,4 @@
-"""Steps over runs of neighbouring members of a stack.
+"""Steps over runs of present experts of a stack: absent ones stay as they are, moments and weight decay included.
 
 Axes: M members of a stack.
 """

@@ -9,5 +9,4 @@
 - `frozen`, `freezing`: experts that are not trained for a time.
 - `assembly`: one stack is made, or taken apart.
 - `fitness`: which experts can be stacked together, and what holds others back.
-- `stacking`: `stack_experts` and `unstack_experts`.
 """

@@ -9,6 +9,8 @@ file                purpose
 ==================  ====================================================================================
 `agreement`         ranks act together: all succeed, or all raise the same `CheckpointError`
 `manifest`          a checkpoint directory's content, as JSON, with checks for damage
+`experts`           the order of experts: ids are positions in it
+`staging`           this rank's part of saved tensors, in the host's memory
 `pieces`            tensors as bytes in files, each with its checksum
 `optimizer_state`   an optimizer's state by name: to save, and back to its parameters' devices
 `saving`            `save_checkpoint`: write a new folder, flush, commit in one step, delete old folders

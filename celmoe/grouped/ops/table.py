@@ -1,4 +1,4 @@
-"""Operations that the grouped engine knows, and the helpers that all of them share.
+"""Operations that the grouped engine knows, and the helpers that all of them share; `operation` adds one.
 
 An operation in `OPERATIONS` acts on each row alone, or raises that it does not. Any other operation is refused: a list
 of operations known to be right is sound, a list of operations known to be wrong is not.

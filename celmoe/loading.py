@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from celmoe.errors import (
+from .errors import (
     CheckpointError,
     ConfigTypeError,
     InputTypeError,
@@ -19,11 +19,10 @@ from celmoe.errors import (
     listed,
     nearest,
 )
-from celmoe.hierarchy import HierarchicalCELMoE
-from celmoe.names import NamedModules, parted_key
-
-from .alone import require_alone
-from .order import EXPERTS
+from .hierarchy import HierarchicalCELMoE
+from .lifecycle.alone import require_alone
+from .lifecycle.order import EXPERTS
+from .names import NamedModules, parted_key
 
 _EXPERTS, _FUSION = "level_modules.", "fusion."
 

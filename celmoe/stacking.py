@@ -11,14 +11,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from celmoe.errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
-from celmoe.hierarchy import HierarchicalCELMoE
-from celmoe.level import Level
-from celmoe.names import STACKED, NamedModules
-
-from .assembly import stack_members, unstack_members
-from .fitness import Owners, holding, likeness
-from .stack import stacks_of
+from .errors import InputTypeError, StackedError, UnknownLevelError, listed, nearest
+from .hierarchy import HierarchicalCELMoE
+from .level import Level
+from .names import STACKED, NamedModules
+from .stacked.assembly import stack_members, unstack_members
+from .stacked.fitness import Owners, holding, likeness
+from .stacked.stack import stacks_of
 
 
 @dataclass(frozen=True)
