@@ -35,7 +35,7 @@ from benchmarks.setting import make_console, prepare_folder, read_setting
 MIXED, STACKED, SWITCHED = "one batch", "one batch, stacked", "PEFT, language by language"
 RANK, ALPHA, TOKENS = 8, 16, 100
 WHERE = ("encoder.layer.*.attention.self.query", "encoder.layer.*.attention.self.value")
-# As for all engines in float32.
+# The tolerance of all engines in float32.
 TOLERANCE = 1e-5
 REFUSED = 2
 
@@ -199,7 +199,7 @@ def contenders(size: Size) -> dict[str, Step]:
                 for name in names_of(size):
                     expert: Any = hierarchy.level_modules["language"][name]  # type: ignore[index]  # by real names
                     for own, other in ((expert.down, "lora_A"), (expert.up, "lora_B")):
-                        # The second starts at zero, where the first has no gradient.
+                        # PEFT's second factor starts at zero, and then the first has no gradient.
                         source = theirs[f"base_model.model.{place}.{other}.{name}.weight"]
                         if other == "lora_B" and together is steps[MIXED]:
                             source.normal_(0.0, 0.02)
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure.
 
     Returns:
-        0; 2 where an argument was refused.
+        0; 2 if an argument was refused.
     """
     parser = make_parser("benchmarks.lora_languages", __doc__)
     parser.add_argument("--seconds", default="20", help="about how long each line goes on (default 20)")

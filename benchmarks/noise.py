@@ -1,4 +1,4 @@
-"""How still the machine was: told from how far apart the repeated timings of one thing lie."""
+"""The noise of the machine: the spread of repeated timings of one thing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from benchmarks.interleaved import FEWEST_ROUNDS
 
-# A series is restless where its middle half is wider than this share of its median; a run is noisy where more than
-# this share of its series are.
+# A series is restless if its middle half is wider than this share of its median; a run is noisy if more than this
+# share of its series are.
 RESTLESS, NOISY = 0.10, 0.25
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What a run tells of its machine.
+    """A run's evidence about its machine.
 
     Attributes:
-        series: How many things were timed again and again.
-        restless: How many of them were timed apart by more than `RESTLESS`.
+        series: The number of series of repeated timings.
+        restless: The number of series that are wider than `RESTLESS`.
     """
 
     series: int
@@ -27,7 +27,7 @@ class Noise:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether the run's seconds are to be taken with care."""
+        """True if the run's seconds should be taken with care."""
         return self.restless > NOISY * self.series
 
     def __str__(self) -> str:
@@ -40,7 +40,7 @@ class Noise:
 
 
 def measure_noise(series: Iterable[Sequence[float]]) -> Noise:
-    """What timings tell, a series for each thing that was timed; those of fewer than 5 timings tell nothing."""
+    """Measure the spread of each series of timings; series of fewer than 5 timings are left out."""
     widths = [_width(each) for each in series if len(each) >= FEWEST_ROUNDS]
     return Noise(len(widths), sum(width > RESTLESS for width in widths))
 

@@ -29,7 +29,7 @@ class TransformersMLP(Planned):
     does.
 
     Args:
-        model: Of a workload of MLPs.
+        model: A model of a workload of MLPs.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
@@ -90,7 +90,7 @@ class PeftAdapters(nn.Module):
     Peft mixes adapters in inference alone, and takes a name for each sample.
 
     Args:
-        model: Of a workload of low-rank experts.
+        model: A model of a workload of low-rank experts.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:

@@ -82,7 +82,7 @@ class Stack(Planned):
     """The hierarchy with stacked experts, and with the parameters of the model that it is made from.
 
     Args:
-        model: Of a workload of one of the kinds `HAND_STACKED`.
+        model: A model of a workload of one of the kinds `HAND_STACKED`.
 
     Attributes:
         kinds: The layout of rows, for each level with more than one expert.

@@ -21,7 +21,7 @@ class Vmapped(Planned):
     """The hierarchy with each level's experts as one mapped module, and the parameters of the model it is made from.
 
     Args:
-        model: Of a workload whose experts are all alike and ignore masks.
+        model: A model of a workload whose experts are all alike and ignore masks.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:

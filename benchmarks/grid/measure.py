@@ -61,9 +61,9 @@ class PlanTiming:
     Attributes:
         experts: Experts of each level.
         plan_ms: Median milliseconds of our compiler.
-        look_ups_ms: Of ``list(map(table.__getitem__, routes))`` for each level.
-        ours_ms: Of our looped forward pass with experts that do nothing to one column: planning, moving and calls.
-        peer_ms: Of the same pass of the peer's.
+        look_ups_ms: Median milliseconds of ``list(map(table.__getitem__, routes))`` for each level.
+        ours_ms: The same of our looped pass over one column with experts that return it: planning, moving and calls.
+        peer_ms: The same of the peer's pass.
         by_look_ups: Median ratio of our planning to the look-ups.
         by_plan: Median ratio of the peer's pass, which is the least that holds its routing, to our planning.
         by_pass: Median ratio of the peer's pass to ours.

@@ -47,7 +47,7 @@ class Run:
 
     Attributes:
         engine: Our engine.
-        stacked: Whether our experts are stacked.
+        stacked: True if our experts are stacked.
         seconds: About how long a measure goes on.
         experts: The kinds of experts that are measured.
         report: The folder of the results.

@@ -75,7 +75,7 @@ def compare(
         seconds: About how long each measure goes on.
         rivals: The contenders beside ours. In inference the peer alone is one.
         measures: The passes to time.
-        is_stacked: Whether our experts are stacked.
+        is_stacked: True if our experts are stacked.
 
     Raises:
         UnequalError: A contender's evidence differs from the expected one; checked before anything is timed.

@@ -1,4 +1,4 @@
-"""What all drawings share: colours, axes, labels at the ends of lines, and the file of numbers beside each."""
+"""The parts that all drawings share: colours, axes, labels at the ends of lines, and the files of their numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CONTENDER_COLOURS = {
 SERIES_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", VERMILION, "#f0e442", GREY)
 # Fewer make no line.
 FEWEST_POINTS = 2
-# What the ends of lines keep from each other, as a share of the axis.
+# The least distance between the ends of lines, as a share of the axis.
 _LEAST_GAP = 0.055
 
 
@@ -57,8 +57,8 @@ class Drawing:
 
     Attributes:
         name: The files' name without its ending.
-        title: What it shows.
-        caption: How to read it.
+        title: The subject of the figure.
+        caption: A reader's guide to it.
         figure: The figure.
         rows: Its numbers, one row a mark.
     """
@@ -105,13 +105,13 @@ def plain_numbers(axes: Axes, which: str) -> None:
 
 
 def label_values(axes: Axes, values: set[int]) -> None:
-    """Numbers below a logarithmic axis where something was measured, and nowhere else."""
+    """Put numbers below a logarithmic axis at the measured values, and nowhere else."""
     axes.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """A labelled row for each of what is drawn, the first on top."""
+    """Label one row for each label, the first on top."""
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -119,14 +119,14 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class End:
-    """How high a line ends, and its colour."""
+    """The height at which a line ends, and its colour."""
 
     y: float
     colour: str
 
 
 def label_ends(axes: Axes, ends: Mapping[str, End]) -> None:
-    """Names at the right edge of a logarithmic panel, as high as their lines end, moved apart where they meet."""
+    """Put names at the right edge of a logarithmic panel, as high as their lines end, moved apart if they meet."""
     low, high = axes.get_ylim()
     names = sorted(ends, key=lambda name: ends[name].y)
     heights = _apart([ends[name].y for name in names], (high / low) ** _LEAST_GAP, high)
@@ -169,7 +169,7 @@ def draw_medians(
 
 
 def record_columns(record: Record) -> dict[str, object]:
-    """The columns of a CSV file that say what was run, and on what."""
+    """The columns of a CSV file that describe the workload and the device."""
     return {
         "stage": record.stage,
         "device": record.device,

@@ -54,7 +54,7 @@ class Part:
         title: Above them.
         drawing: The figure.
         table: The table.
-        folded: What a reader clicks on to see the table; empty where it is always shown.
+        folded: The text that a reader clicks to unfold the table; empty if the table is always shown.
     """
 
     title: str = ""
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and what follows."""
+    """A heading, a sentence or two, and the parts below."""
 
     anchor: str
     title: str
@@ -75,14 +75,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a page is made of.
+    """The content of a page.
 
     Attributes:
-        suite: What was measured.
-        machine: As `machine_facts` tells it.
-        absent_devices: Why a device was not measured on and how to get it, by its name.
-        unfinished: Why a benchmark has no result, by its name.
-        comparison: With another run, where one was given.
+        suite: The measured benchmarks.
+        machine: The facts of `machine_facts`.
+        absent_devices: By name, the reason why a device was not measured, and the cure.
+        unfinished: By name, the reason why a benchmark has no result.
+        comparison: The comparison with another run, if one was given.
     """
 
     suite: Suite

@@ -28,7 +28,7 @@ _COLUMNS = 6
 
 
 def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
-    """The records of one stage and one device; nothing where nobody is there to compare with."""
+    """Draw the records of one stage and one device; nothing if no other contender was timed."""
     found = ratios(records)
     if not found:
         return []

@@ -1,4 +1,4 @@
-"""How the report words what was measured: stages, devices, workloads, numbers."""
+"""The report's words for measurements: stages, devices, workloads, numbers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ WORKLOAD_MEANINGS = {
 
 
 def workload_words(workload: Workload) -> str:
-    """``linear, H 64, B 4,096, E 256``; hierarchy and routes only where they are not the usual ones."""
+    """``linear, H 64, B 4,096, E 256``; hierarchy and routes only if they are not the usual ones."""
     words = [
         workload.expert,
         f"H {workload.hidden_size}",
@@ -86,7 +86,7 @@ def workload_words(workload: Workload) -> str:
 
 
 def unusual(workload: Workload) -> list[str]:
-    """Its routes and hierarchy in words, where they are not the usual ones."""
+    """Its routes and hierarchy in words, if they are not the usual ones."""
     routes = [f"{workload.routes} routes"] * (workload.routes != UNIFORM)
     return routes + [workload.hierarchy] * (workload.hierarchy != TREE)
 
