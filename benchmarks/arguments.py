@@ -20,7 +20,7 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
 
 
 def read_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """What these arguments say.
+    """Read the arguments that a command was given.
 
     Raises:
         OptionError: One of them is unknown, lacks its value, or has one that it does not take.
@@ -48,7 +48,7 @@ def _in_our_words(error: argparse.ArgumentError, arguments: Sequence[str]) -> st
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """What may have been meant, or all there is."""
+    """The known names that are near to `name`; all known names if none is near."""
     close = get_close_matches(name, known, n=3, cutoff=0.4)
     return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
 

@@ -1,4 +1,4 @@
-"""What the workloads' experts are made of.
+"""The modules that make up the workloads' experts.
 
 Axes: B samples, S positions, H hidden size.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-# Of the low-rank experts.
+# Inner width of the low-rank experts.
 RANK = 8
 
 
@@ -86,9 +86,9 @@ def _untouched(_width: int, _place: int) -> nn.Module:
 
 
 LOW_RANK = "low-rank"
-# Experts that return their rows: what is left of a pass is routing and moving.
+# Experts that return their rows, so that only routing and moving are left to time.
 UNTOUCHED = "untouched"
-# Linear experts whose rows stand in expert order already: what is left is their products.
+# Linear experts whose rows stand in expert order already, so that only their products are left to time.
 PRODUCT = "product"
 # The experts' bodies, made from width H and the expert's place in its level.
 EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -102,7 +102,7 @@ EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
     UNTOUCHED: _untouched,
     PRODUCT: _linear,
 }
-# Those of the looped engine's grid, and of the grouped engine's.
+# The looped engine's grid takes the first kinds, the grouped engine's grid the second.
 LOOPED_EXPERTS = ("linear", "mlp", "block", "gru")
 GROUPED_EXPERTS = ("linear", "mlp", "block", "masked-block", "gru", "two-widths")
 WITH_POSITIONS = ("block", "masked-block", "gru")

@@ -1,4 +1,4 @@
-"""The suite's options, and what its benchmarks are given. ``pytest benchmarks`` runs them, in one process."""
+"""The suite's options and fixtures. ``pytest benchmarks`` runs the suite in one process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from benchmarks.sets import DEFAULT, FULL, SETS, workloads_of
 from benchmarks.workloads import Workload
 from celmoe.devices import DEVICES
 
-# What other contenders run there may go through the CPU, and is timed all the same.
+# Operators of other contenders may fall back to the CPU on DirectML; the suite times them all the same.
 _MARKS = {DIRECTML: pytest.mark.filterwarnings("ignore:.*fall back to run on the CPU:UserWarning")}
 # By set, seconds that a step of another contender may take.
 _LONGEST = {DEFAULT: 2.0, FULL: 20.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What is measured, where, and for how long."""
+    """Add the options for devices, workloads and times."""
     group = parser.getgroup("celmoe", "the benchmarks of celmoe")
     group.addoption(
         "--device", action="append", choices=DEVICES, help="measure on this device (repeatable; default: cpu)"
@@ -50,7 +50,7 @@ def pytest_configure() -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Say what is measured on, and which devices are absent: even in a quiet run."""
+    """Print the setting and the devices, absent ones too, even in a quiet run."""
     terminal = session.config.pluginmanager.get_plugin("terminalreporter")
     found = [find_device(name) for name in _devices(session.config)]
     present = ", ".join(each.name for each in found if each.device is not None)
@@ -84,7 +84,7 @@ def _devices(config: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Puts a line on the terminal, whatever is captured."""
+    """Print a line on the terminal past pytest's capture."""
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
     capture = request.config.pluginmanager.get_plugin("capturemanager")
 
@@ -92,7 +92,7 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
         if terminal is not None and capture is not None:
             with capture.global_and_fixture_disabled():
                 terminal.write_line(line)
-                terminal.flush()  # into a pipe too, where somebody may be waiting for it
+                terminal.flush()  # a reader of a pipe should see the line now
 
     return write
 

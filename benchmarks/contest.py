@@ -24,16 +24,16 @@ CHEAP_STEP, PARTS_SECONDS = 1.0, 0.5
 
 @dataclass(frozen=True)
 class Contest:
-    """What a benchmark of the suite is given.
+    """A benchmark's workload and device, and the terms of its contest.
 
     Attributes:
         benchmark: Times ours.
-        workload: What to run.
+        workload: The workload to run.
         device_name: One of `devices.DEVICES`.
-        device: Where tensors go.
+        device: The device of all tensors.
         seconds: About how long the rounds go on.
         longest: Seconds that a step of another contender may take.
-        say: Takes a line for who watches.
+        say: Takes a line for the reader at the terminal.
     """
 
     benchmark: BenchmarkFixture
@@ -45,7 +45,7 @@ class Contest:
     say: Callable[[str], None]
 
     def run(self, stage: str) -> Record:
-        """Prove the stage's contenders equal, time them in rounds, and record what came out.
+        """Prove the stage's contenders equal, time them in rounds, and record the times.
 
         Raises:
             UnequalError: They are not equal.
@@ -55,7 +55,7 @@ class Contest:
         self.benchmark.group = stage
         timings = hold(self.benchmark, gathered, self.seconds)
         if self.benchmark.stats is None:
-            # Disabled: all ran once, and nothing was timed that a record could hold.
+            # Benchmarks are disabled: every contender ran once, untimed.
             timings = Timings({AUTO: []})
         record = make_record(
             stage,

@@ -1,7 +1,6 @@
-"""The devices that the suite runs on: which are there, and when one has done what it was told.
+"""The devices that the suite runs on: their presence, and the wait for their work.
 
-Whether a device works is found out by `celmoe.devices` in a child process: a broken driver stack ends the process that
-asks.
+`celmoe.devices` tries a device in a child process, since a broken driver stack ends the process that asks.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Found:
 
     Attributes:
         name: One of `DEVICES`.
-        device: Where tensors go; ``None`` where it is absent.
+        device: The device of tensors; ``None`` if it is absent.
         why_absent: The reason, and how to get it.
     """
 
@@ -87,5 +86,5 @@ def finish(device: torch.device) -> None:
     if device.type == CUDA:
         torch.cuda.synchronize(device)
     elif device.type != CPU:
-        # DirectML has no call for it; what is read back was written last.
+        # DirectML has no call to wait for it: reading back the last write waits.
         torch.zeros(1, device=device).cpu()

@@ -1,7 +1,7 @@
 """The check that contenders compute the same; a ratio of times says nothing of contenders that do not.
 
-Every contender claims something: by default all that ours computes. A floor computes something else on purpose, so it
-brings what its claim is held against.
+Every contender claims something: by default all that ours computes. A floor computes something else on purpose, so a
+floor brings the evidence that its claim is compared with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Part:
     Attributes:
         whole: The parameter, ``[E, ...]``.
         place: The expert's place on its first axis.
-        is_transposed: Whether the part's last two axes stand the other way round than in the expert's own parameter.
+        is_transposed: True if the part's last two axes are swapped, compared with the expert's own parameter.
     """
 
     whole: nn.Parameter
@@ -42,9 +42,9 @@ class Part:
 
     @property
     def grad(self) -> torch.Tensor | None:
-        """The gradient as the expert's own parameter would have it; ``None`` where the step did not reach the expert.
+        """The gradient as the expert's own parameter would have it; ``None`` if the step did not reach the expert.
 
-        A whole parameter gets zeros for absent experts, and so a part of nothing but zeros counts as not reached.
+        The whole parameter gets zeros for absent experts, so a part of zeros alone counts as not reached.
         """
         if self.whole.grad is None or not self.whole.grad[self.place].any():
             return None
@@ -57,10 +57,10 @@ Weights: TypeAlias = Mapping[str, nn.Parameter | Part]
 
 
 def training_evidence(forward: Forward, weights: Weights, workload: Workload, device: torch.device = HOST) -> Evidence:
-    """What a training step gives: fused hidden states, the gradient of the input, and every parameter's.
+    """Take a training step, and return the fused hidden states, the input's gradient and every parameter's.
 
-    The loss weighs each number differently. A mean of squares would not do: after the fusion's norm it hardly depends
-    on what came before, and gradients would be rounding.
+    The loss weighs each number differently. A mean of squares would not do: the fusion's norm makes it almost constant,
+    and the gradients would be rounding errors.
     """
     hidden = workload.hidden().to(device).requires_grad_()
     for weight in weights.values():
@@ -72,21 +72,21 @@ def training_evidence(forward: Forward, weights: Weights, workload: Workload, de
 
 
 def inference_evidence(forward: Forward, workload: Workload, device: torch.device = HOST) -> Evidence:
-    """What a forward pass without gradients gives."""
+    """Run a forward pass without gradients, and return the fused hidden states."""
     with without_gradients(device):
         return {"output in inference": forward(workload.hidden().to(device))}
 
 
 class Claim(Protocol):
-    """What a contender says that it computes."""
+    """A contender's claim: the evidence it gives, and the evidence it must equal."""
 
     @property
     def evidence(self) -> Callable[[], Evidence]:
-        """Gives what it computes."""
+        """Gives the evidence of the contender."""
 
     @property
     def expected(self) -> Callable[[], Evidence] | None:
-        """Gives what it must compute; ``None`` where that is what ours computes."""
+        """Gives the evidence that the contender must equal; ``None`` for the evidence of ours."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Claimed:
 
 
 def require_all_equal(claims: Mapping[str, Claim], ours: str) -> None:
-    """Hold every contender against what it must compute.
+    """Compare the evidence of every contender with the evidence it must equal.
 
     Args:
         claims: By contender.
@@ -112,7 +112,7 @@ def require_all_equal(claims: Mapping[str, Claim], ours: str) -> None:
         if name == ours:
             continue
         found = claim.evidence()
-        # After the evidence: what must come out may depend on the routing that it was gathered with.
+        # The expected evidence comes second: it may need the routing that the contender's evidence was gathered with.
         other, whose = (wanted, ours) if claim.expected is None else (claim.expected(), "what it must compute")
         try:
             require_equal(other, found)

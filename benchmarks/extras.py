@@ -23,7 +23,7 @@ def missing_extra(extra: str, pyproject: Path = _PYPROJECT) -> str:
         pyproject: The file that has that table.
 
     Returns:
-        One line; an empty one where nothing is missing.
+        One line; an empty one if nothing is missing.
     """
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     names = dict.fromkeys([*_names(project, project["dependencies"]), *_names(project, [f"celmoe[{extra}]"])])

@@ -80,7 +80,7 @@ def shares_of(hierarchy: str, num_experts: int, routes: str) -> dict[str, dict[s
 
 
 def _weights(num_experts: int, routes: str) -> list[float]:
-    """How often each expert of the last level is drawn, in proportion."""
+    """The relative frequency of each expert of the last level."""
     return [1.0 if routes == UNIFORM else 1.0 / (rank + 1) for rank in range(num_experts)]
 
 

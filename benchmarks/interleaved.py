@@ -1,7 +1,7 @@
 """Timing contenders side by side in one process.
 
-One step of each in turn, so that whatever else the machine does, it does to all of them alike. What is compared are the
-ratios within a round, and of those the median.
+The contenders take one step each in turn, so that other load on the machine slows all of them alike. Results are
+medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Timings:
 
     @property
     def rounds(self) -> int:
-        """How often every contender ran."""
+        """The number of steps that every contender ran."""
         return min(map(len, self.seconds.values()))
 
     def median(self, name: str) -> float:
@@ -60,13 +60,13 @@ def interleave(
     between: Step = lambda: None,
     after_round: Callable[[Timings], object] = lambda _: None,
 ) -> Timings:
-    """Run all contenders in turn, each round in another order: what ran before leaves its traces in the caches.
+    """Run all contenders in turn, each round in another order, since a step changes the caches for the next one.
 
     Args:
-        steps: What is timed, by contender.
+        steps: The timed steps, by contender.
         seconds: About how long to go on, the limits on rounds aside.
         between: Run before each timed step, unseen by the clock.
-        after_round: Told after each round what has been found.
+        after_round: Takes the timings so far, after each round.
     """
     names = list(steps)
     shuffle = random.Random(0).shuffle

@@ -1,4 +1,4 @@
-"""How much memory a step takes at the most, beyond what was there before."""
+"""The peak memory of a step, beyond the memory in use before."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmarks.devices import CPU, CUDA, finish
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether the device's memory can be counted; DirectML's can't."""
+    """True if the device's memory can be counted; DirectML's can't."""
     return device.type in (CPU, CUDA)
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """The most bytes that lived at once during the step, beyond those before.
 
-    On a CPU every allocation of PyTorch is counted, those within kernels too; what was there before the step should
-    be there after it, or it is not known to the count.
+    A CPU's count takes in every allocation of PyTorch, kernels' included. The step should leave alive all that lived
+    before: the count doesn't know that memory.
     """
     gc.collect()
     if device.type == CUDA:

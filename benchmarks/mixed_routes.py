@@ -1,4 +1,4 @@
-"""Whole training steps in which some samples have several experts, or none, beside the same steps without."""
+"""Times training steps in which some samples have several experts, or none, beside the same steps without."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure.
 
     Returns:
-        0; 2 where an argument was refused.
+        0; 2 if an argument was refused.
     """
     parser = make_parser("benchmarks.mixed_routes", __doc__)
     parser.add_argument("--seconds", default="10", help="about how long each line goes on (default 10)")

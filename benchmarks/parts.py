@@ -1,6 +1,6 @@
-"""Where the time of a whole step goes.
+"""The time of a whole step, by part.
 
-Each part is timed on its own, in turn with the others; the experts are what is left of a forward pass. Nothing is
+Each part is timed on its own, in turn with the others; the experts' time is the rest of a forward pass. Nothing is
 hooked into the model, since an engine may run hooked experts another way.
 """
 

@@ -57,7 +57,7 @@ def cache_folder() -> Path:
 
 
 def install_folder(requirement: str, *others: str) -> Path:
-    """Where ``requirement`` ("name==version") lies, with ``others`` and no dependencies; installed on first use.
+    """The folder of ``requirement`` ("name==version") and ``others``, without dependencies; installed on first use.
 
     Raises:
         PeerUnavailableError: pip could not install it.

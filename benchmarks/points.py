@@ -26,7 +26,7 @@ PLANNED = (
     Workload(UNTOUCHED, 1, LARGEST_BATCH, 256, hierarchy=EVEN),
     Workload(UNTOUCHED, 1, LARGEST_BATCH, 256),
 )
-# Whole steps are held to figures on these.
+# The workloads of whole steps that have targets.
 NAMED = (
     Workload("linear", 64, 64, 256),
     Workload("linear", 64, 512, 256, "zipf"),
@@ -78,7 +78,7 @@ def short_grid() -> list[Workload]:
 
 
 def needed_bytes(workload: Workload) -> int:
-    """An estimate: parameters and gradients of two models, and what one of them saves for backward."""
+    """Estimate the bytes of two models' parameters and gradients, and of one model's tensors saved for backward."""
     rows = workload.batch_size * (workload.positions or 1)
     saved = _LEVELS * _SAVED[workload.expert] + _MOVED_AND_FUSED
     return _FLOAT_BYTES * (4 * workload.parameters_of_experts() + rows * workload.hidden_size * saved)

@@ -1,4 +1,4 @@
-"""What a benchmark leaves in its JSON, beside pytest-benchmark's own statistics, and the line that sums it up."""
+"""The record that a benchmark adds to pytest-benchmark's JSON, and the line that sums it up."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Record(TypedDict):
         device: One of `devices.DEVICES`.
         threads: Of PyTorch.
         dtype: Of hidden states and weights.
-        contender: Who was timed by pytest-benchmark.
+        contender: The contender that pytest-benchmark timed.
         seconds: By contender, of each round: round k of all of them belongs together.
         bytes: By contender, the most bytes that lived at once in a step, weights included; of the memory stage only.
         absent: By contender, why it takes no part, and how to get it.
-        parts_ms: The milliseconds of our step by part, where that was measured.
+        parts_ms: The milliseconds of our step by part, if measured.
     """
 
     stage: str
@@ -91,7 +91,7 @@ def timing_line(timings: Timings) -> str:
 
 
 def memory_line(peak_bytes: Mapping[str, int], looped: str, grouped: str) -> str:
-    """The peaks in MB, and what the grouped engine's is to the looped engine's."""
+    """The peaks in MB, and the ratio of the grouped engine's peak to the looped engine's."""
     peaks = ", ".join(f"{name} {peak / 1e6:.1f}" for name, peak in peak_bytes.items())
     return (
         f"peak MB: {peaks}; grouped by looped {peak_bytes[grouped] / peak_bytes[looped]:.2f} (at most 1.2 is allowed)"

@@ -1,7 +1,7 @@
-"""Contenders side by side in rounds, of which pytest-benchmark times one contender and we the others.
+"""Contenders side by side in rounds: pytest-benchmark times one contender, and this module the others.
 
-A round is one step of each: the others' in an order drawn anew are what pytest-benchmark calls the setup, ours is the
-call that it times. So whatever else the machine does, it does to all of a round alike.
+A round is one step of each contender. The others run as pytest-benchmark's setup, in an order drawn anew; our step is
+the call that pytest-benchmark times. Other load on the machine therefore slows a whole round alike.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Gathered:
 
     Attributes:
         tasks: By name, ours first.
-        absent: By name, why the others take no part, and how to get them.
-        round_seconds: About what one round takes.
+        absent: By name, the reason why a contender takes no part, and the cure.
+        round_seconds: Estimated seconds of one round.
     """
 
     tasks: Mapping[str, Task]
@@ -40,14 +40,14 @@ class Gathered:
 
 
 def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
-    """Make the contenders, leave out those whose steps take too long, and compare what they compute.
+    """Make the contenders, leave out those whose steps take too long, and compare their results.
 
     Args:
         makers: The contenders by name; `AUTO` is one.
         longest: Seconds that a step of another contender may take.
 
     Raises:
-        UnequalError: One computes something else than ours.
+        UnequalError: A contender computes something else than ours.
     """
     tasks: dict[str, Task] = {}
     absent: dict[str, str] = {}
@@ -62,7 +62,7 @@ def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
         if (took := _taken(task.step).own) > longest and name not in OURS:
             absent[name] = f"a step takes {took:.1f} s, and {longest:g} s are allowed (--longest SECONDS)"
             continue
-        # What a first call kept, the second must not use.
+        # The second call must not use results that the first call kept.
         task.between()
         tasks[name] = task
     require_all_equal(tasks, AUTO)
@@ -85,7 +85,7 @@ def hold(benchmark: BenchmarkFixture, gathered: Gathered, seconds: float) -> Tim
         seconds: About how long to go on, the limits on rounds aside.
 
     Returns:
-        Seconds of every contender by round; of one round, without ours, where pytest-benchmark is disabled.
+        Seconds of every contender by round; of one round, without ours, if pytest-benchmark is disabled.
     """
     ours = gathered.tasks[AUTO]
     others = [name for name in gathered.tasks if name != AUTO]
@@ -110,7 +110,7 @@ def hold(benchmark: BenchmarkFixture, gathered: Gathered, seconds: float) -> Tim
 
 
 class _Seconds(NamedTuple):
-    """What passed, and what of it this process worked: who takes part must not hang on what else a machine does."""
+    """Seconds that passed, and those that this process worked: only the second do not depend on other load."""
 
     passed: float
     own: float

@@ -1,4 +1,4 @@
-"""Which workloads each benchmark of the suite takes: a default set for minutes, a full one for hours.
+"""The workloads of each benchmark of the suite: a default set for minutes, a full one for hours.
 
 Axes: B samples, H hidden size, E experts of the last level.
 """
@@ -63,9 +63,9 @@ _SHORT_STEPS = [
     _JOB,
     _LOW_RANK,
 ]
-# How steps grow, by B and by E; and from which B on a device wins, for each E.
+# Growth of steps by B and by E, and the batch size from which a device wins, for each E.
 _GROWTH = [Workload("linear", 64, batch, count) for batch, count in itertools.product(BATCHES, COUNTS)]
-# By benchmark, what the default set takes of it.
+# The default set's workloads, by benchmark.
 DEFAULTS: Mapping[str, Sequence[Workload]] = {
     "plan": _PLANS,
     "dispatch": _MOVED,

@@ -1,4 +1,4 @@
-"""What a timing suite sets up before it measures."""
+"""The setting of a timing suite: its console, its folder, and the machine it measures on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rich.console import Console
 from benchmarks.arguments import OptionError
 from benchmarks.peers import PeerUnavailableError, load_peer
 
-# Outside a terminal, where lines must not be cut to eighty columns.
+# Columns outside a terminal: the default of 80 would cut lines.
 _COLUMNS = 150
 
 
 def processor_name() -> str:
-    """The processor as its maker calls it, where the system tells; else its architecture."""
+    """The processor's product name if the system tells it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -32,13 +32,13 @@ def processor_name() -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a figure must be told with.
+    """The facts that a figure must be quoted with.
 
     Attributes:
         hardware: The accelerator, if there is one, and the processor.
         threads: Threads of the processor.
         commit: Seven digits of the commit; ``"unknown"`` outside of a clone.
-        is_changed: Whether the clone has changes that are not in the commit.
+        is_changed: True if the clone has changes that are not in the commit.
     """
 
     hardware: str
@@ -52,7 +52,7 @@ class Setting:
 
 
 def read_setting(device: torch.device, threads: int) -> Setting:
-    """What is measured on and with."""
+    """Read the hardware, the number of threads and the commit."""
     accelerator = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
     commit, changes = (
         _git(*words) for words in (("rev-parse", "--short=7", "HEAD"), ("status", "--porcelain", "-uno"))
@@ -69,12 +69,12 @@ def _git(*words: str) -> str:
 
 
 def make_console() -> Console:
-    """Where a suite's lines go."""
+    """Make the console that a suite prints to."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else _COLUMNS)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder and try it: what can't be written must not be found out after the training.
+    """Make the folder and try it, so that a fault shows before the training and not after.
 
     Raises:
         OptionError: It can't be made or written to.
@@ -91,10 +91,10 @@ def prepare_folder(folder: Path) -> None:
 
 
 def prepare(report: Path, console: Console) -> ModuleType | None:
-    """Set one thread, say what is measured on, and make the report's folder.
+    """Set one thread, print the setting, and make the report's folder.
 
     Returns:
-        The peer, or ``None`` where it can't be had, which has been said then.
+        The peer; ``None`` if it can't be loaded, after printing the reason.
     """
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""One step of a workload as its users take it, and what moves the weights between two of them.
+"""One step of a workload as its users take it, and the changes of weights between two steps.
 
 Axes: B samples, S positions, H hidden size.
 """
@@ -17,7 +17,7 @@ from benchmarks.workloads import Workload
 # ``[B, H]`` or ``[B, S, H]`` to the fused hidden states of the same shape, for another routing at every call.
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
-# Names, or what they were compiled to beforehand.
+# Names, or the plan that they were compiled to beforehand.
 Routes: TypeAlias = celmoe.Routing | celmoe.RoutingPlan
 
 ROUTINGS = 4
@@ -39,7 +39,7 @@ def turns(length: int) -> Callable[[], int]:
 
 
 def routings_of(workload: Workload) -> list[celmoe.Routing]:
-    """As many routings as a contender goes through in turn."""
+    """The routings that a contender goes through in turn."""
     return [workload.routing(seed) for seed in range(ROUTINGS)]
 
 
@@ -75,9 +75,9 @@ class Passes:
 
     Args:
         forward: The forward pass.
-        parameters: What gets gradients, besides the hidden states.
+        parameters: The parameters that get gradients, besides the hidden states.
         workload: Gives the hidden states.
-        device: Where they go.
+        device: The device of the hidden states.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Passes:
             leaf.grad = None
 
     def prepare(self) -> None:
-        """Do what a step needs to have been done before."""
+        """Do the part of a step that must come before its timed part."""
 
     def loss(self) -> torch.Tensor:
         """The forward pass, up to the loss."""
@@ -186,7 +186,10 @@ def without_gradients(device: torch.device) -> torch.inference_mode | torch.no_g
 
 
 def nudge(models: Iterable[nn.Module]) -> Callable[[], None]:
-    """What changes all weights a little, as an optimizer would: seen by version counters, wherever they now lie."""
+    """Return a function that changes all weights a little in place, as an optimizer would.
+
+    Version counters see the change, wherever the weights now lie.
+    """
     parameters: list[torch.Tensor] = [parameter for model in models for parameter in model.parameters()]
     turn = turns(len(_NUDGES))
 

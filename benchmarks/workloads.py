@@ -43,7 +43,7 @@ class Workload:
 
     @property
     def positions(self) -> int | None:
-        """Positions S where the hidden states are ``[B, S, H]``; ``None`` where they are ``[B, H]``."""
+        """Positions S if the hidden states are ``[B, S, H]``; ``None`` if they are ``[B, H]``."""
         return POSITIONS if self.expert in WITH_POSITIONS else None
 
     def hidden(self, seed: int = 0) -> torch.Tensor:
@@ -116,7 +116,7 @@ class Workload:
 
 
 class Last(nn.Module):
-    """A fusion that is none: what the last level gave."""
+    """A fusion that returns the last level's hidden states."""
 
     def forward(self, level_hiddens: Sequence[torch.Tensor]) -> torch.Tensor:
         """The last of the levels' ``[B, ...]``."""

@@ -4,7 +4,7 @@ An expert is a dict of tensors. Formulas stand in `KINDS`, one sample runs at a 
 hand. A sample's choice at a level is a mapping of experts to weights: one expert with weight 1 for an ordinary route,
 several for a weighted sum, none for a sample that passes through the level unchanged.
 
-Axes: B samples, D width; what stands between them is called trailing.
+Axes: B samples, D width; the axes between them are called trailing.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Kind:
 
     Attributes:
         parameters: The paths of the parameters.
-        untrained: Those whose parameters require no gradients.
+        untrained: The paths of the parameters that require no gradients.
         buffers: The paths of the buffers.
-        run: The rows that rows become.
-        has_loss: True for an expert with a loss ``"size"``, the sum of the squares of what it gives.
+        run: Computes the rows.
+        has_loss: True for an expert with a loss ``"size"``, the sum of the squares of its rows.
     """
 
     parameters: tuple[str, ...]
@@ -151,7 +151,7 @@ class Expert:
         kind: A key of `KINDS`; ``"fusion"`` for the fusion.
         tensors: Parameters and buffers by path; none for an expert of a disabled level.
         states: By path, the optimizer's state.
-        groups: By path, the number of the optimizer's group; none for what no optimizer has.
+        groups: By path, the number of the optimizer's group; none for a parameter that no optimizer has.
         stack: The number of the stack that its parameters are in, or ``None``.
     """
 
@@ -259,7 +259,7 @@ class Alone:
 
     @property
     def layout(self) -> Any:
-        """What plans depend on."""
+        """The parts of the config that plans depend on."""
         return [(each.name, [*each.experts], self._ancestors(each), each.fallback) for each in self.enabled]
 
     # Routes.
@@ -522,7 +522,7 @@ class Alone:
 
 
 class Run(NamedTuple):
-    """What the reference gives for a batch.
+    """The reference's results for a batch.
 
     Attributes:
         rows: The rows of each level.

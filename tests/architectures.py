@@ -1,6 +1,6 @@
-"""The zoo's plain architectures: what people build from torch's layers and operations, a few lines each.
+"""The zoo's plain architectures: experts that people build from torch's layers and operations, a few lines each.
 
-All of them treat each row alone, whatever else they do; `experts.KINDS` has them beside the experts that do odd things.
+All of them treat each row alone. `experts.KINDS` has them beside the experts that do odd things.
 
 Axes: N rows of one expert, S positions (all middle axes together), D width, F inner width.
 """
@@ -27,10 +27,10 @@ def positions(rows: torch.Tensor) -> torch.Tensor:
 
 
 def context_leaves(value: Any, rowwise: bool = True) -> Iterator[tuple[Any, bool]]:
-    """All leaves of a context, each with whether its key says that its rows are the samples'.
+    """Yield all leaves of a context, each with a flag: true if its key says that its rows are the samples'.
 
-    Keys and fields that begin with ``all_`` hold what every expert shares, everything else holds rows; a list or array
-    below one that begins with ``items_`` has numbers for each row, and is told as a tensor.
+    Keys and fields that begin with ``all_`` hold values that every expert shares, all others hold rows. A list or array
+    below a key that begins with ``items_`` has numbers for each row, and counts as a tensor.
     """
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -61,7 +61,7 @@ def id_rows(context: Any) -> Iterator[torch.Tensor]:
 
 
 def padding_of(batch: ExpertBatch) -> torch.Tensor | None:
-    """True where a position is to be kept out, of a boolean mask over positions; the first position never is."""
+    """True at positions to leave out, by a boolean mask over positions; the first position stays."""
     if batch.mask is None or batch.mask.dtype != torch.bool or batch.mask.shape != batch.hidden.shape[:-1]:
         return None
     keep_NS = batch.mask.reshape(batch.hidden.shape[0], -1)
@@ -69,7 +69,7 @@ def padding_of(batch: ExpertBatch) -> torch.Tensor | None:
 
 
 class Net(ExpertModule):
-    """Rows in, rows out; what stands between is the subclass's."""
+    """Rows in, rows out; a subclass computes the rows."""
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         return ExpertResult(self.rows(batch.hidden))
@@ -409,7 +409,7 @@ class Recurrence(Net):
 
 
 class LearnedStart(Net):
-    """An LSTM whose initial state is its own; what it gives has the last state in it."""
+    """An LSTM with an initial state of its own; its rows include the last state."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What all tests share: one thread, and how many examples hypothesis draws.
+"""The setting that all tests share: one thread, and a number of hypothesis's examples.
 
-The default profile draws few examples, and the same ones every time: what fails is what was changed. For a long look
-before a release, or for a new engine, draw twenty times as many, others each time::
+The default profile draws few examples, and the same ones every time, so that a failure comes from a change. For a long
+look before a release, or for a new engine, draw twenty times as many, others each time::
 
     HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py
     pytest tests/test_properties.py --hypothesis-profile=thorough
@@ -56,7 +56,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of the grouped engine, which say so in their names, where PyTorch can't capture experts."""
+    """Skip the tests of the grouped engine, by their names, if PyTorch can't capture experts."""
     if (missing := tracer_missing()) is not None:
         for item in items:
             if "grouped" in item.nodeid:
@@ -65,9 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _a_small_heap() -> Iterator[None]:
-    """What the tracer keeps of one file's experts is let go of before the next file.
+    """Free the tracer's memory of one file's experts before the next file.
 
-    What is there by now is set apart: tests that ask whether something is gone collect garbage, and would go through it
+    The present objects are frozen: tests that check for freed objects collect garbage, and would go through all of them
     every time.
     """
     gc.collect()

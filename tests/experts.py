@@ -1,7 +1,7 @@
 """The expert zoo: many kinds of experts that a user may write for the contract, small and seeded.
 
-Every kind takes hidden rows ``[N, ..., D]`` of any rank from 2 up. `KINDS` is the list; what a kind can't do, or does
-beside computing rows, stands in its `Kind`. Experts get no help from the library: what they do is all their own code.
+Every kind takes hidden rows ``[N, ..., D]`` of any rank from 2 up. `KINDS` is the list; each `Kind` states its kind's
+limits and side effects. Experts get no help from the library: all of their code is their own.
 
 Axes: N rows of one expert, S positions (all middle axes together), D width.
 """
@@ -228,7 +228,7 @@ class ReadsMask(ExpertModule):
 
 
 class ReadsContext(ExpertModule):
-    """Reads every leaf of its context: rows one by one, what is shared as a sum."""
+    """Reads every leaf of its context: rows one by one, shared values as a sum."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class ReadsContext(ExpertModule):
 
 
 class ContextView(ExpertModule):
-    """Returns a view of a context tensor, where there is one of the rows' shape."""
+    """Returns a view of a context tensor of the rows' shape, if there is one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class BatchNorm(ExpertModule):
 
 
 class CountsRows(ExpertModule):
-    """What it computes depends on how many rows it was given."""
+    """Computes with the number of its rows."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -452,14 +452,14 @@ class Remembers(Linear):
 
 
 class Double(Scale):
-    """Gives float64 whatever it is given."""
+    """Returns float64 for rows of any dtype."""
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         return ExpertResult(batch.hidden.double() * self.scale)
 
 
 class Brain(Scale):
-    """Gives bfloat16 whatever it is given."""
+    """Returns bfloat16 for rows of any dtype."""
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         return ExpertResult((batch.hidden * self.scale).to(torch.bfloat16))
@@ -493,7 +493,7 @@ class Raises(ExpertModule):
 
 
 class Registry:
-    """What experts of one model share."""
+    """The modules and parameters that experts of one model share."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -517,13 +517,13 @@ class Kind:
 
     Attributes:
         make: Makes one of a width, for a model with a registry.
-        row_wise: Whether each row depends on that row alone, so that one sample at a time gives the same.
-        stochastic: Whether it draws random numbers in training.
-        any_dtype: Whether rows may have another floating-point dtype than its parameters.
-        changes_dtype: Whether its rows come back in another dtype than they had.
-        takes_integers: Whether it makes floating-point rows of integer ones.
-        needs_positions: Whether it refuses rows without any position.
-        is_refused: Whether several of it can't always run as one.
+        row_wise: True if each row depends on that row alone, so that one sample at a time gives the same.
+        stochastic: True if it draws random numbers in training.
+        any_dtype: True if rows may have another floating-point dtype than its parameters.
+        changes_dtype: True if its rows come back in another dtype than they had.
+        takes_integers: True if it makes floating-point rows of integer ones.
+        needs_positions: True if it refuses rows without any position.
+        is_refused: True if several of it can't always run as one.
     """
 
     make: Callable[[int, Registry], nn.Module]

@@ -1,4 +1,4 @@
-"""What older versions of torch lack: tests that need it are skipped there, and say which version brought it."""
+"""The features that older versions of torch lack: their tests are skipped, and name the version that brought them."""
 
 import inspect
 
@@ -16,7 +16,7 @@ needs_weighted_losses = pytest.mark.skipif(
 needs_selective_checkpoints = pytest.mark.skipif(
     not hasattr(checkpoint, "create_selective_checkpoint_contexts"), reason="selective checkpoints came with torch 2.5"
 )
-# Whether it can be told that nobody watches what autograd saves (2.7).
+# True if torch can say that no hook observes the tensors that autograd saves (2.7).
 TELLS_WATCHERS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 HAS_DISTRIBUTED = hasattr(torch.distributed, "all_gather_single")
 needs_distributed = pytest.mark.skipif(not HAS_DISTRIBUTED, reason="celmoe.distributed wants torch 2.13")

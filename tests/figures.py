@@ -1,11 +1,11 @@
-"""Figures that notes quote: where they stand, and what the CSV files beside the notes say.
+"""Figures that notes quote, beside the values in the CSV files.
 
-A sentence or a table is followed by a comment that says where its figures are from::
+A comment follows a sentence or a table, and names the source of its figures::
 
     The geometric mean is 1.31.
     <!-- steps.csv: 1.31 = gmean ratio; 0.755 = celmoe_vp_ms where experts=linear, H=64, B=16, E=4 -->
 
-The file is one of ``notes/figures``. A figure is a column, of the one row that ``where`` leaves, or something over all
+The file is one of ``notes/figures``. A figure is a column, of the one row that ``where`` leaves, or an aggregate of all
 rows that it leaves: ``mean``, ``gmean`` (geometric), ``min``, ``max`` and ``sum`` of a column, before it
 ``points`` for a share in percent and ``giga`` for bytes in GB, or a number of rows:
 ``rows``, and by the quartiles of a ratio ``faster`` (both above 1), ``slower`` (both below), ``tied`` (neither), by the
@@ -42,12 +42,12 @@ _COUNTS = {
 
 
 class MisquotedError(AssertionError):
-    """A figure is not what its file says."""
+    """A figure differs from the value in its file."""
 
 
 @dataclass(frozen=True)
 class Quote:
-    """A figure in a text, and where it is from."""
+    """A figure in a text, and its source."""
 
     quoted: str
     file: str
@@ -62,7 +62,7 @@ class Quote:
             raise MisquotedError(f"{self.quoted} must be {found:.6g}: {self.what} of {self.file} where {self.where}")
 
     def value(self):
-        """What the file says."""
+        """The value in the file."""
         chosen = rows_of(self.file, **dict(each.strip().split("=") for each in self.where.split(",") if each.strip()))
         if self.what in _COUNTS:
             return float(sum(map(_COUNTS[self.what], chosen)))
@@ -97,7 +97,7 @@ def rows_of(file, **wanted):
 
 
 def agrees(quoted, value):
-    """Whether a figure is this value, rounded to the figure's own digits; ``%`` is of a share."""
+    """True if a figure is this value, rounded to the figure's own digits; ``%`` is of a share."""
     number = quoted.replace(",", "").replace("%", "").strip()
     decimals = len(number.partition(".")[2])
     scaled = 100 * value if "%" in quoted else value
@@ -106,7 +106,7 @@ def agrees(quoted, value):
 
 
 def quotes_in(text):
-    """Every quote of a text, with what stands before its comment back to an empty line."""
+    """Every quote of a text, with the text before its comment back to an empty line."""
     found = []
     for marker in MARKER.finditer(text):
         before = text[: marker.start()].rpartition("\n\n")[2]

@@ -1,4 +1,4 @@
-"""What tests of experts that come and go share: two kinds of experts, a model of them, and a picture of a model."""
+"""The model for tests of experts that come and go: two kinds of experts, and a picture of a model."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A step builds, routes, trains, saves, loads or changes a model (`pairs`) and doe
 expert is alone (`alone`). After each step both must be equal: values, gradients, optimizer state, config, layout. An
 error must be one of `celmoe.errors`, at a call that the reference refuses, too, and then nothing may have changed.
 
-The suite lives a few short lives. So many steps are made at once, others for each seed::
+The suite lives a few short lives. This command makes a number of steps, others for each seed::
 
     python -m tests.lives --steps 10000 --seed 0 --workers 2
 
@@ -51,14 +51,14 @@ NAMES = ("new", "x.y", "to", "keys", "[ab]", "r*", "ru", "it", "a", "b", "%2E", 
 PATTERNS = ("*", "{}", "{:.1}*", "[!{:.1}]*", "?", "nobody")
 FLAGS = ("loss_weight", "gradient_scale", "stop_gradient_from_parent", "fallback", "no fallback")
 HOW_TO_GO_ON = ("state_dict", "checkpoint", "file", "pickle", "deepcopy", "pickle both", "deepcopy both")
-# Where PyTorch can't capture experts, "grouped" is refused.
+# PyTorch that can't capture experts refuses "grouped".
 ENGINES = ("auto", "looped", "grouped") if tracer_missing() is None else ("auto", "looped")
 
 
 class Lives(RuleBasedStateMachine):
     """A model's life."""
 
-    #: What all lives begin with, in place of what is drawn.
+    #: The beginning of all lives, in place of a drawn one.
     begins: Mapping[str, Any] = {}
     #: Steps of all lives of this process.
     steps = 0
@@ -349,7 +349,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(has_rate=st.booleans())
     def take_in(self, has_rate):
-        """Give the optimizer a group of what it does not have."""
+        """Give the optimizer a group of parameters that it does not have."""
         alone = self.alone
         new = [
             (key, module, expert)
@@ -436,7 +436,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(place=PLACES)
     def load(self, place):
-        """Load what was saved into the same model, if it has the same experts."""
+        """Load a save into the same model, if both have the same experts."""
         pair = self.pair
         saved = self.saves[place % len(self.saves)] if self.saves else pair.saved()
         mine = [{name: each.kind for name, each in level.experts.items()} for level in self.alone.enabled]
@@ -463,7 +463,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(place=PLACES, level=PLACES, old=PLACES, new=MAYBE)
     def load_experts(self, place, level, old, new):
-        """Load what was saved by name, one expert under another name."""
+        """Load a save by name, one expert under another name."""
         pair = self.pair
         saved = self.saves[place % len(self.saves)] if self.saves else pair.saved()
         own = self._level(level)
@@ -491,7 +491,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(how=st.sampled_from(HOW_TO_GO_ON), is_stacked=st.booleans())
     def go_on(self, how, is_stacked):
-        """Go on with a copy, or with a new model that has loaded what was saved; the old one must stay as it is."""
+        """Go on with a copy, or with a new model that has loaded a save; the old model must stay as it is."""
         pair = self.pair
         self._check_left()
         state, before = pair.state(), self.alone.copied()
@@ -637,13 +637,13 @@ def live(number: int, *, lives: int, length: int, shortens: bool = True, **begin
         lives: The number of lives.
         length: Steps of a life.
         shortens: True to make a life that shows a fault short.
-        begins: What all lives begin with; see `Lives.build`.
+        begins: The beginning of all lives; see `Lives.build`.
 
     Returns:
         The number of steps.
 
     Raises:
-        BaseException: A life's fault, whatever it is, with the code that repeats it in its notes.
+        BaseException: The fault of a life, with the code that repeats it in its notes.
     """
     before = Lives.steps
     machine = seed(number)(type("Lives", (Lives,), {"begins": begins}))

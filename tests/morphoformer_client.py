@@ -1,10 +1,10 @@
-"""morphoformer at work, as a program of its own: whichever ``celmoe`` its path holds is the one it runs on.
+"""morphoformer at work, as a program of its own: it runs on the ``celmoe`` that its path holds.
 
     python morphoformer_client.py VERSION FOLDER OTHERS_FOLDER
 
-It holds no line about celmoe beyond asking which one was imported. It runs at the same time as its like on the other
-library. For each case it writes, with ``torch.save``, what one pass through the model gave, what the client's own
-trainer made of a few words in ten AdamW steps, and what the trainer made of the other's checkpoint in ten more.
+The program's only line about celmoe asks which one was imported. It runs at the same time as its like on the other
+library. For each case it writes three results with ``torch.save``: one pass through the model, ten AdamW steps of the
+client's own trainer on a few words, and ten more steps of the trainer on the other's checkpoint.
 `tests.test_morphoformer` runs and compares.
 """
 

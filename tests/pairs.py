@@ -1,4 +1,4 @@
-"""A model beside its reference: what both do, and a look at whether they are still the same."""
+"""A model beside its reference: the calls that both take, and a comparison of the two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.alone import KINDS, OPTIMIZERS, Alone, Choice, Expert, Level, Refused
 from tests.lifecycle import Narrow, Wide, assert_same, picture
 
 WIDTH = 4
-# By dtype, absolute: values are around 1. What float32 has made others is taken over after each look.
+# Absolute, by dtype: values are around 1. The reference takes over the model's float32 values after each comparison.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 
@@ -109,12 +109,12 @@ SHAPES = {
 
 
 class Saved(NamedTuple):
-    """What was saved of a pair.
+    """The saved state of a pair.
 
     Attributes:
         state: The model's ``state_dict``, as `torch.save` writes it.
         optimizer: The optimizer's state by name.
-        alone: The reference as it was.
+        alone: A copy of the reference.
     """
 
     state: bytes
@@ -126,7 +126,7 @@ class Saved(NamedTuple):
         return torch.load(io.BytesIO(self.state), weights_only=True)
 
 
-# Ways to route a level: names drawn for each sample to what the caller passes, and to the choices that it means.
+# Ways to route a level: from the names drawn for each sample to the caller's argument, and to the choices it means.
 Way = Callable[[Level, Sequence[str], random.Random], tuple[Any, Sequence[Choice] | Choice]]
 
 
@@ -187,7 +187,7 @@ WAYS: dict[str, Way] = {
     UNKNOWN: _unknown,
 }
 LEFT_OUT = "left out"
-# What the routing becomes before the model gets it.
+# Forms of the routing that the model gets.
 FORMS = ("routing", "plan", "plan of a compiler", "pickled plan", "cut plan", "joined plan")
 
 
@@ -196,7 +196,7 @@ class Batch(NamedTuple):
 
     Attributes:
         hidden: ``[B, ..., D]``.
-        routing: What the caller passes.
+        routing: The caller's routing.
         given: The choices that it means.
         has_unknown: True if unknown names must go to the fallback.
     """
@@ -214,7 +214,7 @@ class Pair:
         shape: A key of `SHAPES`.
         optimizer: A key of `MAKERS`.
         engine: The model's engine.
-        seed: Of the experts' values.
+        seed: The seed of the experts' values.
         is_stacked: True for a model with stacks.
         has_groups: True for learning rates by expert.
         has_fusion: True for a learned fusion.
@@ -316,7 +316,7 @@ class Pair:
         The errors are the library's own, or PyTorch's if an expert raises them.
 
         Returns:
-            What a right call gives; ``None`` for a refused one.
+            The result of a right call; ``None`` for a refused one.
         """
         if not faults:
             return call()
@@ -600,7 +600,7 @@ class Pair:
     # Saving.
 
     def saved(self) -> Saved:
-        """What a user saves."""
+        """The state that a user saves."""
         file = io.BytesIO()
         torch.save(self.model.state_dict(), file)
         return Saved(file.getvalue(), self.state(), self.alone.copied())

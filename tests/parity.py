@@ -1,11 +1,12 @@
-"""The one helper that compares a model, whatever its engine, with the oracle.
+"""The one helper that compares a model, under any engine, with the oracle.
 
-It compares what a user can see: every level's hidden states, routes, losses, their weights and aux, the fused hidden
-states, dtypes, shapes and memory layout, every gradient (one that is `None` must be so in both), every buffer, what the
-call left of the caller's own tensors, and the parameters and optimizer state after training steps.
+It compares all that a user can see. In the outputs: every level's hidden states, routes, losses, their weights and aux,
+the fused hidden states, dtypes, shapes and memory layout. In the state: every gradient (a gradient of `None` must be
+`None` in both), every buffer, the caller's own tensors after the call, and the parameters and optimizer state after
+training steps.
 
 It also proves that it compared something: the engine under test ran once a level over every row, and gradients existed
-where the objective had any. A difference is a `ParityError` whose message begins with the quantity that differs.
+if the objective had any. A difference is a `ParityError` whose message begins with the quantity that differs.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from tests.strategies import Inputs
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 
 # Some steps magnify rounding by themselves: a softmax over large scores, a normalization of rows that hardly differ.
-# There the oracle's own distance from what it gives in float64 is the measure, as long as it is that of rounding.
+# There the oracle's own distance from its float64 run is the measure, as long as that distance is rounding's.
 ROUNDINGS = 4
 LARGEST_ROUNDING = 1e-3
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 # SGD shows a gradient's size, to which Adam is blind. Adam's epsilon is far above rounding errors, which a parameter
-# with no other gradient would otherwise turn into whole steps; what makes absent experts special is the same.
+# with no other gradient would otherwise turn into whole steps; AdamW's effect on absent experts is the same.
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
@@ -80,14 +81,15 @@ def assert_parity(
     Args:
         model: The model; not changed.
         make_inputs: Makes batch 0, 1, … anew, the same ones every time. Training steps take them in turn.
-        objective: What is differentiated: ``"all"``, ``"fused"``, ``"last"`` or ``"losses"``.
-        per_sample: Whether the oracle runs every sample alone. Needs row-wise experts without randomness.
+        objective: The outputs to differentiate: ``"all"``, ``"fused"``, ``"last"`` or ``"losses"``.
+        per_sample: True to run the oracle on every sample alone. Needs row-wise experts without randomness.
         optimizers: Names in `OPTIMIZERS`.
         steps: Training steps with each.
         seed: Set before each call, so that dropout draws the same numbers.
-        in_float64: Makes the same model and inputs in float64, to tell rounding from error where a float32 model's
-            values differ by more than the tolerance.
-        elsewhere: Another device, and what makes the same inputs on it: the model runs there, the oracle on the CPU.
+        in_float64: Makes the same model and inputs in float64, to tell rounding from error if a float32 model's values
+            differ by more than the tolerance.
+        elsewhere: Another device, and a function that makes the same inputs on it: the model runs there, the oracle on
+            the CPU.
 
     Raises:
         ParityError: They disagree, or there was nothing to compare.
@@ -178,7 +180,7 @@ class _Comparison:
         step: int,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.Optimizer | None] | None,
     ) -> None:
-        """One forward and backward of both, and an optimizer step of both where there are optimizers."""
+        """One forward and backward of both, and an optimizer step of both if there are optimizers."""
         given, wanted = self._make_both(make_inputs, step)
         output, expected = self._run_both(given, wanted, self.seed + step)
         self.evidence.rows += given.hidden.shape[0] * len(output.levels)
@@ -348,7 +350,7 @@ class _OracleTwice(_Comparison):
 
 @dataclass
 class EngineSpy:
-    """How often an engine ran, and over how many rows."""
+    """The number of an engine's runs, and of their rows."""
 
     calls: int = 0
     rows: int = 0
@@ -356,7 +358,7 @@ class EngineSpy:
 
 @contextmanager
 def spied_engine(name: str) -> Iterator[EngineSpy]:
-    """Counts what an engine of the registry does."""
+    """Count the calls and rows of an engine of the registry."""
     spy = EngineSpy()
     engine = ENGINES[name]
 
@@ -379,7 +381,7 @@ def _trains(model: nn.Module) -> bool:
 
 
 def objective_of(output: CELMoEOutput, objective: str, per_sample: bool) -> torch.Tensor:
-    """A number that depends on every element of what is asked for, each with a weight of its own."""
+    """A number that depends on every element of the chosen outputs, each with a weight of its own."""
     hiddens = [level.hidden for level in output.levels.values()]
     match objective:
         case "fused":
@@ -408,7 +410,7 @@ def equal(where: str, mine: Any, theirs: Any) -> None:
 
 
 def compare_values(close: Closeness, where: str, mine: Any, theirs: Any) -> None:
-    """Compare tensors within whatever holds them."""
+    """Compare tensors in containers of any kind."""
     if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
         close(where, mine, theirs, layout=False)
     elif isinstance(mine, Mapping) and isinstance(theirs, Mapping):
@@ -420,10 +422,10 @@ def compare_values(close: Closeness, where: str, mine: Any, theirs: Any) -> None
 
 
 class Closeness:
-    """Holds two values to be equal up to rounding.
+    """Requires two values to be equal up to rounding.
 
     Args:
-        rounding: How far the oracle itself is off, by quantity, where it's known.
+        rounding: The oracle's own error, by quantity, if it's known.
     """
 
     def __init__(self, rounding: Mapping[str, float] | None = None) -> None:
@@ -467,7 +469,7 @@ def _difference(where: str, mine: torch.Tensor, theirs: torch.Tensor) -> tuple[f
 
 
 def _compare_callers(given: Inputs, untouched: Inputs) -> None:
-    """What the caller passed is what it was, in place experts or not."""
+    """The call left the caller's arguments unchanged, even with experts that work in place."""
     for name in ("hidden", "mask", "context", "leaves"):
         before, after = _tensors(getattr(untouched, name)), _tensors(getattr(given, name))
         if len(before) != len(after) or not all(map(torch.equal, before, after)):

@@ -1,8 +1,8 @@
-"""celmoe-vp beside celmoe: one program text, run on both, and one comparison of what the two gave.
+"""celmoe-vp beside celmoe: one program text, run on both, and one comparison of the two results.
 
-A program is a function of the library's module. It uses nothing but what celmoe-vp offers, so that the very same lines
-run on both. Where celmoe-vp can't be installed the tests that need it are skipped, loudly (see `tests.peer_report`);
-with ``CELMOE_REQUIRE_PEER=1`` in the environment, as in CI, they fail.
+A program is a function of the library's module. It uses celmoe-vp's API alone, so that the very same lines run on
+both. If celmoe-vp can't be installed, the tests that need it are skipped, loudly (see `tests.peer_report`); with
+``CELMOE_REQUIRE_PEER=1`` in the environment, as in CI, they fail.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ missing: dict[str, str] = {}
 
 
 def require_peer(install, what):
-    """What ``install()`` gives; where a peer is missing, skip or fail, and remember it for the report."""
+    """Return the result of ``install()``; if a peer is missing, skip or fail, and remember it for the report."""
     try:
         return install()
     except peers.PeerUnavailableError as error:
@@ -122,7 +122,7 @@ def rich_expert(lib, width=WIDTH):
 
 
 class Recorder:
-    """A factory of linear experts, with what they were called with, in order."""
+    """A factory of linear experts that keeps its calls, in order."""
 
     def __init__(self, lib, width=WIDTH):
         self.lib, self.width = lib, width
@@ -208,7 +208,7 @@ def grads_of(model):
 
 
 def levels_of(output):
-    """What both libraries' outputs hold; `loss_weights` is ours alone."""
+    """The fields that both libraries' outputs have; `loss_weights` is ours alone."""
     return {
         name: {
             "name": level.name,

@@ -1,4 +1,4 @@
-"""A plugin: what the suite could not compare, said where nobody overlooks it."""
+"""A plugin that ends a run with the comparisons that the suite could not make."""
 
 from tests import peer
 

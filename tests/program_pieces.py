@@ -1,6 +1,6 @@
-"""The pieces that random expert programs are made of (`programs`): Python source, each with what it needs around it.
+"""The pieces of random expert programs (`programs`): Python source, each with the lines that it needs around it.
 
-A piece is a paragraph. The first sign of a line says where it goes: ``t`` the top of the program, ``c`` the class,
+A piece is a paragraph. The first sign of a line names its section: ``t`` the top of the program, ``c`` the class,
 ``i`` its ``__init__``, ``f`` its ``forward``, ``k`` the function that changes things between two steps. ``$`` becomes
 the piece's number in its program, and ``<<a||b>>`` one of its choices. Long lines go on behind a backslash.
 
@@ -10,7 +10,7 @@ within ``__init__`` is ``other`` for one of the experts, for some programs.
 
 from __future__ import annotations
 
-# What can run as one.
+# Pieces that can run as one.
 TENSORS = """
 i self.l$ = nn.Linear(W, W, bias=odd($, True, <<True||False>>))
 f x = self.l$(x)
@@ -423,7 +423,7 @@ f     x = torch.tanh(x)
 f assert x.dim() <<>= 2||in (2, 3)>>, "rows"
 """
 
-# What a loop does otherwise than one call over all rows would, or what is left behind.
+# Pieces that a loop runs otherwise than one call over all rows, or that leave something behind.
 TRAPS = """
 f x = x <<- x.mean(0)||+ x.sum(0, keepdim=True)||+ x.amax()||* x.shape[0]||/ len(batch.hidden)||- x.flip(0)||\
 + x.cumsum(0)||+ x[0]||+ x[-1:]||+ x.norm()||* torch.numel(x)||+ x.roll(1, 0)||+ x.sort(0).values||/ x.std()>>

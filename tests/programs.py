@@ -1,15 +1,15 @@
 """Random expert programs, each run under ``"auto"`` and ``"grouped"`` beside an identical model that is looped.
 
 A seed makes a program: the source of an expert class, out of pieces of tensor operations and of the Python around them
-(`program_pieces`). Both models live in modules of their own, so that nothing that experts keep is shared. A few steps
-with changes between them must give the same on both sides, Python state and random streams included. So many programs
-run at once, with what was found at the end::
+(`program_pieces`). Both models live in modules of their own, so that no state of experts is shared. A few steps with
+changes between them must give the same on both sides, Python state and random streams included. This command runs a
+number of programs, and prints the counts at the end::
 
     python -m tests.programs --count 20000 --seed 0 --workers 2
     python -m tests.programs --count 1 --seed 123 --show
 
-A program that shows a fault is made as short as it may be while it does. Programs that draw random numbers are compared
-by value up to the first draw that ran grouped: a class draws for all of its rows at once.
+A program that shows a fault is shortened as long as it still does. Programs that draw random numbers are compared by
+value up to the first draw that ran grouped: a class draws for all of its rows at once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tests.traps import auto_groups_all, seed_all
 WIDTH = 4
 LEVEL = "language"
 STEPS = 3
-# Relative to the largest value. A step of SGD and a few operations lie between a rounding and what is compared.
+# Relative to the largest value. A step of SGD and a few operations lie between a rounding and the compared values.
 TOLERANCES = {torch.float64: 1e-8, torch.complex128: 1e-8}
 OTHERS = 1e-3
 
@@ -86,7 +86,7 @@ def _pieces(text: str) -> list[str]:
 
 
 _KINDS = {"tensors": _pieces(TENSORS), "python": _pieces(PYTHON), "traps": _pieces(TRAPS)}
-# How the lines of a piece stand in `forward`.
+# The blocks that the lines of a piece stand in, within `forward`.
 _AROUND = {
     "plain": None,
     "method": None,
@@ -105,8 +105,8 @@ class Piece:
     """A part of a program, its choices made.
 
     Attributes:
-        lines: Of each of the piece's sections.
-        around: How its lines stand in ``forward``, a key of `_AROUND`.
+        lines: The lines of each of the piece's sections.
+        around: The block around its lines in ``forward``, a key of `_AROUND`.
     """
 
     lines: Mapping[str, tuple[str, ...]]
@@ -118,15 +118,15 @@ class Plan:
     """A program.
 
     Attributes:
-        seed: Of the rows, the weights and the routes.
+        seed: The seed of the rows, the weights and the routes.
         pieces: In the order of ``forward``.
         odd: By piece, the expert that differs; -1 for none.
-        experts: How many.
-        is_double: Whether it computes in float64.
+        experts: The number of experts.
+        is_double: True if it computes in float64.
         trailing: Axes between samples and width.
         mask: ``None``, ``"bool"`` or ``"float"``.
         scales: Each expert's ``input_gradient_scale``.
-        modes: How each step runs: ``"train"``, ``"eval"`` or ``"no_grad"``.
+        modes: The mode of each step: ``"train"``, ``"eval"`` or ``"no_grad"``.
         strict_at: The step that ``engine="grouped"`` is tried in.
     """
 
@@ -238,7 +238,7 @@ class RoundingError(FaultError):
 
 
 class Options:
-    """What a context may hold."""
+    """An object in a context."""
 
     def __init__(self) -> None:
         self.factor = 0.5
@@ -370,7 +370,7 @@ class Side:
         return found | self.state()
 
     def state(self) -> dict[str, Any]:
-        """All that lasts: tensors, what Python holds, random streams."""
+        """All lasting state: tensors, Python values, random streams."""
         found: dict[str, Any] = {}
         seen: dict[int, str] = {}
         for name, value in vars(self.module).items():
@@ -404,7 +404,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 
 
 def _describe(value: Any, path: str, found: dict[str, Any], seen: dict[int, str], own: str) -> None:
-    """Write down, by path, what a value is made of."""
+    """Write down a value's parts, by path."""
     if isinstance(value, _PLAIN):
         # Addresses differ.
         is_id = type(value) is int and value > 1 << 40
@@ -431,7 +431,7 @@ def _describe(value: Any, path: str, found: dict[str, Any], seen: dict[int, str]
             _describe(each, f"{path}.{name}", found, seen, own)
 
 
-# What is told of values that are not taken apart: by class, and by an attribute.
+# Descriptions of values that are not taken apart: by class, and by an attribute.
 _TOLD: dict[Any, Any] = {
     np.ndarray | np.generic | Exception | itertools.count: repr,
     # Objects have another order in every set.
@@ -452,7 +452,7 @@ def _are_numbers(value: Mapping[Any, Any]) -> bool:
 
 
 def _parts(value: Any, path: str, own: str) -> list[tuple[Any, Any]]:
-    """What a value is made of, by name."""
+    """The parts of a value, by name."""
     if isinstance(value, type):
         is_own = value.__module__ == own
         return [(name, each) for name, each in vars(value).items() if is_own and not name.startswith("__")]
@@ -493,7 +493,7 @@ def _key(key: Any) -> str:
 
 
 def process_state() -> dict[str, Any]:
-    """What of PyTorch and Python a call could leave changed in the process."""
+    """The process state of PyTorch and Python that a call could leave changed."""
     from torch._dynamo import config
 
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
@@ -528,12 +528,12 @@ def assert_same(mine: Mapping[str, Any], theirs: Mapping[str, Any], *, values: b
     """Both found the same.
 
     Args:
-        mine: What the subject gave.
-        theirs: What the loop gave.
-        values: Whether numbers are compared, or only what there is.
+        mine: The subject's findings.
+        theirs: The loop's findings.
+        values: True to compare numbers, false to compare their presence alone.
 
     Raises:
-        FaultError: They did not.
+        FaultError: They differ.
     """
     for name in (*theirs, *mine):
         if (name in mine) != (name in theirs):
@@ -583,14 +583,14 @@ def _close(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 @dataclass
 class Found:
-    """What running a program showed.
+    """The findings of a program's run.
 
     Attributes:
         grouped: Steps in which a class ran as one.
         steps: All steps.
-        refusals: Why ``engine="grouped"`` was refused.
-        draws: Whether random numbers were drawn for a class at once.
-        raises: Whether the program raised.
+        refusals: The reasons for which ``engine="grouped"`` was refused.
+        draws: True if random numbers were drawn for a class at once.
+        raises: True if the program raised.
     """
 
     grouped: int = 0
@@ -647,7 +647,7 @@ def _run(plan: Plan) -> Found:
         _assert_gone(subject, twin)
     classes = {side.name: weakref.ref(side.module.Expert) for side in (subject, twin)}
     for side in (subject, twin):
-        # As a notebook does that defines them anew.
+        # Drop the classes, as a notebook does that defines them anew.
         vars(side.module).clear()
     gc.collect()
     kept = [name for name, each in classes.items() if each() is not None]
@@ -694,7 +694,7 @@ def _spied() -> Iterator[Counter[str]]:
 
 
 def _assert_gone(subject: Side, twin: Side) -> None:
-    """What the loop's model lets go of, the other lets go of too."""
+    """The subject's model frees all objects that the loop's model frees."""
     experts = [[weakref.ref(each) for each in side.experts] for side in (subject, twin)]
     tensors = [[weakref.ref(each) for each in side.model.parameters()] for side in (subject, twin)]
     for side in (subject, twin):
@@ -712,7 +712,7 @@ def fault_of(plan: Plan) -> str | None:
         run_program(plan)
     except FaultError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001  # whatever it is, it is none of the typed ones
+    except Exception as error:  # noqa: BLE001  # the typed errors are caught above
         return f"untyped {type(error).__name__}: {error}"
     return None
 
@@ -799,7 +799,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     founds: list[Found] = []
     faults: list[str] = []
-    # A process keeps what the tracer keeps; a new one begins without.
+    # A process keeps the tracer's memory; a new process begins without.
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=10) as pool:
         for some, wrong in pool.imap_unordered(_worker, chunks):
             founds += some

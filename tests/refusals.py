@@ -1,8 +1,8 @@
-"""What the message tests share: a small model that counts its experts' calls, and one way to look at a refusal.
+"""The model and the checks of the message tests: a small model that counts its experts' calls, and a look at refusals.
 
-A refusal is right when its class is celmoe's and the builtin's, when its message is the expected one to the letter,
-and when nothing ran or changed: no expert was called, the random stream and the arguments stand where they stood, and
-the next good call gives what a fresh model gives.
+A refusal is right when its class is celmoe's and the builtin's, when its message is the expected one to the letter, and
+when nothing ran or changed: no expert was called, the random stream and the arguments are as before, and the next good
+call gives a fresh model's result.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def assert_refused(
 
 
 def assert_like_fresh(model: HierarchicalCELMoE) -> None:
-    """The next good call gives what a model built a moment ago gives, gradients and dropout included."""
+    """The next good call gives the result of a new model, gradients and dropout included."""
     gradients = []
     for each in (model, build(copy.deepcopy(model.config))):
         torch.manual_seed(3)

@@ -3,7 +3,7 @@
 A `Case` is plain data. `Case.model` and `Case.inputs` make the same modules and tensors of it every time, from its
 seed: hypothesis draws structure, a generator draws numbers (bounded, so that sums stay finite).
 
-Axes: B samples, D width; what stands between them is called trailing.
+Axes: B samples, D width; the axes between them are called trailing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WIDTHS = (4, 6)
 # Samples with several experts, or none; for a whole batch, too.
 MIXED_FORMS = ("mixed", "mixed", "mixed ids", "one mixed", "none")
 FORMS = ("list", "tuple", "ids", "id tuple", "np str", "np object", "np int64", "np uint8", "tensor", "tensor int32")
-# Those with something aligned with the batch that is no dense tensor: what reads it does not run as one.
+# Contexts with a batch-aligned value other than a dense tensor: experts that read it do not run as one.
 IRREGULAR = ("lists", "arrays", "marked")
 CONTEXTS = (
     *("none", "rows", "dict", "nested", "dataclass", "named tuple", "list", "shared"),
@@ -83,7 +83,7 @@ class Routes:
 
 @dataclass
 class Inputs:
-    """What a model is called with, and the leaves whose gradients are looked at."""
+    """The inputs of a model's call, and the leaves whose gradients are compared."""
 
     hidden: torch.Tensor
     routing: Any
@@ -93,7 +93,7 @@ class Inputs:
 
 
 class OwnFusion(nn.Module):
-    """A user's fusion, that works in place on what it can call its own."""
+    """A user's fusion that works in place on its own tensors."""
 
     def __init__(self, num_levels: int) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class Case:
 
     Attributes:
         levels: The hierarchy.
-        batch_size: Samples of batch 0. Every later one has the first half of the one before, so that experts that were
-            there stay away.
-        routing: By enabled level; what is not here is left out of the routing.
+        batch_size: Samples of batch 0. Every later batch has the first half of the one before, so that some experts
+            stay away from then on.
+        routing: By enabled level; a missing level is left out of the routing.
         trailing: Axes between samples and width.
-        planned: Whether the routing is compiled by hand first.
+        planned: True if the routing is compiled by hand first.
         one_name: Levels whose routes are passed as a bare name.
-        draws_integers: Whether hidden states are integers.
+        draws_integers: True if hidden states are integers.
     """
 
     levels: tuple[Level, ...]
@@ -262,7 +262,7 @@ class _TensorMaker:
 
 
 def _context(kind: str, maker: _TensorMaker, batch_size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
-    # What is shared must not have the batch's length by chance: then only `Shared` keeps it whole.
+    # A shared tensor must not have the batch's length by chance: then only `Shared` keeps it whole.
     other = batch_size + 1
     match kind:
         case "none":
@@ -421,7 +421,7 @@ THEMES: dict[str, tuple[str, ...]] = {
 
 
 def inferable(levels: Sequence[Level], position: int) -> bool:
-    """Whether the level there may be left out of the routing, whatever the one below it takes."""
+    """True if the level there may be left out of the routing, for any routes of the level below."""
     level = levels[position]
     if len(level.experts) == 1 or level.fallback is not None:
         return True
@@ -501,9 +501,9 @@ def cases(draw: st.DrawFn, *, row_wise: bool = False, stochastic: bool = True, m
     """Whole cases.
 
     Args:
-        row_wise: Only experts whose rows depend on nothing else.
-        stochastic: Whether experts and fusions may drop out.
-        mixed: Whether samples may have several experts, or none.
+        row_wise: True for experts whose rows depend on nothing else.
+        stochastic: True if experts and fusions may drop out.
+        mixed: True if samples may have several experts, or none.
     """
     theme = draw(st.sampled_from(list(THEMES)))
     mode = theme if theme in {"dtypes", "integers"} else "floats"
@@ -548,10 +548,10 @@ def cases(draw: st.DrawFn, *, row_wise: bool = False, stochastic: bool = True, m
 
 @st.composite
 def with_routing(draw: st.DrawFn, case: Case, *, mixed: bool = False) -> Case:
-    """The case, with routes for its levels in any legal form, or without where they can be told."""
+    """The case, with routes for its levels in any legal form, or without if they can be inferred."""
     routing: dict[str, Routes] = {}
     one_name = set()
-    # Where levels nest, an expert's siblings stand together: the order of the level below is that of the level itself.
+    # If levels nest, an expert's siblings stand together: the order of the level below is that of the level itself.
     nested = draw(st.integers(0, 3)) == 0
     previous: Sequence[int] | None = None
     for position, level in enumerate(case.levels):
@@ -603,11 +603,11 @@ _drawn: list[list[Case]] = []
 
 
 def pool(number: int = 2000) -> Iterator[Case]:
-    """What `cases` draws, the same cases every time: to ask what they hold, without a search and its shrinking.
+    """Cases that `cases` draws, the same ones every time: tests look for examples without a search and its shrinking.
 
     They are drawn when they are asked for: most questions are answered by the first few hundred.
     """
-    # Hypothesis varies what it drew before: many short runs hold more kinds of cases than a long one.
+    # Hypothesis varies its earlier draws: many short runs hold more kinds of cases than a long one.
     for start in range(number // 50):
         if start == len(_drawn):
             _drawn.append(_run_of_cases(start))

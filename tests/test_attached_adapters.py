@@ -102,6 +102,28 @@ def test_places_of_several_configs_are_not_changed_alike():
     assert celmoe.adapters(model, "blocks.1").freeze("shop") == ["x", "y"]
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_groups_of_parameters(stacked):
+    """Each language of all places in its group; a stack that lies in several is cut, which celmoe.optim takes."""
+    model = attached()
+    found = celmoe.adapters(model)
+    if stacked:
+        found.stack()
+    model.head.requires_grad_(False)
+    groups = found.parameter_groups({"language/n*": {"lr": 0.0}, "family/*": {"lr": 0.5, "weight_decay": 0.1}})
+    assert [group.get("lr") for group in groups] == [0.0, 0.5, None]
+    assert [len(group["params"]) for group in groups[:2]] == [2 * 4, 2 * 4 * (1 if stacked else 2)]
+    of_rest = {id(parameter) for parameter in groups[2]["params"]}
+    assert id(model.embed.weight) in of_rest
+    assert id(model.head.weight) not in of_rest
+    optimizer = celmoe.optim.AdamW(groups, lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    model(tokens(), plan=plan_of(ROUTES)).square().sum().backward()
+    optimizer.step()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) == (".language.nl." in key or key.startswith("head"))
+
+
 def test_stacks_train_as_ordinary_experts_do():
     models = attached(), attached()
     reports = celmoe.adapters(models[1]).stack()

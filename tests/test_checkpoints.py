@@ -16,7 +16,7 @@ crossings = pytest.mark.parametrize(
 
 
 def through_file(value, tmp_path):
-    """What another process would get."""
+    """The value that another process would read."""
     torch.save(value, tmp_path / "checkpoint.pt")
     return torch.load(tmp_path / "checkpoint.pt", weights_only=True)
 
@@ -29,7 +29,7 @@ def trained(lib, fusion, steps=3, *, start=0, checkpoint=None):
             parameter.add_(0.01)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if checkpoint is not None:
-        # Nothing may be left of what was here: a load that does nothing would show.
+        # Zeros erase the old values: a load that does nothing would show.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()

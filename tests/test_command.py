@@ -1,4 +1,4 @@
-"""``python -m celmoe``: what is installed, which devices work, and a self-check on each."""
+"""``python -m celmoe``: the installed versions, the devices that work, and a self-check on each."""
 
 from __future__ import annotations
 

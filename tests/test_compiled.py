@@ -168,7 +168,7 @@ def compared(model: HierarchicalCELMoE, compiled: Any, size: int = 16, seed: int
 
 
 def looped(model: HierarchicalCELMoE, hidden: torch.Tensor, *arguments: Any, **others: Any) -> Step:
-    """The step of a loop over the experts, which is right whatever has changed."""
+    """The step of a loop over the experts, which is right after any change."""
     model.engine = "looped"
     found = stepped(model, lambda given: model(given, *arguments, **others), hidden)
     model.engine = "auto"

@@ -1,6 +1,6 @@
 """The context's rule at every nesting: batch-aligned tensors by their rows, everything else as it is.
 
-What else is batch-aligned, and how containers of all kinds come along: `tests.test_context_kinds`.
+`tests.test_context_kinds` has other batch-aligned values, and containers of all kinds.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Late:
 
 
 class Watching(ExpertModule):
-    """Keeps what it was given."""
+    """Keeps its batch."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Containers of every kind keep their type around their rows, and what has one item a sample is cut like tensors.
+"""Containers of every kind keep their type around their rows, and values of one item a sample are cut like tensors.
 
-Each kind is seen through each engine and through the oracle. What can't be told, or copied, is refused:
-`tests.test_context_refusals`.
+Each kind is seen through each engine and through the oracle. `tests.test_context_refusals` has values that can't be
+told apart, or copied.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Watching(ExpertModule):
 
 
 class Other(Watching):
-    """Of another class, so that the two never run as one."""
+    """Belongs to another class, so that the two never run as one."""
 
 
 def seen(context, way, batch_size=B, routes=ROUTES):
@@ -85,7 +85,7 @@ class Counted:
 
 
 class Encoding(collections.UserDict):
-    """As tokenizers return it: items are attributes, too."""
+    """A copy of the tokenizers' type: items are attributes, too."""
 
     def __getattr__(self, name):
         try:
@@ -95,7 +95,7 @@ class Encoding(collections.UserDict):
 
 
 class Output(collections.OrderedDict):
-    """As transformers' models return it: every field is an item and an attribute."""
+    """A copy of the type that transformers' models return: every field is an item and an attribute."""
 
     def __init__(self, **fields):
         MADE[Output] += 1
@@ -211,7 +211,7 @@ class Model:
 
 
 class Attrs:
-    """As attrs makes it: frozen, with slots."""
+    """A copy of a class made by attrs: frozen, with slots."""
 
     __slots__ = ("__weakref__", "texts", "x")
     __attrs_attrs__ = ()
@@ -237,7 +237,7 @@ class Frozen:
 
 @dataclasses.dataclass
 class Shaped:
-    """Has what arrays have, and is none."""
+    """Has the attributes of an array, and is none."""
 
     x: Any
     texts: Any
@@ -278,7 +278,7 @@ def attribute(value):
     return value.x, value.texts
 
 
-# How each is made of rows and texts, and how both are read, in all the ways that there are.
+# By kind: its maker from rows and texts, and all the ways to read them.
 KINDS = {
     "dict": (lambda x, t: {"x": x, "texts": t}, [item]),
     "OrderedDict": (moved, [item]),
@@ -549,7 +549,7 @@ def test_an_object_s_own_lists_are_its_own_business(way):
         assert context["tokenizer"] is tokenizer
 
 
-# --- what is not looked into -----------------------------------------------------------------------------------------
+# --- values that stay closed -----------------------------------------------------------------------------------------
 
 
 class Weights(nn.Module):
@@ -667,7 +667,7 @@ def test_a_nested_tensor_of_another_length_is_shared(layout):
 
 
 class Reading(ExpertModule):
-    """Experts of one class that zip their rows with what has one item a sample."""
+    """Experts of one class that zip their rows with values of one item a sample."""
 
     def __init__(self):
         super().__init__()

@@ -129,7 +129,7 @@ def ragged_later() -> torch.Tensor:
     return ragged.transpose(1, 2)
 
 
-# Contexts by what they hold, made when they are asked for: some layouts warn.
+# By content, the makers of contexts: functions, since some layouts warn.
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     # Either one item a sample, or a container of shared tensors.
     "ragged tensors": (lambda: {"x": [torch.zeros(2), torch.zeros(5), torch.zeros(4)]}, marked(AT_X, "list")),
@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         refused(SEQUENCE, "Series of 3 items, as many as samples"),
     ),
     "another library's array": (lambda: {"x": Array(3, 2)}, refused(SEQUENCE, "Array of shape (3, 2)")),
-    # Nothing whole behind what can't be cut.
+    # Containers that can't be cut may hold neither rows nor marked values.
     "set": (lambda: {"x": {ROWS_}}, refused("be a list", f"set {HOLDS}")),
     "frozenset": (lambda: [frozenset([(ROWS_, 1)])], refused("be a list", f"frozenset {HOLDS}", "'context[0]'")),
     "deque of rows": (lambda: {"x": collections.deque([ROWS_])}, refused("be a list", f"deque {HOLDS}")),
@@ -261,7 +261,7 @@ def test_rows_of_what_has_none(context: Any, message: str) -> None:
 
 
 def test_what_has_no_rows_of_the_batch_is_shared() -> None:
-    """The same kinds, where nothing in them could be the samples'."""
+    """The same kinds are shared if nothing in them could be the samples'."""
     run(
         {
             "ragged": [torch.zeros(2), torch.zeros(5)],

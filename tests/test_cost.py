@@ -1,4 +1,4 @@
-"""Which engine `auto` takes: by structure and counts alone, the same whatever was run before, and told by explain."""
+"""The engine that `auto` takes: by structure and counts alone, the same after any runs, and told by explain."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_experts_that_are_too_few_are_never_captured():
 
 
 def test_a_call_that_does_not_pay_asks_nothing():
-    """Experts that together would pay: a loop over a few is right whatever has become of them."""
+    """A loop over a few experts asks nothing, though all of them are worth grouping: it is right after any change."""
     model = model_of(100)
     names = list(model.level_modules["level"])
     model(torch.randn(100, 8), {"level": names})

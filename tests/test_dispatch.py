@@ -1,4 +1,4 @@
-"""Moving rows: what dispatch and combine do, at what cost, and what flows back through them."""
+"""Moving rows: the results of dispatch and combine, their cost, and their gradients."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_levels_whose_orders_are_one_cost_no_gather_between(grad, few_rows, monk
 
 
 class Other(Linear):
-    """Of another class, so that it never runs with those of the first."""
+    """Belongs to another class, so that it never runs with those of the first."""
 
 
 # Routes of the lower level, whose experts' parents are their first letters, and the upper experts of another class.
@@ -194,5 +194,5 @@ def test_work_in_place_on_a_block_reaches_nothing_else(routes, few_rows, monkeyp
     squares = [block.square().sum() for block in others]
     first.mul_(3)
     assert torch.equal(rows, before)
-    # What autograd saved of the other blocks is still good.
+    # The other blocks' tensors that autograd saved are unchanged.
     sum(squares, first.sum()).backward()

@@ -444,7 +444,7 @@ def test_the_engine_of_the_environment(monkeypatch):
         with pytest.raises(EngineError) as caught:
             build()
         assert str(caught.value).startswith(f"'CELMOE_ENGINE' must be one of {known} (got {value!r}; ")
-    # What is asked for by name is not a matter of the environment; a model that exists isn't either.
+    # The environment does not decide for an engine asked for by name, nor for a model that exists.
     monkeypatch.setenv("CELMOE_ENGINE", "looped")
     model = build()
     monkeypatch.setenv("CELMOE_ENGINE", "nonsense")

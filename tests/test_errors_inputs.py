@@ -1,4 +1,4 @@
-"""Every refused hidden, mask and context, to the letter, and what is let through beside."""
+"""Every refused hidden, mask and context, to the letter, and the accepted ones beside."""
 
 from __future__ import annotations
 

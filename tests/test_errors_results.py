@@ -28,7 +28,7 @@ WHO = "of expert 'fr' of level 'language'"
 
 
 class Wrong(ExpertModule):
-    """Gives back what a function makes of the batch."""
+    """Returns a function's result for the batch."""
 
     def __init__(self, make):
         super().__init__()
@@ -38,7 +38,7 @@ class Wrong(ExpertModule):
         return self.make(batch)
 
 
-# What expert 'fr' returns for one sample -> the error, the builtin, and the message.
+# The result of expert 'fr' for one sample -> the error, the builtin, and the message.
 RESULTS = {
     "None": (
         lambda batch: None,
@@ -344,7 +344,7 @@ def test_integer_rows_may_stay_integers():
 
 
 def test_a_result_that_is_not_the_experts_own_memory():
-    """A parameter, a buffer or a cache given back as rows is copied: what the caller does to them must not reach it."""
+    """A parameter, a buffer or a cache returned as rows is copied: the caller's writes must not reach it."""
 
     class Table(ExpertModule):
         def __init__(self):
@@ -401,7 +401,7 @@ def test_an_expert_may_work_in_place_and_keep_what_it_was_given():
             assert torch.equal(output.levels["language"].hidden, torch.zeros(3, WIDTH))
 
 
-# Every engine says who returned what.
+# Every engine names the expert and the value that it returned.
 
 
 class Later(ExpertModule):

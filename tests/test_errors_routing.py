@@ -77,7 +77,7 @@ class OddStr(str):
         return self is other
 
 
-# What stands at 'language' -> the error, the builtin, and the message.
+# The routes at 'language' -> the error, the builtin, and the message.
 ROUTES = {
     "unknown": (
         ["ru", "frr", "de"],
@@ -648,7 +648,7 @@ def test_unknown_fallback():
     message = "'fallback_expert' of level 'family' must be one of its experts (got 'slawic'; nearest: 'slavic')"
     routing = {"language": ["ru", "de", "fr"]}
     assert_refused(model, lambda: model(rows(), routing), UnknownExpertError, KeyError, message, routing)
-    # Read at every call, and only where it is needed.
+    # The fallback is read at every call, and only if a sample needs it.
     model.config.levels[0].fallback_expert = "germanic"
     assert model.compile_routing(routing).routes("family") == ["germanic"] * 3
 

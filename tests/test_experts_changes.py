@@ -1,4 +1,4 @@
-"""Adding, removing and renaming experts: what goes along, what is refused, and that a refusal changes nothing."""
+"""Adding, removing and renaming experts: the state that moves along, the refusals, and that these change nothing."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def steps_counted_for_all(patch: Patch) -> None:
         patch.setattr(module, "cut", wrong)
 
 
-# By fault, the seed to begin the search with, and what lives begin with.
+# By fault, the seed to begin the search with, and the beginning of the lives.
 FAULTS: dict[Callable[[Patch], None], tuple[int, dict[str, Any]]] = {
     by_position: (0, ORDINARY),
     ids_that_shift: (0, {}),

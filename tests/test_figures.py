@@ -61,7 +61,7 @@ def test_every_file_of_figures_is_quoted_or_shown():
         assert f"figures/{path.name}" in text, path.name
 
 
-# What a reader must know of a figure: when, of which code, on what.
+# The setting of a figure: its date, its commit, its machine.
 MEASURED = re.compile(r"[Mm]easured on \d{4}-\d\d-\d\d at commit `[0-9a-f]{7}`")
 
 

@@ -342,7 +342,7 @@ def test_pytorchs_optimizers_step_what_can_not_move_frozen_experts():
 
 
 class Adapter(MLP):
-    """Has a frozen base below what is trained."""
+    """Has a frozen base below the trained layers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -94,7 +94,7 @@ def test_position_aware_takes_rows_without_positions_for_one_position():
         dtype=torch.float64,
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-    # To the bit what the same rows give with an axis of one position.
+    # Equal to the bit to the same rows with an axis of one position.
     assert torch.equal(found, fusion([hidden[:, None] for hidden in hiddens])[:, 0])
 
 
@@ -223,7 +223,7 @@ def test_a_fusion_replaced_later_is_used():
 
 
 def test_the_fusion_is_made_after_the_experts():
-    """With one seed, experts start with celmoe-vp's parameters, whatever the fusion is."""
+    """With one seed, experts start with celmoe-vp's parameters, under any fusion."""
     first = build(two_levels(fusion_type="position_aware")).level_modules.state_dict()
     second = build().level_modules.state_dict()
     assert all(torch.equal(value, second[key]) for key, value in first.items())

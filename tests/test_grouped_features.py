@@ -1,6 +1,6 @@
 """torch's own features through the grouped engine: autocast, second derivatives, checkpoints, copies, threads, DDP.
 
-Where ``"auto"`` stands beside ``"grouped"``, the loop has to step in for something that can't be grouped.
+``"auto"`` stands beside ``"grouped"`` in tests whose experts can't always be grouped: the loop has to step in.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ WITH_DERIVATIVES = sdpa_kernel(SDPBackend.MATH)
 
 @pytest.fixture(autouse=True)
 def _auto_groups_few_experts() -> Iterator[None]:
-    """What ``"auto"`` would loop because it is cheaper so is grouped here, or there would be nothing to test."""
+    """Group experts that ``"auto"`` would loop because that is cheaper: otherwise nothing here would be grouped."""
     with auto_groups_all():
         yield
 
@@ -82,7 +82,7 @@ def assert_close(found: Any, expected: Any, **tolerances: float) -> None:
 @pytest.mark.parametrize("trailing", [(), (3,)])
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "gru"])
 def test_autocast(name: str, trailing: tuple[int, ...]):
-    """Products in bfloat16 and what torch keeps in float32 there, as in the loop; gradients in the weights' dtype.
+    """Products in bfloat16 and torch's float32 operations match the loop's; gradients are in the weights' dtype.
 
     A recurrent layer rounds at every step: `tests.test_grouped_reach` compares both ways with float64.
     """
@@ -101,7 +101,7 @@ def test_autocast(name: str, trailing: tuple[int, ...]):
             assert (mine is None) == (theirs is None)
             if theirs is not None:
                 assert mine.dtype == theirs.dtype
-                # One rounding of bfloat16, where a sum is taken in another order.
+                # One rounding of bfloat16, for a sum that is taken in another order.
                 largest = theirs.abs().max().float() + 1e-6
                 torch.testing.assert_close(mine.float() / largest, theirs.float() / largest, rtol=0, atol=2**-7)
 
@@ -155,7 +155,7 @@ def test_first_and_second_derivatives_numerically(name: str):
 
 
 class Mixing(Plain):
-    """Half of it could run as one, and then comes what can't."""
+    """Its first half could run as one, its second half can't."""
 
     def forward(self, batch):
         rows = torch.tanh(self.linear(batch.hidden))
@@ -205,7 +205,7 @@ CHECKPOINTED = {**MAKERS, "mixing": Mixing, "loss": WithLoss}
 @every_checkpoint
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_the_model_checkpointed(name: str, how: str):
-    """From the first call on: what is run on trial is not what a checkpoint is to find again."""
+    """A checkpoint works from the first call on: a trial run hides its operations from the checkpoint."""
     engine = "auto" if name == "mixing" else GROUPED
     subject, twin = build(CHECKPOINTED[name], engine), build(CHECKPOINTED[name])
     for _ in range(2):
@@ -221,12 +221,12 @@ def test_the_model_checkpointed(name: str, how: str):
         assert_close(
             grads_of(subject, mine.leaves["hidden"]), grads_of(twin, theirs.leaves["hidden"]), rtol=1e-4, atol=1e-5
         )
-    # As before a checkpoint was ever made of it.
+    # The engines are the same as without a checkpoint.
     assert set(engines_of(subject, Batch()).values()) == {"looped" if name == "mixing" else "grouped"}
 
 
 class Moody(Plain):
-    """What it does is told by a word in its context, which no kind of input knows of."""
+    """A word in its context decides its operations, and no kind of input knows of the word."""
 
     def forward(self, batch):
         mood = batch.context["mood"]
@@ -244,9 +244,9 @@ class Moody(Plain):
 @every_checkpoint
 @pytest.mark.parametrize("mood", ["mixes", "reads", "computes more", "writes", "returns a loss"])
 def test_a_known_class_does_something_new_in_a_checkpoint(mood: str, how: str):
-    """It is tried, and looped where that was in vain; and the same again when the checkpoint runs it again.
+    """New operations are verified, looped if that failed, and the same again when the checkpoint runs them again.
 
-    Several forward passes wait for their backward pass, so that what the later ones found out is known by then.
+    Several forward passes wait for their backward pass, so that the later ones' findings are known by then.
     """
     subject, twin = build(Moody, "auto"), build(Moody)
     for moods in (["calm"], [mood, "calm", mood], ["calm", mood]):
@@ -277,7 +277,7 @@ def test_a_known_class_does_something_new_in_a_checkpoint(mood: str, how: str):
 
 
 def test_a_checkpoint_repeats_dropout():
-    """What is recomputed drops what was dropped, or the gradients are of another function."""
+    """The recomputed pass drops the same elements, or the gradients are of another function."""
     found = []
     for checkpointed in (False, True):
         model = build(WithDropout)
@@ -364,7 +364,8 @@ def test_functional_call():
 
 
 def test_gradients_of_torch_func():
-    """What torch.func can't do through it must be done by the loop, or refused in so many words."""
+    """The loop must take over all that torch.func can't do through the grouped engine, or the call is refused in
+    words."""
     model = build(MAKERS["plain"], "auto", dtype=torch.float64)
     batch = Batch(dtype=torch.float64)
     batch(model)
@@ -550,7 +551,7 @@ def test_several_threads_in_inference():
                     found = BATCHES[number]()(model).fused_hidden
                     if not torch.allclose(found, expected[number], rtol=1e-5, atol=1e-5):
                         wrong.append(number)
-        except Exception as error:  # noqa: BLE001  # whatever a thread raises is shown below
+        except Exception as error:  # noqa: BLE001  # the assertion below shows a thread's error
             wrong.append(error)
 
     threads = [threading.Thread(target=serve, args=(number,)) for number in range(4)]
@@ -563,7 +564,7 @@ def test_several_threads_in_inference():
 
 
 def test_threads_of_several_models():
-    """Each with its own; what proofs do to streams and modes is no other thread's affair."""
+    """Threads with models of their own: verifying must not change streams and modes of other threads."""
     expected = observe(build(Plain), oracle_of(build(Plain)), Batch())["fused_hidden"]
     wrong: list[object] = []
 

@@ -205,7 +205,7 @@ def test_replaced_parts_of_a_class_are_seen(change: Callable[[type], None]):
 
 
 class Spoiling(ExpertModule):
-    """Draws, and writes over what its backward pass needs."""
+    """Draws, and writes over a tensor that its backward pass needs."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ def squares(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
 
 
 def masked_mean(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Not a number where a mask is empty."""
+    """Is NaN if a mask is empty."""
     return (rows.square().sum(1) * batch.mask).sum() / batch.mask.sum()
 
 
@@ -74,7 +74,7 @@ def of_a_norm(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
     return torch.where(batch.mask.unsqueeze(1), self.norm(found), 0.0).pow(3).mean()
 
 
-# Of an expert whose mask is empty each is finite or not, and its derivative is not.
+# With an empty mask each loss is finite or not, and its derivative is not.
 SINGULAR: dict[str, Loss] = {
     "mean over nothing": masked_mean,
     "mean over nothing, masked again": lambda s, r, b: torch.where(b.mask.sum() > 0, masked_mean(s, r, b), 0.0),
@@ -168,7 +168,7 @@ def by_what_all_share(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor
 
 
 def test_gradients_of_what_all_share():
-    """It is no member's: what comes back to it is a sum over all, of which none could be held back."""
+    """A shared tensor is no member's: its gradient is a sum over all, and no member's part could be held back."""
     model = build(lambda: Losing(by_what_all_share))
     batch = Batch()
     batch(model)
@@ -200,7 +200,7 @@ def test_a_parameter_for_a_loss(engine: str, sizes: tuple[int, ...]):
 
 
 class Aliased(Trapped):
-    """Writes into a view of what had no gradient until then."""
+    """Writes into a view of a tensor that had no gradient until then."""
 
     def forward(self, batch):
         whole = batch.hidden.detach() * 1
@@ -219,7 +219,7 @@ class Expanding(Trapped):
 
 
 class Layers(Trapped):
-    """Layers that write into what the ones before gave."""
+    """Layers that write into the rows of the ones before."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ def rooted_in_place(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
 
 
 def gated(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    """What has no gradient came of what has none that is finite."""
+    """A value without a gradient, computed from one whose gradient is not finite."""
     lengths = masked(self.norm(rows), batch).square().sum(1).sqrt()
     return (rows.square().mean(1) * (lengths > 0).to(rows.dtype) * torch.ones_like(lengths)).mean()
 
@@ -304,7 +304,7 @@ def test_written_into_and_still_known(name: str):
 
 
 class Insisting(Trapped):
-    """Has gradients whatever the caller says."""
+    """Has gradients even if the caller turned them off."""
 
     def forward(self, batch):
         with torch.enable_grad():
@@ -353,7 +353,7 @@ class TwoHeads(Trapped):
 @pytest.mark.parametrize("swaps", [False, True])
 @pytest.mark.parametrize("has_rows", [False, True])
 def test_tensors_that_only_some_losses_depend_on(swaps: bool, has_rows: bool):
-    """None and zero are not the same to an optimizer: what an expert's chosen losses do not need has no gradient."""
+    """None and zero differ to an optimizer: tensors that an expert's chosen losses do not need have no gradient."""
 
     def objective(output: Any) -> Any:
         chosen = output.losses[f"{LEVEL}.a.first"] + output.losses[f"{LEVEL}.b.second"]

@@ -1,4 +1,4 @@
-"""Losses of `torch.nn.functional` over rows, and what people write in their place: of each expert's rows alone.
+"""Losses of `torch.nn.functional` over rows, and hand-written ones in their place: of each expert's rows alone.
 
 Experts have unlike numbers of rows, and of targets that are left out: a mean over all of them would show.
 """
@@ -50,7 +50,7 @@ def added_to_decay(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
 
 
 def written_into_after_a_look(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    """What looked at the sum sees what it became."""
+    """A look at the sum sees a later write into it."""
     loss = rows.square().sum()
     seen = loss.detach()
     loss += 1
@@ -65,7 +65,7 @@ def a_weight_written_into(expert: Any, rows: torch.Tensor, batch: Any) -> torch.
 
 
 def written_into_under_a_view(expert: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Only where rows are large; a few would not show it."""
+    """The write changes the total for large rows alone; a few rows would not show it."""
     total = expert.linear.bias.square().sum()
     each = total.view(1).expand(rows.shape[0])
     total += F.relu(batch.hidden.detach().max() - 9)

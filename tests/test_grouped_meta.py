@@ -1,7 +1,7 @@
 """The comparison can fail for the grouped engine: wrong ones are each caught, and for their own reason.
 
-As `test_parity_meta` does for the library as a whole. Some of the mutants are also what the engine's own proof is there
-to catch: with it, they are refused or looped; without it, the comparison catches them too.
+`test_parity_meta` does the same for the library as a whole. Verifying also has to find some of the mutants. With it,
+they are refused or looped; without it, the comparison catches them too.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ SCALED = replace(
 
 
 def boundaries_off_by_one(patch: Patch) -> None:
-    """A row of the second member is counted as the first one's, where members have different weights in one product."""
+    """A row of the second member is counted as the first one's, if members have different weights in one product."""
     right = celmoe.grouped.segments._runs
 
     def wrong(counts: Sequence[int]) -> list[Run]:
@@ -95,7 +95,7 @@ def boundaries_off_by_one(patch: Patch) -> None:
 
 
 def rows_of_the_neighbour(patch: Patch) -> None:
-    """Each row takes the entry of the member of the row before it, where members' parameters are spread over rows."""
+    """Each row takes the entry of the member of the row before it, if members' parameters are spread over rows."""
     right = Segments.member_of_row
     patch.setattr(Segments, "member_of_row", lambda self, factor=1: right(self, factor).roll(1))
 
@@ -153,7 +153,7 @@ def remember_the_stack(patch: Patch) -> None:
 
 
 def change_results(change: Callable[[Unit, UnitResult], None]) -> Callable[[Patch], None]:
-    """A mutant that changes what a class of experts gave."""
+    """A mutant that changes the results of a class of experts."""
 
     def apply(patch: Patch) -> None:
         right = celmoe.engines.grouped._run_unit
@@ -179,7 +179,7 @@ def add_zeros(rows: torch.Tensor, modules: Sequence[nn.Module]) -> torch.Tensor:
 
 
 def zeros_for_those_that_were_here_before(patch: Patch) -> None:
-    """What a stack of all experts that a class has ever seen does to those that stay away this time."""
+    """A stack of all experts that a class has ever seen gives zeros to those that stay away this time."""
     seen: dict[nn.Module, set[nn.Module]] = {}
     right = LevelClasses.units
 
@@ -199,7 +199,7 @@ def zeros_for_those_that_were_here_before(patch: Patch) -> None:
 
 
 def zeros_for_all_others(patch: Patch) -> None:
-    """What a stack of all experts of a model does to those that no sample ever came to."""
+    """A stack of all experts of a model gives zeros to those that no sample ever came to."""
     right = HierarchicalCELMoE.forward
 
     def wrong(self: HierarchicalCELMoE, *args: Any, **options: Any) -> CELMoEOutput:
@@ -216,7 +216,7 @@ def zeros_for_losses_not_used(patch: Patch) -> None:
 
 
 def scale_of_the_first(patch: Patch) -> None:
-    """One class for all, whatever each wants its input's gradient to be multiplied by."""
+    """One class takes experts with different scales of their input's gradient."""
     right = LevelClasses.units
     patch.setattr(
         LevelClasses,
@@ -228,7 +228,7 @@ def scale_of_the_first(patch: Patch) -> None:
 
 
 def rows_left_in_the_engines_order(patch: Patch) -> None:
-    """Members stand by their numbers of rows, and nobody puts what they gave back."""
+    """Members stand by their numbers of rows, and nobody puts their results back in order."""
     right = celmoe.level.arrange
 
     def wrong(units: Sequence[Unit], plan: LevelPlan) -> Arrangement:
@@ -258,11 +258,11 @@ class Mutant:
 
     Attributes:
         apply: Makes it wrong.
-        message: What the comparison must say of it.
-        case: Made for it.
-        proof: What the engine's own proof says of it, where it sees it.
-        drawn_as: What the property tests make of the cases that they draw, to see it.
-        shows: In which of those it may be seen.
+        message: The comparison's message.
+        case: A case made for it.
+        proof: The words of the engine's own verifying, if that sees it.
+        drawn_as: Changes the drawn cases of the property tests, to see it.
+        shows: True for the drawn cases that may show it.
     """
 
     apply: Callable[[Patch], None]
@@ -350,7 +350,7 @@ def _catches(mutant: Mutant, case: Case) -> bool:
 
 @pytest.mark.parametrize("name", PROVEN_WRONG)
 def test_the_proof_catches_it_first(name: str, monkeypatch: Patch):
-    """``"grouped"`` is refused, for what differs; under ``"auto"`` the loop steps in and is right."""
+    """``"grouped"`` is refused, by the difference; under ``"auto"`` the loop steps in and is right."""
     mutant = MUTANTS[name]
     mutant.apply(monkeypatch)
     with pytest.raises(EngineRefusedError, match=f"differ in (their|the) {mutant.proof}, run as one"):
@@ -382,7 +382,7 @@ def test_a_grouped_engine_that_only_refuses_is_no_engine(monkeypatch: Patch):
 
 
 def test_zeros_for_losses_that_were_not_used(monkeypatch: Patch):
-    """Where one expert's loss is all that is differentiated."""
+    """The objective is one expert's loss alone."""
     case = of_kind("losses")
     monkeypatch.setattr(parity, "objective_of", lambda output, *_: next(iter(output.losses.values())).sum())
     evidence = assert_parity(case.model("grouped"), case.inputs)
@@ -393,7 +393,7 @@ def test_zeros_for_losses_that_were_not_used(monkeypatch: Patch):
 
 
 def test_gradients_held_back_that_flow_in_a_loop(monkeypatch: Patch):
-    """A boundary that keeps gradients of tensors that are members' own, where losses are all that is differentiated."""
+    """A boundary keeps gradients of tensors that are members' own, if losses are all that is differentiated."""
     case = of_kind("losses")
     monkeypatch.setattr(parity, "objective_of", lambda output, *_: sum(each.sum() for each in output.losses.values()))
     assert_parity(case.model("grouped"), case.inputs)
@@ -405,7 +405,7 @@ def test_gradients_held_back_that_flow_in_a_loop(monkeypatch: Patch):
 
 @pytest.mark.parametrize("what", ["rows", "own"])
 def test_shares_of_members_that_are_left_out(what: str, monkeypatch: Patch):
-    """A boundary that knows who is left out, and lets through what comes back of rows, or of their tensors."""
+    """A boundary knows the members left out, and lets through gradients of rows, or of their tensors."""
     case = of_kind("losses")
     monkeypatch.setattr(parity, "objective_of", lambda output, *_: next(iter(output.losses.values())).sum())
     assert_parity(case.model("grouped"), case.inputs)

@@ -1,4 +1,4 @@
-"""Experts that hold objects, and containers within containers: what is read for all of them must be each one's own."""
+"""Experts that hold objects, and containers within containers: a value read for all must be each expert's own."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Numbers(list[float]):
     """A list of the user's own kind."""
 
 
-# What makes something that an expert holds, and what finds in it the place where a number stands.
+# A maker of an object that an expert holds, and a function that finds the holder of its number.
 OBJECTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "namespace": (lambda: types.SimpleNamespace(scale=2.0), lambda held: held),
     "dataclass": (Config, lambda held: held),
@@ -237,7 +237,7 @@ def test_a_slot_that_comes_to_hold_something(engine: str):
 
 
 class Told(Plain):
-    """What it does depends on a number's sign and kind."""
+    """A number's sign and kind decide its operations."""
 
     def __init__(self, holder: Any) -> None:
         super().__init__()
@@ -352,7 +352,7 @@ class Listed(list):
 
 
 class CallableError(Exception):
-    """What it was made with is where only C code sees it."""
+    """Only C code sees its arguments."""
 
     def __call__(self, rows):
         return rows * self.args[0]

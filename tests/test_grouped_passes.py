@@ -1,6 +1,6 @@
 """Backward passes of one forward pass: side by side, one within another, one through another's graph, or cut short.
 
-What one of them reaches is no other's business: members that it does not reach have no gradient of it.
+One pass changes nothing for another: members that a pass does not reach have no gradient from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def squares(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
 
 
 def root(self: Any, rows: torch.Tensor, batch: Any) -> torch.Tensor:
-    """Its derivative is infinite where the mask is empty."""
+    """Its derivative is infinite if the mask is empty."""
     return (rows * batch.mask.unsqueeze(1)).square().sum().sqrt()
 
 
@@ -140,7 +140,7 @@ def test_what_a_pass_does_not_reach(go_back: Callable[[Any, torch.Tensor], None]
         batch = Batch(dtype=torch.float64) if go_back is within_another else with_an_empty_mask()
         go_back(batch(forward), batch.leaves["hidden"])
         leaves = {**dict(model.named_parameters()), **batch.leaves}
-        # What passes of no use leave in the batch is nobody's to compare.
+        # Gradients of the batch from aborted passes are not compared.
         found.append({f"gradient of {name}": each.grad for name, each in leaves.items()})
     assert_ran_grouped(model, Batch())
     if go_back is with_a_graph_that_is_dropped and function is root:

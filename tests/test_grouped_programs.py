@@ -1,7 +1,8 @@
 """Drawn programs of experts that return losses, and drawn objectives over those: gradients are the naive oracle's.
 
-Programs are made of what gradients go other ways by: views, writes, roots of zero, weights that are used twice, values
-without gradients. An objective leaves out what it likes, in one pass or in two, by gradients of gradients or not.
+Programs are made of operations that send gradients other ways: views, writes, roots of zero, weights that are used
+twice, values without gradients. An objective leaves out some losses, in one pass or in two, with gradients of
+gradients or without.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ Step = tuple[str, int, int]
 
 
 class Programmed(Trapped):
-    """Does as a program says.
+    """Follows a program.
 
     Args:
-        steps: For each step its name, and the places of what it takes among what there is so far.
+        steps: For each step its name, and the places of its arguments among the values so far.
     """
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
@@ -100,13 +101,13 @@ _PLACES = st.integers(-2, 5)
 
 
 class Objective(NamedTuple):
-    """What is differentiated.
+    """The outputs that are differentiated.
 
     Attributes:
         chosen: Losses, by their place among all.
-        has_rows: Whether the rows are, too.
+        has_rows: True if the rows are differentiated, too.
         before: Losses that a pass of their own goes back from first.
-        has_graph: Whether that pass has a graph, which the other then goes through.
+        has_graph: True if that pass has a graph, which the other then goes through.
     """
 
     chosen: frozenset[int]
@@ -152,7 +153,7 @@ def go_back(output: Any, hidden: torch.Tensor, objective: Objective) -> None:
 
 
 def gradients(model: Any, forward: Any, objective: Objective) -> dict[str, Any]:
-    """By name; where a pass can't be made, why not."""
+    """The gradients by name; or the reason why a pass can't be made."""
     model.zero_grad()
     batch = with_an_empty_mask()
     try:

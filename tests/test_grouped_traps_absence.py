@@ -1,6 +1,6 @@
 """Names that an expert looks for and does not find: once they are there, it is another expert.
 
-PyTorch's tracer tells of what was found. Each trap springs when a name appears, and nothing else changes.
+PyTorch's tracer guards the names that were found. Each trap springs when a name appears, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ OWN: dict[str, tuple[Callable[[Any], Any], Callable[[Any], None]]] = {
 
 
 class Looking(Trapped):
-    """Scales its rows by what it finds."""
+    """Scales its rows by a number that it finds."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
         super().__init__()

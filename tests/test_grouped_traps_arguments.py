@@ -1,4 +1,4 @@
-"""Arguments that an operation's grouped form could take for others, where a first batch does not show it."""
+"""Arguments that an operation's grouped form could take for others, though a first batch does not show it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.traps import (
 
 
 class Given(Trapped):
-    """What a function makes of itself, the rows and the batch."""
+    """A function of the expert, the rows and the batch."""
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def embedded(self, rows, batch):
 
 
 def test_negative_ids_have_no_embedding():
-    """As an index they would count from the end of the table."""
+    """A negative index would count from the end of the table."""
     model = build(lambda: Given(embedded))
     Batch()(model)
     assert_ran_grouped(model, Batch())
@@ -87,7 +87,7 @@ IN_PLACE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_rows_written_into_before_what_cannot_be_grouped(name: str):
-    """The loop begins with the rows as they were given, and not with what a failed attempt made of them."""
+    """The loop begins with the rows as the caller passed them, and not as a failed attempt left them."""
 
     write = IN_PLACE[name]
 
@@ -141,7 +141,7 @@ def test_a_group_of_one_value_is_an_error_for_an_expert_of_one_row():
 
 
 class ReadsWhatThereIs(Trapped):
-    """Scales its rows by a number that it finds where the context has one."""
+    """Scales its rows by a number in the context, if there is one."""
 
     def forward(self, batch):
         context = batch.context

@@ -1,6 +1,6 @@
-"""What users do to experts between calls: after a first call that was grouped comes the change, and the next is right.
+"""Users' changes to experts between calls: a first call is grouped, then comes a change, and the next call is right.
 
-Nothing that the engine keeps of a call (classes, proofs, stacks) may outlive what it was made of.
+Nothing that the engine keeps of a call (classes, proofs, stacks) may outlive the objects it was made of.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Rich(ExpertModule):
 
 
 class UsesGlobals(Plain):
-    """What it computes is settled outside."""
+    """A global variable decides its result."""
 
     def forward(self, batch):
         return ExpertResult(self.linear(batch.hidden) * FACTOR)
@@ -122,7 +122,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {}
 
 
 def change(make=Rich):
-    """Add what the function does to a model of such experts."""
+    """Add the function's change to a model of such experts."""
 
     def add(function):
         CHANGES[function.__name__] = (make, function)
@@ -642,7 +642,7 @@ NEEDS_GRADS = {"an_optimizers_steps", "a_foreach_optimizers_steps"}
     "name", [name for name in CHANGES if "refused" not in name and "breaks" not in name and name not in NEEDS_GRADS]
 )
 def test_after_several_grouped_calls(name: str):
-    """Whatever is kept from call to call is kept by now, under gradients and without."""
+    """All that is kept from call to call is kept by now, under gradients and without."""
     make, function = CHANGES[name]
 
     def warm_and_change(model):
@@ -689,7 +689,7 @@ def test_one_expert_cast(dtype: torch.dtype, engine: str):
 
 
 class OwnDtype(Plain):
-    """In the dtype of its weights, whatever the rows'."""
+    """Computes in the dtype of its weights, for rows of any dtype."""
 
     def forward(self, batch):
         return ExpertResult(torch.tanh(self.linear(batch.hidden.to(self.linear.weight.dtype))))
@@ -785,7 +785,7 @@ def test_an_expert_removed_is_named():
 
 
 def test_the_first_call_may_be_under_any_mode():
-    """What is proven without gradients holds for training, and the other way round."""
+    """A class verified without gradients is verified for training, and the other way round."""
     for first in (torch.no_grad, torch.inference_mode):
         subject, twin = build(Rich), build(Rich)
         with first():

@@ -1,4 +1,4 @@
-"""Experts that ask which object they are, or what other experts have just written.
+"""Experts that ask for the identity of an object, or read a value that other experts have just written.
 
 PyTorch's tracer compares objects by identity without a guard, so that an expert's graph may hold for another expert
 only until the world changes.
@@ -30,7 +30,7 @@ def _a_new_world():
 
 
 class Asking(Trapped):
-    """A layer whose rows count double where a question is answered with true."""
+    """A layer whose rows count double if a question is answered with true."""
 
     def __init__(self, ask: Callable[[Any], Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is the same object, or an equal one, and yet another: after a call that was grouped, the next is right."""
+"""Changed values that pass for the same object, or for an equal one: after a grouped call, the next call is right."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Change = Callable[[HierarchicalCELMoE], None]
 
 
 class Narrowed(Trapped):
-    """Broadcasts what its layer gives."""
+    """Broadcasts its layer's rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ CHANGES: dict[str, tuple[Callable[[], nn.Module], Change, bool]] = {
 }
 
 
-# As an error it would end what a user's program goes on with.
+# The warning as an error would end a call that a user's program survives.
 @pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
 @pytest.mark.parametrize("name", CHANGES)
 def test_one_is_changed(name: str):

@@ -1,4 +1,4 @@
-"""Experts that list their parts, or what a table holds: the tracer guards that elsewhere than what is named."""
+"""Experts that list their parts, or a table's entries: the tracer guards listings elsewhere than names."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ LOSSES = Traps()
 
 
 def loss(function):
-    """Add experts that return what the function makes of their rows, the batch and the expert."""
+    """Add experts that return the function's losses for their rows, the batch and the expert."""
 
     def spring(self, batch):
         rows = torch.tanh(self.linear(batch.hidden))
@@ -200,7 +200,7 @@ def test_armed_after_a_grouped_call(name: str):
     ],
 )
 def test_only_some_losses_in_the_objective(name: str, engine: str):
-    """What the objective does not use gets no gradient: `None` where the loop would leave `None`."""
+    """An unused loss gives no gradient: `None` if the loop would leave `None`."""
     grads = []
     for is_oracle in (False, True):
         model = build(lambda: LOSSES.classes[name]().arm(), engine)

@@ -1,7 +1,7 @@
-"""Experts that mix their samples, look at values, or ask how many rows they have.
+"""Experts that mix their samples, look at values, or ask for their number of rows.
 
 Run over the rows of several experts at once, each of these would give something else, most of them only on a batch that
-no proof would draw: so the grouped engine has to see what they do, not what comes out.
+no verifying would draw. The grouped engine therefore has to see their operations, not their results.
 """
 
 from __future__ import annotations
@@ -422,7 +422,7 @@ def test_armed_after_a_grouped_call(trap: str):
     traps.check_arming(name)
 
 
-# What these read is their own, or each row's: where siblings' weights are equal, nothing would show.
+# These read a value of their own, or each row's: siblings with equal weights would not show the fault.
 SILENT = {
     "writes_where_a_mask_is",
     "guard_against_nan",

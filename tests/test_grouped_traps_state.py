@@ -1,6 +1,6 @@
 """Experts with something beside their registered weights: state that they read or write, and tensors kept elsewhere.
 
-Run once for several experts, each of these would read or write one expert's, once, where several would have.
+Run once for several experts, each of these would read or write one expert's state, once, instead of each one's.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def writes_into_what_all_share(self, rows, batch):
 
 for _name in BATCH:
     if _name.startswith(("writes_into_hidden", "sets_items", "writes_into_a_view", "writes_into_the", "writes_its")):
-        # Where the engine gives the experts memory of their own, nothing is wrong.
+        # The engine may give the experts memory of their own: then nothing is wrong.
         BATCH.may_run.add(_name)
 
 WRITES = Traps()
@@ -309,7 +309,7 @@ def _adding_default(table):
 def hide(reason=UNREGISTERED, **made):
     """Add a trap that hides its tensors in attributes.
 
-    Those of unlike content may as well part the experts into classes of one, which are looped without more ado.
+    Hidden tensors of unlike content may part the experts into classes of one, which are looped.
     """
 
     def add(function):
@@ -399,7 +399,7 @@ def a_function_of_torchs(self, rows, batch):
 
 
 class AlwaysEqual:
-    """Its kind says that all of it are equal, and that is what they are not."""
+    """Its class claims that all of its objects are equal, and they are not."""
 
     def __init__(self):
         self.number = float(_table()[0])

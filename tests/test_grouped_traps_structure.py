@@ -1,6 +1,6 @@
 """Experts of unlike or unusual structure, and code in them that goes round the operations on their own weights.
 
-What can be run as one may be: then the numbers must be the oracle's. What can't must be refused.
+Experts that can run as one may: then the numbers must be the oracle's. All others must be refused.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from tests.traps import (
     seed_all,
 )
 
-ANY = r"\w"  # Which of several good reasons the engine has is its own affair.
+ANY = r"\w"  # The engine may give any of several good reasons.
 
 CODE = Traps()
 
 
 class Doubled(torch.autograd.Function):
-    """Each row alone, with a gradient that is not what the values would say."""
+    """Each row alone, with a gradient other than the derivative of its values."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ class Centred(torch.autograd.Function):
 
 
 class Clipped(torch.autograd.Function):
-    """As `Centred`, and only where gradients are large."""
+    """Does the same as `Centred`, but only for large gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -221,7 +221,7 @@ def test_armed_after_a_grouped_call(trap: str):
 
 
 class Operation(Trapped):
-    """What a function makes of the rows and two parameters, ``[D, D]`` and ``[D]``."""
+    """A function of the rows and two parameters, ``[D, D]`` and ``[D]``."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ OPERATIONS = {
         x[:, :4], x[:, 4:].mean(0, keepdim=True).expand(x.shape[0], -1), *gates(w, s, 3)
     ).repeat(1, 2),
 }
-# Those that are looped as a whole, and why.
+# Operations that are looped as a whole, and the reason.
 REFUSED = {
     "solve": "called solve on their rows",
     "copy in place": "called fill_diagonal_",
@@ -366,7 +366,7 @@ REFUSED = {
     "one hot of as many as there are": "followed by PyTorch's tracer",
     "GRU cell of a reduced state": "mixed samples",
 }
-# Those that are looped for that operation alone.
+# Operations that loop themselves alone.
 LOOPED = {
     "argsort": "__getitem__",
     **{name: name for name in ("max", "outer", "diagonal", "repeat", "kron", "bilinear")},
@@ -605,7 +605,7 @@ def varied(name: str, engine: str) -> HierarchicalCELMoE:
 @pytest.mark.parametrize("engine", [GROUPED, "auto"])
 @pytest.mark.parametrize("name", VARIETIES)
 def test_experts_that_differ_or_share(name: str, engine: str):
-    """Told apart, or refused: what is one architecture by name and shape need not be one."""
+    """Experts are told apart, or refused: one architecture by name and shape may be several."""
     subject, twin = varied(name, engine), varied(name, engine)
     for make_batch in (*BATCHES, BATCHES[0]):
         try:
@@ -778,7 +778,7 @@ def test_two_classes_in_one_level_are_both_grouped():
 
 @pytest.mark.parametrize("engine", [GROUPED, "auto"])
 def test_one_expert_of_its_kind_is_no_degradation(engine: str):
-    """It runs alone whatever it does, and its siblings run as one."""
+    """An odd expert runs alone, and its siblings run as one."""
 
     def model_of() -> HierarchicalCELMoE:
         model = build(Plain, engine)

@@ -1,6 +1,6 @@
-"""Writes into what is a view to an expert of one row, and a copy to others; and into what all experts share.
+"""Writes into a tensor that is a view for an expert of one row, and a copy for others; and into shared tensors.
 
-An axis that is one long stands nowhere in memory: transposed rows of one sample are in order, and are not copied.
+An axis of length one has no place in memory: transposed rows of one sample are contiguous, and are not copied.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_grouped_refuses(name: str):
 
 
 def test_other_writes_are_grouped():
-    """What is copied for any number of rows may be written into."""
+    """A tensor that is copied for any number of rows may be written into."""
 
     def heads(self, rows, batch):
         turned = (rows + 0).view(-1, 2, 4).transpose(1, 2).contiguous()

@@ -1,7 +1,7 @@
 """Wrong engines of the kind that captures, verifies and runs programs: each is caught by name, with the proof on.
 
-Every engine is first found right in its scenario, so that what is caught is the fault that was put in. Scenarios are a
-few calls with changes between them, beside the oracle's.
+Every engine is first found right in its scenario, so that the test catches the fault put in. Scenarios are a few calls
+with changes between them, beside the oracle's.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def calls(
 
     Args:
         make: Makes an expert.
-        changes: Of both models, each before a further call.
-        batches: Of the calls, by turns.
-        setup: Of both models, before the first call.
-        groups: Whether the first call must be grouped, or must not; ``None`` for either.
+        changes: Changes of both models, each before a further call.
+        batches: The calls' batches, by turns.
+        setup: A change of both models, before the first call.
+        groups: True if the first call must be grouped, false if it must not; ``None`` for either.
     """
     subject, twin = traps.build(make, "auto"), traps.build(make)
     for number, change in enumerate((setup, *changes)):
@@ -301,7 +301,7 @@ def equally_many_rows(patch: Patch) -> None:
 
 
 def running(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    """A change of what a program is run on: ``(bound) -> bound``."""
+    """A change of the values that a program is bound to: ``(bound) -> bound``."""
 
     def apply(patch: Patch) -> None:
         right = celmoe.engines.grouped.run_program
@@ -317,7 +317,7 @@ def running(change: Callable[..., Any]) -> Callable[[Patch], None]:
 
 
 def giving(change: Callable[..., Any]) -> Callable[[Patch], None]:
-    """A change of what a program gives: ``(outcome, unit) -> outcome``."""
+    """A change of a program's results: ``(outcome, unit) -> outcome``."""
 
     def apply(patch: Patch) -> None:
         right = celmoe.engines.grouped._run
@@ -365,7 +365,7 @@ def wider(outcome: Any, _: Unit) -> Any:
 
 
 def draws_after(name: str) -> Callable[[Patch], None]:
-    """What must leave the random stream where it is does not."""
+    """A function that must leave the random stream unchanged draws from it."""
 
     def apply(patch: Patch) -> None:
         right = getattr(celmoe.grouped.classes, name)
@@ -601,8 +601,8 @@ class Wrong:
 
     Attributes:
         apply: Makes it wrong.
-        scenario: Raises where it is.
-        message: What the comparison must say.
+        scenario: Raises if the engine is wrong.
+        message: The comparison's message.
     """
 
     apply: Callable[[Patch], None]

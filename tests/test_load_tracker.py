@@ -372,7 +372,7 @@ class Life:
 
     def add(self) -> None:
         free = [name for name in [*NAMES, "a/b"] if name not in self.there]
-        # Those that were there once come back as often as others come.
+        # Known experts come back as often as new ones come.
         back = [name for name in free if ("language", name) in self.naive.known]
         free = back if back and self.draw.random() < 0.5 else free
         self.tree[self.draw.choice(list(self.tree))].append(self.draw.choice(free))

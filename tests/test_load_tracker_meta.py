@@ -25,7 +25,7 @@ def around(method: str, change: Callable[..., Any]) -> Callable[[Patch], None]:
 
 
 def by_position(right: Any, self: LoadTracker, layout: Any) -> None:
-    """Counts stay at the positions of experts, whatever these are called now."""
+    """Counts stay at the positions of experts, though these have new names."""
     before = {level: list(names) for level, names in self._experts.items()}
     right(self, layout)
     for level, names in self._experts.items():

@@ -34,7 +34,7 @@ class Costly(ExpertModule):
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reads of a value, and copies off a device."""
+    """Counts operations that make the host wait for a device: reads of a value, and copies off a device."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ def test_the_total_is_differentiable_and_a_tensor_may_be_a_weight():
     assert bundle.total == 2 + 15 + 2
     assert [value.grad.item() for value in values] == [1.0, 5.0, 0.5]
     assert weight.grad == 3
-    # Double backward, where a loss is a gradient penalty.
+    # Double backward, for a loss that is a gradient penalty.
     x = torch.tensor(3.0, requires_grad=True)
     (slope,) = torch.autograd.grad(x**3, x, create_graph=True)
     penalty = LossBundle([LossTerm("penalty", slope**2)])

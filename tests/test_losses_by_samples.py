@@ -168,7 +168,7 @@ def test_weights_of_terms_by_hand() -> None:
         "language.e1.size": 3.0 * 4 / 8,
         "language.e5.size": 2 / 8,
     }
-    # What is shown, and what an output holds, stays as the experts returned it.
+    # Displayed values and those of an output stay as the experts returned them.
     assert bundle.as_dict() == {name: value.item() for name, value in output.losses.items()}
     assert output.loss_weights["language.e1.size"] == 3.0
     assert output.loss_shares == {
@@ -312,7 +312,7 @@ def test_compiled(lossy: str) -> None:
             torch.autograd.grad(total_of(each), [*model.parameters()], allow_unused=True) for each in (found, wanted)
         ]
         for mine, theirs, parameter in zip(*gradients, model.parameters(), strict=True):
-            # A graph gives zeros to what it holds and no loss reaches.
+            # A graph gives zeros to parameters that it holds and no loss reaches.
             nothing = torch.zeros_like(parameter)
             torch.testing.assert_close(nothing if mine is None else mine, nothing if theirs is None else theirs)
 

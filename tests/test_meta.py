@@ -24,7 +24,7 @@ NUM_SAMPLES = 96
 
 
 class Block(ExpertModule):
-    """Normed, with a buffer, a loss, and its context where there is some."""
+    """Normed, with a buffer and a loss; reads its context, if there is one."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Block(ExpertModule):
 
 
 class WithAux(Block):
-    """What no engine but the loop runs."""
+    """An expert that only the loop runs."""
 
     def forward(self, batch):
         result = super().forward(batch)

@@ -1,4 +1,4 @@
-"""Samples with several experts, or with none: how routes say it, what plans hold, what models do with it."""
+"""Samples with several experts, or with none: their routes, their plans, and the models' results."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def start_client(version, library, folder, others_folder):
 
 @pytest.fixture(scope="module", params=CASES)
 def runs(request, tmp_path_factory):
-    """What the client wrote on each library; the two run at once, each resuming from the other's checkpoints."""
+    """The client's files on each library; the two run at once, each resuming from the other's checkpoints."""
     version, base = request.param, tmp_path_factory.mktemp("client")
     peers_folder = peer.require_peer(
         lambda: peers.install_folder(f"celmoe-vp=={PEER_OF[version]}"), f"celmoe-vp {PEER_OF[version]}"

@@ -81,7 +81,7 @@ def hierarchy(levels, experts, factory=lambda *_: Counting()):
 
 
 def name_of(key):
-    """What a reader of a checkpoint does."""
+    """Decode a name as a reader of a checkpoint does."""
     return unquote(key[1:]) if key.startswith(".") else key
 
 
@@ -283,7 +283,7 @@ ORDER = ["b", "z.h", "a", "to", "c", "keys", "a.a"]
 
 
 def in_order(model):
-    """Whether iteration and checkpoint have levels and experts in this order."""
+    """True if iteration and checkpoint have levels and experts in this order."""
     keys = [key for key in model.state_dict() if key.endswith("linear.weight")]
     written = [f"level_modules.{name_key(level)}.{name_key(name)}.linear.weight" for level in ORDER for name in ORDER]
     orders = [list(model.level_modules), *map(list, model.level_modules.values())]

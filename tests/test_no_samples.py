@@ -39,7 +39,7 @@ NONE: dict[str, list[str]] = {"family": [], "language": []}
 
 
 class Reads(ExpertModule):
-    """Reads the mask and the context where there are some, counts its calls, and draws a random number in each."""
+    """Reads the mask and the context if there are some, counts its calls, and draws a random number in each."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Looks(ExpertModule):
 
 
 class InPlace(nn.Module):
-    """A user's fusion, which writes into what the levels gave."""
+    """A user's fusion, which writes into the levels' rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def run(model: HierarchicalCELMoE, forward: str, *inputs: Any) -> CELMoEOutput:
 
 
 def zeros(tensor: torch.Tensor) -> bool:
-    """Whether there is a gradient, and all of it is zero."""
+    """True if there is a gradient, and all of it is zero."""
     return tensor.grad is not None and tensor.grad.shape == tensor.shape and not tensor.grad.any()
 
 
@@ -123,7 +123,7 @@ def test_an_encoder_before_the_model_gets_zeros_from_a_loss_on_any_part(forward,
     model, encoder = build(forward, fusion=fusion), nn.Linear(WIDTH, WIDTH)
     output = run(model, forward, encoder(torch.zeros(0, *trailing, WIDTH)), NONE)
     if fusion == "own" and part == "family":
-        part = "fused"  # what it writes into is its own
+        part = "fused"  # the fusion overwrites the level's rows
     assert parts_of(output)[part].shape == (0, *trailing, WIDTH)
     parts_of(output)[part].square().sum().backward()
     assert all(map(zeros, encoder.parameters()))
@@ -153,7 +153,7 @@ DETACHED, HALVED = {"stop_gradient_from_parent": True}, {"gradient_scale": 0.5}
         # A batch may come whose experts pass the gradient on.
         ([DETACHED, DETACHED, {}], None, True),
         ([DETACHED, DETACHED, HALVED], HALVED, True),
-        # The flag decides only where no scale is given.
+        # The flag decides only if no scale is given.
         (DETACHED | {"gradient_scale": 1.0}, None, True),
         # The fusion reads the first level's output as well.
         (None, DETACHED, True),
@@ -254,7 +254,7 @@ def test_what_experts_read_gets_what_an_expert_called_alone_gives_it(forward):
 
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_an_output_has_a_graph_where_that_of_some_samples_has_one(forward):
-    """Which is where the experts are trained, or what they are given has a gradient."""
+    """The graph is there if the experts are trained, or if their rows have a gradient."""
     model = build(forward, fusion="mean")
     rows = torch.zeros(0, WIDTH)
     output = run(model, forward, rows, NONE)
@@ -311,7 +311,7 @@ def test_integers_become_what_experts_make_of_them(forward, fusion):
         output = run(model, forward, hidden, {"family": ["a"] * size, "language": ["x"] * size})
         assert {part.dtype for part in parts_of(output).values()} == {torch.float32}
         output.levels["family"].hidden.sum().backward()
-    # Where experts have no parameters nothing is known but the rows.
+    # Without parameters of experts, the rows alone decide the dtype.
     integers = run(build(forward, fusion="mean", make=nn.Identity), forward, hidden, NONE).levels["family"].hidden
     assert integers.dtype == torch.int64
 
@@ -481,7 +481,7 @@ def test_an_unknown_name_for_no_samples_is_still_unknown():
 
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_losses_of_no_expert_add_up_to_zero(forward):
-    """So that a rank without samples makes a backward pass, too."""
+    """A rank without samples makes a backward pass, too."""
     model, encoder, api = build(forward), nn.Linear(WIDTH, WIDTH), CELMoELossAPI()
     bundle = api.compute(run(model, forward, encoder(torch.zeros(0, WIDTH)), NONE))
     assert bundle.terms == []

@@ -1,6 +1,6 @@
 """Programs that are unusual but legal: transforms of torch.func, tracing, threads, hooks, odd modes and copies.
 
-What they should give is what the naive oracle gives under the same transform: it is made of plain torch operations.
+They should give the naive oracle's results under the same transform: the oracle is made of plain torch operations.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def test_vectorized_jacobians(runs, strategy):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_scaled_gradient_scales_tangents_too(requires_grad):
-    """Whether or not anything else records: one derivative, in whichever mode it is taken."""
+    """There is one derivative, in either mode, even if nothing else records."""
     config = CELMoEConfig(WIDTH, [level("language", ["ru"])], use_learned_fusion=False)
     config.levels[0].experts["ru"].gradient_scale = 0.5
 
@@ -233,7 +233,7 @@ def test_gradients_of_a_levels_output(runs):
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_traced_model_is_no_constant(runs, grad):
-    """torch.jit.trace of one routing; what it records must depend on the rows."""
+    """torch.jit.trace of one routing; the traced operations must depend on the rows."""
     example, other = rows(B).double(), -3 * rows(B).double()
     with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(Wrapper(runs.model, runs.engine), (example,), check_trace=False)

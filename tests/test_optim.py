@@ -31,7 +31,7 @@ CASES = [(name, options) for name, all_options in OPTIONS.items() for options in
 
 
 def routes_of(step: int) -> list[str]:
-    """Of a few experts, so that others are absent; the last expert comes late."""
+    """Routes to a few experts, so that others are absent; the last expert comes late."""
     return random.Random(step).choices(NAMES[: 5 if step < 4 else 6], k=random.Random(step).choice((1, 3, 6)))
 
 

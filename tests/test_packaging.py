@@ -32,7 +32,7 @@ WHERE = "import celmoe; print(celmoe.__file__)"
 
 @pytest.mark.parametrize("inside", ["celmoe", "celmoe/celmoe", "elsewhere/celmoe"])
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path, inside):
-    """As from the folder above a clone: `python -c` looks into the working directory first."""
+    """The folder above a clone is such a place: `python -c` looks into the working directory first."""
     try:
         importlib.metadata.version("celmoe")
     except importlib.metadata.PackageNotFoundError:
@@ -103,6 +103,7 @@ COMMANDS = [
     "",
     ".grid",
     ".grouped",
+    ".lora_languages",
     ".mixed_routes",
     ".multilingual",
     ".multilingual.ablation",
@@ -143,7 +144,7 @@ def test_every_command_is_tried():
     assert found == {f"benchmarks{command}" for command in COMMANDS}
 
 
-# Runs pytest where one package is not installed.
+# Runs pytest as if one package were not installed.
 PYTEST = """
 import importlib.metadata, sys, pytest
 installed = importlib.metadata.distribution

@@ -73,13 +73,13 @@ def of_kind(kind: str, **changes: Any) -> Case:
 
 
 def change_results(change: Callable[[list[ExpertResult]], None]) -> Callable[[Patch], None]:
-    """A mutant whose engine changes what its experts gave."""
+    """A mutant whose engine changes the results of its experts."""
 
     def apply(patch: Patch) -> None:
         right = ENGINES["looped"]
 
         def wrong(experts: Sequence[nn.Module], batches: Iterator[ExpertBatch]) -> list[ExpertResult]:
-            # A copy: an expert may be shared, or have kept what it gave.
+            # Copied: an expert may be shared, or have kept its result.
             results = [ExpertResult(each.hidden, dict(each.losses), dict(each.aux)) for each in right(experts, batches)]
             change(results)
             return results
@@ -100,7 +100,7 @@ def change_rows(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Pat
 
 
 def change_batches(change: Callable[[ExpertBatch], None]) -> Callable[[Patch], None]:
-    """A mutant whose engine changes what its experts are given."""
+    """A mutant whose engine changes its experts' batches."""
 
     def apply(patch: Patch) -> None:
         right = ENGINES["looped"]
@@ -226,7 +226,7 @@ def share_losses_alike(model: HierarchicalCELMoE, output: CELMoEOutput) -> None:
 
 
 def give_absent_experts_zeros(model: HierarchicalCELMoE, output: CELMoEOutput) -> None:
-    """What a stack of all experts' weights does to those that no sample came to."""
+    """A stack of all experts' weights gives zeros to those that no sample came to."""
     nothing = sum(0 * parameter.sum() for parameter in model.level_modules.parameters() if parameter.requires_grad)
     for level in output.levels.values():
         level.hidden = level.hidden + nothing
@@ -321,7 +321,7 @@ def reverse_the_callers_routes(patch: Patch) -> None:
 
 
 def leak_to_the_caller(patch: Patch) -> None:
-    """Views instead of private rows, where the batch stands in order."""
+    """Views instead of private rows, if the batch is in expert order."""
     right = celmoe.level.dispatch
 
     def wrong(rows: torch.Tensor, plan: LevelPlan, **options: Any) -> Any:
@@ -333,7 +333,7 @@ def leak_to_the_caller(patch: Patch) -> None:
 
 
 def leak_to_the_next_level(patch: Patch) -> None:
-    """Mask and context rows are kept from level to level of one order, with what experts did to them."""
+    """Mask and context rows are kept from level to level of one order, with the experts' writes in them."""
     right = celmoe.level.dispatch
     kept: dict[Any, Any] = {}
 
@@ -434,13 +434,14 @@ def forget_what_is_trained(level: Any, experts: list[nn.Module], given: LevelInp
 
 
 def run_an_expert_on_no_samples(level: Any, experts: list[nn.Module], given: LevelInput) -> torch.Tensor:
-    """So that its parameters get zeros."""
+    """Run an expert on no samples, so that its parameters get zeros."""
     return NO_SAMPLES(level, experts, given) + sum(parameter.sum() for parameter in experts[0].parameters())
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong library, what the comparison must say of it, a case made for it, and where else it may show."""
+    """A wrong library, the message of the comparison, a case made for it, and a test for other cases that may show
+    it."""
 
     apply: Callable[[Patch], None]
     message: str
@@ -504,7 +505,7 @@ SAME_ORDER = replace(CASE, routing=SURROUNDINGS.routing)
 
 
 def has_levels_of_one_order(case: Case) -> bool:
-    """Where a level's rows come from the level above without a gather, and gradients flow."""
+    """True if a level's rows come from the level above without a gather, and gradients flow."""
     plan = celmoe.RoutingCompiler(case.config())(case.inputs(0).routing, case.batch_size)
     return case.training and any(level.follows_previous and not level.is_sorted for level in plan.levels.values())
 
@@ -726,7 +727,7 @@ def scaled(factor: float, case: Case) -> None:
 
 
 def test_an_error_of_a_few_roundings_is_none_of_rounding():
-    """Where the oracle is exact to a rounding, float64 at hand excuses nothing."""
+    """Float64 at hand excuses nothing if the oracle is exact to a rounding."""
     case = replace(CASE, dtype=torch.float32)
     scaled(1 + 2e-6, case)
     with pytest.raises(ParityError, match=RESULT):
@@ -755,7 +756,7 @@ def test_rounding_that_the_step_itself_magnifies_is_no_error():
 
 
 def test_an_optimizer_that_touches_absent_experts_is_caught(monkeypatch: pytest.MonkeyPatch):
-    """An AdamW that decays what had no gradient, in both: only the look at untouched parameters can see it."""
+    """An AdamW decays parameters without gradients, in both: only the look at untouched parameters can see it."""
     right = torch.optim.AdamW.step
 
     def wrong(self: torch.optim.AdamW, closure: Any = None) -> Any:

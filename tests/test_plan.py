@@ -1,4 +1,4 @@
-"""Routing plans: what they say, against a sort in plain Python, and how they travel."""
+"""Routing plans: their content, against a sort in plain Python, and their travels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_plan(plan: RoutingPlan, routes_by_level: dict[str, list[str]], config:
 
 
 def names_of(case: Case) -> dict[str, list[str]]:
-    """The names that a case routes to; what is left out is inferred by hand."""
+    """The names that a case routes to; missing levels are inferred by hand."""
     names: dict[str, list[str]] = {}
     for position in reversed(range(len(case.levels))):
         level = case.levels[position]
@@ -326,7 +326,7 @@ def test_the_fallback_is_read_at_every_call():
 
 
 class TestTheStrategiesReach:
-    """What the property tests are there for is among what they draw."""
+    """The drawn cases include those that the property tests are for."""
 
     def find(self, condition: Any) -> None:
         assert any(map(condition, pool()))

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Who(NamedTuple):
-    """Who computes, in which dtype, for inputs and outputs how wide."""
+    """The backend, the dtype, and the widths of inputs and outputs."""
 
     backend: str
     dtype: torch.dtype
@@ -185,7 +185,7 @@ def test_sums_of_any_shape(who: Who, shape: tuple[int, ...]):
     torch.testing.assert_close(spread(found, segments, 1), found[segments.member_of_row()], rtol=0, atol=0)
 
 
-# What autograd hands over: a sum's gradient is one number expanded, a product's may be turned or cut out.
+# Layouts of autograd's gradients: a sum's gradient is one number expanded, a product's may be turned or cut out.
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "expanded": lambda rows: rows[:1, :1].expand_as(rows),
     "one row expanded": lambda rows: rows[:1].expand_as(rows),
@@ -208,7 +208,7 @@ def test_rows_and_gradients_laid_out_otherwise(who: Who, how: str, layout: str):
     found, expected = LINEARS[how](drawn), looped(wide)
     mine = torch.autograd.grad(found, inputs[0], laid_out(drawn.y.detach()))
     theirs = torch.autograd.grad(expected, inputs[1], laid_out(wide.y.detach()))
-    # What comes back through an expanded input is a sum of PyTorch's own, in the dtype at hand.
+    # The gradient of an expanded input is a sum of PyTorch's own, in the dtype at hand.
     first = 1 if "expanded" in layout else 0
     assert_close(who, mine[first:], theirs[first:])
 
@@ -317,7 +317,7 @@ def test_what_is_not_finite_stays_where_it_is(who: Who):
 
 
 def test_what_is_computed_in_vain_is_dropped(monkeypatch: pytest.MonkeyPatch):
-    """Places without a row hold something that would be seen, where only rows' results are asked for."""
+    """Places without a row hold large values, but only rows' results are asked for."""
     monkeypatch.setattr(celmoe.grouped.kernels.product, "backend_of", lambda *_: "padded")
     who = Who("padded", torch.float64)
     drawn = Drawn(who, COUNTS["alike"], 3)
@@ -404,7 +404,7 @@ def test_who_computes_for_a_stack(counts: tuple[int, ...], expected: str):
 @pytest.mark.parametrize("widths", [EVEN, (5, 8), (8, 5), ODD])
 @pytest.mark.parametrize("how", LINEARS)
 def test_a_gpus_choice_can_do_what_it_is_chosen_for(how: str, widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
-    """By a GPU's rule, on the CPU, where PyTorch's grouped product makes the same demands on strides."""
+    """The test runs a GPU's rule on the CPU: PyTorch's grouped product makes the same demands on strides there."""
     chosen = []
 
     def as_on_a_gpu(_: str, *rest: Any) -> str:

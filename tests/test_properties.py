@@ -1,4 +1,4 @@
-"""Every engine against the oracle, on whatever hypothesis makes up.
+"""Every engine against the oracle, on hypothesis's cases.
 
 The tests run over the registry of engines: a new one is tested by being there.
 """

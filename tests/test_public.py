@@ -1,4 +1,5 @@
-"""The public list: what `celmoe` shows, what importing it loads, and what stands at the top of the repository."""
+"""The public list: the names that `celmoe` shows, the modules that importing it loads, and the top of the
+repository."""
 
 from __future__ import annotations
 

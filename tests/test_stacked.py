@@ -1,4 +1,4 @@
-"""Stacked experts beside ordinary ones: values, gradients, checkpoints, copies, and what a view can't do."""
+"""Stacked experts beside ordinary ones: values, gradients, checkpoints, copies, and the limits of a view."""
 
 from __future__ import annotations
 
@@ -381,7 +381,7 @@ def _doubled(expert: nn.Module) -> None:
 def test_a_change_of_one_expert_is_seen(change, engine):
     plain, model = build(Gated, "looped"), stacked(Gated, engine)
     for each in (plain, model):
-        # Once found, and once more by what was found.
+        # The first call finds the classes, the second runs them.
         run(each), run(each)
         CHANGES[change](each)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What a level takes that the routing leaves out: parents, the only expert, the fallback; against a small model of it.
+"""The routes of a level that the routing leaves out: parents, the only expert, the fallback; against a small model.
 
 For each sample, in this order: the route that was given; the parent of its expert in the level below, climbed through
 disabled levels by their experts' own parents; the only expert; the fallback; else an error.
@@ -112,7 +112,7 @@ def test_a_broadcast_level_infers_the_one_above_it():
 
 
 def test_inference_needs_nothing_from_the_levels_further_down():
-    """A gap in the middle is filled from the level right below it, whatever that got its own routes from."""
+    """A gap in the middle is filled from the level right below it, whose own routes may come from anywhere."""
     compile_ = compiler(
         level("root", {"indo": None, "other": None}),
         level("family", {"slavic": "indo", "turkic": "other"}),
@@ -187,7 +187,7 @@ def cases(draw):
 
 
 def expected_route(case, position, sample):
-    """The expert of one sample at one level, or None where there is no way to know; asks only downwards."""
+    """The expert of one sample at one level, or None if nothing tells; asks only downwards."""
     levels = case.config.levels
     here = levels[position]
     given_ = case.routing.get(here.name)

@@ -1,7 +1,7 @@
-"""What a drop-in for celmoe-vp keeps: one small test for each promise, without the peer.
+"""The promises of a drop-in for celmoe-vp: one small test for each, without the peer.
 
 The sections are those of the specification of celmoe-vp's behaviour. `tests.test_upstream_parity` runs whole programs
-on both libraries; what is here says in plain numbers which promise was broken.
+on both libraries; a test here says in plain numbers that one promise was broken.
 """
 
 import dataclasses
@@ -146,7 +146,7 @@ def test_positional_order_of_a_dataclass(made, fields):
     for name, expected in zip(names, fields, strict=False):
         value = getattr(made, name)
         assert value is expected or value == expected, name
-    # Whatever else there is can only be given by keyword.
+    # All other fields can only be given by keyword.
     assert all(field.kw_only for field in dataclasses.fields(made)[len(fields) :])
 
 

@@ -23,7 +23,7 @@ CHECKS = []
 
 
 def defect(*, fails=AssertionError, versions=(FIRST, THIRD)):
-    """Register a check. ``fails`` is what the peer raises in it: mostly the check's own assertion, else its crash."""
+    """Register a check. ``fails`` is the peer's error in it: mostly the check's own assertion, else its crash."""
 
     def register(check):
         CHECKS.append(pytest.param(check, fails, versions, id=check.__name__))
@@ -74,7 +74,7 @@ def ones(batch_size):
 
 
 def error_of(call):
-    """What a call raises, or ``None``."""
+    """The error that a call raises, or ``None``."""
     try:
         call()
     except Exception as error:  # noqa: BLE001  # the caller says which it wants
@@ -146,7 +146,7 @@ def a_backward_costs_the_same_for_many_experts(lib):
 
 
 class Reads(TorchFunctionMode):
-    """Counts what makes the host wait for a device."""
+    """Counts operations that make the host wait for a device."""
 
     names = frozenset({"cpu", "item", "tolist", "numpy", "__float__", "__int__", "__bool__"})
 
@@ -208,7 +208,7 @@ def stop_gradient_from_parent_is_honoured(lib):
 
 
 def contexts_of(lib, context, routes, hidden=None):
-    """What each expert is given for a context."""
+    """The context of each expert's call."""
     seen = {}
 
     def expert(batch):
@@ -352,7 +352,7 @@ def experts_of_different_dtypes_are_promoted(lib):
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-# Attributes of `nn.ModuleDict` and of `nn.Module`, a dot, and what an escape might be taken for.
+# Attributes of `nn.ModuleDict` and of `nn.Module`, a dot, and names that look like an escape.
 HARD_NAMES = ["to", "pop", "keys", "values", "items", "type", "forward", "training", "_modules", "zh.Hant", ".", " "]
 HARD_NAMES += ["zh%2EHant", "zh%252EHant", "%", "zh.Hant.", "weight", "日本語"]
 
@@ -469,7 +469,7 @@ def an_unknown_expert_is_found_before_anything_runs(lib):
     assert isinstance(error, KeyError)
     assert ran == []
     message = str(error)
-    # The level, the names, how often, and what was nearly said.
+    # The level, the names, their number of samples, and the nearest name.
     for part in ("'language'", "'rusian'", "'xx'", "3 of 4", "'russian'"):
         assert part in message, part
 
@@ -502,7 +502,7 @@ def takes_routes(lib, routes):
     assert all(type(each) is str for each in output.levels["l"].routes)
 
 
-# --- experts that do what they should not ----------------------------------------------------------------------------
+# --- experts that break their contract -------------------------------------------------------------------------------
 
 
 def names_the_expert(error, expert):
@@ -541,7 +541,7 @@ def works_in_place(batch):
 
 @defect()
 def an_expert_that_works_in_place_never_reaches_the_caller(lib):
-    """The peer hands out the caller's own context where one expert has the whole batch."""
+    """The peer hands out the caller's own context if one expert has the whole batch."""
     for routes in (["a", "a", "a"], ["a", "b", "a"], ["a", "a", "b"]):
         hidden, mask, rows = ones(3), ones(3), torch.arange(1.0, 4.0)
         model = model_of(lib, works_in_place, level_of(lib, "a", "b", name="l"), level_of(lib, "c", name="m"))

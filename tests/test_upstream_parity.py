@@ -1,4 +1,4 @@
-"""Programs written for celmoe-vp give the same numbers here, bit for bit where the engine is ``looped``.
+"""Programs written for celmoe-vp give the same numbers here, bit for bit if the engine is ``looped``.
 
 Each program is one text that runs on both libraries; `tests.peer` has the parts and the comparison.
 """
@@ -162,7 +162,7 @@ def test_a_bare_tensor_as_context(version):
 
 @both
 def test_what_experts_are_called_with(version):
-    """Order of experts, their rows, mask rows, context rows and state; and what the factory is called with."""
+    """Order of experts, their rows, mask rows, context rows and state; and the arguments of the factory."""
 
     def program(lib):
         recorder = peer.Recorder(lib)
@@ -341,7 +341,7 @@ def test_gradient_scale_of_some_experts_of_a_level():
 
 
 def test_gradient_scale_beside_the_flag():
-    """As morphoformer 6.0.0 sets them: both, always. The scale decides."""
+    """morphoformer 6.0.0 always sets both. The scale decides."""
 
     def program(lib):
         both_given = {"stop_gradient_from_parent": True, "gradient_scale": 0.4}
@@ -418,7 +418,7 @@ def test_one_expert_routed_to_everywhere(version):
 
 @both
 def test_a_batch_in_expert_order_and_nested_levels(version):
-    """Where ours gathers nothing, celmoe-vp's numbers are still met."""
+    """The library gathers nothing here, and celmoe-vp's numbers are still met."""
 
     def program(lib):
         ordered = ["de"] * 3 + ["fr"] * 4 + ["pl"] * 2 + ["ru"] * 2
@@ -470,7 +470,7 @@ def test_the_routing_helpers():
     compare(program, THIRD)
 
 
-# --- what clients do with a model ------------------------------------------------------------------------------------
+# --- clients' uses of a model ----------------------------------------------------------------------------------------
 
 
 @every_version
@@ -689,7 +689,7 @@ def test_copies_of_a_model(version):
 
 @both
 def test_positional_calls_that_both_versions_share(version):
-    """`upstream.md`, positional order; what differs in 3.0.0 is in `test_upstream_contract`."""
+    """Calls by the positional order of `upstream.md`; `test_upstream_contract` has the differences of 3.0.0."""
 
     def program(lib):
         tensor = torch.ones(2)

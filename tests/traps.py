@@ -1,12 +1,12 @@
-"""What the tests of the grouped engine's promises share: experts with a trap in them, batches, and one comparison.
+"""The parts of the tests of the grouped engine's promises: experts with a trap in them, batches, and one comparison.
 
 A *trap* is an expert that looks as if its siblings could run as one module over all their rows, and can't: the rows of
 an ordinary batch would not show it. Unarmed it is a plain layer, so that a first call can be grouped; `Trapped.arm`
-sets the trap, by nothing but an attribute where that is enough.
+sets the trap, by an attribute alone if that is enough.
 
 Every trap is checked in two ways: armed from the start (`check_refusal`), and later (`check_arming`). The oracle runs
-on a second model, built in the same way and led through the same calls: what experts hide from `copy.deepcopy`
-(closures, tables keyed by `id`, hooks) it has as well.
+on a second model, built in the same way and led through the same calls. The second model also has the values that
+`copy.deepcopy` misses: closures, tables keyed by `id`, hooks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Change = Callable[[HierarchicalCELMoE], HierarchicalCELMoE | None]
 
 
 class Batch:
-    """One batch: how many rows each expert has, and what their numbers are like.
+    """One batch: the number of each expert's rows, and the kind of their numbers.
 
     Args:
         counts: Rows of the experts in the order of `NAMES`.
@@ -112,7 +112,7 @@ def with_an_empty_mask() -> Batch:
 class Trapped(ExpertModule):
     """A layer, until it is armed.
 
-    Subclasses say what springs. Where the trap wants things of its own, `prepare` makes them when it is set.
+    Subclasses define the trap. A subclass whose trap needs objects of its own makes them in `prepare`.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Trapped(ExpertModule):
         return self
 
     def prepare(self) -> None:
-        """Make what the trap needs."""
+        """Make the objects that the trap needs."""
 
     def forward(self, batch: ExpertBatch) -> ExpertResult:
         if self.armed:
@@ -135,7 +135,7 @@ class Trapped(ExpertModule):
         return ExpertResult(torch.tanh(self.linear(batch.hidden)))
 
     def spring(self, batch: ExpertBatch) -> ExpertResult:
-        """What an armed one does; by default, what `change` makes of the layer's rows."""
+        """The forward pass of an armed expert; by default, `change` of the layer's rows."""
         return ExpertResult(self.change(torch.tanh(self.linear(batch.hidden)), batch))
 
     def change(self, rows: torch.Tensor, batch: ExpertBatch) -> torch.Tensor:
@@ -209,7 +209,7 @@ def seed_all(seed: int = 0) -> None:
     """All streams of random numbers begin anew."""
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  # the global stream is what experts draw from
+    np.random.seed(seed)  # noqa: NPY002  # experts draw from the global stream
 
 
 def observe(model: HierarchicalCELMoE, forward: Callable[..., CELMoEOutput], batch: Batch) -> dict[str, Any]:
@@ -257,18 +257,18 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @contextmanager
 def auto_groups_all() -> Iterator[None]:
-    """``"auto"`` groups what can be grouped, however few experts there are."""
+    """``"auto"`` groups all that can be grouped, even a few experts."""
     with mock.patch("celmoe.engines.choice.estimate", return_value=cost.Cost(1, 0)):
         yield
 
 
 def assert_like_oracle(subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, make_batch: Callable[[], Batch]) -> None:
-    """The model gives what the oracle gives on its twin.
+    """The model gives the oracle's results on its twin.
 
     Raises:
         EngineRefusedError: The model is told to run grouped, and will not.
     """
-    # What "auto" would loop because that is cheaper for a few experts is grouped here.
+    # Experts that "auto" would loop, since that is cheaper for a few of them, are grouped here.
     with auto_groups_all():
         mine = observe(subject, subject, make_batch())
     assert_same(mine, observe(twin, oracle_of(twin), make_batch()))
@@ -289,7 +289,7 @@ def engines_of(model: HierarchicalCELMoE, batch: Batch) -> dict[str, str]:
 def assert_ran_grouped(model: HierarchicalCELMoE, batch: Batch) -> None:
     """The last call ran all experts that were present as one.
 
-    Without it, what follows would prove nothing about a grouped call.
+    Without this check, the tests that follow would prove nothing about a grouped call.
     """
     (level,) = model.explain(batch.routing).levels
     for each in level.classes:
@@ -298,7 +298,7 @@ def assert_ran_grouped(model: HierarchicalCELMoE, batch: Batch) -> None:
 
 
 def check_refusal(make: Make, reason: str, *, may_run: bool = False) -> None:
-    """``engine="grouped"`` refuses the experts for this reason; where it may run them, it gives the oracle's numbers.
+    """``engine="grouped"`` refuses the experts for this reason; if it may run them, it gives the oracle's numbers.
 
     A refusal holds for another batch, too, and leaves the model as it was: ``"auto"`` gives the oracle's numbers then.
     """
@@ -313,7 +313,7 @@ def check_refusal(make: Make, reason: str, *, may_run: bool = False) -> None:
         if refusal is None:
             assert may_run, "it was run"
             continue
-        # What is found first is said: an operation that mixes samples, say, before the value that is read of it.
+        # The first fault is reported: an operation that mixes samples, say, before the value that is read of it.
         also = r"mixed samples|called requires_grad_|can't be compared|followed by PyTorch's tracer"
         assert re.search(f"{reason}|{also}", refusal, re.IGNORECASE), f"no {reason!r} in {refusal}"
         after = subject.state_dict()
@@ -343,9 +343,9 @@ def check_change(
 
     Args:
         make: Makes an expert.
-        changes: Each changes a model, or gives another one for it.
+        changes: Each changes a model, or returns another one for it.
         make_batch: Makes the first batch.
-        grouped_first: Whether to insist that the first call was grouped.
+        grouped_first: True to insist that the first call was grouped.
     """
     subject, twin = build(make), build(make)
     try:
@@ -369,20 +369,20 @@ def check_change(
 def assert_right_or_refused(
     subject: HierarchicalCELMoE, twin: HierarchicalCELMoE, batches: Sequence[Callable[[], Batch]]
 ) -> None:
-    """On each batch the model gives what the oracle gives on its twin, up to the first that it refuses as told to."""
+    """On each batch the model gives the oracle's results on its twin, up to the first that it refuses as told to."""
     for make_batch in batches:
         try:
             assert_like_oracle(subject, twin, make_batch)
         except EngineRefusedError:
             assert subject.engine == GROUPED
-            # What the refused call did not do must not be done by the oracle's either.
+            # The refused call did nothing, so the oracle's must not run either.
             return
 
 
 def shows(make: Callable[[], Trapped]) -> bool:
-    """Whether an armed expert, run once over the rows of siblings with equal weights, gives something else than they.
+    """True if an armed expert, run once over the rows of siblings with equal weights, gives something else than they.
 
-    A trap that no batch can spring would pass whatever an engine does.
+    A trap that no batch can spring would pass under any engine.
     """
     for make_batch in BATCHES:
         twin = build(lambda: make().arm())
@@ -404,7 +404,7 @@ def shows(make: Callable[[], Trapped]) -> bool:
 
 
 class Traps:
-    """A table of traps, each from a function that says what an armed expert does.
+    """A table of traps, each from a function that computes an armed expert's rows.
 
     Example::
 
@@ -421,12 +421,12 @@ class Traps:
         self.may_run: set[str] = set()
 
     def add(self, reason: str, *, method: str = "change", may_run: bool = False, **others: Any) -> Callable[[Any], Any]:
-        """Add the trap that a function is.
+        """Add the trap of a function.
 
         Args:
-            reason: What the refusal must say; a regular expression.
-            method: Of `Trapped`, that the function stands for.
-            may_run: Whether the engine may as well run it, and be right.
+            reason: Words of the refusal; a regular expression.
+            method: The method of `Trapped` that the function stands for.
+            may_run: True if the engine may as well run it, and be right.
             others: Further methods and class attributes.
         """
 

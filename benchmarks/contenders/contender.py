@@ -1,4 +1,4 @@
-"""What takes part in a contest, and under which terms."""
+"""The contenders of a contest, and their terms."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FLOORS = (DENSE, LOOK_UPS)
 
 
 class AbsentError(RuntimeError):
-    """A contender takes no part, for the reason given; where it can be had, with how to get it."""
+    """A contender takes no part, for the reason given; the message says how to get it, if one can."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What all contenders of one contest are given.
+    """The terms that all contenders of one contest share.
 
     Attributes:
-        workload: What to run.
-        device: Where.
-        is_training: Whether gradients are wanted.
+        workload: The workload to run.
+        device: The device to run it on.
+        is_training: True if the contest needs gradients.
     """
 
     workload: Workload
@@ -50,7 +50,7 @@ class Contender:
         module: Its weights, on the terms' device.
         forward: Its forward pass.
         weights: By our names, its parameters, or the parts of them that stand for one of ours: all that ours has.
-        expected: Makes the contender that this one must equal; ``None`` where that is ours.
+        expected: Makes the contender that this one must equal; ``None`` for ours.
     """
 
     module: nn.Module
@@ -60,7 +60,7 @@ class Contender:
 
 
 def claim_of(contender: Contender, gather: Callable[[Forward, Weights], Evidence]) -> Claimed:
-    """What a contender computes, and what it must compute where that is not what ours does; both gathered alike."""
+    """Gather the contender's evidence and the evidence it must equal, both in the same way."""
     make = contender.expected
 
     def expected() -> Evidence:
@@ -72,20 +72,20 @@ def claim_of(contender: Contender, gather: Callable[[Forward, Weights], Evidence
 
 
 def nothing() -> None:
-    """What there is to do between steps that keep nothing."""
+    """Do nothing between steps: the contender keeps nothing."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A contender's step, and the claim that it computes what the others do.
+    """A contender's step, and the claim that it computes the same as the others.
 
     Attributes:
-        step: What is timed; when it returns, the device is done.
+        step: The timed call; it returns when the device is done.
         between: Run before every timed step, unseen by the clock.
-        evidence: What it computes.
-        expected: What it must compute; ``None`` where that is what ours computes.
+        evidence: Gives the evidence of the contender.
+        expected: Gives the evidence that the contender must equal; ``None`` for the evidence of ours.
         weight_bytes: Bytes of its weights.
-        clear: Lets go of all that a step leaves, so that the next one's memory is its own.
+        clear: Frees all that a step leaves, so that the next step's peak memory is its own.
     """
 
     step: Callable[[], object]

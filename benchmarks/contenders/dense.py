@@ -62,7 +62,7 @@ def make_dense(workload: Workload, device: torch.device = HOST, *, is_training: 
 
     def expected() -> Contender:
         model = _of_one_expert_a_level(workload).to(device).train(is_training)
-        # As they are by now: weights move between two steps.
+        # The current weights: weights move between two steps.
         model.load_state_dict(dense.weights)
         routing = {level.name: next(iter(level.experts)) for level in model.levels}
         return Contender(model, routed(model, workload, [routing], device), dict(model.named_parameters()))

@@ -25,16 +25,17 @@ from benchmarks.steps import Forward, cycled
 class TransformersMLP(Planned):
     """The hierarchy of MLPs with the products of transformers' ``grouped_mm`` experts.
 
-    Those have neither the norm before nor the residual: both are here as the stack has them, by rows.
+    Transformers' experts have neither the norm before nor the residual: this class adds both by rows, as the stack
+    does.
 
     Args:
-        model: Of a workload of MLPs.
+        model: A model of a workload of MLPs.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
         super().__init__(model)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns of at import is none of ours
+            warnings.simplefilter("ignore")  # its warnings at import are not ours to fix
             from transformers.integrations.moe import use_experts_implementation  # noqa: PLC0415  # may be absent
 
         self.kind: Any = use_experts_implementation(_Projections, has_bias=True, has_gate=False)
@@ -84,12 +85,12 @@ class _Projections(nn.Module):
 
 
 class PeftAdapters(nn.Module):
-    """The hierarchy of low-rank experts as adapters of one layer a level that gives its input, in mixed batches.
+    """The hierarchy of low-rank experts as adapters of one layer a level that returns its input, in mixed batches.
 
     Peft mixes adapters in inference alone, and takes a name for each sample.
 
     Args:
-        model: Of a workload of low-rank experts.
+        model: A model of a workload of low-rank experts.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:

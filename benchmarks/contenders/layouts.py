@@ -1,4 +1,4 @@
-"""Where a hand-written level puts its rows so that all its experts' products are one call.
+"""Layouts of a hand-written level's rows, in which all its experts' products are one call.
 
 Axes: B samples, E experts of the level, R rows sorted by expert (R = B), M rows of the largest expert, H and F widths.
 """
@@ -14,7 +14,7 @@ import celmoe
 
 
 class Layout(Protocol):
-    """Rows of one level where its experts want them.
+    """Rows of one level in the order that its experts take.
 
     A `per_expert` of ``[E, F]`` is spread so that it broadcasts against the rows; weights are ``[E, H, F]``.
     """
@@ -26,7 +26,7 @@ class Layout(Protocol):
         """Back to ``[B, H]`` in batch order."""
 
     def spread(self, per_expert: torch.Tensor) -> torch.Tensor:
-        """``[E, F]`` to what broadcasts against the rows."""
+        """``[E, F]`` to a shape that broadcasts against the rows."""
 
     def affine(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Every row times its expert's weight ``[E, H, F]``, plus its bias ``[E, F]``."""
@@ -81,7 +81,7 @@ class Ragged:
 
 
 class Padded:
-    """Rows ``[E, M, H]``, for ``bmm``; what stands at padding is never read, and gets gradients of zero."""
+    """Rows ``[E, M, H]``, for ``bmm``; nothing reads the padding, so its gradients are zero."""
 
     def __init__(self, plan: celmoe.LevelPlan, num_experts: int) -> None:
         ids, counts = _sorted_ids_and_counts(plan, num_experts)
@@ -111,7 +111,7 @@ class Padded:
 
 
 class _Gather(torch.autograd.Function):
-    """``rows[forth]``; the gradient is ``grad[back]`` too, or put at ``forth`` where that is no permutation."""
+    """``rows[forth]``; the gradient is ``grad[back]``, or ``grad`` put at ``forth`` if `forth` is no permutation."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, forth: torch.Tensor, back: torch.Tensor | None) -> torch.Tensor:

@@ -46,7 +46,7 @@ def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
 
 
 def _copied(_terms: Terms) -> Contender:
-    """A copy each way, as if the batch already stood in expert order; it must give what it is given."""
+    """A copy each way, as if the batch already stood in expert order; it must return its input."""
     return Contender(
         nn.Identity(),
         lambda hidden: hidden.clone().clone(),

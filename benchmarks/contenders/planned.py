@@ -20,7 +20,7 @@ class Stacked(NamedTuple):
 
     Attributes:
         whole: ``[E, ...]``.
-        is_transposed: Whether each expert's two axes stand the other way round than in its own parameter.
+        is_transposed: True if each expert's two axes are swapped, compared with its own parameter.
     """
 
     whole: nn.Parameter
@@ -31,8 +31,8 @@ class Planned(nn.Module):
     """The hierarchy of a model, without its experts.
 
     Args:
-        model: What the hierarchy and the fusion are taken from. Its experts stand in sorted order, so that an expert's
-            place in the config and the place of its rows are one.
+        model: Gives the hierarchy and the fusion. Its experts stand in sorted order, so that an expert's place in the
+            config is also the place of its rows.
 
     Attributes:
         sizes: Experts of each level.
@@ -46,7 +46,7 @@ class Planned(nn.Module):
         self.fusion = copy.deepcopy(model.fusion)
 
     def run_level(self, index: int, hidden: torch.Tensor, plan: celmoe.LevelPlan) -> torch.Tensor:
-        """``[B, ...]`` in batch order to the same shape and order; what tells one such model from another."""
+        """Run one level's experts on ``[B, ...]`` in batch order; the result has the same shape and order."""
         raise NotImplementedError
 
     def forward(self, hidden: torch.Tensor, routing: Routes) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Planned(nn.Module):
         return fused
 
     def stacks(self, index: int) -> Mapping[str, Stacked]:
-        """By the name that a parameter has in an expert's body, where a level keeps those of all its experts."""
+        """The level's parameters that hold all its experts, by the parameter's name in an expert's body."""
         raise NotImplementedError
 
     def weights_of(self, model: celmoe.HierarchicalCELMoE) -> Weights:
@@ -79,13 +79,13 @@ class Planned(nn.Module):
 
 
 def bodies_of(model: celmoe.HierarchicalCELMoE) -> list[list[nn.Module]]:
-    """What the experts of each level are made of."""
+    """The bodies of each level's experts."""
     modules = model.level_modules
     return [[modules[level.name][name].body for name in level.experts] for level in model.levels]  # type: ignore[index]  # nested mappings
 
 
 def padding(workload: Workload, plan: celmoe.RoutingPlan) -> float:
-    """How many times the rows the places are, in the worst level, where every expert gets as many as the largest."""
+    """The ratio of padded rows to rows, in the worst level, if every expert gets as many as the largest."""
     sizes = [len(names) for names in workload.levels().values()]
     largest = [max(level.counts) for level in plan.levels.values()]
     return max(size * most for size, most in zip(sizes, largest, strict=True)) / workload.batch_size

@@ -1,4 +1,4 @@
-"""The contenders that find out, for a batch of names, which sample goes where.
+"""The contenders of planning: each sorts a batch of names by expert.
 
 Peers and the oracle can't plan apart from their forward passes, so they are no contenders of ours in planning alone. A
 whole pass over one column of hidden states, with experts that return it and no fusion, is the least that holds their

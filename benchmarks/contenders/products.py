@@ -50,7 +50,7 @@ def _ours(terms: Terms) -> Contender:
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        # Made anew, as at every pass: what it keeps is made in the first product that asks.
+        # Segments are new at every pass, as in a model: the first product fills their caches.
         return linear_of_members(hidden, weights, biases, Segments(rows.counts, terms.device), 1)
 
     return Contender(rows.layers, forward, dict(rows.layers.named_parameters()))

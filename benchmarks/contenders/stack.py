@@ -1,7 +1,7 @@
-"""*Stack*: what an expert would write by hand for one model whose experts are all alike. Linear and MLP only.
+"""*Stack*: a model of equal experts as a specialist would write it by hand. Linear and MLP only.
 
-Routed by strings and planned by our own compiler at every call, so that what differs is how the experts run: every
-tensor of a level's experts is one parameter, and their products are one call.
+The stack takes strings and plans by our own compiler at every call, so that only the run of the experts differs:
+every tensor of a level's experts is one parameter, and their products are one call.
 
 Axes: B samples, E experts of a level, H hidden size, F inner width.
 """
@@ -82,10 +82,10 @@ class Stack(Planned):
     """The hierarchy with stacked experts, and with the parameters of the model that it is made from.
 
     Args:
-        model: Of a workload of one of the kinds `HAND_STACKED`.
+        model: A model of a workload of one of the kinds `HAND_STACKED`.
 
     Attributes:
-        kinds: For each level with more than one expert, how its rows are laid out.
+        kinds: The layout of rows, for each level with more than one expert.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
@@ -109,7 +109,7 @@ class Stack(Planned):
 
 
 def takes_grouped_mm(device: torch.device) -> bool:
-    """Whether PyTorch's grouped product takes float32 there; elsewhere it is for half precision."""
+    """True if PyTorch's grouped product takes float32 on the device; on others it takes half precision only."""
     return device.type == "cpu" and hasattr(functional, "grouped_mm")
 
 

@@ -21,7 +21,7 @@ class Vmapped(Planned):
     """The hierarchy with each level's experts as one mapped module, and the parameters of the model it is made from.
 
     Args:
-        model: Of a workload whose experts are all alike, and see no mask.
+        model: A model of a workload whose experts are all alike and ignore masks.
     """
 
     def __init__(self, model: celmoe.HierarchicalCELMoE) -> None:
@@ -42,7 +42,7 @@ class Vmapped(Planned):
 class _MappedExperts(nn.Module):
     def __init__(self, bodies: Sequence[nn.Module]) -> None:
         super().__init__()
-        # In a tuple, where it is no child with parameters of its own.
+        # A tuple hides the module from ``parameters()``.
         self._likeness = (copy.deepcopy(bodies[0]).to("meta"),)
         self.names = [name for name, _ in bodies[0].named_parameters()]
         self.stacks = nn.ParameterList(

@@ -1,4 +1,4 @@
-"""The command: measures the grid, writes its tables and its figure, and says what came out."""
+"""The command: measures the grid, writes its tables and its figure, and prints the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.points import PLANNED, looped_grid
 from benchmarks.setting import make_console, prepare
 from celmoe.engines.registry import ENGINES
 
-# What the planning of three levels of 256 experts is held to.
+# Limits on the planning of three levels of 256 experts.
 MOST_BY_LOOK_UPS, LEAST_BY_PEER = 2.5, 100
 
 

@@ -31,15 +31,15 @@ class StepTiming:
     """One workload's line.
 
     Attributes:
-        workload: What was run.
+        workload: The workload that was run.
         ours_ms: Median milliseconds of our step.
         peer_ms: The same of the peer's.
         bare_ms: The same of the experts and the fusion alone.
         ratio: Median of the peer's step by ours within a round; above 1 ours is faster.
-        low: First quartile of that.
+        low: First quartile of the ratio.
         high: Third quartile.
-        bound: Median of the peer's step by the bare one: what an engine would reach that loops over the experts, and
-            routes and moves rows in no time at all.
+        bound: Median of the peer's step by the bare one. The bound is the speed of an engine that loops over the
+                experts, and routes and moves rows in no time.
         rounds: Rounds measured.
     """
 
@@ -56,14 +56,14 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class PlanTiming:
-    """What planning one batch takes.
+    """The times of planning one batch.
 
     Attributes:
         experts: Experts of each level.
         plan_ms: Median milliseconds of our compiler.
-        look_ups_ms: Of ``list(map(table.__getitem__, routes))`` for each level.
-        ours_ms: Of our looped forward pass with experts that do nothing to one column: planning, moving and calls.
-        peer_ms: Of the same pass of the peer's.
+        look_ups_ms: Median milliseconds of ``list(map(table.__getitem__, routes))`` for each level.
+        ours_ms: The same of our looped pass over one column with experts that return it: planning, moving and calls.
+        peer_ms: The same of the peer's pass.
         by_look_ups: Median ratio of our planning to the look-ups.
         by_plan: Median ratio of the peer's pass, which is the least that holds its routing, to our planning.
         by_pass: Median ratio of the peer's pass to ours.
@@ -92,7 +92,7 @@ def time_step(workload: Workload, peer: ModuleType, engine: str, seconds: float)
     move_weights = nudge([ours, theirs])
     for step in steps.values():
         step()
-    # What a first call kept, the second must not use.
+    # The second call must not use results that the first call kept.
     move_weights()
     gather = partial(training_evidence, workload=workload)
     require_all_equal({name: claim_of(each, gather) for name, each in contenders.items()}, OURS)
@@ -142,7 +142,7 @@ def _named(model: nn.Module, workload: Workload) -> Contender:
 
 
 def _bare(model: celmoe.HierarchicalCELMoE, workload: Workload) -> Contender:
-    """As many rows for each expert, but cut where they stand: nothing is routed, gathered, copied or checked.
+    """As many rows for each expert, but cut in place: nothing is routed, gathered, copied or checked.
 
     It must equal the model given a batch whose samples stand in the order of each level's experts.
     """

@@ -1,4 +1,4 @@
-"""What a run of the grid leaves: tables, a figure, and the lines that sum them up."""
+"""The output of a run of the grid: tables, a figure, and the lines that sum them up."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def write_plans(path: Path, plans: Sequence[PlanTiming]) -> None:
 def draw_steps(path: Path, steps: Sequence[StepTiming]) -> None:
     """A panel for each kind of expert and width: the ratio by batch size, a line for each number of experts.
 
-    Thin dotted lines are the bounds: what a loop over the experts would reach that routes and moves rows in no time.
+    Thin dotted lines are the bounds: the speed of a loop over the experts that routes and moves rows in no time.
     """
 
     def draw_line(axes: Axes, line: Sequence[StepTiming], colour: str) -> None:
@@ -105,9 +105,9 @@ def draw_panels(
 
     Args:
         path: The file to write.
-        steps: What is drawn.
-        draw_line: Draws those of one panel and one number of experts, in its colour.
-        note: What a reader must know besides, for the label of the axis.
+        steps: The timings to draw.
+        draw_line: Draws the timings of one panel and one number of experts, in its colour.
+        note: A remark for the reader, on the label of the axis.
     """
     kinds = [kind for kind in EXPERTS if any(each.workload.expert == kind for each in steps)]
     widths = sorted({each.workload.hidden_size for each in steps})
@@ -186,7 +186,7 @@ def _key(count: int, colour: str) -> Line2D:
 
 
 def workload_columns(workload: Workload) -> dict[str, object]:
-    """The columns of a CSV file that say what was run."""
+    """The columns of a CSV file that describe the workload."""
     return {
         "experts": workload.expert,
         "H": workload.hidden_size,

@@ -1,4 +1,4 @@
-"""The command: measures an engine by the figures it is held to, writes tables and drawings, says what came out."""
+"""The command: measures an engine by its targets, writes tables and drawings, and prints the results."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Run:
 
     Attributes:
         engine: Our engine.
-        stacked: Whether our experts are stacked.
+        stacked: True if our experts are stacked.
         seconds: About how long a measure goes on.
         experts: The kinds of experts that are measured.
-        report: Where the results go.
-        console: Where lines go.
+        report: The folder of the results.
+        console: The console for the lines.
         peer: The peer's package.
-        refused: Why a workload was not reported, for each whose contenders are not equal.
+        refused: The reason for each workload that was refused, since its contenders are not equal.
     """
 
     engine: str
@@ -70,7 +70,7 @@ class Run:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def compare(self, workload: Workload, rivals: Sequence[str], measures: Sequence[str]) -> list[Compared]:
-        """Time a workload and say what came out; nothing of it where contenders differ or take too long."""
+        """Time a workload and print the result; return nothing if contenders differ or take too long."""
         try:
             found = compare(workload, self.peer, self.engine, self.seconds, rivals, measures, is_stacked=self.stacked)
         except UnequalError as error:
@@ -88,7 +88,7 @@ class Run:
         return found
 
     def wanted(self, workloads: Sequence[Workload]) -> list[Workload]:
-        """Those of the kinds of experts that are measured."""
+        """The workloads whose kinds of experts are measured."""
         return [each for each in workloads if each.expert in self.experts]
 
     def grid(self, workloads: Sequence[Workload]) -> list[Mark]:
@@ -105,9 +105,9 @@ class Run:
         return grid_marks(compared)
 
     def operations(self) -> list[Mark]:
-        """How many operations a step launches, by kind of expert and routes."""
+        """Count the operations that a step launches, by kind of expert and routes."""
         counts: list[OperationCount] = []
-        # Whether to group is not the question here, but what grouping launches.
+        # 'auto' may choose the looped engine; this count is about the launches of the grouped one.
         engine = GROUPED if self.engine == AUTO else self.engine
         points = itertools.product(self.experts, ROUTES, ARRANGEMENTS)
         for expert, routes, arrangement in track(list(points), "operations", console=self.console):
@@ -118,7 +118,7 @@ class Run:
 
 
 def main() -> int:
-    """Measure; returns the exit code: 1 where a figure was missed or refused."""
+    """Measure; returns the exit code: 1 if a figure was missed or a workload refused."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grouped", description=__doc__)
     parser.add_argument("--engine", choices=list(ENGINES), default=AUTO, help="our engine")
     parser.add_argument("--stacked", action="store_true", help="stack our experts")

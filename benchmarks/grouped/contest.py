@@ -74,11 +74,11 @@ def compare(
         engine: Our engine.
         seconds: About how long each measure goes on.
         rivals: The contenders beside ours. In inference the peer alone is one.
-        measures: What to time.
-        is_stacked: Whether our experts are stacked.
+        measures: The passes to time.
+        is_stacked: True if our experts are stacked.
 
     Raises:
-        UnequalError: A contender computes something else than it must; checked before anything is timed.
+        UnequalError: A contender's evidence differs from the expected one; checked before anything is timed.
         TooLongError: A step of a contender takes more than `LONGEST_STEP`.
     """
     contenders = _make_contenders(workload, peer, engine, rivals, is_stacked=is_stacked)
@@ -89,7 +89,7 @@ def compare(
         step()
         if (took := time.perf_counter() - started) > LONGEST_STEP:
             raise TooLongError(f"a step of {name} takes {took:.0f} s")
-    # What a first call kept, the second must not use.
+    # The second call must not use results that the first call kept.
     move_weights()
     gather = partial(training_evidence, workload=workload)
     require_all_equal({name: claim_of(each, gather) for name, each in contenders.items()}, OURS)

@@ -31,7 +31,7 @@ def draw_grid(path: Path, compared: Sequence[Compared]) -> None:
 
 
 def draw_marks(path: Path, marks: Sequence[Mark]) -> None:
-    """Every figure as a dot, with a bar from what must be reached to what is aimed at."""
+    """Draw every figure as a dot, with a bar from the value it must reach to the value aimed at."""
     figure, axes = _new_rows([f"{mark.line}\n{mark.measure}" for mark in marks], 1.6 * _ROW_HEIGHT)
     for row, mark in enumerate(marks):
         axes.plot([mark.goal.must, mark.goal.aim], [row, row], color="#cccccc", linewidth=7, solid_capstyle="butt")
@@ -45,7 +45,7 @@ def draw_marks(path: Path, marks: Sequence[Mark]) -> None:
 
 
 def _new_rows(labels: Sequence[str], row_height: float) -> tuple[Figure, Axes]:
-    """Axes with a labelled row for each of what is drawn, the first on top."""
+    """Make axes with one labelled row for each label, the first on top."""
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(9, row_height * len(labels) + 1.2), layout="constrained")
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What an engine is held to over the grid: what must be reached, and what is aimed at."""
+"""An engine's targets over the grid: the figures it must reach, and the figures it aims at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.grouped.operations import ACCELERATOR, OperationCount
 
 @dataclass(frozen=True)
 class Goal:
-    """What must be reached, and what is aimed at: ratios of times, above 1 where ours is faster."""
+    """The ratio that must be reached, and the ratio aimed at; above 1 ours is faster."""
 
     must: float
     aim: float
@@ -20,14 +20,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Mark:
-    """A figure beside what it is held to.
+    """A figure beside its target.
 
     Attributes:
-        line: What was measured.
-        measure: How.
-        measured: What came out.
-        goal: What it is held to.
-        is_count: Whether less is better: a count of operations, not a ratio of times.
+        line: The name of the workload or the operation.
+        measure: The name of the measure.
+        measured: The figure.
+        goal: Its target.
+        is_count: True if less is better: a count of operations, not a ratio of times.
     """
 
     line: str

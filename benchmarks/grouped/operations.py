@@ -1,8 +1,8 @@
 """Counting the ATen operations of a forward and a backward pass that launch work.
 
-It stands for accelerators, where a loop over experts is bound by the launches of kernels; no such machine is needed:
-products are counted as they are arranged there, though they run here. A CPU's own arrangement is counted beside it. It
-makes a call for every number of rows that experts have, which costs less there than moving rows does.
+The count stands for accelerators: the launches of kernels bound a loop over experts there. The count needs no such
+machine: products are counted in an accelerator's arrangement, though they run on the CPU. The CPU's own arrangement is
+counted beside it. It makes a call for every number of rows that experts have, which costs a CPU less than moving rows.
 
 Axes: B samples, H hidden size, E experts of the last level.
 """
@@ -46,12 +46,12 @@ _LAUNCH_NOTHING = {
 
 @dataclass(frozen=True)
 class OperationCount:
-    """How many operations both passes take, with few experts and with many.
+    """The number of operations in both passes, with few experts and with many.
 
     Attributes:
         expert: The kind of expert.
         routes: The workload's routes.
-        arrangement: `ACCELERATOR` or `CPU`: whose arrangement of products.
+        arrangement: `ACCELERATOR` or `CPU`, by the device whose arrangement of products is counted.
         few: Operations with `FEW_EXPERTS`.
         many: Operations with `MANY_EXPERTS`.
         grown: By operation, how many more there are with many experts; the largest first.
@@ -110,7 +110,7 @@ def arranged_for(arrangement: str) -> Iterator[None]:
 def count_growth(
     expert: str, routes: str, engine: str, arrangement: str, *, is_stacked: bool = False
 ) -> OperationCount:
-    """Count both passes with few experts and with many. What a first call does once is not counted."""
+    """Count both passes with few experts and with many. Operations of a first call alone are not counted."""
     counts = []
     for experts in (FEW_EXPERTS, MANY_EXPERTS):
         workload = Workload(expert, COUNTED_WIDTH, COUNTED_BATCH, experts, routes)

@@ -17,7 +17,7 @@ _STYLES = {"missed": "red", "reached": "", "aim": "green"}
 
 
 def marks_table(marks: Sequence[Mark]) -> Table:
-    """What was measured beside what must be reached and what is aimed at."""
+    """The measured figures beside the values they must reach and the values aimed at."""
     table = Table(title="Figures and what they are held to (operations: less is better)")
     for heading in ("line", "measure", "measured", "must", "aim", ""):
         table.add_column(heading, justify="right" if heading in ("measured", "must", "aim") else "left")

@@ -1,4 +1,4 @@
-"""What each level and each loss brings: ``python -m benchmarks.multilingual.ablation``.
+"""The worth of each level and each loss: ``python -m benchmarks.multilingual.ablation``.
 
 The job's own training stands beside variants of it: without a level, with families that are drawn by lot, with the
 universal level alone at equal compute, with losses left out, and with a level that keeps its gradient from the level
@@ -58,12 +58,12 @@ class Variant:
 
     @property
     def settings(self) -> NetworkSettings:
-        """The job's sizes; the universal expert alone gets what the experts' compute allows."""
+        """The job's sizes; a universal expert alone gets as much compute as all the experts together."""
         settings = NetworkSettings(isolated_levels=self.isolated_levels)
         return settings.universal_alone() if self.levels == (UNIVERSAL,) else settings
 
     def family_of(self, languages: Sequence[str], seed: int) -> Mapping[str, str]:
-        """The family of every language. Those drawn by lot have as many languages as the real ones."""
+        """The family of every language. Families drawn by lot have as many languages as the real ones."""
         if not self.shuffled:
             return FAMILY_OF
         families = [FAMILY_OF[language] for language in languages]

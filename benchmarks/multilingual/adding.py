@@ -75,7 +75,7 @@ def check(options: Options, identity: RunIdentity, progress: Progress) -> str:
 
 
 def _described(options: Options, old: Vocabulary, newcomer: Newcomer) -> str:
-    """One line of what comes."""
+    """Describe the new language and its training in one line."""
     language, new = newcomer.name, newcomer.vocabulary
     family = FAMILY_OF[language]
     start = f"warm-started from {options.warm_start}" if options.warm_start else "without a warm start"

@@ -45,7 +45,7 @@ def without_case(codes: Hashes) -> Hashes:
 def windows(words: Sequence[str], width: int, *, from_end: bool) -> Hashes:
     """Codes [N, W] of the first characters, or of the last ones in reverse; then an edge, then nothing."""
     text = np.frombuffer("".join(words).encode("utf-32-le"), dtype=np.uint32).astype(np.uint64) + _FIRST_CODE
-    # One place more than the text, for whatever lies beyond a word.
+    # One place more than the text, for characters beyond the word's edge.
     codes = np.append(text, ABSENT)
     lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
     ends = np.cumsum(lengths)
@@ -76,7 +76,7 @@ def proper_hashes(codes: Hashes, longest: int) -> list[Hashes]:
 
 
 def joined(first: Hashes, second: Hashes) -> Hashes:
-    """Hashes of pairs; absent where one of the two is."""
+    """Hashes of pairs; absent if one of the two is."""
     with np.errstate(over="ignore"):
         both: Hashes = first * np.uint64(31) ^ second
     return np.where((first == ABSENT) | (second == ABSENT), ABSENT, both)

@@ -1,4 +1,4 @@
-"""What the job's commands take besides, refused in the same words."""
+"""The options that the job's other commands share, with the same words for refusals."""
 
 from __future__ import annotations
 

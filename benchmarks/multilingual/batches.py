@@ -1,7 +1,7 @@
-"""Batches: which words a step trains on, put together and routed in the loader's processes.
+"""Batches: the words that a step trains on, put together and routed in the loader's processes.
 
-What a step trains on follows from seed and step alone: every epoch is a permutation of its own, cut into batches. So a
-resumed run, or one with another number of loader processes, meets the same words.
+Seed and step alone decide the words of a step: every epoch is a permutation of its own, cut into batches. A resumed
+run, or a run with another number of loader processes, therefore meets the same words.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Batch:
 
     ``characters`` int32 [B, W]; ``targets`` int64 [B], positions among the candidates of the word's language;
     ``proposals`` int64 [B, M], ``counts`` uint8 [B, M, F] and ``totals`` uint8 [B, T] as in `WordTable`. ``languages``
-    are the names behind ``plan``, for readers that route by strings. Where several ranks share a batch, these are one
-    rank's words, and ``joined`` is the plan of all of them.
+    are the names behind ``plan``, for readers that route by strings. If several ranks share a batch, a `Batch` holds
+    one rank's words, and ``joined`` is the plan of all of them.
     """
 
     characters: torch.Tensor
@@ -44,7 +44,7 @@ class Batch:
 
     @property
     def words_by_expert(self) -> dict[str, int]:
-        """How many words of the batch, all ranks' together, each ``level/expert`` has."""
+        """The number of words, all ranks' together, of each ``level/expert`` in the batch."""
         levels = (self.joined or self.plan).levels.values()
         return {
             f"{level.name}/{expert}": words
@@ -74,7 +74,7 @@ _MOVED = ("characters", "targets", "proposals", "counts", "totals", "plan")
 
 
 class Collator:
-    """From row numbers to a batch: the loader's ``collate_fn``, where the routing is compiled too.
+    """Makes a batch from row numbers, and compiles its routing: the loader's ``collate_fn``.
 
     Each of several ranks takes a run of the rows; one after another their runs are the batch of one process.
     """
@@ -143,9 +143,9 @@ class TrainingSteps(Dataset[torch.Tensor]):
 def _begin_worker(worker_id: int) -> None:
     del worker_id
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The loader may stop a worker while the worker's queue thread still shares tensors. Before Python 3.14 an
-    # interpreter's end unwinds such a thread out of torch's C++, which aborts the process: so it leaves without that
-    # end, as a forked one does. What fails in here reaches the parent by the queue, not by the exit code.
+    # The loader may stop a worker while the worker's queue thread still shares tensors. Before Python 3.14, an
+    # interpreter's end unwinds such a thread out of torch's C++, which aborts the process. The worker therefore leaves
+    # without that end, as a forked process does. Errors in here reach the parent by the queue, not by the exit code.
     atexit.register(os._exit, 0)
 
 
@@ -162,7 +162,7 @@ def training_batches(
 
     Workers are spawned, since forking a process that runs torch's threads is not safe; the words are shared memory.
     """
-    # With no automatic batching an item is a whole batch's row numbers, which is what reaches collate_fn.
+    # Without automatic batching, an item of the loader is a whole batch's row numbers, and collate_fn gets them all.
     collate = cast("Callable[[list[Any]], Any]", collator)
     loader = DataLoader(
         steps,

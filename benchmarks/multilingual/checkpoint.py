@@ -25,7 +25,7 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What must not change between a run and its resumption.
+    """The facts that must not change between a run and its resumption.
 
     ``added`` are the last of the languages, which came after the training, each with the number of its training words,
     ``None`` for all that it has.
@@ -48,7 +48,7 @@ def _vocabulary_state(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def vocabulary_of(state: Mapping[str, Any]) -> Vocabulary:
-    """What the checkpoint's networks know before training."""
+    """The vocabulary of the checkpoint's networks."""
     saved = state["vocabulary"]
     return Vocabulary(
         languages=saved["languages"],
@@ -100,7 +100,7 @@ def save_checkpoint(
 def read_checkpoint(folder: Path, option: str = "--resume", *, mapped: bool = False) -> dict[str, Any]:
     """The checkpoint's content, on the CPU; ``mapped``: tensors are read from the file when they are used.
 
-    ``option`` is what asks for it, for errors.
+    ``option`` is the option that asks for the checkpoint, for errors.
 
     Raises:
         CheckpointError: There is none, it is damaged, or of another format.
@@ -112,7 +112,7 @@ def read_checkpoint(folder: Path, option: str = "--resume", *, mapped: bool = Fa
         verify_archive(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         found = state.get("format")
-    except Exception as error:  # torch.load raises whatever its layers below do
+    except Exception as error:  # torch.load passes on all errors of its layers below
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"'{option}' must find a whole checkpoint (got {str(path)!r}: {reason})") from error
     if found != FORMAT:
@@ -123,7 +123,7 @@ def read_checkpoint(folder: Path, option: str = "--resume", *, mapped: bool = Fa
 
 
 def identity_of(state: Mapping[str, Any]) -> RunIdentity:
-    """Which run wrote the checkpoint."""
+    """The identity of the run that wrote the checkpoint."""
     found = state["identity"]
     # A run that no language was added to may not have noted that.
     added = tuple((language, words) for language, words in found.get("added", ()))

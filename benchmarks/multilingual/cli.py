@@ -19,9 +19,9 @@ REFUSED = 2
 
 
 def answered(work: Callable[[], int], reporter: Reporter) -> int:
-    """The exit code: the work's own, 2 where something was refused or could not be read or written, 130 for Ctrl-C.
+    """The exit code: the work's own, 2 for a refusal or a file that can't be read or written, 130 for Ctrl-C.
 
-    On one of several ranks it is 1 where another one is gone.
+    On one of several ranks, the code is 1 if another rank is gone.
     """
     try:
         return work()

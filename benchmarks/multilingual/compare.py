@@ -1,17 +1,17 @@
 """``--compare``: the same steps plain, stacked, compiled and with celmoe-vp 1.1.4, side by side.
 
 *Plain* gives each expert parameters of its own, *stacked* is after `celmoe.stack_experts`, and *compiled* runs a
-stacked hierarchy by ``torch.compile``. The reference loop takes a few of the steps, as what all must equal.
+stacked hierarchy by ``torch.compile``. The reference loop takes a few of the steps; all others must equal it.
 
 Every system has a network of its own, made from one seed, and takes the same steps on the same batches; the order
 within a step rotates, so that none always runs on the caches that another one left. Ours are given plans that the
-loader compiled, the peer is given strings, as its users do; what compiling costs stands beside.
+loader compiled. The peer is given strings, as its users do; the cost of compiling routes stands beside.
 
 A step is all of a training step: forward, losses, backward, clipping, optimizer. The hierarchy's share is its forward
-and backward pass, timed within the same steps by a `HierarchyClock`. Two rows are there to hold the others against:
-all words through one expert of each level, and no hierarchy. Nothing in this network drops out, so that no way draws
-numbers and all of them compute the same: they differ in what rounding leaves, which Adam makes larger where a gradient
-is next to nothing.
+and backward pass, timed within the same steps by a `HierarchyClock`. Two rows are there to compare the others with:
+all words through one expert of each level, and no hierarchy. This network has no dropout, so no way draws random
+numbers and all of them compute the same. Rounding alone differs, and Adam enlarges the difference if a gradient is
+almost zero.
 
 The first steps of each system stand apart: they allocate, capture, verify and compile. A system that takes more than
 its share of the time leaves the comparison.
@@ -60,7 +60,7 @@ RATE = 1e-3
 
 
 class StringRoutedLemmatizer(Lemmatizer):
-    """Routes by strings at every level, which is what the peer understands."""
+    """Routes by strings at every level, since the peer takes nothing else."""
 
     def run_hierarchy(
         self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
@@ -97,7 +97,7 @@ class DenseLemmatizer(Lemmatizer):
 
 
 class BareLemmatizer(Lemmatizer):
-    """Leaves the hierarchy out: what is left of a step is what no engine can make faster."""
+    """Leaves the hierarchy out: no engine can shorten the rest of a step."""
 
     def run_hierarchy(
         self, hidden: torch.Tensor, context: dict[str, torch.Tensor], batch: Batch
@@ -112,7 +112,7 @@ class BareLemmatizer(Lemmatizer):
 class Timed:
     """One system: its training, its step times in seconds, and for how many steps it takes part.
 
-    ``clock`` has the hierarchy's part of them, where there is a hierarchy.
+    ``clock`` has the hierarchy's part of them, if there is a hierarchy.
     """
 
     contender: Contender
@@ -137,7 +137,7 @@ class Timed:
 
     @property
     def hierarchy_seconds(self) -> float | None:
-        """Of which the hierarchy, likewise."""
+        """The hierarchy's share of those seconds."""
         return None if self.clock is None else _timed(self.clock.seconds)
 
     @property

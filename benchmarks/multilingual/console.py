@@ -20,7 +20,7 @@ class Bar:
         self._task = task
 
     def move_to(self, done: int, total: int | None = None, figures: str | None = None) -> None:
-        """Show how far things are; ``total`` and ``figures`` stay as they were where they are not given."""
+        """Move the bar; ``total`` and ``figures`` stay as they were unless they are given."""
         self._progress.update(self._task, completed=done)
         if total is not None:
             self._progress.update(self._task, total=total)
@@ -35,7 +35,7 @@ class Bar:
 class Reporter:
     """Lines, tables and bars for the reader; errors go to the other stream.
 
-    Of several ranks the first says what is to be said. The others tell of errors alone, and which rank had them.
+    Only the first of several ranks prints lines. The others print errors alone, with the rank's number.
     """
 
     def __init__(self, console: Console | None = None, rank: int = 0) -> None:
@@ -57,11 +57,11 @@ class Reporter:
             self._console.print(text)
 
     def fail(self, text: str) -> None:
-        """One line about what went wrong."""
+        """Print one line about an error."""
         self._errors.print(" ".join(text.split()), markup=False)
 
     def refuse(self, text: str) -> None:
-        """One line about what every rank refuses alike."""
+        """Print one line about a refusal that all ranks share."""
         if not self._rank:
             self.fail(text)
 

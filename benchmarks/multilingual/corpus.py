@@ -2,14 +2,14 @@
 
 simplemma ships one dictionary a language, form -> lemma (54 languages, 37.9 million pairs). We draw at most
 `FORMS_PER_LANGUAGE` pairs of each, uniformly and with a fixed seed, and keep them as the dictionary gives them: pairs
-whose lemma equals the form included, case untouched. The cap is what balances the languages: all but the smallest
-few give equally many pairs, the smallest give all they have. A longer run draws more pairs, for training alone: its
+whose lemma equals the form included, case untouched. The cap balances the languages: all but the smallest few give
+equally many pairs, and the smallest give all they have. A longer run draws more pairs, for training alone: its
 validation and test words are those of any run.
 
 The split is by lemma: a stable hash of the case-folded lemma decides, so that no lemma is on two sides, neither
 within a language nor between two languages that share the word.
 
-What is cached is derived from data under licences of their own (see ``notes/data.md``): it stays in the user's cache.
+Cached samples derive from data under licences of their own (see ``notes/data.md``): they stay in the user's cache.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def known_languages() -> list[str]:
 
 
 def cache_path(folder: Path, language: str, cap: int, kind: str = f"format-{FORMAT}") -> Path:
-    """The file of one language's sample, or of what was made from it.
+    """The file of one language's sample, or of data made from the sample.
 
     The name holds everything that the content depends on.
     """
@@ -189,7 +189,7 @@ def load_sample(language: str, path: Path) -> LanguageSample:
 
 
 def cached(load: Callable[[], Content]) -> Content | None:
-    """The file's content, or None where there is no file or it is damaged."""
+    """The file's content, or None if the file is missing or damaged."""
     try:
         return load()
     except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, BadZipFile, zlib.error):
@@ -197,7 +197,7 @@ def cached(load: Callable[[], Content]) -> Content | None:
 
 
 def cached_sample(language: str, path: Path) -> LanguageSample | None:
-    """The sample that `save_sample` wrote, or None where there is no file or it is damaged."""
+    """The sample that `save_sample` wrote, or None if the file is missing or damaged."""
     return cached(partial(load_sample, language, path))
 
 

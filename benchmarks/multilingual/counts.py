@@ -1,4 +1,4 @@
-"""How often a class goes with an affix in training, counted without the forms of a word's own lemma.
+"""Counts of a class with an affix in training, without the forms of a word's own lemma.
 
 A training word meets its affixes in other lemmas' words alone, as a test word does. Otherwise its own forms would vouch
 for the right class, and a network would learn to trust counts that no unseen lemma has.

@@ -36,7 +36,7 @@ EVIDENCE = f"evidence-{FORMAT}-{PROPOSALS}"
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Samples by language, what the network knows of them, and a table for each side of the split.
+    """Samples by language, the network's vocabulary, and a table for each side of the split.
 
     ``table_rules`` are by language the baseline's rules: see `Evidence`.
     """
@@ -48,7 +48,7 @@ class Data:
 
 
 def read_samples(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> list[LanguageSample]:
-    """Cached samples of these languages, drawn now where there is none that can be read."""
+    """Cached samples of these languages; a sample that is missing or can't be read is drawn now."""
     folder = cache_folder() / "multilingual"
 
     def load(language: str) -> LanguageSample:
@@ -61,7 +61,7 @@ def read_samples(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_
 
 
 def read_evidence(languages: Sequence[str], reporter: Reporter, cap: int = FORMS_PER_LANGUAGE) -> list[Evidence]:
-    """Cached evidence for the samples of these languages, gathered now where there is none that can be read."""
+    """Cached evidence for the samples of these languages; evidence that is missing or can't be read is gathered now."""
     folder = cache_folder() / "multilingual"
 
     def load(language: str) -> Evidence:

@@ -1,4 +1,4 @@
-"""How often the lemma is right, language by language.
+"""The accuracy of lemmas, language by language.
 
 Axes: N words, R words sorted by language.
 """
@@ -108,7 +108,7 @@ class Example:
 
 
 def ends_in(lemma: str, known: AbstractSet[str]) -> bool:
-    """Whether a shorter end of the lemma, of `SHORTEST_END` characters or more, is a known lemma."""
+    """True if a shorter end of the lemma, of `SHORTEST_END` characters or more, is a known lemma."""
     return any(lemma[start:] in known for start in range(1, len(lemma) - SHORTEST_END + 1))
 
 
@@ -117,7 +117,7 @@ def score_languages(
 ) -> list[LanguageScore]:
     """Accuracy on the words of ``words`` of every system, whose ``lemmas`` [N] these are, beside the identity.
 
-    A word counts as right where the lemma equals the dictionary's.
+    A word counts as right if the lemma equals the dictionary's.
     """
     language_ids = words.language_ids.numpy()
     scores = []
@@ -154,7 +154,7 @@ def macro_mean(scores: Sequence[LanguageScore], system: str) -> float:
 def examples_of(
     samples: Sequence[LanguageSample], words: WordTable, lemmas: Mapping[str, Sequence[str]], rows: Sequence[int]
 ) -> list[Example]:
-    """These rows of ``words``, with what each system made of them."""
+    """These rows of ``words``, with each system's lemma."""
     examples = []
     for row in rows:
         sample, position = samples[int(words.language_ids[row])], int(words.positions[row])

@@ -1,12 +1,13 @@
-"""The rules that are proposed for a word, and what speaks for each: counts over training words.
+"""The rules proposed for a word, and the evidence for each: counts over training words.
 
 Lemmatizers by edit rules score a rule by the affixes of the form and of the lemma that it makes (Müller et al. 2015).
-So do we, with counts in place of one weight an affix: counts need no training, and a network learns their worth.
+This module does so too, with counts in place of one weight an affix: counts need no training, and a network learns
+their worth.
 
-* Beginnings and endings of the form, by the change at that end, and pairs of both by the whole rule: how many training
-  words have this affix and that change.
-* Beginnings and endings of the proposed lemma, without case: how many training lemmas have them. Only affixes shorter
-  than the lemma are asked for, since training lemmas and test lemmas are never the same, which is our split's doing.
+* Beginnings and endings of the form, by the change at that end, and pairs of both by the whole rule: the number of
+  training words that have this affix and that change.
+* Beginnings and endings of the proposed lemma, without case: the number of training lemmas that have them. Only affixes
+  shorter than the lemma count, since our split keeps training lemmas and test lemmas apart.
 
 Training words are counted without the forms of their own lemma: see `counts`.
 
@@ -37,7 +38,7 @@ from benchmarks.multilingual.counts import AffixCounts, Integers, find
 from benchmarks.multilingual.rules import EditRule
 from benchmarks.multilingual.suffix_table import table_rules
 
-# Part of the file's name: a change of what the counts are must change it.
+# Part of the file's name, so that old files are not read: raise it if the meaning of the counts changes.
 FORMAT = 1
 PROPOSALS = 8
 # A rule that training has once is as often a fault in the dictionary as a rule.
@@ -63,10 +64,10 @@ _FORM_WIDTH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What training says of every word of a sample.
+    """The evidence of training for every word of a sample.
 
     ``candidates`` int32 [K] are positions in the sample's rules, most frequent first. ``proposals`` int16 [N, M] are
-    positions among them, likeliest first, `NO_PROPOSAL` where there are fewer. ``counts`` uint8 [N, M, F] are scaled
+    positions among them, likeliest first, `NO_PROPOSAL` for missing ones. ``counts`` uint8 [N, M, F] are scaled
     (`SCALE`), the form's affixes before the lemma's; ``totals`` uint8 [N, T] count the words with each affix of the
     form, likewise. ``table_rules`` int32 [N] is the baseline's rule for each word: see `suffix_table`.
     """
@@ -239,7 +240,7 @@ def _changed(
     strip_far, new_far, length_far = _changes([(strip, text[::-1]) for strip, text in far], proposals)
     kept = sizes[:, None, None] - strip_near - strip_far
     place = np.arange(width)
-    # The places in what is kept of the form, and in what stands behind it.
+    # The places in the part of the form that is kept, and in the text behind that part.
     inner = place - length_near
     outer = inner - kept
     rows = np.arange(len(forms))[:, None, None]

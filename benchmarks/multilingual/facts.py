@@ -1,4 +1,4 @@
-"""What a measurement was made with, for whoever reads its numbers later."""
+"""The setting of a measurement, for those who read its numbers later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.setting import processor_name
 
 
 def engines_by_level(model: celmoe.HierarchicalCELMoE) -> dict[str, str]:
-    """What runs each level by now; "mixed" where some classes of experts are grouped and others looped."""
+    """The present engine of each level; "mixed" if some classes of experts are grouped and others looped."""
     return {line.level: line.engine for line in model.explain().levels}
 
 

@@ -22,6 +22,8 @@ COLOURS = {
     "universal": "#e08214",
     "added": "#0b6e99",
     "scratch": "#e08214",
+    "wide": "#7b3294",
+    "table": "#1b7837",
     IDENTITY_BASELINE: "#8c8c8c",
 }
 DOTS_PER_INCH = 130
@@ -126,7 +128,7 @@ def _label(score: LanguageScore) -> str:
 
 
 def draw_accuracy(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str]) -> None:
-    """Every language a row, sorted by what the first system reaches; a dot a system, and the reachable share."""
+    """Draw a row for every language, sorted by the first system's accuracy; a dot a system, and the reachable share."""
     ranked = sorted(scores, key=lambda score: score.accuracy[systems[0]])
     figure, (axes,) = _new(8.2, 1.7 + ROW_HEIGHT * len(ranked))
     rows = range(len(ranked))
@@ -153,7 +155,7 @@ def draw_accuracy(folder: Path, scores: Sequence[LanguageScore], systems: Sequen
 
 
 def draw_samples(folder: Path, scores: Sequence[LanguageScore], dictionary_sizes: Mapping[str, int]) -> None:
-    """How many words each dictionary holds, and how many of them train and test, on a logarithmic axis."""
+    """Draw the sizes of dictionaries, of training words and of test words, on a logarithmic axis."""
     ranked = sorted(scores, key=lambda score: dictionary_sizes[score.language])
     figure, (axes,) = _new(8.2, 1.5 + ROW_HEIGHT * len(ranked))
     rows = range(len(ranked))

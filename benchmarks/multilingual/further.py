@@ -1,4 +1,4 @@
-"""A finished run that goes on: what is refused, and how many more steps it plans."""
+"""A finished run that goes on: its refusals, and the number of steps that it plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_steps(progress: Progress, options: Options) -> None:
 
 
 def reading_more(identity: RunIdentity, options: Options) -> RunIdentity:
-    """What a run that goes on is made from: as many pairs as a run of its minutes reads, and no fewer than it has.
+    """The sources of a run that goes on: as many pairs as a run of its minutes reads, and no fewer than it has.
 
     Raises:
         CheckpointError: ``--pairs`` are fewer than the run has.
@@ -40,7 +40,7 @@ def reading_more(identity: RunIdentity, options: Options) -> RunIdentity:
 
 
 def plan_further(progress: Progress, options: Options, steps: TrainingSteps) -> int:
-    """How many more steps a finished run takes for the options' minutes or steps.
+    """Plan the steps that a finished run takes for the options' minutes or steps.
 
     Minutes plan no steps beyond `MOST_EPOCHS` times each word, counted from the run's first step; steps that were asked
     for are taken.

@@ -1,7 +1,7 @@
-"""A trained network gets one more language: an expert of its own, and rows for what is new in its words.
+"""A trained network gets one more language: an expert of its own, and rows for the new characters and rules.
 
 The language's expert, and its family's if that is new, come by `HierarchicalCELMoE.add_expert`, with the optimizer.
-Embeddings and head get rows behind those that they have. Ids stay, so nothing that was trained changes.
+Embeddings and head get rows behind those that they have. Ids stay, so nothing trained changes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str
     """Give a contender the last language of ``new``, which is ``old`` and that language.
 
     Args:
-        contender: The contender; its optimizer keeps the state of all that was there.
+        contender: The contender; its optimizer keeps the state of the known parameters.
         old: The vocabulary of its network.
-        new: What `grown` made of it.
-        warm_start: The language that the new one begins like: its expert, its row of the encoder, and its biases of
-            the rules that both have. ``None``: all of the new language's own begins afresh.
+        new: The vocabulary that `grown` returned.
+        warm_start: The language whose expert, encoder row and biases of shared rules the new language copies. ``None``:
+            all of the new language's own parameters begin afresh.
     """
     network, optimizer, language = contender.network, contender.optimizer, new.languages[-1]
     family = FAMILY_OF[language]
@@ -49,9 +49,9 @@ def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str
 
 
 def relearn(contender: Contender, old: Vocabulary, new: Vocabulary) -> None:
-    """Give a contender rows for another vocabulary, and what both know the rows that it had.
+    """Give a contender rows for another vocabulary, and give known entries their old rows.
 
-    Characters, languages and rules are found by themselves, a bias by its language and rule. Rows of what is new begin
+    Characters, languages and rules are found by themselves, a bias by its language and rule. Rows of new entries begin
     afresh, with moments of zeros. The experts stay as they are.
     """
     network, optimizer = contender.network, contender.optimizer
@@ -118,10 +118,10 @@ def place_rows(
 
 @dataclass
 class Held:
-    """What a frozen network keeps while one language learns.
+    """The rows that a frozen network keeps while one language learns.
 
     Frozen are the experts of all other languages and families, the universal expert, the fusion, the encoder, and the
-    rows of what was known before. The rows stand in parameters with rows that learn, so each step is followed by
+    rows of all known entries. The rows stand in parameters with rows that learn, so each step is followed by
     `put_back`.
 
     Attributes:

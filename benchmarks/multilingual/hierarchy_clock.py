@@ -1,4 +1,4 @@
-"""What the hierarchy takes of a training step, whoever runs it."""
+"""The hierarchy's share of a training step, for any library."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.multilingual.training import wait_for
 class HierarchyClock:
     """Seconds of the hierarchy's forward and backward pass in each training step.
 
-    Forward: from where the encoder has returned until the network returns, between which only the hierarchy runs;
-    routing is in it, where the system routes by itself. Backward: from where the gradient of the fused hidden states is
-    whole until that of the encoder's output is. Autograd takes what was computed last first, so losses and head come
-    before, the encoder after, and the gradients of the experts' parameters lie between. Clipping them and the
-    optimizer's step are not the hierarchy's. On CUDA each of the four readings waits for the device.
+    Forward: from the return of the encoder to the return of the network. Only the hierarchy runs between them, with its
+    routing if the system routes by itself. Backward: from the whole gradient of the fused hidden states to the whole
+    gradient of the encoder's output. Autograd goes from the last operation to the first: losses and head come before,
+    the encoder after, and the gradients of the experts' parameters between. Clipping and the optimizer's step are left
+    out. On CUDA each of the four readings waits for the device.
     """
 
     def __init__(self, network: Lemmatizer, clock: Callable[[], float] = time.perf_counter) -> None:

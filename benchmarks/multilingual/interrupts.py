@@ -20,7 +20,7 @@ class InterruptGuard:
         self._before: Any = None
 
     def requested(self) -> bool:
-        """Whether somebody has pressed Ctrl-C."""
+        """True after Ctrl-C was pressed."""
         return self._requested
 
     def __enter__(self) -> Self:

@@ -82,9 +82,9 @@ LITTLE = 0.25
 
 @dataclass(kw_only=True)
 class Run:
-    """All that a run consists of.
+    """All the parts of a run.
 
-    ``saved_step`` is where its checkpoint stands, if there is one, and ``compile_seconds`` what compiling took.
+    ``saved_step`` is the step of its checkpoint, if there is one; ``compile_seconds`` are the seconds of compiling.
     """
 
     options: Options
@@ -139,10 +139,10 @@ def make_contenders(data: Data, options: Options, seed: int) -> list[Contender]:
 
 
 def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdentity:
-    """What the run is made from: the options, or the checkpoint's where it goes on from one.
+    """The run's sources: the options, or the checkpoint's if the run goes on from one.
 
     Raises:
-        CheckpointError: An option says another thing than the checkpoint.
+        CheckpointError: An option contradicts the checkpoint.
     """
     asked = RunIdentity(
         languages=options.languages or tuple(known_languages()),
@@ -168,7 +168,7 @@ def resolve_identity(options: Options, state: dict[str, Any] | None) -> RunIdent
 
 
 def report_seconds(languages: int) -> float:
-    """What the evaluation and the figures are given at the end of a run."""
+    """The seconds set aside for the evaluation and the figures at the end of a run."""
     return 8 + languages * 0.5
 
 
@@ -213,7 +213,7 @@ def run(options: Options, reporter: Reporter, ranks: Ranks = ALONE) -> int:
         with ranks.watched():
             return _carry_out(job, begun)
     except KeyboardInterrupt:
-        # The second one while training, or one in the evaluation: what was done since the last checkpoint is lost.
+        # A second Ctrl-C while training, or one in the evaluation: all steps since the last checkpoint are lost.
         reporter.fail(f"stopped{_kept(job)}")
         return INTERRUPTED
     except RankLostError as error:
@@ -236,14 +236,14 @@ def _carry_out(job: Run, begun: float) -> int:
 
 
 def _kept(job: Run) -> str:
-    """What is left of a run that ended in the midst."""
+    """The rest of a run that ended in the midst."""
     if job.saved_step is None:
         return " before the first checkpoint; the dictionaries that were read are kept"
     return f"; the checkpoint of step {job.saved_step} is kept: {resume_command(job.options)}"
 
 
 def is_reported(state: Mapping[str, Any], identity: RunIdentity, folder: Path) -> bool:
-    """Whether the checkpoint's run has trained all its steps and the folder's report is about them.
+    """True if the checkpoint's run has trained all its steps and the folder's report is about them.
 
     A language that was added since has a report of its own.
     """
@@ -280,7 +280,7 @@ def _prepare(
     contenders = make_contenders(replace(data, vocabulary=known), options, identity.seed)
     steps = TrainingSteps(len(data.tables[TRAIN]), identity.batch_size, identity.seed)
     if state is None:
-        # Whatever draws numbers in training follows the seed, not the networks' sizes.
+        # The seed decides the random numbers of training, and the networks' sizes don't.
         torch.manual_seed(identity.seed)
         planned = options.steps or plan_steps(options.minutes, steps.batch_size, steps.steps_per_epoch)
         progress = Progress(planned_steps=planned, total_steps=planned, clocked=options.steps is None)
@@ -322,7 +322,7 @@ def _deadline(job: Run, begun: float) -> Deadline | None:
 
 
 def _train(job: Run, begun: float) -> bool:
-    """Train to the end; False where somebody asked to stop before it."""
+    """Train to the end; returns False if the user asked to stop before the end."""
     options, reporter, data, progress = job.options, job.reporter, job.data, job.progress
     deadline = _deadline(job, begun)
     collator = Collator(

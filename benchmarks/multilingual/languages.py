@@ -1,12 +1,12 @@
-"""Which family a language belongs to.
+"""The family of each language.
 
 Source: the genealogical classification of Glottolog 5 (Hammarström, Forkel, Haspelmath and Bank, glottolog.org). A
-family here is a top-level family of Glottolog, except where one of them holds so many of our languages that its
-branches say more: Indo-European is split into its branches. Of these, Balto-Slavic (balt1263) is taken one step
-further down, into Eastern Baltic (east2280; ``baltic`` here) and Slavic (slav1255); ``hellenic``, Ancient with Modern
-Greek, is Glottolog's Greek, which stands there under Graeco-Phrygian; Latin stands with the Romance languages in
-``italic``. Afro-Asiatic and Atlantic-Congo are named by the one branch we have (Semitic, Bantu). Glottolog lists
-Esperanto among the artificial languages, outside every family, and so do we.
+family here is a top-level family of Glottolog, unless it holds so many of our languages that its branches say more:
+Indo-European is split into its branches. Balto-Slavic (balt1263) is taken one step further down, into Eastern Baltic
+(east2280; ``baltic`` here) and Slavic (slav1255); ``hellenic``, Ancient with Modern Greek, is Glottolog's Greek, which
+stands there under Graeco-Phrygian; Latin stands with the Romance languages in ``italic``. Afro-Asiatic and
+Atlantic-Congo are named by the one branch we have (Semitic, Bantu). Glottolog lists Esperanto among the artificial
+languages, outside every family, and so do we.
 
 The codes are those of the package simplemma (BCP 47; ``hbs`` is Serbo-Croatian, ``enm`` Middle English, ``grc``
 Ancient Greek, ``se`` Northern Sámi, ``gv`` Manx).

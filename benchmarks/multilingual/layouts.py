@@ -4,9 +4,9 @@
 * ``fsdp``: every rank has a part of each parameter (`celmoe.distributed.shard_levels`).
 * ``expert``: every rank has some experts of each level (`celmoe.distributed.shard_experts`).
 
-Where no rank has the whole network, each has one beside, which is brought up to date to be saved or to predict with:
-the job's is small, and its checkpoint is that of one process whatever the layout. What goes between the two goes
-through the library's checkpoints.
+Under ``fsdp`` and ``expert`` no rank has the whole network, so each has one beside. It is brought up to date before it
+is saved or predicts: the job's network is small, and its checkpoint is that of one process in any layout. Weights go
+from one network to the other through the library's checkpoints.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class DataParallel(_OnRanks):
         return self._bundle.total
 
     def backward(self, batch: Batch) -> celmoe.LossBundle:
-        """As in one process; the ranks' gradients are averaged on the way."""
+        """One process's losses and gradients; the ranks' gradients are averaged on the way."""
         self._parallel(batch).backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
         return self._bundle
@@ -93,7 +93,7 @@ class _Spread(_OnRanks):
         self._is_joined = True
 
     def backward(self, batch: Batch) -> celmoe.LossBundle:
-        """As in one process; what the layout adds comes with it, or follows in a subclass."""
+        """One process's losses and gradients; the layout's own work comes with them, or follows in a subclass."""
         self._is_joined = False
         return super().backward(batch)
 
@@ -139,7 +139,7 @@ class ExpertParallel(_Spread):
         self._sharding = sharding
 
     def backward(self, batch: Batch) -> celmoe.LossBundle:
-        """As in one process; words travel to their experts, and gradients are averaged afterwards."""
+        """One process's losses and gradients; words travel to their experts, and gradients are averaged afterwards."""
         self._is_joined = False
         bundle = self.losses(self.network(batch), batch)
         bundle.total.backward()
@@ -153,12 +153,12 @@ def _losses_of(network: Lemmatizer) -> Losses:
 
 
 def spread(layout: str, whole: Contender, ranks: Ranks, folder: Path) -> Contender:
-    """The contender over all ranks, in a layout of `options.LAYOUTS`, at the step where ``whole`` stands.
+    """The contender over all ranks, in a layout of `options.LAYOUTS`, at the step of ``whole``.
 
     ``folder`` is one that all ranks can write to.
     """
     if layout == DDP or (layout == EXPERT and whole.network.levels != LEVELS):
-        # Of one expert a level there is none to give away: its ranks share the words alone.
+        # With one expert a level there is none to give away: the ranks share the words alone.
         return DataParallel(replace(whole, losses=_losses_of(whole.network)), ranks)
     network = copy.deepcopy(whole.network)
     if layout == EXPERT:

@@ -1,11 +1,11 @@
 """The losses of a step, put together by the library's `CELMoELossAPI`.
 
-* ``global.rule``: cross entropy of the edit rule on the fused hidden states. What we want in the end.
-* ``language.size``: mean square of the words' states after the language level. It keeps the
-  states small, and with them what the language experts add, so that little data is not overfitted.
-* ``family->language.distance``: how far a language's expert moves a word from where its family's left it.
+* ``global.rule``: cross entropy of the edit rule on the fused hidden states: the aim of training.
+* ``language.size``: mean square of the words' states after the language level. This loss keeps the states small, and
+  so the language experts' share of them, and prevents overfitting of little data.
+* ``family->language.distance``: the distance from a word's state after its family's expert to its language's expert's.
 
-The two beside the rule's make the experts learn faster, and bring nothing in the end: so their weights fall to nothing
+The two beside the rule's make the experts learn faster, but do not raise the final accuracy: their weights fall to zero
 by the middle of the schedule. ``notes/multilingual.md`` has the figures, and the losses that were tried and dropped.
 """
 
@@ -35,7 +35,7 @@ class LossWeights:
 
 
 def mean(loss_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """What a loss is in one process; several ranks have a joined one."""
+    """The mean in one process; several ranks have a joined mean."""
     # Not in the loss's dtype: float16 has no number above 65,504.
     return (loss_sum / count.clamp(min=1).float()).to(loss_sum.dtype)
 
@@ -43,7 +43,7 @@ def mean(loss_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 class Losses:
     """The loss bundle of one network; the universal expert alone has but the fused prediction's.
 
-    ``mean`` makes a loss of its sum over the batch and of what it was summed over.
+    ``mean`` makes a loss of its sum over the batch and the count of its terms.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Losses:
     ) -> None:
         self._network = network
         self._mean = mean
-        # What fades, as tensors that the API multiplies with, and from where.
+        # Weights that fade, as tensors that the API multiplies with, and their first values.
         self._fading: list[tuple[torch.Tensor, float]] = []
         self._api: celmoe.CELMoELossAPI = library.CELMoELossAPI()
         self._api.add_global("rule", self._rule)
@@ -72,7 +72,7 @@ class Losses:
         return self._api.compute(output, batch)
 
     def fade(self, done: float) -> None:
-        """Set the weights to what they are after this share of the schedule."""
+        """Set the weights to their values after this share of the schedule."""
         for weight, start in self._fading:
             weight.fill_(start * max(0.0, 1.0 - done / FADED_AFTER))
 

@@ -1,7 +1,7 @@
 """The network: a character encoder, the hierarchy of experts, and a head over each language's edit rules.
 
-A word's hidden state is what the network made of the word, [D], and behind it a score for each of its proposals, [M].
-Every expert adds to both: to the first by an MLP, to the scores by what it makes of the proposals' evidence.
+A word's hidden state is the word's encoding, [D], and behind it a score for each of its proposals, [M].
+Every expert adds to both: to the encoding by an MLP, to the scores by a function of the proposals' evidence.
 
 Axes: B words, N words of one expert, W characters of a window, C width of a character, D width of a word's state, K
 candidate rules of one language, M proposals, E features of a proposal; F and T as in `evidence`.
@@ -135,7 +135,7 @@ FEATURES_KEY = "features"
 class RuleHead(nn.Module):
     """Scores of each language's candidate rules.
 
-    A rule has one weight row whatever the language, and one bias a language. A word is scored against the rules that
+    A rule has one weight row for all languages, and one bias a language. A word is scored against the rules that
     training has seen twice in its language, some 500 of all languages' thousands. Its proposals have their scores
     beside.
     """
@@ -224,8 +224,8 @@ def hierarchy_config(
 class Lemmatizer(nn.Module):
     """Encoder, hierarchy and head. The hierarchy is any library's: it is made by ``library.HierarchicalCELMoE``.
 
-    ``multiply_adds`` is what a forward pass costs a word. ``family_of`` may give languages other families than their
-    own, for a control.
+    ``multiply_adds`` are those of a forward pass of one word. ``family_of`` may give languages other families than
+    their own, for a control.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class Lemmatizer(nn.Module):
 
 
 def rule_targets(batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Targets [N] of every language present, aligned with what `RuleHead` gives."""
+    """Targets [N] of every language present, aligned with the scores of `RuleHead`."""
     plan = batch.plan.levels[LANGUAGE]
     sorted_targets: tuple[torch.Tensor, ...] = batch.targets.index_select(0, plan.order).split(plan.counts)
     return sorted_targets

@@ -1,4 +1,4 @@
-"""A language that a trained network has not seen: its words, its training, and what others keep meanwhile."""
+"""A language new to a trained network: its words, its training, and the accuracy of the other languages meanwhile."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Point(NamedTuple):
 class Learner:
     """A contender that learns one language.
 
-    ``batch`` gives the words of a step, ``held`` is what it must not change, and ``peak`` its highest learning rate.
+    ``batch`` gives the words of a step, ``held`` are the rows that it must not change, and ``peak`` its highest rate.
     """
 
     system: str

@@ -1,4 +1,4 @@
-"""What came of a language that was added: a curve with its numbers, a table, and a section of the report's page."""
+"""The results of a language that was added: a curve with its numbers, a table, and a section of the report's page."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class NewcomerResult:
 
     @property
     def title(self) -> str:
-        """One line of what was done."""
+        """One line that describes the training."""
         start = f"warm-started from {NAME_OF[self.warm_start]}" if self.warm_start else "without a warm start"
         others = "the others frozen" if self.frozen else "the others trained along"
         return f"{NAME_OF[self.language]} ({self.language}), {start}, {others}, {self.train_words:,} training words"
 
     @property
     def explained(self) -> dict[str, str]:
-        """What each system is."""
+        """A line of explanation for each system."""
         return {
             "added": "the language added to the trained network",
             "scratch": "the same network for the language alone, on the same words, steps and schedule",
@@ -62,7 +62,7 @@ class NewcomerResult:
 
     @property
     def kept(self) -> str:
-        """What the languages that were there lost or gained."""
+        """The accuracy that the known languages lost or gained."""
         return (
             f"The languages that were there: {self.others_before:.1%} of validation words by the right rule before, "
             f"{self.others_after:.1%} after."
@@ -111,9 +111,10 @@ def section(folder: Path, added: Sequence[str]) -> str:
         )
         cells = "".join(f"<th{' class=text' * (heading != HEADINGS[1])}>{escape(heading)}</th>" for heading in HEADINGS)
         parts.append(
-            f"<h3>{escape(result.title)}</h3><table><tr>{cells}</tr>{rows}</table><p>{escape(result.kept)}</p>"
-            f'<p><img src="{path.stem}.png" alt="{escape(result.title)}"> '
-            f'<a href="{path.stem}.csv">its numbers</a></p>'
+            f"<h3>{escape(result.title)}</h3><div class=wide><table><tr>{cells}</tr>{rows}</table></div>"
+            f"<p>{escape(result.kept)}</p>"
+            f'<div class=wide><img src="{path.stem}.png" alt="Accuracy by step: {escape(result.title)}"></div>'
+            f'<p><a href="{path.stem}.csv">Its numbers</a></p>'
         )
     heading = "<h2>Languages that were added</h2>" if parts else ""
     return f'<section id="added">{heading}{"".join(parts)}</section>'

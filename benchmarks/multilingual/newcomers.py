@@ -1,4 +1,4 @@
-"""How much a warm start helps a new language: ``python -m benchmarks.multilingual.newcomers``.
+"""The worth of a warm start for a new language: ``python -m benchmarks.multilingual.newcomers``.
 
 A network of all languages but some is trained first. Each of those then comes to it with few words or many,
 warm-started from a neighbour or not, with the others frozen or not. Beside it the same network learns the language from

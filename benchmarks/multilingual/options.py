@@ -1,4 +1,4 @@
-"""What the command line says, checked: every refusal is one sentence."""
+"""The command line, checked: every refusal is one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from celmoe.engines.registry import AUTO, ENGINES
 MODULE = "benchmarks.multilingual"
 DEFAULT_REPORT = Path("celmoe-report") / "multilingual"
 DEFAULT_BATCH_SIZE = 4_096
-# Of a language that is added: words of it in a step, and steps.
+# Words of an added language in a step, and the steps of its training.
 ADDED_BATCH_SIZE = 512
 ADDED_STEPS = 300
 # Bounds the whole run, the report included, with a margin to the eight minutes that are promised.
@@ -37,7 +37,7 @@ LAYOUTS = (DDP, FSDP, EXPERT)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command line. ``None`` where it says nothing and a checkpoint may know better.
+    """The command line. ``None`` stands for an option that was not given and that a checkpoint may decide.
 
     ``device_name`` is ``device`` as it was asked for: DirectML's own name for a device can't be asked for. ``further``
     is true if a finished run is to go on, for the minutes or steps that were given.
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_adding(given: argparse.Namespace) -> None:
-    """Refuse what can't stand with ``--add``, or not without it."""
+    """Refuse options that can't stand with ``--add``, or not without it."""
     others = {
         "--resume": given.resume,
         "--compare": given.compare,
@@ -205,7 +205,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
 
 
 def resume_command(options: Options) -> str:
-    """What to type to go on with this run: the checkpoint knows the rest."""
+    """The command that goes on with this run: the checkpoint knows the rest."""
     start = ["python"]
     if options.parallel is not None:
         start = ["torchrun", "--nproc-per-node", str(launched_ranks())]

@@ -13,28 +13,38 @@ from benchmarks.multilingual.languages import NAME_OF
 from benchmarks.multilingual.newcomer_report import section
 from benchmarks.multilingual.report import COST_HEADINGS, PAGE, cost_rows
 from benchmarks.multilingual.training import CurvePoint
+from benchmarks.noise import Noise, measure_noise
 
-FIGURES = (
-    ("training_curves", "Loss and accuracy on the way"),
-    ("accuracy_by_language", "Accuracy by language"),
-    ("samples_by_language", "Samples by language"),
-    ("expert_load", "Words that each expert was given"),
-)
+FIGURES = {
+    "training_curves": ("Loss and accuracy on the way", "By training step, of every system that is trained."),
+    "accuracy_by_language": ("Accuracy by language", "A row for each language, a dot for each system."),
+    "samples_by_language": ("Samples by language", "How many words the dictionary has, and how many were drawn."),
+    "expert_load": ("Words that each expert was given", "A bar for each expert, as a mean over the training steps."),
+}
 EXPLAINED = {
-    "experts": "a universal expert, an expert for each family, and one for each language",
-    "universal": "one universal expert that computes as much for a word as the experts",
-    "wide": "one universal expert with as many parameters as all experts together; it takes fewer steps, for as long",
-    "table": "the most frequent rule for known beginnings and endings; no training",
-    "identity": "the word is its own lemma",
+    "experts": "celmoe's hierarchy: each word runs through a universal expert, its family's, and its language's",
+    "universal": "every word runs through one expert, which computes as much for it as the experts do",
+    "wide": "every word runs through one expert with as many parameters as all experts together; it takes fewer "
+    "steps if they are much longer",
+    "table": "looks up the most frequent rule for a word's beginning and ending; nothing is trained",
+    "identity": "takes each word for its own lemma",
 }
 
+_INTRODUCTION = (
+    "<p>A lemma is the form of a word that a dictionary lists: <i>go</i> for <i>went</i>. Systems learn to find it "
+    "from dictionaries, and are tested on words whose lemmas they have not seen.</p>"
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
+body { overflow-wrap: break-word }
+p, dd { max-width: 50em } dt { font-weight: 600 } dd { margin: 0 0 .5em }
+.wide { overflow-x: auto; margin: 1em 0 }
+.notice { padding: .7em 1em; border-left: .4em solid #b3261e; background: #f6f6f6 }
+table { border-collapse: collapse }
 th, td { padding: .15em .7em; text-align: right; border-bottom: 1px solid #e5e5e5 }
 th:first-child, td:first-child, td.text, th.text { text-align: left }
 td.best { font-weight: 600 } tr.mean { background: #f6f6f6 }
-img { max-width: 100% } .wrong { color: #b3261e } nav a { margin-right: 1em }
+img { max-width: 100%; min-width: 40em } .wrong { color: #b3261e } nav a { display: inline-block; margin-right: 1em }
 """
 
 
@@ -47,22 +57,30 @@ def write_page(
     errors: Sequence[Example],
 ) -> None:
     """Write the page beside the figures that it shows."""
+    # A series for each system that is trained; its batches are of one size.
+    speeds: dict[str, list[float]] = {}
+    for point in curve:
+        speeds.setdefault(point.contender, []).append(point.words_per_second)
+    noise = measure_noise(speeds.values())
     title = f"Lemmatization of {len(scores)} language{'s' * (len(scores) != 1)}"
     sections = {
+        "systems": _systems(systems),
         "result": _result(scores, systems, run),
         "curve": _curve(curve, run["ended"]),
         "languages": _languages(scores, systems),
         "figures": "".join(
-            f'<h3>{escape(caption)}</h3><p><img src="{name}.png" alt="{escape(caption)}"> '
-            f'<a href="{name}.csv">its numbers</a></p>'
-            for name, caption in FIGURES
+            f"<h3>{escape(caption)}</h3><p>{escape(meaning)} "
+            f'<a href="{name}.csv">Its numbers</a>.</p>'
+            f'<div class=wide><img src="{name}.png" alt="{escape(f"{caption}. {meaning}")}"></div>'
+            for name, (caption, meaning) in FIGURES.items()
         ),
         "errors": _errors(errors, systems),
-        "run": _facts(run),
+        "run": _facts({**run, "noise": str(noise)}),
     }
     headings = {
+        "systems": "Systems",
         "result": "Result",
-        "curve": "Longer runs",
+        "curve": "By training step",
         "languages": "By language",
         "figures": "Figures",
         "errors": "Samples of errors",
@@ -71,9 +89,11 @@ def write_page(
     added = section(folder, [language for language, _ in run["added"]])
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading in headings.items())
     body = "".join(f'<h2 id="{key}">{headings[key]}</h2>{part}' for key, part in sections.items())
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     text = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{links}</nav>{body}{added}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{viewport}<title>{title}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{_INTRODUCTION}{_notice(noise)}<nav>{links}</nav>"
+        f"{body}{added}</body></html>\n"
     )
     (folder / PAGE).write_text(text, encoding="utf-8")
 
@@ -82,7 +102,7 @@ def _table(headings: Sequence[str], rows: Sequence[str], texts: int = 1) -> str:
     cells = "".join(
         f"<th{' class=text' * (place < texts)}>{escape(heading)}</th>" for place, heading in enumerate(headings)
     )
-    return f"<table><tr>{cells}</tr>{''.join(rows)}</table>"
+    return f"<div class=wide><table><tr>{cells}</tr>{''.join(rows)}</table></div>"
 
 
 def _row(cells: Sequence[str], texts: int = 1, kind: str = "") -> str:
@@ -90,15 +110,29 @@ def _row(cells: Sequence[str], texts: int = 1, kind: str = "") -> str:
     return f"<tr{f' class={kind}' if kind else ''}>{told}</tr>"
 
 
+def _notice(noise: Noise) -> str:
+    if not noise.is_noisy:
+        return ""
+    return (
+        f'<p class=notice id="noise"><b>The machine was noisy.</b> {noise} A series is the words a second '
+        "of a system, step by step. Seconds on this page are rough; accuracies hold for the steps that were taken.</p>"
+    )
+
+
+def _systems(systems: Sequence[str]) -> str:
+    told = "".join(f"<dt>{escape(name)}</dt><dd>{escape(EXPLAINED[name])}</dd>" for name in systems)
+    return f"<dl>{told}</dl>"
+
+
 def _result(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> str:
     rows = [
-        _row([*map(escape, row), escape(EXPLAINED.get(row[0], ""))], kind="mean" if row[0] == "experts" else "")
-        for row in cost_rows(scores, systems, run)
+        _row([*map(escape, row)], kind="mean" if row[0] == "experts" else "") for row in cost_rows(scores, systems, run)
     ]
     words = sum(score.test_words for score in scores)
     return (
-        f"<p>Lemmas right on {words:,} words whose lemmas training has not seen, as a mean over languages.</p>"
-        f"{_table([*COST_HEADINGS, 'which is'], rows)}"
+        f"<p>The share of lemmas that are right on {words:,} test words, as a mean over languages, and what that took. "
+        "Seconds are those of training steps.</p>"
+        f"{_table(COST_HEADINGS, rows)}"
     )
 
 
@@ -112,8 +146,9 @@ def _curve(curve: Sequence[CurvePoint], ended: Sequence[int]) -> str:
     ]
     went_on = "".join(f" The run went on at step {step:,}, by a new schedule." for step in ended)
     return (
-        "<p>Accuracy on validation words by step. The learning rate falls to its end with the time given, so the "
-        "points before the last are below what a run of that length reaches. More minutes also read more words."
+        "<p>An edit rule makes a lemma of a word. Here is the share of validation words for which the right rule was "
+        "chosen. The learning rate falls until the run ends, so a point in the middle is below what a run that ends "
+        "there reaches. A run of more minutes also reads more words."
         f"{went_on}</p>"
         f"{_table(['step', *names], rows)}"
     )
@@ -138,8 +173,9 @@ def _languages(scores: Sequence[LanguageScore], systems: Sequence[str]) -> str:
     rows.append(_row(["mean", "", "", "", "", "", *means], kind="mean"))
     headings = ["family", "language", "training words", "test words", "compounds", "reachable", *systems]
     return (
-        "<p><i>Compounds</i> are test lemmas that end in a training lemma; <i>reachable</i> are words whose rule "
-        f"training has seen in the language.</p>{_table(headings, rows, texts=2)}"
+        "<p>The share of test words whose lemma is right; the best of a row is bold. <i>Compounds</i> are test lemmas "
+        "that end in a training lemma. <i>Reachable</i> are words whose edit rule training has seen in the language. "
+        f"A language's name leads to its errors.</p>{_table(headings, rows, texts=2)}"
     )
 
 
@@ -168,8 +204,15 @@ def _errors(errors: Sequence[Example], systems: Sequence[str]) -> str:
 
 
 def _facts(run: Mapping[str, Any]) -> str:
-    rows = [
-        _row([escape(name), escape(", ".join(map(str, value)) if isinstance(value, list) else str(value))], texts=2)
-        for name, value in run.items()
-    ]
-    return _table(["", ""], rows, texts=2)
+    rows = [_row([escape(name.replace("_", " ")), escape(_words(value))], texts=2) for name, value in run.items()]
+    return _table(["setting", "value"], rows, texts=2)
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_words(each)}" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    return "none" if value is None else str(value)

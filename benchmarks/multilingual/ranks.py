@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: who is first, what they agree on, and what is said when one is gone."""
+"""The processes that torchrun starts: the first rank, the values they agree on, and the message when a rank is gone."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import torch.distributed as dist
 
 from benchmarks.arguments import OptionError
 
-# How long a rank waits for another one in training: a step takes less than a second, a checkpoint a few.
+# A rank waits so long for another one in training: a step takes less than a second, a checkpoint a few.
 TIMEOUT = timedelta(seconds=30)
-# How long they wait while the first one reads dictionaries, or for all to have a loader process that gives batches.
+# Ranks wait so long while the first one reads dictionaries, or until all have a loader process that gives batches.
 STARTING_TIMEOUT = timedelta(minutes=30)
 
 
-# The exit code of who is left.
+# The exit code of a rank that is left.
 RANK_LOST = 1
 
 
@@ -34,12 +34,12 @@ class RankLostError(Exception):
 
 
 def launched_ranks() -> int | None:
-    """How many ranks whoever started this process has announced; ``None`` where it was started alone."""
+    """The number of ranks that the launcher announced; ``None`` if this process was started alone."""
     return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
 
 
 def launched_rank() -> int:
-    """Which of them this process is; 0 where it was started alone."""
+    """The rank of this process; 0 if it was started alone."""
     return 0 if launched_ranks() is None else int(os.environ["RANK"])
 
 
@@ -56,11 +56,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks and writes for all."""
+        """True for the rank that speaks and writes for all."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the ranks says yes. All must ask."""
+        """True if one of the ranks passes true. All ranks must call this method."""
         if self.size == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -99,10 +99,10 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Say in one sentence what an exchange in the block says when another rank is gone.
+        """Turn the error of an exchange in the block into one sentence if another rank is gone.
 
         Raises:
-            RankLostError: One is.
+            RankLostError: Another rank is gone.
         """
         try:
             yield
@@ -118,10 +118,10 @@ ALONE = Ranks()
 
 @contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Meet the other ranks. Whoever ends this one, as torchrun does when another has failed, gets a sentence for it.
+    """Meet the other ranks. A signal that ends this rank, as torchrun sends when another has failed, gets a sentence.
 
     Raises:
-        OptionError: This PyTorch has not what ranks need.
+        OptionError: This PyTorch lacks ``celmoe.distributed``'s needs.
         RankLostError: They did not come; in the block: this rank was told to end.
     """
     try:
@@ -157,7 +157,7 @@ def _leave() -> None:
 
 
 def _end_once() -> None:
-    """This rank ends: what it says must not be cut short, be it by the end of its loader processes."""
+    """End this rank alone: no signal, not even its loader processes' end, may cut its message short."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform != "win32":
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # noqa: ARG005  # called with both

@@ -1,4 +1,4 @@
-"""The report folder: the table as CSV and JSON, decoded examples, and what the figures are drawn from."""
+"""The report folder: the table as CSV and JSON, decoded examples, and the data of the figures."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _COSTS = ("parameters", "multiply_adds", "training_seconds", "words_trained")
 
 
 def cost_rows(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> list[list[str]]:
-    """Under `COST_HEADINGS`, each system's mean accuracy beside what it took; a baseline without training took none."""
+    """Under `COST_HEADINGS`, each system's mean accuracy beside its cost; a baseline without training has none."""
     return [
         [
             system,
@@ -78,13 +78,13 @@ def cost_rows(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapp
 
 
 def write_costs(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
-    """``costs.csv``: each system's mean accuracy beside what it took."""
+    """``costs.csv``: each system's mean accuracy beside its cost."""
     rows = [[system, macro_mean(scores, system), *(run[cost].get(system, "") for cost in _COSTS)] for system in systems]
     write_csv(folder / "costs.csv", ["system", "mean", *_COSTS], rows)
 
 
 def cost_table(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> Table:
-    """What each system's accuracy took."""
+    """The cost of each system's accuracy."""
     table = Table(title="Mean over the languages, and what it took")
     for heading in COST_HEADINGS:
         table.add_column(heading, justify="left" if heading == "system" else "right", no_wrap=True)
@@ -128,7 +128,7 @@ def write_run(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[s
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """How the run was made that the folder's report is about; nothing where there is no report that can be read."""
+    """The settings of the run that the folder's report is about; empty if there is no report that can be read."""
     try:
         run: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -137,7 +137,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def write_examples(folder: Path, name: str, examples: Sequence[Example], systems: Sequence[str]) -> None:
-    """A table of form, true lemma, and what each system made of the form."""
+    """A table of form, true lemma, and each system's lemma."""
     header = ["language", "form", "true_lemma", *systems]
     rows = [
         [each.language, each.form, each.lemma, *(each.predicted[system] for system in systems)] for each in examples

@@ -1,9 +1,8 @@
-"""Edit rules: how a lemma is made from a form by changing its two ends.
+"""Edit rules: each makes a lemma from a form by changing its two ends.
 
-A rule keeps the longest substring that form and lemma share (the leftmost one in the lemma where several are
-longest) and replaces what stands before and after it. ``gemacht`` -> ``machen`` keeps ``mach``: two characters go in
-front, ``t`` gives way to ``en`` behind. Characters are compared as they are, so a change of case is an edit like any
-other.
+A rule keeps the longest substring that form and lemma share (the leftmost in the lemma if several are longest) and
+replaces the text before and after it. ``gemacht`` -> ``machen`` keeps ``mach``: two characters go in front, ``t`` gives
+way to ``en`` behind. Characters are compared as they are, so a change of case is an edit like any other.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class EditRule(NamedTuple):
     new_suffix: str
 
     def apply(self, form: str) -> str | None:
-        """The lemma this rule makes of ``form``, or None where the form is too short for it."""
+        """The lemma that this rule makes of ``form``, or None if the form is too short for the rule."""
         end = len(form) - self.strip_suffix
         if self.strip_prefix > end:
             return None
@@ -49,7 +48,7 @@ def decode(form: str, rule: EditRule | None) -> str:
 
 
 def find_rule(form: str, lemma: str) -> EditRule:
-    """The rule that makes ``lemma`` of ``form``; where they share nothing, the whole form is replaced.
+    """The rule that makes ``lemma`` of ``form``; if they share nothing, the rule replaces the whole form.
 
     Substring search is left to ``in`` and starts from the longest length: most pairs share nearly everything, so that
     a handful of searches settles them.

@@ -1,4 +1,4 @@
-"""How long training takes: the steps that are planned, the learning rate on the way, and the clock."""
+"""The length of training: its planned steps, the learning rate on the way, and the clock."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
 from benchmarks.multilingual.ranks import ALONE, Ranks
 
-# What two cores of an ordinary machine do with room to spare: 150 steps of 4,096 words. The plan follows from the
-# options alone, so that timing noise has no say, and counts words, so that small batches see as many as large ones.
+# Two cores of an ordinary machine do more: 150 steps of 4,096 words. The plan follows from the options alone, so that
+# timing noise does not change it, and counts words, so that small batches see as many as large ones.
 WORDS_PER_MINUTE = 150 * 4_096
 # More rounds over the same words than this make unseen words worse, however many minutes there are.
 MOST_EPOCHS = 6
@@ -18,20 +18,20 @@ MOST_EPOCHS = 6
 MINUTES_OF_FEW_PAIRS = 15
 MOST_PAIRS = 4
 LEARNING_RATE = 8e-3
-# Of the learning rate, for a trained network that goes on or gets a language. At the whole of it a language's few words
-# are learned by heart, and at a quarter its many words are learned slowly.
+# A share of the learning rate, for a trained network that goes on or gets a language. At the whole rate a language's
+# few words are learned by heart; at a quarter its many words are learned slowly.
 FURTHER_PEAK = 0.5
 WARM_UP_STEPS = 40
 FINAL_SHARE = 0.02
 
 
 def plan_steps(minutes: float, batch_size: int, steps_per_epoch: int) -> int:
-    """How many steps of ``batch_size`` words are worth planning for so many minutes."""
+    """The number of steps of ``batch_size`` words that are worth planning for so many minutes."""
     return max(1, min(round(WORDS_PER_MINUTE * minutes / batch_size), steps_per_epoch * MOST_EPOCHS))
 
 
 def plan_pairs(minutes: float) -> int:
-    """How many pairs of each dictionary are worth drawing for so many minutes."""
+    """The number of pairs of each dictionary that are worth drawing for so many minutes."""
     return FORMS_PER_LANGUAGE * max(1, min(MOST_PAIRS, int(minutes / MINUTES_OF_FEW_PAIRS)))
 
 
@@ -56,9 +56,9 @@ class Deadline:
         self._ranks = ranks
 
     def passed(self) -> bool:
-        """Whether no further step may begin."""
+        """True if no further step may begin."""
         return self._ranks.any(self._clock() >= self._ends_at)
 
     def steps_that_fit(self, seconds_per_step: float) -> int:
-        """How many more steps end in time."""
+        """The number of further steps that end in time."""
         return self._ranks.least(max(0, int((self._ends_at - self._clock()) / seconds_per_step)))

@@ -1,6 +1,6 @@
 """Training several networks side by side on the same batches, in as many steps as the clock allows.
 
-Every step trains every contender on the same words. So they are trained equally long by construction, one loader feeds
+Every step trains every contender on the same words. All contenders are therefore trained equally long, one loader feeds
 them all, and an interrupted run leaves them at the same step.
 """
 
@@ -25,7 +25,7 @@ from celmoe.names import STACKED
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 BETAS = (0.9, 0.98)
-# How often, in steps, the clock is asked whether the plan still fits.
+# Steps between two checks of the plan against the clock.
 REVISION_INTERVAL = 10
 
 
@@ -40,10 +40,10 @@ class StepResult:
 
 @dataclass
 class Contender:
-    """One network in training. ``seconds`` is what its own share of the steps has taken, ``words`` what it has seen.
+    """One network in training. ``seconds`` are those of its share of the steps, ``words`` the number of its words.
 
-    One whose steps cost ``stride`` times as much as the experts' takes one step in so many,
-    so that all train for about as long. What several ranks do otherwise than one process stands in the methods.
+    A contender whose steps cost ``stride`` times as much as the experts' takes one step in so many, so that all train
+    for about as long. Its methods hold all that differs between several ranks and one process.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Contender:
     stride: int = 1
 
     def takes(self, step: int) -> bool:
-        """Whether it takes this step, counted from 0."""
+        """True if the contender takes this step, counted from 0."""
         return step % self.stride == 0
 
     def backward(self, batch: Batch) -> celmoe.LossBundle:
@@ -83,7 +83,7 @@ def make_contender(name: str, network: Lemmatizer, losses: Losses, stride: int =
         axes = parameter.ndim - is_stacked(path)
         (matrices if axes > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    # One kernel for all parameters, where the device has it: a language expert's are too small for one each.
+    # One kernel for all parameters, if the device has it: a language expert's are too small for one each.
     fused = matrices[0].device.type in {"cpu", "cuda"}
     return Contender(
         name, network, losses, celmoe.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=fused), stride=stride
@@ -91,13 +91,13 @@ def make_contender(name: str, network: Lemmatizer, losses: Losses, stride: int =
 
 
 def is_stacked(path: str) -> bool:
-    """Whether a parameter with this path is a stack, whose first axis is the experts."""
+    """True if a parameter with this path is a stack, whose first axis is the experts."""
     return path.rpartition(".")[2].startswith(STACKED)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What is drawn later: one contender at one step."""
+    """A point of the curves: one contender at one step."""
 
     step: int
     contender: str
@@ -110,11 +110,11 @@ class CurvePoint:
 
 @dataclass
 class Progress:
-    """Where training stands, and what it has seen.
+    """The step that training has reached, and its words and curve so far.
 
-    ``planned_steps`` are what the options ask for, ``total_steps`` what the clock leaves of them (all, where it is not
-    ``clocked``); ``expert_load`` counts words by ``level/expert``. A finished run may go on by a new plan: ``ended``
-    are the steps at which earlier plans ended.
+    ``planned_steps`` are the options' steps. ``total_steps`` are those that the clock leaves, or all unless
+    ``clocked``. ``expert_load`` counts words by ``level/expert``. A finished run may go on by a new plan: ``ended`` are
+    the steps at which earlier plans ended.
     """
 
     planned_steps: int
@@ -132,12 +132,12 @@ class Progress:
 
     @property
     def done(self) -> float:
-        """The share of the plan that is done. A run that goes on has long done what is for its beginning alone."""
+        """The share of the plan that is done; 1 for a run that goes on, whose beginning is long past."""
         return 1.0 if self.ended else self.step / self.total_steps
 
     @property
     def learning_rate(self) -> float:
-        """Of the step that comes next: each plan has a schedule of its own, a later one with a lower peak."""
+        """The next step's rate: each plan has a schedule of its own, a later one with a lower peak."""
         peak = LEARNING_RATE * (FURTHER_PEAK if self.ended else 1.0)
         return learning_rate(self.step - self.begun, self.total_steps - self.begun, peak)
 
@@ -149,7 +149,7 @@ class Progress:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left."""
+        """True if no step is left."""
         return self.step >= self.total_steps
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def train_step(contender: Contender, batch: Batch, rate: float, *, done: float, 
 
 
 def seconds_to_compile(contender: Contender, batch: Batch) -> float:
-    """Seconds of a forward and a backward pass that train nothing: the first ones compile what is to be compiled."""
+    """Seconds of a forward and a backward pass that train nothing, so that all compiling is done in them."""
     contender.network.train()
     started = time.perf_counter()
     contender.backward(batch)
@@ -207,14 +207,14 @@ def seconds_to_compile(contender: Contender, batch: Batch) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until this device has done what it was told: without that, a clock reads how fast it was told."""
+    """Wait until this device has finished: otherwise a clock reads the time of launching alone."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Watchers:
-    """Who is told, and who may stop the training.
+    """The callbacks of a training: they hear of its steps, and may stop it.
 
     ``on_milestone`` comes after every validation but the last, when all contenders stand at the same step.
     """
@@ -236,7 +236,7 @@ def train(
     read_every: int = 5,
     validations: int = 10,
 ) -> bool:
-    """Train until the schedule's end; False where somebody asked to stop before it.
+    """Train until the schedule's end; returns False if the user asked to stop before the end.
 
     The number of steps is planned before the first one, and follows from options alone. Only a machine that is too slow
     for the plan takes the deadline's word: then the schedule gets shorter, so that the learning rate still comes down

@@ -25,7 +25,7 @@ HEAD_CHARACTERS = 8
 TAIL_CHARACTERS = 12
 WINDOW = HEAD_CHARACTERS + TAIL_CHARACTERS
 
-# Stands before the first and after the last character: where it begins, the word ends.
+# Stands before the first and after the last character, and so marks the word's ends.
 OUTSIDE_ID = 0
 UNKNOWN_ID = 1
 FIRST_CHARACTER_ID = 2
@@ -38,7 +38,7 @@ _CODE_POINTS = 0x110000
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What the network knows before training: characters, and for each language the rules it may choose from.
+    """The network's knowledge before training: characters, and for each language the rules it may choose from.
 
     ``characters`` are in the order of their ids (from `FIRST_CHARACTER_ID`), most frequent first; ``rules`` likewise;
     ``candidates`` [L][K] are positions in ``rules``, in the order of the language's `Evidence.candidates`. The last
@@ -60,7 +60,7 @@ class Vocabulary:
 
     @property
     def later_experts(self) -> dict[str, int]:
-        """How many experts of each level came later."""
+        """The number of experts of each level that came later."""
         first = families_of(self.languages[: len(self.languages) - self.later])
         return {"family": len(self.families) - len(first), "language": self.later}
 
@@ -74,8 +74,8 @@ class Vocabulary:
 class WordTable:
     """The words of one split. ``characters`` int16 [N, W]; ``language_ids`` int16 [N]; ``targets`` int32 [N].
 
-    A target is a position among the candidates of the word's language, or `NO_RULE`. ``positions`` int32 [N] is
-    where the word stands in its language's sample. The evidence: ``proposals`` int16 [N, M]; ``counts`` uint8
+    A target is a position among the candidates of the word's language, or `NO_RULE`. ``positions`` int32 [N] are the
+    words' positions in their language's sample. The evidence: ``proposals`` int16 [N, M]; ``counts`` uint8
     [N, M, F]; ``totals`` uint8 [N, T].
     """
 
@@ -136,7 +136,7 @@ def build_vocabulary(samples: Sequence[LanguageSample], evidence: Sequence[Evide
 
 
 def grown(vocabulary: Vocabulary, sample: LanguageSample, told: Evidence) -> Vocabulary:
-    """The vocabulary with one more language. Whatever has an id keeps it; new characters and rules stand behind."""
+    """The vocabulary with one more language. Known entries keep their ids; new characters and rules stand behind."""
     alone = build_vocabulary([sample], [told])
     characters = "".join(each for each in alone.characters if each not in vocabulary.characters)
     known = set(vocabulary.rules)
@@ -152,7 +152,7 @@ def grown(vocabulary: Vocabulary, sample: LanguageSample, told: Evidence) -> Voc
 
 
 def only(vocabulary: Vocabulary, language: str) -> tuple[Vocabulary, list[int]]:
-    """What is there for one language, and the position in ``vocabulary`` of each rule of its."""
+    """The vocabulary of one language, and the position in ``vocabulary`` of each of its rules."""
     kept = vocabulary.candidates[vocabulary.languages.index(language)]
     alone = Vocabulary(
         languages=[language],

@@ -1,4 +1,4 @@
-"""What becomes of a run of the benchmarks: records, ratios, figures, a page, and what got slower since another run.
+"""The report of a benchmarks' run: records, ratios, figures, a page, and the losses of speed since another run.
 
 Axes: B samples, S positions, H hidden size, E experts of the last level.
 """

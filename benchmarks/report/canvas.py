@@ -1,10 +1,11 @@
-"""What all drawings share: colours, axes, labels at the ends of lines, and the file of numbers beside each."""
+"""The parts that all drawings share: colours, axes, labels at the ends of lines, and the files of their numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ from benchmarks.contenders.contender import (
     VMAP,
 )
 from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
+from benchmarks.interleaved import Timings
 from benchmarks.report.reading import LATER_PEER, PEER, Record
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers, and two of Paul Tol's.
@@ -45,7 +47,7 @@ CONTENDER_COLOURS = {
 SERIES_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", VERMILION, "#f0e442", GREY)
 # Fewer make no line.
 FEWEST_POINTS = 2
-# What the ends of lines keep from each other, as a share of the axis.
+# The least distance between the ends of lines, as a share of the axis.
 _LEAST_GAP = 0.055
 
 
@@ -55,8 +57,8 @@ class Drawing:
 
     Attributes:
         name: The files' name without its ending.
-        title: What it shows.
-        caption: How to read it.
+        title: The subject of the figure.
+        caption: A reader's guide to it.
         figure: The figure.
         rows: Its numbers, one row a mark.
     """
@@ -103,13 +105,13 @@ def plain_numbers(axes: Axes, which: str) -> None:
 
 
 def label_values(axes: Axes, values: set[int]) -> None:
-    """Numbers below a logarithmic axis where something was measured, and nowhere else."""
+    """Put numbers below a logarithmic axis at the measured values, and nowhere else."""
     axes.set_xticks(sorted(values), [f"{value:,}" for value in sorted(values)])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """A labelled row for each of what is drawn, the first on top."""
+    """Label one row for each label, the first on top."""
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -117,14 +119,14 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class End:
-    """How high a line ends, and its colour."""
+    """The height at which a line ends, and its colour."""
 
     y: float
     colour: str
 
 
 def label_ends(axes: Axes, ends: Mapping[str, End]) -> None:
-    """Names at the right edge of a logarithmic panel, as high as their lines end, moved apart where they meet."""
+    """Put names at the right edge of a logarithmic panel, as high as their lines end, moved apart if they meet."""
     low, high = axes.get_ylim()
     names = sorted(ends, key=lambda name: ends[name].y)
     heights = _apart([ends[name].y for name in names], (high / low) ** _LEAST_GAP, high)
@@ -154,8 +156,20 @@ def _apart(heights: Sequence[float], gap: float, highest: float) -> list[float]:
     return found
 
 
+def draw_medians(
+    axes: Axes, at: Sequence[int], timings: Sequence[Timings], name: str, colour: str, **style: Any
+) -> list[dict[str, str]]:
+    """A contender's median milliseconds as a line, the middle half of its rounds as a band; returns the numbers."""
+    found = [[1e3 * seconds for seconds in (each.median(name), *each.spread(name))] for each in timings]
+    medians, lows, highs = ([each[place] for each in found] for place in range(3))
+    axes.fill_between(at, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(at, medians, **{"color": colour, "marker": "o", "markersize": 3.5, **style})
+    names = ("ms", "first_quartile_ms", "third_quartile_ms")
+    return [{name: f"{ms:.4f}" for name, ms in zip(names, each, strict=True)} for each in found]
+
+
 def record_columns(record: Record) -> dict[str, object]:
-    """The columns of a CSV file that say what was run, and on what."""
+    """The columns of a CSV file that describe the workload and the device."""
     return {
         "stage": record.stage,
         "device": record.device,

@@ -26,7 +26,7 @@ from benchmarks.setting import make_console, prepare_folder
 
 RESULTS, MACHINE, LOG = "benchmarks.json", "machine.json", "pytest.log"
 GOOD, BAD, REFUSED, INTERRUPTED = 0, 1, 2, 130
-# What is kept of the minutes promised: for the suite's way in and out, and for the figures.
+# Seconds of the given minutes set aside for the suite's start and end, and for the figures.
 _KEPT_SECONDS = 30
 
 
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks.
 
     Returns:
-        0; 1 where something got slower or a benchmark failed; 2 where the command was refused or nothing was measured;
-        130 after Ctrl-C, with a page of what was measured before.
+        0; 1 if a benchmark got slower or failed; 2 if the command was refused or nothing was measured; 130 after
+        Ctrl-C, with a page of the benchmarks measured before.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,7 +87,7 @@ def _run(options: Options, presence: Presence, console: Console, begun: float) -
     arguments = [
         f"--rootdir={folder.parent}",
         f"--config-file={folder.parent / 'pyproject.toml'}",
-        # One process, whatever the tests use.
+        # One process: the tests' own option would start several.
         "--override-ini=addopts=--import-mode=importlib",
         "--override-ini=python_files=test_*.py bench_*.py",
         "-p",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.report.reading import Record, Suite
 from benchmarks.stages import INFERENCE, WHOLE_STEP
 
-# Of planning and moving alone nobody chooses a device.
+# Nobody chooses a device by planning and moving alone.
 _STAGES = (WHOLE_STEP, INFERENCE)
 
 

@@ -9,6 +9,7 @@ from benchmarks.report.canvas import (
     SERIES_COLOURS,
     Drawing,
     End,
+    draw_medians,
     label_ends,
     label_values,
     new_panels,
@@ -21,7 +22,7 @@ from benchmarks.stages import WHOLE_STEP
 from benchmarks.workloads import Workload
 
 _MOST_PANELS = 8
-_COLUMNS = 4
+_COLUMNS = 3
 
 
 def draw_devices(suite: Suite) -> list[Drawing]:
@@ -49,12 +50,12 @@ def draw_devices(suite: Suite) -> list[Drawing]:
         for device, records in shared[key].items():
             line = sorted(records, key=lambda record: record.workload.batch_size)
             sizes = [record.workload.batch_size for record in line]
-            ms = [1e3 * record.timings.median(record.contender) for record in line]
-            axes.plot(sizes, ms, color=colours[device], marker="o", markersize=3.5)
-            ends[DEVICE_NAMES.get(device, device)] = End(ms[-1], colours[device])
+            ours = line[0].contender
+            numbers = draw_medians(axes, sizes, [record.timings for record in line], ours, colours[device])
+            ends[DEVICE_NAMES.get(device, device)] = End(1e3 * line[-1].timings.median(ours), colours[device])
             rows += [
-                {**record_columns(record), "contender": record.contender, "ms": f"{each:.4f}"}
-                for record, each in zip(line, ms, strict=True)
+                {**record_columns(record), "contender": ours, **each}
+                for record, each in zip(line, numbers, strict=True)
             ]
         plain_numbers(axes, "x")
         plain_numbers(axes, "y")
@@ -68,7 +69,8 @@ def draw_devices(suite: Suite) -> list[Drawing]:
         Drawing(
             "devices",
             "The same whole step on each device",
-            "Median milliseconds of celmoe, both axes logarithmic. Devices are timed one after another.",
+            "Lines are median milliseconds of celmoe auto, and the band around each is the middle half of its rounds. "
+            "Both axes are logarithmic. Devices are timed one after another.",
             figure,
             rows,
         )

@@ -1,4 +1,4 @@
-"""What a run was made on and with, for whoever reads its numbers later."""
+"""The machine and the versions of a run, for those who read its numbers later."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def machine_facts(devices: Sequence[str], command: Sequence[str]) -> dict[str, A
 
 
 def _device_name(device: str) -> str:
-    """As its driver calls it; asked in a process of its own, which a broken driver may end."""
+    """The driver's name for the device; asked in a process of its own, which a broken driver may end."""
     if device not in _QUESTIONS:
         return processor_name()
     command = [sys.executable, "-c", _QUESTIONS[device]]

@@ -21,7 +21,7 @@ _ROW_HEIGHT = 0.34
 
 
 def draw_memory(records: Sequence[Record]) -> list[Drawing]:
-    """The memory records of one device; nothing where there are none."""
+    """The memory records of one device; empty if there are none."""
     measured = [record for record in records if record.bytes]
     if not measured:
         return []

@@ -1,4 +1,4 @@
-"""What the command line says, checked: every refusal is one sentence."""
+"""The command line, checked: every refusal is one sentence."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Options:
     """The command line.
 
     Attributes:
-        devices: Those asked for; ``None`` for all that work here.
+        devices: The devices asked for; ``None`` for all that work here.
         workloads: One of `SETS`.
-        seconds: About how long each benchmark goes on; ``None`` for what the suite holds to be enough.
+        seconds: About how long each benchmark goes on; ``None`` for the suite's own choice.
         compare: The run to compare with.
         report: The folder to write to.
     """

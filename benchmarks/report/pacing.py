@@ -1,7 +1,7 @@
-"""In which order benchmarks run, and which of them still fit into the time.
+"""The order of benchmarks, and those that still fit into the time.
 
-The smallest of each kind come first, and the kinds take turns: where the time is up early, every stage has been
-measured, and what is missing is the largest workloads.
+The smallest of each kind come first, and the kinds take turns. If the time is up early, every stage has been measured,
+and only the largest workloads are missing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pace:
         items.sort(key=lambda item: turn_of[item.nodeid])
 
     def fits(self, item: pytest.Item) -> bool:
-        """Whether it may be begun: whether it is likely to end in time."""
+        """True if the benchmark may begin: it is likely to end in time."""
         return self._deadline is None or time.monotonic() + self._guess(item) < self._deadline
 
     def begin(self, item: pytest.Item) -> None:
@@ -48,7 +48,7 @@ class Pace:
         self._running = (item, time.monotonic())
 
     def end(self) -> None:
-        """What was begun, if anything was, has ended."""
+        """Note the end of the running benchmark, if there is one."""
         if self._running is None:
             return
         item, begun = self._running
@@ -58,7 +58,7 @@ class Pace:
         self._running = None
 
     def _guess(self, item: pytest.Item) -> float:
-        """As long as the last of its kind, and longer by as much as it is larger."""
+        """The seconds of the last one of its kind, times the ratio of their sizes if it is larger."""
         size, seconds = self._last.get(_kind(item), (_size(item), self._longest))
         return seconds * max(1.0, _size(item) / size)
 
@@ -72,7 +72,7 @@ def _kind(item: pytest.Item) -> Kind:
 
 
 def _size(item: pytest.Item) -> int:
-    """What the slowest contenders' time grows with: some look at all samples once for every expert."""
+    """The number that the slowest contenders' time grows with: some look at all samples once for every expert."""
     workload = _parameter(item, "workload")
     if workload is None:
         return 1

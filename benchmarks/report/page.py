@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.contenders.contender import AUTO, OURS, STACKED
+from benchmarks.noise import measure_noise
 from benchmarks.report.canvas import Drawing
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.devices import draw_devices
@@ -34,6 +35,7 @@ from benchmarks.report.wording import (
     DEVICE_NAMES,
     STAGE_MEANINGS,
     STAGE_NAMES,
+    WORKLOAD_MEANINGS,
     times_words,
     workload_words,
 )
@@ -52,7 +54,7 @@ class Part:
         title: Above them.
         drawing: The figure.
         table: The table.
-        folded: What a reader clicks on to see the table; empty where it is always shown.
+        folded: The text that a reader clicks to unfold the table; empty if the table is always shown.
     """
 
     title: str = ""
@@ -63,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and what follows."""
+    """A heading, a sentence or two, and the parts below."""
 
     anchor: str
     title: str
@@ -73,14 +75,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a page is made of.
+    """The content of a page.
 
     Attributes:
-        suite: What was measured.
-        machine: As `machine_facts` tells it.
-        absent_devices: Why a device was not measured on and how to get it, by its name.
-        unfinished: Why a benchmark has no result, by its name.
-        comparison: With another run, where one was given.
+        suite: The measured benchmarks.
+        machine: The facts of `machine_facts`.
+        absent_devices: By name, the reason why a device was not measured, and the cure.
+        unfinished: By name, the reason why a benchmark has no result.
+        comparison: The comparison with another run, if one was given.
     """
 
     suite: Suite
@@ -103,7 +105,9 @@ def write_page(folder: Path, findings: Findings) -> Path:
         lstrip_blocks=True,
     )
     suite = findings.suite
-    named = {contender for record in suite.records for contender in (*record.contenders, *record.absent)}
+    named = {contender for record in suite.records for contender in (*record.contenders, *record.bytes, *record.absent)}
+    loads = [record.workload for record in suite.records]
+    used = {word for each in loads for word in (each.expert, each.routes, each.hierarchy)}
     html = environment.get_template(_TEMPLATE).render(
         lead=_lead(suite),
         machine=findings.machine,
@@ -117,6 +121,8 @@ def write_page(folder: Path, findings: Findings) -> Path:
         unfinished=_unfinished(findings.unfinished),
         comparison=_comparison(findings.comparison),
         contenders=[(name, CONTENDER_MEANINGS[name]) for name in _OURS_FIRST if name in named],
+        workloads=[(word, meaning) for word, meaning in WORKLOAD_MEANINGS.items() if word in used],
+        noise=measure_noise(seconds for record in suite.records for seconds in record.timings.seconds.values()),
     )
     path = folder / PAGE
     path.write_text(html, encoding="utf-8")
@@ -175,7 +181,7 @@ def _sections(findings: Findings) -> list[Section]:
         Section(
             "scaling",
             "How it grows",
-            "Time by batch size and by number of experts. The nearer to the dense floor, the less the routing costs.",
+            "A step's time by samples and by experts. The nearer a line to the dense floor, the less routing costs.",
             [
                 Part(drawing=drawing)
                 for device in suite.devices
@@ -194,8 +200,10 @@ def _speed_section(suite: Suite, stage: str, title: str) -> Section:
             drawings = draw_speedups(records)
             name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
             parts.append(Part(name, drawings[0] if drawings else None, speed_table(records)))
-    meaning = STAGE_MEANINGS[stage]
-    return Section(stage, title, f"{meaning[0].upper()}{meaning[1:]}: how many times as fast as each contender.", parts)
+    text = (
+        f"Everyone runs {STAGE_MEANINGS[stage]}. Numbers say how many times as fast {AUTO} is: above 1, it is faster."
+    )
+    return Section(stage, title, text, parts)
 
 
 def _stages_section(suite: Suite) -> Section:
@@ -206,7 +214,9 @@ def _stages_section(suite: Suite) -> Section:
                 title = f"{STAGE_NAMES[stage].capitalize()}: {STAGE_MEANINGS[stage]}"
                 name = f", {DEVICE_NAMES.get(device, device)}" if len(suite.devices) > 1 else ""
                 parts.append(Part(title + name, table=speed_table(records)))
-    return Section("stages", "Time by stage", "Where a step's time goes, and how each stage alone compares.", parts)
+    return Section(
+        "stages", "Time by stage", "The parts of a step's time, and how many times as fast each stage alone is.", parts
+    )
 
 
 def _devices_section(suite: Suite) -> Section:
@@ -216,8 +226,8 @@ def _devices_section(suite: Suite) -> Section:
     return Section(
         "devices",
         "Devices",
-        "The same work on each device. A device wins from the least batch size on from which it is faster at every "
-        "size measured.",
+        "The same work on each device. A device wins from the smallest batch on from which it is faster at every size "
+        "measured.",
         parts,
     )
 
@@ -228,7 +238,10 @@ def _memory_section(suite: Suite) -> Section:
         if records := [record for record in suite.of(MEMORY, device) if record.bytes]:
             name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
             parts.append(Part(name, draw_memory(records)[0], memory_table(records)))
-    text = "The most MiB that live at once in both passes, weights included; below, how many times ours that is."
+    text = (
+        "The most memory, in MiB, that is in use at once during a forward and a backward pass, weights included. The "
+        f"smaller number says how many times that of {AUTO} it is."
+    )
     return Section("memory", "Memory", text, parts)
 
 

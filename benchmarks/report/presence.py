@@ -1,4 +1,4 @@
-"""Which of the devices work here, and how to get those that don't."""
+"""The devices that work here, and ways to get the others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from celmoe.devices import DEVICES, FAILS, WORKS, report
 
 @dataclass(frozen=True)
 class Presence:
-    """What came out of looking for devices.
+    """The result of looking for devices.
 
     Attributes:
-        present: Those that work, in the order asked for.
-        absent: Why each of the others doesn't and how to get it.
+        present: The devices that work, in the order asked for.
+        absent: By name, the reason why each of the others doesn't work, and the cure.
     """
 
     present: tuple[str, ...]

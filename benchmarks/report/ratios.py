@@ -1,4 +1,4 @@
-"""How many times as fast: ratios within rounds, their median and their quartiles."""
+"""Ratios of speed within rounds, with their median and their quartiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Ratio:
     """One contender's seconds by another's.
 
     Attributes:
-        record: Where it is from.
+        record: The benchmark that gave the ratio.
         slower: The contender above the line.
         faster: The contender below: above 1 it is the faster one indeed.
         ratio: The median over the rounds.
@@ -38,12 +38,12 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """``"faster"`` or ``"slower"`` where the middle half of the rounds is all on one side of 1, else ``"even"``."""
+        """``"faster"`` or ``"slower"`` if the middle half of the rounds is all on one side of 1, else ``"even"``."""
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "even"
 
 
 def ratio_of(record: Record, slower: str, faster: str) -> Ratio | None:
-    """How many times as fast, or ``None`` where one of them was not timed."""
+    """The ratio of two contenders' times, or ``None`` if one of them was not timed."""
     if not {slower, faster} <= record.timings.seconds.keys():
         return None
     low, high = record.timings.quartiles(slower, faster)

@@ -31,7 +31,7 @@ from benchmarks.workloads import Workload
 FEWEST_ROUNDS = 2
 
 PEER, LATER_PEER = PEERS
-# In the order of tables and panels: what users come from, what they could write, what nobody can beat, our engines.
+# In the order of tables and panels: libraries users come from, code they could write, bounds, our engines.
 CONTENDERS = (
     *(PEER, LATER_PEER, ORACLE, TRANSFORMERS, PEFT, STACK, VMAP, DENSE, LOOK_UPS),
     *(GROUPED, LOOPED, STACKED, AUTO),
@@ -54,7 +54,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class ReadError(ValueError):
-    """A file does not hold what this command's runs leave; the message says which and why."""
+    """A file lacks the content that this command's runs leave; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ class Record:
     """One benchmark: all contenders on one workload, one stage and one device.
 
     Attributes:
-        name: What pytest calls it.
+        name: The name that pytest gives it.
         stage: One of `STAGES`.
-        workload: What was run.
+        workload: The workload that was run.
         label: The workload in words.
         positions: S, or ``None``.
         device: ``"cpu"``, ``"cuda"`` or ``"directml"``.
         threads: Of the CPU.
-        dtype: Of hidden states and parameters.
+        dtype: The dtype of hidden states and parameters.
         contender: The one that pytest-benchmark timed.
-        timings: Seconds of each contender in each round; empty where only memory was measured.
-        bytes: Peak memory of each contender, where that was measured.
-        absent: Why a contender is missing and how to get it.
-        parts_ms: Milliseconds of the parts of a step, where they were told apart.
+        timings: Seconds of each contender in each round; empty if only memory was measured.
+        bytes: Peak memory of each contender, if measured.
+        absent: By contender, the reason why it is missing, and the cure.
+        parts_ms: Milliseconds of the parts of a step, if they were timed.
     """
 
     name: str
@@ -93,12 +93,12 @@ class Record:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What two runs must share to be compared; not the machine, which ratios are for."""
+        """The facts that two runs must share to be compared; not the machine, since ratios allow for its speed."""
         return (self.stage, self.label, self.workload, self.positions, self.device, self.threads, self.dtype)
 
     @property
     def contenders(self) -> list[str]:
-        """Those that were timed, in the order of tables."""
+        """The contenders that were timed, in the order of tables."""
         return in_order(self.timings.seconds)
 
 
@@ -117,7 +117,7 @@ class Suite:
     processor: str
 
     def of(self, stage: str, device: str | None = None) -> list[Record]:
-        """The records of a stage, and of a device where one is given."""
+        """The records of a stage, and of one device if given."""
         return [each for each in self.records if each.stage == stage and device in (None, each.device)]
 
     @property
@@ -133,7 +133,7 @@ def in_order(contenders: Mapping[str, object] | set[str]) -> list[str]:
 
 
 def read_suite(path: Path) -> Suite:
-    """What a ``benchmarks.json`` holds.
+    """Read the content of a ``benchmarks.json``.
 
     Raises:
         ReadError: It can't be read, or is not of this command.

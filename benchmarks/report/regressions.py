@@ -1,4 +1,4 @@
-"""What got slower since another run: told from ratios to a yardstick within each run, for machines differ."""
+"""The benchmarks slower than in another run, by ratios to a yardstick within each run, since machines differ."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """What the ratio was multiplied by."""
+        """The growth of the ratio since the other run, as a factor."""
         return self.now.median / self.then.median
 
     @property
@@ -64,7 +64,7 @@ class Comparison:
 
     Attributes:
         old: The other run.
-        changes: What both have, the greatest loss first.
+        changes: The changes of benchmarks that both have, the greatest loss first.
         only_old: Benchmarks that only the other run has.
         only_new: Benchmarks that only this one has.
     """

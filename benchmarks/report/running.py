@@ -1,6 +1,6 @@
-"""Runs the suite in a process of its own, and hears from it what it does.
+"""Runs the suite in a process of its own, and hears from it about its progress.
 
-In a process of its own, since a device's driver may end it, and since its threads and warnings are its own business.
+A device's driver may end the suite's process, and the suite's threads and warnings should not reach the parent.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _LOOK_AFTER_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class News:
-    """What the suite's process tells.
+    """A message of the suite's process.
 
     Attributes:
         kind: `FOUND`, `BEGUN` or `DONE`.
-        name: Of the benchmark; empty for `FOUND`.
-        names: All that were found.
-        outcome: Of one that is done: `PASSED`, or why it has no result.
-        failed: Whether that is a failure, and not merely left out.
+        name: The name of the benchmark; empty for `FOUND`.
+        names: The names of all that were found.
+        outcome: The result of one that is done: `PASSED`, or the reason why it has none.
+        failed: True if it failed, and was not merely left out.
     """
 
     kind: str
@@ -53,13 +53,13 @@ class News:
 
 @dataclass
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
-        measured: How many benchmarks have a result.
-        left_out: Why others have none, by name.
-        failed: Why others failed, by name.
-        crash: Why its process ended early; empty where it did not.
+        measured: The number of benchmarks that have a result.
+        left_out: By name, the reason why others have none.
+        failed: By name, the reason why others failed.
+        crash: The reason why its process ended early; empty if it did not.
     """
 
     measured: int = 0
@@ -69,7 +69,7 @@ class Outcome:
 
 
 class Beacon:
-    """A pytest plugin: tells the parent what happens, and begins nothing that may not end in time, or after a stop."""
+    """A pytest plugin: reports events to the parent, and begins nothing after a stop or too late to end in time."""
 
     def __init__(self, connection: Connection, stop: Event, seconds: float | None) -> None:
         self._connection = connection
@@ -108,7 +108,7 @@ class Beacon:
         self._pace.begin(item)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """It was set up, has run, or was taken down; what went wrong first is why it has no result."""
+        """Take the report of its setup, run or teardown; the first failure is the reason for a missing result."""
         if report.outcome != PASSED and not self._why:
             self._why = _reason(report)
             self._failed = report.outcome == "failed"
@@ -131,11 +131,11 @@ def run_suite(
 
     Args:
         targets: Files or folders.
-        arguments: What pytest is told besides.
-        log: Where what it says goes.
-        seconds: Within which to end; ``None`` for as long as it takes.
-        hear: Told each piece of news as it comes.
-        stopped: Whether to begin no further benchmark.
+        arguments: Further arguments of pytest.
+        log: The file of its output.
+        seconds: The time within which to end; ``None`` for no limit.
+        hear: Takes each piece of news as it comes.
+        stopped: True to begin no further benchmark.
     """
     context = get_context("spawn")
     ear, mouth = context.Pipe(duplex=False)
@@ -170,7 +170,7 @@ def run_suite(
 def _child(arguments: Sequence[str], mouth: Connection, stop: Event, log: str, seconds: float | None) -> None:
     # A terminal sends Ctrl-C to both, and the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What somebody adds to every run of pytest is meant for tests: more processes, say.
+    # Options that a user adds to every run of pytest are meant for tests: more processes, say.
     os.environ.pop("PYTEST_ADDOPTS", None)
     # By their numbers, so that a driver's last words get there too.
     with Path(log).open("w", encoding="utf-8") as file:

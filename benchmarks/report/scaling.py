@@ -15,6 +15,7 @@ from benchmarks.report.canvas import (
     GREY,
     Drawing,
     End,
+    draw_medians,
     label_ends,
     label_values,
     new_panels,
@@ -27,13 +28,13 @@ from benchmarks.workloads import Workload
 
 # Who is drawn: more lines would hide each other.
 _DRAWN = (PEER, LATER_PEER, ORACLE, STACK, DENSE, STACKED, AUTO)
-_WIDTH, _HEIGHT = 3.9, 2.9
+_WIDTH, _HEIGHT = 4.9, 3.2
 
 Line = Sequence[Record]
 
 
 def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
-    """The whole steps of one device; a column a kind of expert, by B above, by E below."""
+    """The whole steps of one device; a row a kind of expert, by B on the left, by E on the right."""
     lines = {
         "B": _longest_lines(records, lambda workload: replace(workload, batch_size=0), lambda each: each.batch_size),
         "E": _longest_lines(records, lambda workload: replace(workload, num_experts=0), lambda each: each.num_experts),
@@ -44,14 +45,9 @@ def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
     axes_drawn = [axis for axis, of in lines.items() if of]
     if not kinds:
         return []
-    # A single kind has its panels side by side.
-    columns = len(kinds) if len(kinds) > 1 else len(axes_drawn)
-    height = len(kinds) * len(axes_drawn) // columns
-    figure, panels = new_panels(_WIDTH * columns, _HEIGHT * height, height, columns)
+    figure, panels = new_panels(_WIDTH * len(axes_drawn), _HEIGHT * len(kinds), len(kinds), len(axes_drawn))
     rows: list[dict[str, object]] = []
-    spare = [axes for row in panels for axes in row]
-    for axis, kind in itertools.product(axes_drawn, kinds):
-        axes = spare.pop(0)
+    for (kind, axis), axes in zip(itertools.product(kinds, axes_drawn), itertools.chain(*panels), strict=True):
         if (line := lines[axis].get(kind)) is None:
             axes.set_axis_off()
         else:
@@ -61,8 +57,8 @@ def draw_scaling(records: Sequence[Record]) -> list[Drawing]:
         Drawing(
             f"scaling_{records[0].device}",
             f"How a whole step grows, {device}",
-            "Median milliseconds, both axes logarithmic. Dashed grey is the dense floor: the same rows through one "
-            "expert a level, nothing routed, nothing moved.",
+            "Lines are median milliseconds, and the band around each is the middle half of its rounds. Both axes are "
+            "logarithmic. Dashed grey is the dense floor.",
             figure,
             rows,
         )
@@ -99,15 +95,15 @@ def _draw_line(axes: Axes, line: Line, axis: str) -> list[dict[str, object]]:
     for contender in in_order({name for record in line for name in record.contenders if name in _DRAWN}):
         timed = [record for record in line if contender in record.timings.seconds]
         at = [each.workload.batch_size if axis == "B" else each.workload.num_experts for each in timed]
-        ms = [1e3 * record.timings.median(contender) for record in timed]
         colour = CONTENDER_COLOURS.get(contender, GREY)
         style = "--" if contender == DENSE else "-"
         heavy = contender in OURS
-        axes.plot(at, ms, color=colour, linestyle=style, linewidth=2.2 if heavy else 1.3, marker="o", markersize=3.5)
-        ends[contender] = End(ms[-1], colour)
+        timings = [record.timings for record in timed]
+        numbers = draw_medians(axes, at, timings, contender, colour, linestyle=style, linewidth=2.2 if heavy else 1.3)
+        ends[contender] = End(1e3 * timings[-1].median(contender), colour)
         rows += [
-            {"axis": axis, **record_columns(record), "contender": contender, "ms": f"{each:.4f}"}
-            for record, each in zip(timed, ms, strict=True)
+            {"axis": axis, **record_columns(record), "contender": contender, **each}
+            for record, each in zip(timed, numbers, strict=True)
         ]
     plain_numbers(axes, "x")
     plain_numbers(axes, "y")

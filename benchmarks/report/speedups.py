@@ -23,19 +23,25 @@ from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, wo
 _VERDICT_COLOURS = {"faster": BLUE, "slower": VERMILION, "even": GREY}
 _ROW_HEIGHT, _PANEL_WIDTH, _LABEL_WIDTH = 0.27, 1.45, 2.2
 _ROOM = 1.6
+# More panels beside each other are wider than the page.
+_COLUMNS = 6
 
 
 def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
-    """The records of one stage and one device; nothing where nobody is there to compare with."""
+    """Draw the records of one stage and one device; nothing if no other contender was timed."""
     found = ratios(records)
     if not found:
         return []
     record = found[0].record
     contenders = in_order({each.slower for each in found})
     rows = list(dict.fromkeys(each.record.name for each in found))
-    width, height = _LABEL_WIDTH + _PANEL_WIDTH * len(contenders), 1.1 + _ROW_HEIGHT * len(rows)
-    figure, (panels,) = new_panels(width, height, 1, len(contenders), share_x=True, share_y=True)
-    for axes, contender in zip(panels, contenders, strict=True):
+    columns = min(_COLUMNS, len(contenders))
+    lines = -(-len(contenders) // columns)
+    width, height = _LABEL_WIDTH + _PANEL_WIDTH * columns, 0.5 + (0.6 + _ROW_HEIGHT * len(rows)) * lines
+    figure, panels = new_panels(width, height, lines, columns, share_x=True, share_y=True)
+    spare = [axes for line in panels for axes in line]
+    for contender in contenders:
+        axes = spare.pop(0)
         axes.axvline(1.0, color="#444444", linewidth=0.9)
         for each in (each for each in found if each.slower == contender):
             row = rows.index(each.record.name)
@@ -55,11 +61,14 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
             )
         axes.set_title(contender, fontsize=9)
-    panels[0].set_xlim(min(0.8, *(each.low for each in found)) / 1.15, max(e.high for e in found) * _ROOM)
-    for axes in panels:
         plain_numbers(axes, "x")
+        axes.tick_params(axis="x", labelbottom=True)
+        axes.tick_params(axis="y", length=0, labelsize=8)
+    for axes in spare:
+        axes.set_axis_off()
+    panels[0][0].set_xlim(min(0.8, *(each.low for each in found)) / 1.15, max(e.high for e in found) * _ROOM)
     words = {each.record.name: workload_words(each.workload) for each in found}
-    label_rows(panels[0], [words[name] for name in rows])
+    label_rows(panels[0][0], [words[name] for name in rows])
     figure.supxlabel(
         f"times as fast as this contender is {record.contender}, median and quartiles over the rounds", fontsize=9
     )

@@ -1,4 +1,4 @@
-"""The figure of where a step's time goes: a bar a workload, cut by its parts."""
+"""The figure of a step's time by part: a bar a workload, cut by its parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DARK = (SERIES_COLOURS[0], SERIES_COLOURS[2], SERIES_COLOURS[5], SERIES_COLOURS
 
 
 def draw_stages(records: Sequence[Record]) -> list[Drawing]:
-    """The whole steps of one device whose parts were told apart; nothing where none were."""
+    """Draw the whole steps of one device whose parts were timed; nothing if there are none."""
     timed = [record for record in records if sum(record.parts_ms.values()) > 0]
     if not timed:
         return []

@@ -6,15 +6,21 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.bodies import UNTOUCHED
 from benchmarks.contenders.contender import FLOORS
 from benchmarks.grid.report import geometric_mean
-from benchmarks.hierarchies import TREE, UNIFORM
 from benchmarks.report.crossover import Crossover
 from benchmarks.report.ratios import Ratio, ratio_of, ratios
 from benchmarks.report.reading import Record, in_order
 from benchmarks.report.regressions import Change, Spread
-from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, mebibytes_words, ms_words, times_words, workload_words
+from benchmarks.report.wording import (
+    DEVICE_NAMES,
+    STAGE_NAMES,
+    mebibytes_words,
+    ms_words,
+    times_words,
+    unusual,
+    workload_words,
+)
 
 # Reasons that differ in their numbers alone are told once.
 _NUMBER = re.compile(r"\d[\d.,]*")
@@ -23,13 +29,13 @@ NOTHING = DASH = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in one place of a table.
+    """The content of one place of a table.
 
     Attributes:
-        text: Large.
-        small: Below it.
-        style: A word that the page knows a look for.
-        note: Shown to who points at it.
+        text: Its text in large letters.
+        small: The text below in small letters.
+        style: A name of the page's styles.
+        note: Shown under the reader's pointer.
     """
 
     text: str
@@ -43,10 +49,10 @@ class Table:
     """A table.
 
     Attributes:
-        headings: Of the columns.
-        rows: Below them.
-        names: How many of the first columns are words; the rest are numbers.
-        total: A last row, of which the first cell is as wide as all names.
+        headings: The headings of the columns.
+        rows: The rows below them.
+        names: The number of the first columns that are words; the rest are numbers.
+        total: A last row, whose first cell is as wide as all names.
     """
 
     headings: Sequence[str]
@@ -103,8 +109,7 @@ def crossover_table(found: Sequence[Crossover]) -> Table:
     lines: dict[tuple[str, ...], dict[int, Crossover]] = {}
     for each in found:
         workload = each.record.workload
-        routes = [workload.routes] * (workload.routes != UNIFORM) + [workload.hierarchy] * (workload.hierarchy != TREE)
-        experts = ", ".join([workload.expert, f"H {workload.hidden_size}", *routes])
+        experts = ", ".join([workload.expert, f"H {workload.hidden_size}", *unusual(workload)])
         device = DEVICE_NAMES.get(each.device, each.device)
         lines.setdefault((device, STAGE_NAMES[each.record.stage], experts), {})[workload.num_experts] = each
     rows = [
@@ -115,7 +120,7 @@ def crossover_table(found: Sequence[Crossover]) -> Table:
 
 
 def changes_table(changes: Sequence[Change]) -> Table:
-    """What got slower or faster since another run."""
+    """The benchmarks that got slower or faster since another run."""
     rows = [
         [
             Cell(STAGE_NAMES[change.record.stage]),
@@ -132,18 +137,18 @@ def changes_table(changes: Sequence[Change]) -> Table:
 
 
 def absences(records: Iterable[Record], devices: Mapping[str, str]) -> Table:
-    """What is not there, where, and how to get it.
+    """The absent contenders and devices, their stages, and ways to get them.
 
     Args:
-        records: Whose contenders may be absent.
-        devices: Why a device is, by its name.
+        records: The records whose contenders may be absent.
+        devices: By name, the reason why a device is absent.
     """
     where: dict[tuple[str, str], list[tuple[Record, str]]] = {}
     for record in records:
         for contender, why in record.absent.items():
             where.setdefault((contender, _NUMBER.sub("0", why)), []).append((record, why))
     rows = [[Cell(DEVICE_NAMES.get(name, name)), Cell("device"), Cell(why)] for name, why in devices.items()]
-    # What can be had comes first.
+    # Contenders that the reader can install come first.
     for (contender, _), missing in sorted(where.items(), key=lambda item: "to get it" not in item[1][0][1]):
         stages = ", ".join(dict.fromkeys(STAGE_NAMES[record.stage] for record, _ in missing))
         reasons = list(dict.fromkeys(why for _, why in missing))
@@ -153,7 +158,7 @@ def absences(records: Iterable[Record], devices: Mapping[str, str]) -> Table:
 
 
 def headline(records: Sequence[Record], against: str, ours: str) -> tuple[float, Ratio, Ratio, int] | None:
-    """Geometric mean, least, greatest and number of the ratios to a contender; ``None`` where it was never timed."""
+    """Geometric mean, least, greatest and number of the ratios to a contender; ``None`` if it was never timed."""
     found = [each for record in records if (each := ratio_of(record, against, ours)) is not None]
     if not found:
         return None
@@ -162,18 +167,22 @@ def headline(records: Sequence[Record], against: str, ours: str) -> tuple[float,
 
 
 def _workload_cells(records: Sequence[Record]) -> tuple[list[str], dict[str, list[Cell]]]:
-    """Headings that say what was run, and their cells by record; columns that would say nothing are left out."""
+    """Headings that describe the workloads, and their cells by record; usual values are left out."""
     columns = {
-        "experts": [record.workload.expert for record in records],
         "H": [f"{record.workload.hidden_size}" for record in records],
         "B": [f"{record.workload.batch_size:,}" for record in records],
         "E": [f"{record.workload.num_experts}" for record in records],
-        "routes": [record.workload.routes for record in records],
-        "hierarchy": [record.workload.hierarchy for record in records],
     }
-    usual = {"experts": {UNTOUCHED}, "H": {"1"}, "routes": {UNIFORM}, "hierarchy": {TREE}}
-    kept = [name for name, values in columns.items() if set(values) != usual.get(name)]
-    return kept, {record.name: [Cell(columns[name][row]) for name in kept] for row, record in enumerate(records)}
+    # Planning sees no hidden states.
+    kept = [name for name, values in columns.items() if (name, set(values)) != ("H", {"1"})]
+    cells = {
+        record.name: [
+            Cell(record.workload.expert, ", ".join(unusual(record.workload))),
+            *(Cell(columns[name][row]) for name in kept),
+        ]
+        for row, record in enumerate(records)
+    }
+    return ["experts", *kept], cells
 
 
 def _ratio_cell(found: Ratio | None, record: Record, contender: str) -> Cell:

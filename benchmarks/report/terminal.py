@@ -1,4 +1,4 @@
-"""What a run shows in the terminal: a bar while it runs, a table in the end."""
+"""The run in the terminal: a bar while it runs, a table in the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.stages import MEMORY
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Listener]:
-    """A bar that lives as long as the block; it is moved by what it hears."""
+    """A bar that lives as long as the block; the news moves it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -35,7 +35,7 @@ def progress_bar(console: Console) -> Iterator[Listener]:
 
 
 class Listener:
-    """Moves the bar by what the suite tells, and says what failed."""
+    """Moves the bar by the suite's news, and prints the failures."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -58,7 +58,7 @@ def _short(name: str) -> str:
 
 
 def tell(console: Console, suite: Suite, outcome: Outcome, comparison: Comparison | None) -> None:
-    """Means by stage and contender, what has no result, and what got slower."""
+    """Print means by stage and contender, benchmarks without a result, and those that got slower."""
     table = Table(title="times as fast as each contender: geometric mean, least, greatest")
     for heading in ("stage", "device", "ours", "contender", "mean", "least", "greatest", "workloads"):
         table.add_column(heading, justify="right" if heading in ("mean", "least", "greatest", "workloads") else "left")

@@ -1,7 +1,8 @@
-"""How the report words what was measured: stages, devices, workloads, numbers."""
+"""The report's words for measurements: stages, devices, workloads, numbers."""
 
 from __future__ import annotations
 
+from benchmarks.bodies import LOW_RANK, PRODUCT, RANK, UNTOUCHED
 from benchmarks.contenders.contender import (
     AUTO,
     DENSE,
@@ -15,10 +16,10 @@ from benchmarks.contenders.contender import (
     TRANSFORMERS,
     VMAP,
 )
-from benchmarks.hierarchies import TREE, UNIFORM
+from benchmarks.hierarchies import EVEN, JOB, ONE_LEVEL, TREE, UNIFORM, ZIPF
 from benchmarks.report.reading import LATER_PEER, PEER
 from benchmarks.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
-from benchmarks.workloads import Workload
+from benchmarks.workloads import POSITIONS, Workload
 
 STAGE_NAMES = {
     PLAN: "planning",
@@ -31,43 +32,63 @@ STAGE_NAMES = {
     MEMORY: "peak memory",
 }
 STAGE_MEANINGS = {
-    PLAN: "names to index tensors",
-    DISPATCH: "one level from names to rows in expert order and back, with experts that return them",
-    EXPERTS: "one level from names: planned, moved, run; its products alone, with sorted rows at hand",
-    WHOLE_STEP: "clearing of gradients, forward with names for routes, a loss, backward, clipping, fused AdamW",
-    FORWARD: "forward with names for routes and a loss, in training",
-    BACKWARD: "backward alone",
-    INFERENCE: "a forward pass under inference_mode",
-    MEMORY: "the most that a forward and a backward pass hold",
+    PLAN: "from the names of experts to index tensors",
+    DISPATCH: "names of one level planned, rows moved to experts that return them, and moved back",
+    EXPERTS: "names of one level planned, rows moved, experts run",
+    WHOLE_STEP: "a training step: gradients cleared, forward from names, a loss, backward, clipping, fused AdamW",
+    FORWARD: "from names to the loss, in training",
+    BACKWARD: "from the loss to all gradients",
+    INFERENCE: "a forward pass from names, in evaluation mode and under inference_mode",
 }
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA", "directml": "DirectML"}
 CONTENDER_MEANINGS = {
-    AUTO: "this library as it comes: groups a level's experts where that pays, loops over them where not",
-    STACKED: "the same after stack_experts: one parameter for each tensor of alike experts",
-    GROUPED: "this library, told to run experts of one architecture as one",
-    LOOPED: "this library, told to run experts one after another",
-    PEER: "the package that celmoe replaces",
-    LATER_PEER: "its last version",
-    ORACLE: "plain Python loops, the reference that results are checked against",
-    TRANSFORMERS: "the mixture-of-experts layer of Hugging Face's transformers",
-    PEFT: "adapters of Hugging Face's PEFT, mixed within a batch by name",
-    STACK: "the same experts, stacked by hand into batched products",
-    VMAP: "torch.func's stack_module_state and vmap over padded batches",
-    DENSE: "the floor: the same rows through one expert a level, nothing routed, nothing moved",
-    LOOK_UPS: "the floor of planning: each name looked up in a dict, and no more",
+    AUTO: "celmoe as it comes: it runs a level's experts together where that pays, and one after another where not",
+    STACKED: "celmoe after stack_experts: alike experts keep each of their tensors in one parameter",
+    GROUPED: "celmoe, told to run all experts of one architecture together",
+    LOOPED: "celmoe, told to run experts one after another",
+    PEER: "the package that celmoe replaces: it runs experts one after another",
+    LATER_PEER: "the last version of that package",
+    ORACLE: "plain Python loops, written to be read: the reference that results are checked against",
+    TRANSFORMERS: "the grouped experts of Hugging Face's transformers; norm and residual are ours",
+    PEFT: "adapters of Hugging Face's PEFT, picked by name for each sample of a batch",
+    STACK: "what one would write by hand: stacked weights, and one product for all experts of a level",
+    VMAP: "the experts' own module under torch.func.vmap, over stacked weights and padded rows",
+    DENSE: "a floor, which does less: the same rows through one expert a level, nothing routed, nothing moved",
+    LOOK_UPS: "a floor of planning, which does less: each name is looked up in a dict",
+}
+# By the kind of experts, and of routes.
+WORKLOAD_MEANINGS = {
+    "linear": "experts are one linear layer",
+    "mlp": "experts are a norm, two linear layers, and a residual",
+    "block": f"experts are a Transformer encoder layer, over {POSITIONS} positions",
+    "masked-block": f"the same, with a mask over padding among the {POSITIONS} positions",
+    "gru": f"experts are one GRU layer, over {POSITIONS} positions",
+    "two-widths": "experts of one level are MLPs of two inner widths",
+    LOW_RANK: f"experts are a residual change of rank {RANK}, as a LoRA adapter makes it",
+    UNTOUCHED: "experts return their rows: only planning and moving are left",
+    PRODUCT: "linear experts whose rows are in expert order already: only their products are left",
+    ZIPF: "the n-th expert gets 1/n times as many samples as the first; usually all get alike",
+    JOB: "the levels of the multilingual job: one universal expert, families, and 54 languages",
+    EVEN: "three levels of E experts, each routed by names of its own",
+    ONE_LEVEL: "the last level alone",
 }
 
 
 def workload_words(workload: Workload) -> str:
-    """``linear, H 64, B 4,096, E 256``; hierarchy and routes only where they are not the usual ones."""
+    """``linear, H 64, B 4,096, E 256``; hierarchy and routes only if they are not the usual ones."""
     words = [
         workload.expert,
         f"H {workload.hidden_size}",
         f"B {workload.batch_size:,}",
         f"E {workload.num_experts}",
     ]
-    words += [f"{workload.routes} routes"] * (workload.routes != UNIFORM)
-    return ", ".join(words + [workload.hierarchy] * (workload.hierarchy != TREE))
+    return ", ".join([*words, *unusual(workload)])
+
+
+def unusual(workload: Workload) -> list[str]:
+    """Its routes and hierarchy in words, if they are not the usual ones."""
+    routes = [f"{workload.routes} routes"] * (workload.routes != UNIFORM)
+    return routes + [workload.hierarchy] * (workload.hierarchy != TREE)
 
 
 def ms_words(ms: float) -> str:

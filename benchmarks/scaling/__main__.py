@@ -1,4 +1,4 @@
-"""The command: what the model says as a run grows, and, if asked, what real steps on loopback moved."""
+"""The command: prints the model's figures as a run grows and, if asked, the bytes of real steps on loopback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from benchmarks.setting import make_console, prepare_folder
 
 
 def main() -> int:
-    """Ask the model, and count; returns the exit code: 1 where the two disagree."""
+    """Print the model's figures, and count; returns the exit code: 1 if the two disagree."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--count", type=int, nargs="+", default=[], metavar="RANKS", help="count on so many ranks")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-scaling"), help="where the results go")

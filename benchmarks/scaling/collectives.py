@@ -1,8 +1,8 @@
-"""What one collective moves: the payload that a rank hands it and gets from it, and what a ring sends for that.
+"""The bytes that one collective moves: a rank's payload, and the traffic of a ring for it.
 
 *Given* and *taken* are payload: the bytes of the tensors that a rank passes in and gets out. *Sent* and *received* are
-what goes over the rank's links: those of a ring, the algorithm of gloo and NCCL for large payloads and the least there
-is for an all-reduce of two passes. Headers are not in it.
+bytes on the rank's links, as a ring sends them: gloo and NCCL use a ring for large payloads, and no all-reduce of two
+passes sends less. Headers are not counted.
 
 Axes: N ranks of the collective's group.
 """
@@ -17,15 +17,15 @@ KINDS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL)
 
 
 class Traffic(NamedTuple):
-    """What one collective, or several of a kind, moves at one rank; all in bytes, which an expectation may split.
+    """The bytes that one collective, or several of a kind, move at one rank; expected bytes may be fractions.
 
     Attributes:
-        what: What for.
+        what: The purpose.
         kind: One of `KINDS`.
-        given: Payload handed to it.
-        taken: Payload got from it.
-        sent: What leaves the rank.
-        received: What comes to it.
+        given: Payload passed to the collective.
+        taken: Payload that the collective returns.
+        sent: Bytes that leave the rank.
+        received: Bytes that reach the rank.
     """
 
     what: str
@@ -54,19 +54,19 @@ def all_gather(what: str, nbytes: float, num_ranks: int) -> Traffic:
 
 
 def reduce_scatter(what: str, nbytes: float, num_ranks: int) -> Traffic:
-    """To each its share of the sum of a tensor of so many bytes: N - 1 parts of 1/N go round.
+    """Give each rank its share of the sum of a tensor of so many bytes: N - 1 parts of 1/N go round.
 
-    Gloo makes an all-reduce of it and keeps a share: it sends twice as much.
+    Gloo runs an all-reduce and keeps a share, so gloo sends twice as much.
     """
     moved = nbytes * (num_ranks - 1) / num_ranks
     return Traffic(what, REDUCE_SCATTER, nbytes, nbytes / num_ranks, moved, moved)
 
 
 def all_to_all(what: str, given: float, taken: float, kept: float) -> Traffic:
-    """To each its own: all is sent once, straight, but what a rank has for itself.
+    """Send each rank its own bytes once and straight; the sender's own share stays.
 
     Args:
-        what: What for.
+        what: The purpose.
         given: Bytes for all ranks.
         taken: Bytes from all ranks.
         kept: Bytes of both that are the rank's own.

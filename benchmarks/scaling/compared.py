@@ -39,7 +39,7 @@ class Compared:
 
     @property
     def differences(self) -> list[str]:
-        """Where the model or TCP disagrees with what was counted, by rank."""
+        """The quantities, by rank, in which the model or TCP disagrees with the count."""
         found: list[str] = []
         for rank, each in enumerate(self.counted):
             texts = differences(each.traffic, self.expected(rank), TOLERANCE)
@@ -59,12 +59,12 @@ class Compared:
         )
 
     def expected(self, rank: int) -> dict[str, Traffic]:
-        """What the model says of a rank whose batches are not known."""
+        """The traffic that the model expects of a rank if its batches are unknown."""
         num_ranks = len(self.counted)
         return modelled(self.case, num_ranks, rank, expected_load(self.case.workload, num_ranks))
 
     def given_the_batches(self, rank: int) -> dict[str, Traffic]:
-        """What it says of the batches that were counted."""
+        """The traffic that the model gives for the counted batches."""
         return modelled(self.case, len(self.counted), rank, drawn_load(self.case, len(self.counted), rank))
 
     def rows(self) -> Iterator[dict[str, object]]:
@@ -96,7 +96,7 @@ class Compared:
 
 
 def compared_table(compared: Sequence[Compared]) -> Table:
-    """What the first rank sent, by the model, by its collectives, and by TCP."""
+    """The bytes that the first rank sent, by the model, by its collectives, and by TCP."""
     table = Table(title="bytes that the first rank sends in a step; how far any collective of any rank is from it")
     for name in ("ranks", "layout", "workload", "expected", "counted", "by TCP", "furthest"):
         table.add_column(name, justify="left" if name in ("layout", "workload") else "right")

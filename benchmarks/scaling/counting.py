@@ -1,11 +1,11 @@
-"""Counting what a step really moves, in two ways that know nothing of each other.
+"""Counting the bytes that a step really moves, in two independent ways.
 
-`Counter` sees each collective as it is dispatched: ``torch.distributed``'s functions, the functional ones, and the
-calls of FSDP and of DDP's C++ reducer alike, for they all come to operators of ``c10d`` or ``_c10d_functional``. It
-knows tensors, so payload, and takes a ring for what is sent.
+`Counter` sees each collective as it is dispatched. The functions of ``torch.distributed``, the functional ones, FSDP
+and DDP's C++ reducer all end in operators of ``c10d`` or ``_c10d_functional``. `Counter` reads payload off the tensors,
+and computes the bytes sent as a ring's.
 
-`socket_bytes` asks the kernel what has gone over this process's TCP connections, whoever wrote it and by whatever
-algorithm: a collective that `Counter` did not see, or a ring that is none, shows there.
+`socket_bytes` asks the kernel for the bytes on this process's TCP connections, by any sender and any algorithm. A
+collective that `Counter` missed, or an algorithm other than a ring, shows there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_
 _NAMESPACES = ("c10d", "_c10d_functional")
 # They move no tensor.
 _EMPTY = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd")
-# Linux's tcp_info: where it has the bytes received, sent, and sent again, 64 bits each.
+# Offsets in Linux's tcp_info of the bytes received, sent, and sent again; 64 bits each.
 _RECEIVED_AT, _SENT_AT, _RESENT_AT, _TCP_INFO_BYTES = 128, 200, 208, 216
 
 
@@ -35,7 +35,7 @@ class UnknownCollectiveError(RuntimeError):
 
 
 class Counter(TorchDispatchMode):
-    """While it is entered, the collectives of this thread and of the backward passes that it starts.
+    """Counts, while entered, the collectives of this thread and of the backward passes that this thread starts.
 
     Attributes:
         traffic: One each, in their order; ``what`` is the operator's name.
@@ -60,7 +60,7 @@ class Counter(TorchDispatchMode):
 
 
 class SocketBytes(NamedTuple):
-    """What has gone over TCP so far, payload of the connections that are open.
+    """The payload that went over TCP so far, on the connections that are open.
 
     Attributes:
         sent: Bytes.
@@ -89,7 +89,7 @@ def socket_bytes() -> SocketBytes:
 
 
 def _tcp_info(descriptor: int) -> bytes | None:
-    """What the kernel knows of a connection; ``None`` where the descriptor is of something else."""
+    """The kernel's record of a connection; ``None`` if the descriptor is not a TCP connection's."""
     try:
         copy = os.dup(descriptor)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the model says as ranks, experts or batches grow.
+"""The model's figures as ranks, experts or batches grow.
 
 Axes: N ranks, E experts of the last level, B samples of a rank.
 """
@@ -19,7 +19,7 @@ from benchmarks.scaling.load import Load, Spread, expected_load, spread
 from benchmarks.scaling.sizes import ModelSizes, sizes_of_workload
 from benchmarks.workloads import Workload
 
-# Ranks of one machine, where only those share parameters or experts.
+# Ranks of one machine, if only the ranks of one machine share parameters or experts.
 NODE = 8
 LEVELS_IN_NODES, EXPERTS_IN_NODES = f"{LEVELS}, {NODE} by copies", f"{EXPERTS}, {NODE} by copies"
 EXPERTS_BY_LOAD = f"{EXPERTS}, by load"
@@ -53,12 +53,12 @@ class Point:
 
     @property
     def value(self) -> int:
-        """What has grown, as far as it has."""
+        """The present size of the quantity that grows."""
         return {"N": self.num_ranks, "E": self.workload.num_experts, "B": self.workload.batch_size}[self.axis]
 
 
 def grown() -> Iterator[tuple[str, Workload, int]]:
-    """What is asked of the model: the axis, the workload, ranks."""
+    """Yield the points to compute: the axis, the workload, ranks."""
     for routes in ROUTES:
         base = replace(BASE, routes=routes)
         yield from (("N", base, num_ranks) for num_ranks in _RANKS)
@@ -85,7 +85,7 @@ class _Asked:
     num_ranks: int
 
     def experts(self, num_parts: int, *, by_load: bool = False) -> tuple[float, float]:
-        """What is sent with experts spread over so many ranks: by the busiest, and in the mean."""
+        """Bytes sent if experts are spread over so many ranks: by the busiest rank, and in the mean."""
         where = _spread(self.workload, num_parts, by_load)
         num_copies = self.num_ranks // num_parts
         rows = layouts.rows_of(self.workload)
@@ -99,12 +99,12 @@ class _Asked:
 
 @cache
 def _spread(workload: Workload, num_parts: int, by_load: bool) -> Spread:
-    # Where experts are does not depend on how many samples there are.
+    # The places of experts do not depend on the number of samples, so the cache may ignore it.
     return spread(sizes_of_workload(workload), expected_load(workload, 1), num_parts, by_load=by_load)
 
 
 def _alike(traffic: list[Traffic]) -> tuple[float, float]:
-    """Of a layout in which all ranks send as much."""
+    """The busiest rank and the mean of a layout in which all ranks send as much."""
     return (total(traffic).sent,) * 2
 
 

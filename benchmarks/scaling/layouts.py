@@ -1,12 +1,12 @@
-"""The model: what a training step moves at one rank, for each way of spreading it that `celmoe.distributed` has.
+"""The model: the bytes that a training step moves at one rank, for each layout that `celmoe.distributed` has.
 
-A step is one forward pass, ``joined_mean``, one backward pass, and ``reduce_gradients`` where the layout has it.
-Everything is trained, gradients are of the parameters' dtype, every rank has B samples. Clipping (none of it talks but
-for `shard_levels`) and what only the first step does are not in it.
+A step is one forward pass, ``joined_mean``, one backward pass, and ``reduce_gradients`` if the layout has it.
+Everything is trained, gradients are of the parameters' dtype, every rank has B samples. The model leaves out clipping,
+which communicates under `shard_levels` alone, and the work of the first step alone.
 
-Formulas are of payload; `collectives` says what a ring sends for it. Axes: N ranks, G of them in a dimension that
-shares parameters or experts, D in the dimension of copies (N = G·D), E experts of a level, s the share of a level's
-samples that goes to this rank.
+Formulas are of payload; `collectives` adds a ring's traffic. Axes: N ranks, G of them in a dimension that shares
+parameters or experts, D in the dimension of copies (N = G·D), E experts of a level, s the share of a level's samples
+that goes to this rank.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from benchmarks.workloads import Workload
 DDP, REDUCED, LEVELS, EXPERTS = "prepare_ddp", "reduce_gradients", "shard_levels", "shard_experts"
 LAYOUTS = (DDP, REDUCED, LEVELS, EXPERTS)
 
-# Of the scalar that `prepare_ddp` adds, of an entry in DDP's map of used parameters, and of one in ours.
+# Bytes of the scalar that `prepare_ddp` adds, of an entry in DDP's map of used parameters, and of an entry in ours.
 _ANCHOR_BYTES, _USED_BYTES, _FLAG_BYTES = 4, 4, 1
 _INTEGER_BYTES = 8
-# A meeting says these before the counts: what rows look like, how many there are, their dtype, whether gradients flow.
+# Integers before the counts: the shape of rows, their number, their dtype, and a flag for gradients.
 _SAID_OF_ROWS = 4
-# What is said where dtypes are agreed on: whether there are rows, their dtype, whether gradients flow.
+# Integers that agree on dtypes: a flag for rows, their dtype, and a flag for gradients.
 _SAID_OF_DTYPES = 3
-# What is said of an expert's gradient: how it is there, and its norm. As much is said before those of all experts.
+# Numbers for an expert's gradient: its state and its norm. The numbers of all experts follow as many others.
 _SAID_OF_GRADIENTS = 2
 
 
@@ -41,10 +41,10 @@ class Rows(NamedTuple):
 
     Attributes:
         batch_size: Samples B.
-        hidden_bytes: Of one sample's hidden states.
-        other_bytes: Of one sample's mask and context, which no gradient comes back for.
-        has_input_gradient: Whether gradients flow into what the first spread level is given: where a level below is
-            trained, or an encoder.
+        hidden_bytes: Bytes of one sample's hidden states.
+        other_bytes: Bytes of one sample's mask and context, which get no gradient.
+        has_input_gradient: True if gradients flow into the input of the first spread level, for a trained level below
+            or an encoder.
     """
 
     batch_size: int
@@ -85,8 +85,8 @@ def fully_sharded(sizes: ModelSizes, num_parts: int, num_copies: int = 1) -> lis
     """`shard_levels`: whole levels, absent experts too, are gathered twice and reduced once.
 
     With Q bytes of a level's parameters, each padded to G rows at least: all-gathers of Q in both passes and a
-    reduce-scatter of Q; for what is not in levels, one all-gather less. Where there are copies, an all-reduce of Q / G
-    over them. At the end one of 1 byte an experts' parameter, over each dimension.
+    reduce-scatter of Q. Parameters outside the levels take one all-gather less. Copies add an all-reduce of Q / G over
+    them. The step ends with an all-reduce of 1 byte an experts' parameter, over each dimension.
     """
     groups = [each for each in (num_parts, num_copies) if each > 1]
     moved = [_joined_mean(num_parts * num_copies)]
@@ -108,20 +108,21 @@ def expert_parallel(
 ) -> list[Traffic]:
     """`shard_experts` and its ``reduce_gradients``: samples travel, experts don't.
 
-    For each spread level, with h bytes of a sample's hidden states: an all-to-all to the experts that gives B·h and
-    takes G·s·B·h, one back that gives and takes it the other way round, and both again in the backward pass. Its first
-    has mask and context too. Before them an all-gather of ``8·(4 + ΣE)`` bytes from each rank, and one or two of 24
+    For each spread level, with h bytes of a sample's hidden states: an all-to-all to the experts gives B·h and takes
+    G·s·B·h, and one back gives G·s·B·h and takes B·h. The backward pass has both again. The first all-to-all has mask
+    and context too. Before the levels, an all-gather takes ``8·(4 + ΣE)`` bytes from each rank, and one or two take 24
     bytes a level.
 
-    After them what every rank holds is all-reduced over all dimensions in turn, and this rank's present experts over
-    that of copies, each with 1 byte a parameter for which exist. And an all-gather of ``16·(1 + n)`` bytes from each
-    rank tells the norms of experts' gradients, with n the most tensors of experts on one of the G.
+    After the levels, the parameters that every rank holds are all-reduced over all dimensions in turn. This rank's
+    present experts are all-reduced over the dimension of copies. Both take 1 byte more a parameter, for its presence.
+    An all-gather of ``16·(1 + n)`` bytes from each rank shares the norms of experts' gradients, with n the most tensors
+    of experts on one of the G.
 
     Args:
         sizes: The model, whole.
-        load: Of all ranks' samples.
-        rows: What each rank has.
-        spread: Where the experts are.
+        load: The load of all ranks' samples.
+        rows: The batch of each rank.
+        spread: The ranks of the experts.
         num_parts: Ranks G that they are spread over.
         num_copies: Ranks D that hold the same experts.
         rank: This one's position among the G.
@@ -175,7 +176,7 @@ def _present_bytes(levels: Iterable[LevelSizes], load: Load) -> float:
 
 
 def _reduce(num_parameters: int, nbytes: float, group_sizes: Iterable[int]) -> list[Traffic]:
-    """Which gradients exist, and those, over groups in turn."""
+    """All-reduce the map of existing gradients, then the gradients, over groups in turn."""
     groups = [size for size in group_sizes if size > 1]
     flags = [all_reduce("existing gradients", _FLAG_BYTES * num_parameters, size) for size in groups]
     return flags + [all_reduce("gradients", nbytes, size) for size in groups]

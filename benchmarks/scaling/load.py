@@ -1,4 +1,4 @@
-"""How a step's samples fall on experts, in expectation, and so on the ranks that hold them.
+"""The expected load of a step: the samples of each expert, and so of each rank that holds experts.
 
 Axes: E experts of a level, G ranks that the experts are spread over.
 """
@@ -66,11 +66,11 @@ class Spread(NamedTuple):
 
 
 def spread(sizes: ModelSizes, load: Load, num_parts: int, *, by_load: bool = False) -> Spread:
-    """Where `celmoe.distributed.shard_experts` puts them: all levels of several experts.
+    """Compute the places that `celmoe.distributed.shard_experts` chooses: it spreads all levels of several experts.
 
     Args:
         sizes: The model.
-        load: What shares follow from.
+        load: Gives the shares of samples.
         num_parts: Ranks G.
         by_load: Balance samples, as its ``loads`` do, in place of bytes.
     """

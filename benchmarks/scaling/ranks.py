@@ -18,7 +18,7 @@ _LIMIT = timedelta(seconds=120)
 
 
 def count_on_ranks(cases: Sequence[Case], num_ranks: int) -> list[list[Counted]]:
-    """What each rank counts in each case, ``[case][rank]``."""
+    """The counts of each rank in each case, ``[case][rank]``."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(num_ranks, context) as pool:
         tasks = [pool.submit(_rank, cases, rank, num_ranks, f"file://{folder}/meeting") for rank in range(num_ranks)]

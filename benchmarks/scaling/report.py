@@ -1,4 +1,4 @@
-"""What the model says as a run grows, as a drawing and a table."""
+"""The model's figures as a run grows, as a drawing and a table."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_units(nbytes: float) -> str:
 
 
 def draw_growth(points: Sequence[Point]) -> Drawing:
-    """A panel for each axis, by routes: what the busiest rank sends."""
+    """Draw a panel for each axis, by routes: the bytes that the busiest rank sends."""
     figure, panels = new_panels(11, 6.4, len(ROUTES), len(_AXES), share_y=True)
     for row, routes in zip(panels, ROUTES, strict=True):
         for axes, axis in zip(row, _AXES, strict=True):

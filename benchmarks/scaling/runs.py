@@ -24,7 +24,7 @@ from benchmarks.scaling.sizes import sizes_of_workload
 from benchmarks.workloads import Workload
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
 
-# What the model may be off by where it expects and batches are drawn; and where it is given the batches.
+# The model may be off by the first share if it expects batches, and by the second if it is given the batches.
 TOLERANCE, ROUNDING = 0.05, 1e-9
 _STEPS = 4
 
@@ -68,8 +68,8 @@ class Counted(NamedTuple):
     """A rank's mean step.
 
     Attributes:
-        traffic: By kind of collective, what `Counter` saw.
-        sockets: What went over TCP.
+        traffic: By kind of collective, the traffic that `Counter` saw.
+        sockets: The bytes that went over TCP.
     """
 
     traffic: dict[str, Traffic]
@@ -79,7 +79,7 @@ class Counted(NamedTuple):
 def count(case: Case) -> Counted:
     """Train some steps, each on other samples, on the group that this rank is in; all its ranks must come.
 
-    A step goes before that is not counted, in which ranks learn what does not change.
+    An uncounted step comes first, in which ranks exchange all that stays constant.
     """
     step = _trainings[case.layout](case)
     step(0)
@@ -101,19 +101,19 @@ def count(case: Case) -> Counted:
 
 
 def modelled(case: Case, num_ranks: int, rank: int, load: Load) -> dict[str, Traffic]:
-    """What the model says of such a step, by kind of collective.
+    """The model's traffic of such a step, by kind of collective.
 
     Args:
-        case: What is trained.
+        case: The case that is trained.
         num_ranks: Ranks N.
-        rank: Whose.
-        load: How samples fall on experts: `load.expected_load`, or `drawn_load`.
+        rank: The rank whose traffic is computed.
+        load: The shares of samples by expert: `load.expected_load`, or `drawn_load`.
     """
     return by_kind(_traffic(case, num_ranks, rank, load))
 
 
 def drawn_load(case: Case, num_ranks: int, rank: int) -> Load:
-    """How the counted steps' samples did fall on experts: the mean of those steps.
+    """The true load of the counted steps: the mean of their samples by expert.
 
     Shares are of the samples of the ranks that this one exchanges rows with.
     """
@@ -148,7 +148,7 @@ def _traffic(case: Case, num_ranks: int, rank: int, load: Load) -> list[Traffic]
 def differences(
     counted: dict[str, Traffic], wanted: dict[str, Traffic], tolerance: float, quantities: Iterable[str] = QUANTITIES
 ) -> list[str]:
-    """Where two are further apart than so much of the second, by kind of collective and quantity."""
+    """Name each kind of collective and quantity that differs by more than `tolerance` of the wanted value."""
     found = []
     for kind, name in itertools.product(KINDS, quantities):
         ours, theirs = (getattr(each.get(kind, NOTHING), name) for each in (counted, wanted))
@@ -158,7 +158,7 @@ def differences(
 
 
 def socket_differences(counted: Counted) -> list[str]:
-    """Where what went over TCP is further than `TOLERANCE` from what the collectives that were seen should send."""
+    """Name the directions whose bytes over TCP differ by more than `TOLERANCE` from the collectives' bytes."""
     found = []
     for name in ("sent", "received"):
         wanted, got = _on_gloo(counted.traffic.values(), name), getattr(counted.sockets, name)

@@ -1,4 +1,4 @@
-"""The parameters of a hierarchy, as far as what they cost to send goes.
+"""The sizes of a hierarchy's parameters, which decide the cost of sending them.
 
 Axes: E experts of a level.
 """
@@ -38,7 +38,7 @@ class Parameter(NamedTuple):
         return math.prod(self.shape) * self.itemsize
 
     def padded_bytes(self, num_parts: int) -> int:
-        """Its bytes where every rank's part has as many rows of the first axis: ``fully_shard`` fills the last up."""
+        """Bytes with as many rows of the first axis on every rank: ``fully_shard`` pads the last rank's part."""
         return -(-self.shape[0] // num_parts) * num_parts * math.prod(self.shape[1:]) * self.itemsize
 
 
@@ -56,7 +56,7 @@ class LevelSizes:
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        """Those of all experts."""
+        """The parameters of all experts."""
         return [parameter for expert in self.experts for parameter in expert]
 
     @cached_property
@@ -88,7 +88,7 @@ class ModelSizes(NamedTuple):
 
 
 def bytes_of(parameters: Iterable[Parameter]) -> int:
-    """Of all of them."""
+    """The bytes of all parameters."""
     return sum(parameter.nbytes for parameter in parameters)
 
 

@@ -1,4 +1,4 @@
-"""Whole steps of celmoe-vp, plain, stacked, by hand and compiled, on one device, within so many minutes."""
+"""Times whole steps: celmoe-vp, plain, stacked, by hand and compiled, on one device, within so many minutes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, w
 from benchmarks.whole_steps.row import MAKERS, Row, run_row
 from benchmarks.workloads import Workload
 
-# What stacked steps must reach and what they aim at, as multiples of celmoe-vp's speed on one thread of a CPU.
+# Multiples of celmoe-vp's speed on one thread of a CPU that stacked steps must reach, and those they aim at.
 GOALS = ((2.2, 3.0), (3.3, 4.0), (5.5, 7.0), (7.2, 8.0), (2.9, 3.5), (1.4, 1.8), (1.3, 1.45), (1.5, 1.8), (3.0, 4.0))
 COUNTS = (4, 16, 64, 256, 1024)
 KINDS = (("linear", 64), ("mlp", 128))
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure.
 
     Returns:
-        0; 1 where a contender computes something else, or none was timed; 2 where an argument was refused.
+        0; 1 if a contender is not equal or none was timed; 2 if an argument was refused.
     """
     parser = make_parser("benchmarks.whole_steps", __doc__)
     add = parser.add_argument
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _share(place: int, count: int) -> float:
-    """The share of the time that is left for the row at this place; the first compiles what all compilations need."""
+    """The share of the time left for the row at this place; the first row also compiles code that all rows need."""
     return FIRST_SHARES / (FIRST_SHARES + count - 1) if place == 0 else 1 / (count - place)
 
 

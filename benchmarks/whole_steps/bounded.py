@@ -1,4 +1,4 @@
-"""Work in a process of its own, which tells what it knows as it goes, and which a clock ends."""
+"""Work in a process of its own, which sends its results as it goes, and which a clock ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
-# Works until a time by ``time.time()``, and tells what it knows.
+# Works until a time by ``time.time()``, and sends its results so far.
 Work: TypeAlias = Callable[[float, Callable[[Any], None]], None]
 
 
@@ -17,10 +17,10 @@ def last_told(work: Work, seconds: float) -> tuple[Any, str]:
 
     Args:
         work: Can be pickled.
-        seconds: How long it may take, from the start of its process.
+        seconds: Limit on its time, from the start of its process.
 
     Returns:
-        What it told last, ``None`` where it told nothing; and why it did not end by itself, empty where it did.
+        The last result, ``None`` if none was sent; and why the work did not end by itself, empty if it did.
     """
     context = get_context("spawn")
     ear, mouth = context.Pipe(duplex=False)

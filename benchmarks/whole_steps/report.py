@@ -1,4 +1,4 @@
-"""What a run leaves: a table for the terminal, a CSV file, and a figure of the growth with the number of experts."""
+"""The output of a run: a table for the terminal, a CSV file, and a figure of the growth with the number of experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.grid.report import DOTS_PER_INCH, geometric_mean, workload_columns, write_rows
-from benchmarks.report.canvas import SERIES_COLOURS, label_values, new_panels, plain_numbers
+from benchmarks.report.canvas import SERIES_COLOURS, draw_medians, label_values, new_panels, plain_numbers
 from benchmarks.report.wording import ms_words, times_words, workload_words
 from benchmarks.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
 from benchmarks.workloads import Workload
@@ -23,7 +23,7 @@ _HEIGHT, _WIDTH = 3.2, 4.4
 
 
 def steps_table(rows: Sequence[Row], goals: Mapping[Workload, tuple[float, float]]) -> Table:
-    """A row a workload: milliseconds, and how many times as fast as celmoe-vp; as asked, where it is."""
+    """A row a workload: milliseconds, and the multiple of celmoe-vp's speed; with the target, if there is one."""
     table = Table(title="Whole steps: ms, and times as fast as celmoe-vp (asked of stacked: must, aim)")
     table.add_column("workload")
     for heading in (*CONTENDERS, "asked", "s of first steps"):
@@ -54,7 +54,7 @@ def mean_line(rows: Sequence[Row]) -> str:
     both = [each.timings for each in rows if {BY_HAND, STACKED} <= each.timings.seconds.keys()]
     if not both:
         return "no workload has a stack by hand beside the stacked one"
-    # As the CSV file rounds them.
+    # Rounded as in the CSV file, so that a reader of the file finds the same mean.
     mean = geometric_mean([round(timings.ratio(BY_HAND, STACKED), 3) for timings in both])
     return f"stacked is {mean:.2f} times as fast as by hand, geometric mean of {len(both)} workloads"
 
@@ -81,7 +81,11 @@ def _lines(row: Row, name: str) -> list[dict[str, object]]:
 
 
 def draw_growth(path: Path, rows: Sequence[Row], title: str) -> bool:
-    """Milliseconds by number of experts, a panel for all that is alike but for it; false where there is no line."""
+    """Draw milliseconds by number of experts, a panel for each kind, width, batch and routes.
+
+    Returns:
+        False if no line has two points.
+    """
     lines: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         each = row.workload
@@ -95,11 +99,7 @@ def draw_growth(path: Path, rows: Sequence[Row], title: str) -> bool:
         for name, colour in zip(CONTENDERS, SERIES_COLOURS, strict=False):
             timed = [row for row in line if name in row.timings.seconds]
             at = [row.workload.num_experts for row in timed]
-            spreads = [row.timings.spread(name) for row in timed]
-            low, high = ([1e3 * spread[place] for spread in spreads] for place in (0, 1))
-            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-            ms = [1e3 * row.timings.median(name) for row in timed]
-            axes.plot(at, ms, color=colour, linewidth=1.5, marker="o", markersize=3.5, label=name)
+            draw_medians(axes, at, [row.timings for row in timed], name, colour, label=name)
         first = line[0].workload
         axes.set_title(f"{first.expert}, H = {first.hidden_size}, B = {first.batch_size:,}", fontsize=10)
         axes.set(xlabel="experts E of the last level", ylabel="ms a step")

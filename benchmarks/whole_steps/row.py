@@ -38,20 +38,20 @@ MAKERS: Mapping[str, Maker] = MappingProxyType(
 RATE = 1e-3
 # The shares of the time that is left, for rounds without the compiled model and then with it.
 FIRST_SHARE, SECOND_SHARE = 0.3, 0.7
-# Fewer rounds have no quartiles to speak of. In seconds: how often what is known is told.
+# Fewer rounds have no useful quartiles. In seconds: the time between two reports of the timings so far.
 FEWEST_TOLD, SECONDS_BETWEEN = 3, 1.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a workload.
+    """The results of a workload.
 
     Attributes:
-        workload: What was run.
+        workload: The workload that was run.
         timings: Seconds of each contender's steps.
-        first_seconds: By contender, what its first steps took: compiling, capturing, verifying.
-        absent: By contender, why it was not timed.
-        is_unequal: Whether one of them computes something else.
+        first_seconds: By contender, the seconds of its first steps: compiling, capturing, verifying.
+        absent: By contender, the reason why it was not timed.
+        is_unequal: True if a contender computes something else.
     """
 
     workload: Workload
@@ -75,10 +75,10 @@ def measure(workload: Workload, device: torch.device, deadline: float, tell: Cal
     """Time the contenders in turn: first those that need no compiling, then all.
 
     Args:
-        workload: What to run.
-        device: Where.
-        deadline: When all should be told, by ``time.time()``.
-        tell: Told what is known after rounds, and in the end.
+        workload: The workload to run.
+        device: The device to run it on.
+        deadline: The end of all work, by ``time.time()``.
+        tell: Takes the results so far, after rounds and in the end.
     """
     # Contenders are compared in float32.
     torch.backends.cudnn.allow_tf32 = False
@@ -138,7 +138,7 @@ class _Contest:
             self._tell(self.row)
 
     def _tell_round(self, timings: Timings) -> None:
-        # What was told survives when a clock ends the process.
+        # A result that was sent survives when a clock ends the process.
         if timings.rounds >= FEWEST_TOLD and time.monotonic() - self._told_at > SECONDS_BETWEEN:
             self._tell(replace(self.row, timings=timings))
             self._told_at = time.monotonic()

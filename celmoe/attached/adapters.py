@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from celmoe.config import CELMoEConfig, ExpertConfig
 from celmoe.errors import ConfigError
+from celmoe.groups import parameter_groups
 from celmoe.lifecycle.changes import Optimizers
 from celmoe.lifecycle.newcomer import Factory
 from celmoe.routing.compiler import RoutingCompiler
@@ -86,6 +88,21 @@ class Adapters(Mapping[str, Attached]):
         for each in self._alike():
             names = each.unfreeze(level, pattern)
         return names
+
+    def parameter_groups(self, patterns: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """All experts' parameters in groups for an optimizer, those of all places together; see `parameter_groups`.
+
+        The host's own parameters that are trained are in the last group, with the optimizer's defaults.
+        """
+        by_place = [parameter_groups(each, patterns) for each in self._alike()]
+        groups = [
+            {**groups[0], "params": [parameter for group in groups for parameter in group["params"]]}
+            for groups in zip(*(each[: len(patterns)] for each in by_place), strict=True)
+        ]
+        rest = [parameter for each in by_place for group in each[len(patterns) :] for parameter in group["params"]]
+        own = [each for _, module in named_modules(self.model, Attached) for each in module.parameters(recurse=False)]
+        rest += list({id(each): each for each in own if each.requires_grad}.values())
+        return [*groups, {"params": rest}] if rest else groups
 
     def stack(self, levels: Collection[str] | None = None) -> dict[str, StackReport]:
         """Stack the experts of each place; see `stack_experts`. Returns the reports by place."""

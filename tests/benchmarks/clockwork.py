@@ -14,18 +14,18 @@ SECONDS = {
     "three": [3.0, 8.0, 16.0, 3.0, 5.0],
     "half": [0.5, 1.0, 2.0, 0.5, 0.5],
 }
-# Of "three" by "one": 3, 4, 4, 3, 5.
+# The ratios of "three" by "one" are 3, 4, 4, 3, 5.
 RATIO, LOW, HIGH = 4.0, 3.0, 4.5
 
 
 @dataclass
 class Rounds:
-    """Stands in for `interleave`: runs each step once, and notes what moved between two of them.
+    """Stands in for `interleave`: runs each step once, and notes the parameters that moved between two of them.
 
     Attributes:
         seconds: By contender, a key of `SECONDS`.
         watched: Gives the modules whose parameters should move before every step.
-        runs: Contenders by round, with whether all watched parameters had moved since the last step; zeros stay zeros.
+        runs: Contenders by round, each with true if all watched parameters moved since the last step; zeros can't.
     """
 
     seconds: dict

@@ -1,4 +1,4 @@
-"""Runs that never ran: what a ``benchmarks.json`` looks like, with seconds of our choosing."""
+"""Made-up contents of a ``benchmarks.json``, with seconds of our choosing."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ def entry(workload, seconds, stage="whole_step", device="cpu", contender="celmoe
 
 
 def paces(factor=1.0, noise=0.05, rounds=9, seed=0, names=tuple(PACE)):
-    """Seconds by contender and round; what else the machine does in a round, it does to all."""
+    """Seconds by contender and round; other load on the machine slows a whole round alike."""
     draw = random.Random(seed)
     weather = [1 + 3 * noise * draw.random() for _ in range(rounds)]
     return {

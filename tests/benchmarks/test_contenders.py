@@ -1,4 +1,4 @@
-"""Whether *stack* and *dense* compute what they claim to."""
+"""*Stack* and *dense* compute the results that they claim."""
 
 import itertools
 

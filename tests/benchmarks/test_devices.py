@@ -1,4 +1,4 @@
-"""What is said of a device that is not there."""
+"""The message about a device that is absent."""
 
 import pytest
 import torch

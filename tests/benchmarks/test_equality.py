@@ -153,10 +153,10 @@ def test_a_wrong_gradient_of_the_input_is_refused(stage, workload, name, monkeyp
 def test_another_weight_is_refused(name, stage, monkeypatch):
     contender = make(stage, MLP, name)
     with torch.no_grad():
-        # Of the output's own kind: each row of the last level's experts has it.
+        # A bias or shift moves the output directly: each row of the last level's experts has it.
         next(each for own, each in contender.module.named_parameters() if "bias" in own or "shift" in own).add_(0.01)
     if name == DENSE:
-        # The floor's own reference takes over its weights: what it does with them is what is checked.
+        # The floor's reference copies its weights, so the check compares its use of them.
         hold(stage, MLP, name, contender, monkeypatch)
         return
     with pytest.raises(UnequalError, match="the output"):

@@ -1,4 +1,4 @@
-"""The looped engine's grid: who is compared with whom, what is divided by what, and what a run leaves."""
+"""The looped engine's grid: its contenders, its ratios, and the files of a run."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""The grouped engine's contest: who is compared, what is refused, what is divided by what."""
+"""The grouped engine's contest: its contenders, its refusals, its ratios."""
 
 import dataclasses
 from collections import Counter
@@ -77,7 +77,7 @@ def wrong_peer(monkeypatch, spoil):
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_a_wrong_gradient_in_any_rival_is_refused_before_anything_is_timed(kind, rival, rounds, monkeypatch):
     def spoil(contender):
-        # Of the level's every expert there are samples.
+        # The level's every expert has samples.
         names = [name for name in contender.weights if name.startswith("level_modules.")]
         GRADIENTS[kind](contender.weights, *two_alike(contender.weights, names))
 

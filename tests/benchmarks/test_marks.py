@@ -1,4 +1,4 @@
-"""What is measured, what it is held to, and what a run leaves."""
+"""The measures, their targets, and the files of a run."""
 
 import csv
 import itertools

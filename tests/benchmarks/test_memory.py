@@ -1,4 +1,4 @@
-"""Whether a step's memory is counted, and whether the engines keep to what they may take."""
+"""A step's memory is counted, and the engines keep to their limits."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from benchmarks.workloads import Workload
 
 MEGABYTE = 1 << 20
 CPU = torch.device("cpu")
-# What the grouped engine may take of a step's memory, and of the weights', by the looped engine's and their own.
+# Limits on the grouped engine's peak: by the looped engine's peak, and by the bytes of the weights.
 MOST_BY_LOOPED, MOST_BY_WEIGHTS = 1.2, 1.1
 
 

@@ -1,4 +1,4 @@
-"""Steps with mixed routes: what is drawn, what is written."""
+"""Steps with mixed routes: the drawing and the CSV file."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""What counts as an operation that launches work."""
+"""The operations that count as launching work."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""In which order benchmarks run, and which are left out where the time is up."""
+"""The order of benchmarks, and those left out when the time is up."""
 
 from types import SimpleNamespace
 
@@ -41,9 +41,9 @@ def test_what_may_not_end_in_time_is_not_begun(clock):
     # Four times as large may take 80 s, and 80 are left.
     assert not pace.fits(second)
     assert pace.fits(item("step", 48))
-    # Of another kind is only known that something took 20 s.
+    # The only known time of another kind is 20 s.
     assert pace.fits(item("plan", 4096))
-    # What is left out is no measure for the next.
+    # A benchmark that was left out gives no estimate for the next.
     pace.end()
     assert not pace.fits(second)
     clock.seconds += 61.0

@@ -1,18 +1,32 @@
 """The page and the figures of a run that never ran."""
 
 import csv
+import itertools
 import re
 import statistics
 
 import pytest
 
-from benchmarks.contenders.contender import AUTO
+from benchmarks.bodies import EXPERTS
+from benchmarks.contenders.contender import AUTO, STACKED
+from benchmarks.hierarchies import HIERARCHIES, TREE, UNIFORM
+from benchmarks.points import ROUTES
 from benchmarks.report.canvas import _apart
+from benchmarks.report.devices import draw_devices
 from benchmarks.report.page import Findings, write_page
 from benchmarks.report.ratios import ratios
-from benchmarks.report.reading import read_suite
+from benchmarks.report.reading import CONTENDERS, PEER, read_suite
 from benchmarks.report.regressions import RULE, compare
-from benchmarks.report.wording import mebibytes_words, ms_words, times_words, workload_words
+from benchmarks.report.scaling import draw_scaling
+from benchmarks.report.speedups import draw_speedups
+from benchmarks.report.wording import (
+    CONTENDER_MEANINGS,
+    WORKLOAD_MEANINGS,
+    mebibytes_words,
+    ms_words,
+    times_words,
+    workload_words,
+)
 from benchmarks.stages import WHOLE_STEP
 from benchmarks.workloads import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
@@ -69,7 +83,7 @@ def test_the_page_holds_what_was_found(report):
         "pip install -e &#34;.[directml]&#34;",
         "celmoe-vp==3.0.0 could not be installed: no network",
         "From which batch size on the device wins against the CPU",
-        "Where a step&#39;s time goes",
+        "The parts of a step&#39;s time",
         "held against celmoe-vp 1.1.4",
         "not installed",
         "left out",
@@ -97,6 +111,103 @@ def test_every_figure_has_its_numbers(report):
         wanted = (low, ratio, high, 1e3 * statistics.median(theirs), 1e3 * statistics.median(ours))
         names = ("first_quartile", "ratio", "third_quartile", "ms", "celmoe_ms")
         assert [float(row[name]) for name in names] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_growth_shows_the_middle_half_of_the_rounds(report):
+    """In the CSV as in the figure: a band for every line."""
+    suite = read_suite(report / "benchmarks.json")
+    for name in ("scaling_cpu", "devices"):
+        with (report / f"{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows
+        for row in rows:
+            seconds = _seconds_of(suite, row)
+            wanted = [1e3 * each for each in statistics.quantiles(seconds, n=4)]
+            names = ("first_quartile_ms", "ms", "third_quartile_ms")
+            assert [float(row[name]) for name in names] == pytest.approx(wanted, abs=1e-4)
+    (drawing,) = draw_scaling(suite.of(WHOLE_STEP, "cpu"))
+    for axes in drawing.figure.axes:
+        bands = [each.get_paths()[0].vertices[:, 1] for each in axes.collections]
+        lines = [line.get_ydata() for line in axes.lines]
+        assert len(bands) == len(lines) == 5
+        for band, line in zip(bands, lines, strict=True):
+            assert band.min() < min(line) <= max(line) < band.max()
+
+
+def _seconds_of(suite, row):
+    (record,) = (
+        each
+        for each in suite.of(WHOLE_STEP, row["device"])
+        if [str(each.workload.batch_size), str(each.workload.num_experts)] == [row["B"], row["E"]]
+    )
+    return record.timings.seconds[row["contender"]]
+
+
+def test_contenders_and_workloads_are_defined_before_any_figure_or_table(report):
+    page = (report / "index.html").read_text(encoding="utf-8")
+    definitions = page.index("<dl>", page.index('<h2 id="contenders">'))
+    assert definitions < min(page.index(each) for each in ("<table", "<img", 'class="tile"', "times as fast"))
+    suite = read_suite(report / "benchmarks.json")
+    timed = {name for record in suite.records for name in record.contenders}
+    defined = set(re.findall("<dt>(.*?)</dt><dd>.", page[definitions : page.index('<h2 id="short">')]))
+    assert defined == timed | {"celmoe-vp 3.0.0", "linear"}
+
+
+def test_every_contender_and_workload_has_a_meaning():
+    assert CONTENDER_MEANINGS.keys() == set(CONTENDERS)
+    # A tree and equal shares are what every other workload has, and told in a sentence.
+    assert WORKLOAD_MEANINGS.keys() == {*EXPERTS, *HIERARCHIES, *ROUTES} - {TREE, UNIFORM}
+
+
+def test_all_fits_a_page_of_1280_pixels(report):
+    """Figures are narrower than the page; they and the tables stand in boxes that scroll where a screen is smaller."""
+    page = (report / "index.html").read_text(encoding="utf-8")
+    widths = [int(each) for each in re.findall('<img [^>]*width="([0-9]+)"', page)]
+    assert len(widths) == page.count("<img")
+    assert max(widths) <= 1152
+    for element in ("table", "img"):
+        assert page.count(f"<{element}") == len(re.findall(rf'<div class="wide">\s*<{element}', page)), element
+    levels = [int(each) for each in re.findall("<h([1-6])", page)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert not re.search('<img (?![^>]*alt="[^"]{20,}")', page)
+
+
+def test_many_kinds_and_contenders_make_no_wider_figures(tmp_path):
+    kinds = ("linear", "mlp", "block", "gru")
+    names = (
+        PEER,
+        "celmoe-vp 3.0.0",
+        "oracle",
+        "transformers",
+        "stack",
+        "vmap",
+        "dense",
+        "celmoe looped",
+        STACKED,
+        AUTO,
+    )
+    rounds = {name: [1.0 + place, 1.1 + place] for place, name in enumerate(names)}
+    entries = [
+        entry(Workload(kind, 64, batch, count), rounds, device=device)
+        for kind, batch, count, device in itertools.product(kinds, (64, 512), (4, 32), ("cpu", "cuda"))
+    ]
+    suite = read_suite(write(tmp_path / "benchmarks.json", entries))
+    records = suite.of(WHOLE_STEP, "cpu")
+    for drawing in (*draw_scaling(records), *draw_speedups(records), *draw_devices(suite)):
+        assert 96 * drawing.figure.get_figwidth() <= 1152, drawing.name
+
+
+@pytest.mark.parametrize(("noise", "is_told"), [(0.3, True), (0.01, False)])
+def test_the_page_says_when_the_machine_was_noisy(tmp_path, noise, is_told):
+    suite = read_suite(write(tmp_path / "benchmarks.json", [entry(Workload("gru", 8, 4, 2), paces(noise=noise))]))
+    page = write_page(tmp_path, Findings(suite, MACHINE)).read_text(encoding="utf-8")
+    assert ("The machine was noisy." in page) == is_told
+    restless = 7 if is_told else 0
+    # The numbers are told in any case, and a notice comes before all else that was measured.
+    told = f"In {restless} of 7 series of timings, the middle half is wider than 10% of the median."
+    assert page.count(told) == 1 + is_told
+    assert not is_told or page.index(told) < page.index("<h2")
 
 
 def test_a_page_of_little(tmp_path):

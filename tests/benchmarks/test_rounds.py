@@ -1,4 +1,4 @@
-"""How rounds are held: who runs when, what moves between two steps, and what is divided by what."""
+"""Rounds: the order of contenders, the weights that move between two steps, and the ratios."""
 
 from types import SimpleNamespace
 
@@ -147,7 +147,7 @@ def test_a_nudge_moves_all_weights_and_the_next_one_moves_them_back():
     ],
 )
 def test_a_contender_computes_something_else_once_its_weights_have_moved(stage, workload):
-    """What computes the same keeps what it computed from its weights before."""
+    """A contender whose results stay the same has kept values computed from its old weights."""
     gathered = gather(tasks_of(stage, workload, CPU), 60.0)
     assert gathered.tasks.keys() >= {AUTO, LOOPED, DENSE, STACK, VMAP}
     for name, task in gathered.tasks.items():

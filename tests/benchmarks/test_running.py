@@ -1,4 +1,4 @@
-"""How the suite's process is run and heard, and what its end means."""
+"""The suite's process: its start, its output, and the meaning of its end."""
 
 import json
 import signal
@@ -66,7 +66,7 @@ def test_after_its_time_nothing_is_begun(tmp_path):
 def test_a_stop_lets_the_running_one_end(tmp_path):
     source = "import time\ndef test_long(): time.sleep(1.5)\ndef test_next(): pass\n"
     outcome, _ = run(tmp_path, source, stopped=lambda: True)
-    # Which one it catches is the machine's choice; what was begun has ended, and the rest was left out.
+    # The machine's speed decides which benchmark the stop catches; that one ended, and the rest was left out.
     assert outcome.crash == ""
     assert set(outcome.left_out.values()) == {STOPPED}
     assert outcome.measured + len(outcome.left_out) == 2

@@ -1,4 +1,4 @@
-"""Whether the suite's sets hold what they are said to hold."""
+"""The suite's sets hold the workloads that their descriptions promise."""
 
 import pytest
 

@@ -13,7 +13,7 @@ WORKLOAD = Workload("linear", 8, 16, 4, hierarchy=ONE_LEVEL)
 
 @pytest.fixture(params=[Passes, TrainingStep, BackwardPass])
 def step_and_leaves(request):
-    """A step of one layer, and what gets gradients in it: the layer's parameters and the hidden states."""
+    """A step of one layer, and the leaves that get gradients in it: the layer's parameters and the hidden states."""
     layer, seen = nn.Linear(8, 8), []
 
     def forward(hidden):

@@ -1,4 +1,4 @@
-"""Whether the suite's contenders are equal, and refused where they are not; what a benchmark leaves."""
+"""The suite's contenders are equal, or refused; and the record that a benchmark leaves."""
 
 import json
 import os
@@ -191,7 +191,7 @@ def test_memory_is_in_its_record(monkeypatch):
 
 def test_the_weights_are_in_the_memory_of_a_step(monkeypatch):
     monkeypatch.setattr(stages, "MODELS", {name: models.MODELS[name] for name in OURS})
-    # One sample: most experts are absent, and their weights are most of what there is.
+    # With one sample most experts are absent, and their weights are most of the memory.
     workload = Workload("linear", 64, 1, 64)
     weights = sum(each.nbytes for each in workload.build(models.celmoe).parameters())
     for name, found in contest(workload, []).run(MEMORY)["bytes"].items():

@@ -190,7 +190,7 @@ def test_the_workloads_that_figures_are_asked_of_are_in_their_set():
 
 
 def test_the_command_measures_here(tmp_path, monkeypatch, capsys):
-    """At a small size; what compiles has no time to."""
+    """The command runs at a small size; compiled contenders run out of time."""
     monkeypatch.setitem(command.SETS, "growth", [Workload("linear", 8, 12, count) for count in (2, 3)])
     limits = []
 

@@ -1,4 +1,4 @@
-"""Whether the workloads are what their names say."""
+"""The workloads are as their names say."""
 
 from collections import Counter
 

@@ -74,7 +74,7 @@ def with_another_input_gradient(contender):
 
 
 def two_alike(weights, names):
-    """The same parameter of two experts, of one level where the level keeps them in one tensor; or of the only one."""
+    """The same parameter of two experts, of one level if the level keeps them in one tensor; or of the only one."""
     for first in reversed(names):
         for second in names:
             if first != second and _kind(weights, first) == _kind(weights, second):

@@ -1,7 +1,7 @@
-"""A training step of a model on the masquerade, held against what its experts do there alone.
+"""A training step of a model on the masquerade, compared with its experts alone on the masquerade.
 
-What the user's own modules do on the device is theirs. So each expert runs alone on its rows first, and what is found
-then is taken off what is found of the whole model: what is left, the library did.
+The user's own modules may do anything on the device. Each expert therefore runs alone on its rows first. Its findings
+are subtracted from those of the whole model: the rest comes from the library.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _EXPERTS = [f"e{index}" for index in range(len(COUNTS))]
 
 
 class Inputs(NamedTuple):
-    """What a model is called with."""
+    """The inputs of a model's call."""
 
     hidden: torch.Tensor
     routing: dict[str, list[str]]
@@ -92,7 +92,7 @@ def step(model: HierarchicalCELMoE, given: Inputs, routing: RoutingPlan | dict[s
 
 
 def alone(model: HierarchicalCELMoE, given: Inputs) -> Counter[Finding]:
-    """What is found of the experts themselves, each on its rows."""
+    """The findings of the experts themselves, each on its rows."""
     batches = []
     for level, names in given.routing.items():
         for name, module in model.level_modules[level].items():
@@ -126,13 +126,13 @@ def _trials_are_seen() -> Iterator[None]:
 
 
 class Audit(NamedTuple):
-    """What the library did that the device does not do well.
+    """The operations of the library that the device does not do well.
 
     Attributes:
-        first: At a first call, in which classes are proven.
-        later: At a later one.
-        fused: What that gave.
-        gradients: And the gradients of all parameters and inputs.
+        first: Findings at a first call, in which classes are verified.
+        later: Findings at a later one.
+        fused: The fused rows of the later call.
+        gradients: The gradients of all parameters and inputs in that call.
     """
 
     first: Counter[Finding]
@@ -149,7 +149,7 @@ def audit(model: HierarchicalCELMoE, given: Inputs, *, with_plan: bool) -> Audit
         step(model, given, routing)
     with _trials_are_seen(), masquerade() as later:
         fused, gradients = differentiated(model, given, routing)
-    # A proof runs its class several times, and reads what came out.
+    # Verifying a class runs the class several times, and reads the results back.
     new = {what: count for what, count in first.findings.items() if what not in theirs and what.what != Kind.SYNC.value}
     return Audit(Counter(new), later.findings - theirs, fused, gradients)
 
@@ -157,7 +157,7 @@ def audit(model: HierarchicalCELMoE, given: Inputs, *, with_plan: bool) -> Audit
 def differentiated(
     model: HierarchicalCELMoE, given: Inputs, routing: RoutingPlan | dict[str, list[str]]
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """What a step gives, and the gradients of all parameters and inputs."""
+    """Return a step's fused rows, and the gradients of all parameters and inputs."""
     inputs = [each for each in (given.hidden, given.mask, *given.context.values()) if isinstance(each, torch.Tensor)]
     leaves = [*model.parameters(), *inputs]
     for leaf in leaves:

@@ -1,12 +1,12 @@
-"""A CPU's tensors that say they are DirectML's, and a record of what such a device would not do well.
+"""CPU tensors that claim to be DirectML's, and a record of operations that such a device would not do well.
 
-There is no such device here, but the library chooses by what tensors say of their device. So a mode answers for them,
-``privateuseone:0``, and takes that device for the CPU wherever tensors are made or moved. Below autograd another mode
-sees every operation, forward and backward, and asks `operators.verdict` about it. What is made of other operators is
-run as those; what returns copies there returns copies.
+The tests' machine has no such device, but the library chooses by a tensor's device. A mode therefore answers
+``privateuseone:0`` for tensors, and takes that device for the CPU when tensors are made or moved. Below autograd
+another mode sees every operation, forward and backward, and asks `operators.verdict` about it. Composite operators run
+as the operators they are made of; operators that return copies on the device return copies.
 
-Tensors are the host's if they come from NumPy or were moved to the CPU, and what is made of those alone. All others are
-the device's.
+Tensors are the host's if they come from NumPy or were moved to the CPU, or are made of the host's tensors alone. All
+others are the device's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 class Record:
-    """What was found so far, and which tensors are the host's."""
+    """The findings so far, and the tensors that are the host's."""
 
     def __init__(self) -> None:
         self.findings: Counter[Finding] = Counter()
@@ -58,11 +58,11 @@ class Record:
         self._host: dict[int, torch.Tensor] = {}
 
     def is_host(self, tensor: torch.Tensor) -> bool:
-        """Whether it is the host's."""
+        """True if the tensor is the host's."""
         return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._host
 
     def to_host(self, tensor: torch.Tensor) -> None:
-        """It is the host's from now on, and whatever shares its memory."""
+        """Make the tensor the host's from now on, with all tensors that share its memory."""
         self._host[tensor.untyped_storage()._cdata] = tensor
 
     def find(self, what: str, operator: str) -> None:
@@ -167,7 +167,7 @@ class _Watching(TorchDispatchMode):
 
     def _decomposed(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func in self._inside:
-            # Detaching calls itself; what does has nothing to launch.
+            # Detaching calls itself; an operator that does so launches nothing.
             return func(*args, **kwargs)
         self._inside.append(func)
         try:
@@ -185,7 +185,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _with_tensors(func: Any, args: Sequence[Any]) -> tuple[Any, ...]:
-    """Numbers as tensors where the operator takes nothing else: inside of others numbers are passed on like that."""
+    """Turn numbers into tensors if the operator takes nothing else: composite operators pass numbers on."""
     parameters = zip(func._schema.arguments, args, strict=False)
     return tuple(
         torch.scalar_tensor(value, dtype=torch.int64 if type(value) is int else None)
@@ -197,7 +197,7 @@ def _with_tensors(func: Any, args: Sequence[Any]) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _graphs_of_the_device() -> Iterator[None]:
-    """Traced graphs make their constants on the device: the tracer is not told where tensors say that they are."""
+    """Make the constants of traced graphs on the device: the mode's answers don't reach the tracer."""
     right = celmoe.grouped.classes.capture
 
     def capture(expert: Any, sample: Any) -> Any:
@@ -219,7 +219,7 @@ def _graphs_of_the_device() -> Iterator[None]:
 
 @contextlib.contextmanager
 def masquerade() -> Iterator[Record]:
-    """Tensors say that they are DirectML's, and what they go through is recorded."""
+    """Make tensors claim to be DirectML's, and record the operations on them."""
     record = Record()
     from_numpy = torch.from_numpy
 
@@ -232,7 +232,7 @@ def masquerade() -> Iterator[Record]:
     run_backward = torch.autograd._engine_run_backward
 
     def answered(*args: Any, **kwargs: Any) -> Any:
-        # What asks for gradients is a function like others: the mode is left while it runs.
+        # ``torch.autograd.grad`` is a function like others: the mode is left while it runs.
         with answering:
             return run_backward(*args, **kwargs)
 
@@ -240,7 +240,7 @@ def masquerade() -> Iterator[Record]:
     with (
         _graphs_of_the_device(),
         mock.patch.object(torch, "from_numpy", of_host),
-        # What stands for rows reads past all modes.
+        # The placeholder of rows reads its device past all modes.
         mock.patch.object(Ragged, "device", DEVICE),
         mock.patch.object(torch.autograd, "_engine_run_backward", answered),
         sdpa_kernel(SDPBackend.MATH),

@@ -1,4 +1,4 @@
-"""What DirectML does with an operator of ATen: facts about torch-directml 0.2.5.dev240914, which is for torch 2.4.1.
+"""DirectML's treatment of ATen operators: facts about torch-directml 0.2.5.dev240914, which is for torch 2.4.1.
 
 Nothing here needs that package or its device. The facts are in ``data/``; operators are asked about as a
 `TorchDispatchMode` sees them, below autograd, and may be those of a newer torch.
@@ -25,7 +25,7 @@ DTYPES = frozenset(
 
 
 class Kind(enum.Enum):
-    """What becomes of an operator."""
+    """The device's treatment of an operator."""
 
     NATIVE = "runs on the device"
     HIDDEN_CPU = "runs on the CPU, without a warning"
@@ -37,10 +37,10 @@ class Kind(enum.Enum):
 
 
 class Verdict(NamedTuple):
-    """What becomes of a call.
+    """The device's treatment of a call.
 
     Attributes:
-        kind: Where it ends.
+        kind: The treatment.
         reached: The kernel that decides it, without ``aten::``: ``add.Tensor`` reaches ``add.out``.
     """
 
@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     reached: str
 
 
-# Where kernels for all devices stand; the first is also where structured operators do.
+# The dispatch keys of kernels for all devices; the first also has structured operators.
 _STRUCTURED = "CompositeExplicitAutogradNonFunctional"
 _COMPOSITE = (_STRUCTURED, "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 
@@ -77,9 +77,9 @@ def name_of(op: Any) -> str:
 
 
 def verdict(op: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Verdict:
-    """What becomes of an operator; conditions of wrong results are taken to hold where no arguments are given.
+    """Judge an operator; without arguments, conditions of wrong results count as met.
 
-    ``DECOMPOSES`` is for what is made of others by more than naming a result: `decomposed` runs it that way.
+    ``DECOMPOSES`` is for operators made of others by more than naming a result: `decomposed` runs them that way.
     """
     found = _verdict(op)
     if found.kind is Kind.WRONG and args and not _CONDITIONS[WRONG[found.reached]](args, kwargs or {}):
@@ -107,7 +107,7 @@ def _verdict(op: Any) -> Verdict:
             return Verdict(_kind_of_native(name), name)
         if name in FALLBACK:
             return Verdict(Kind.FALLS_BACK, name)
-    # What has no kernel for all devices is newer than the plug-in's torch.
+    # An operator without a kernel for all devices is newer than the plug-in's torch.
     is_known = any(_has_kernel(op, key) for key in _COMPOSITE)
     return Verdict(Kind.DECOMPOSES if is_known else Kind.FALLS_BACK, name_of(op))
 
@@ -130,7 +130,7 @@ def _has_kernel(op: Any, key: str) -> bool:
 
 
 def _results_of(op: Any) -> list[Any]:
-    """What a structured operator calls: the same with a result to write to, for which each device has a kernel."""
+    """The operators that a structured one calls: overloads with a result to write to, which each device implements."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), _STRUCTURED):
         return []
     base = op._schema.name.removeprefix("aten::")
@@ -150,7 +150,7 @@ def _inputs(op: Any) -> list[tuple[str, str]]:
 
 
 def _repeats(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether an index may name a place twice."""
+    """True if an index may name a place twice."""
     index = args[2] if len(args) > 2 else kwargs["index"]
     dim = args[1] if len(args) > 1 else kwargs["dim"]
     return bool(index.is_meta or index.dim() == 0 or (index.sort(dim).values.diff(dim=dim) == 0).any())

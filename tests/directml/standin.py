@@ -1,4 +1,4 @@
-"""A device that can do what torch-directml can, and refuses or counts the rest: no machine of ours has the real one.
+"""A device with torch-directml's abilities, which refuses or counts the rest: our machines lack the real one.
 
 It is a backend for the device type that torch-directml has, ``privateuseone``. PyTorch's dispatcher sees the kernels
 that the plug-in registers (`operators`) and no others, so it decomposes, falls back and records for autograd as it does
@@ -6,8 +6,8 @@ there, and backward passes run in the engine's thread for the device. The kernel
 memory. Beside operators it has the device's other traits: no more than five dimensions, few dtypes, no inference mode,
 and splits that are copies.
 
-Refused is what would be slow, wrong or the end of the process there. What computes on the CPU in secret and what reads
-a value back is counted by `tallied`: a program may want it now and then.
+The stand-in refuses operations that would be slow, wrong or the end of the process on DirectML. `tallied` counts
+hidden computations on the CPU and reads of values: a program may want them now and then.
 
 A backend can't be taken back, so `install` is for a process of its own.
 """
@@ -30,7 +30,7 @@ _HOST = torch.device("cpu")
 
 
 class RefusedError(RuntimeError):
-    """What DirectML can't do, or does on the CPU or wrongly."""
+    """DirectML can't run the operator, or runs it on the CPU or wrongly."""
 
 
 class FallbackError(RefusedError):
@@ -47,13 +47,13 @@ class UnsupportedError(RefusedError):
 
 @dataclass
 class Tally:
-    """What was asked of the device, by operator.
+    """The calls of the device, by operator.
 
     Attributes:
         kernels: All kernels that ran.
-        hidden: Those that compute on the CPU without a warning.
-        reads: Those that read values back to the host, copies included.
-        refused: What was refused, whoever caught the error.
+        hidden: Kernels that compute on the CPU without a warning.
+        reads: Kernels that read values back to the host, copies included.
+        refused: The refused calls, even if the error was caught.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
@@ -70,7 +70,7 @@ _under: list[Under] = []
 
 @contextmanager
 def tallied() -> Iterator[Tally]:
-    """Counts what happens on the device, in whatever thread."""
+    """Count the calls of the device, in every thread."""
     tally = Tally()
     _tallies.append(tally)
     try:
@@ -109,7 +109,7 @@ def install() -> torch.device:
 
 
 class _Module:
-    """What torch-directml registers as ``torch.privateuseone``, as far as PyTorch asks for it."""
+    """The module that torch-directml registers as ``torch.privateuseone``, with the functions that PyTorch calls."""
 
     @staticmethod
     def is_available() -> bool:
@@ -199,7 +199,7 @@ def _kernel(compute: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.is_inference_mode_enabled():
             raise _refused(UnsupportedError("DirectML can't set version_counter for inference tensor: use no_grad"))
-        # Who watches calls into PyTorch must not see those of a kernel.
+        # Observers of calls into PyTorch must not see those of a kernel.
         with torch._C.DisableTorchFunction():
             return compute(*args, **kwargs)
 
@@ -226,7 +226,7 @@ def _computing(op: Any, name: str) -> Callable[..., Any]:
     takes_tensors = [str(argument.type) == "Tensor" for argument in arguments]
     results = [argument.name for argument in arguments if argument.is_out]
     places = {argument.name: place for place, argument in enumerate(arguments) if not argument.kwarg_only}
-    # Where each of its results comes from, if not out of the kernel.
+    # The source of each of its results that does not come out of the kernel.
     returned = [_written_by(each, arguments) for each in op._schema.returns]
 
     def compute(*args: Any, **kwargs: Any) -> Any:
@@ -333,7 +333,7 @@ def _safe_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -
     return torch.ops.aten._softmax(x if dtype is None else x.to(dtype), dim, False)
 
 
-# Where the CPU has no kernel of that name, or one that asks for memory of its own.
+# Operators for which the CPU has no kernel of that name, or one that allocates memory of its own.
 _OWN: dict[str, Callable[..., Any]] = {
     "empty.memory_format": _empty,
     "empty_strided": _empty_strided,

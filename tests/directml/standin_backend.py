@@ -1,4 +1,4 @@
-"""PrivateUse1 as a backend with one device, and the CPU's memory under its name: what `standin` needs of PyTorch.
+"""PrivateUse1 as a backend with one device, and the CPU's memory under its name: `standin`'s needs from PyTorch.
 
 Newer PyTorch takes backends in Python, and a few integers make the same memory another device's. Older ones, and so
 the one that torch-directml is for, have neither: there a few lines of C++ are built first.
@@ -34,7 +34,7 @@ def register() -> Under:
     """Make the backend, for the rest of this process.
 
     Returns:
-        What gives a tensor's memory as another device's tensor.
+        A function that gives a tensor's memory as another device's tensor.
     """
     return _register_in_python() if _takes_python() else _build()
 
@@ -44,7 +44,7 @@ def _takes_python() -> bool:
 
 
 def _register_in_python() -> Under:
-    # To its own name: where none was given, this PyTorch takes the backend for none, and runs no backward pass on it.
+    # Renames the backend to its own name: without a name, this PyTorch runs no backward pass on the backend.
     torch.utils.rename_privateuse1_backend(DEVICE.type)
     hook, guard = torch._C._acc.PrivateUse1Hooks, torch._C._acc.DeviceGuard
     has_it = {name: lambda *_: True for name in ("is_available", "is_built", "has_primary_context")}

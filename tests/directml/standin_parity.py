@@ -60,7 +60,7 @@ def two_levels(kind: str, width: int = 4, **fields: Any) -> Case:
 
 
 def assert_parity_there(case: Case, engine: str, **options: Any) -> Evidence:
-    """As `assert_parity` with the model on the device, where nothing may be refused or be the CPU's."""
+    """Check parity as `assert_parity` does with the model on the device; nothing may be refused or run on the CPU."""
 
     def in_float64() -> Any:
         wide = replace(case, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_with_activation_checkpoints(engine: str):
 
 
 def many_experts(kind: str) -> Case:
-    """So many that `auto` runs them as one."""
+    """A case with enough experts for `auto` to run them as one."""
     names = [f"expert {number}" for number in range(48)]
     ids = tuple((5 * sample) % 47 for sample in range(130))
     level = Level("language", tuple(Expert(name, kind) for name in names))
@@ -182,9 +182,9 @@ def test_any_siblings_run_as_one_equal_the_oracle(case: Case):
 
 
 def forward_and_step(case: Case, engine: str) -> tuple[Tally, Tally]:
-    """What a forward pass with a plan, and then its backward pass and a step, ask of the device.
+    """The device's calls in a forward pass with a plan, and in its backward pass and a step.
 
-    Not the first ones, where classes are proven.
+    Classes are verified in an uncounted step before.
     """
     model = case.model(engine).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -219,7 +219,7 @@ def test_nothing_is_read_back_in_a_step_with_a_plan(case: Case, engine: str):
         assert not tally.refused
 
 
-# What the checks above are there to find.
+# Mutants that the checks above must find.
 
 
 def by_plain_index_select(rows: torch.Tensor, order: torch.Tensor, inverse: Any, counts: Sequence[int]) -> Any:

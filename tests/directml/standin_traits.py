@@ -133,7 +133,7 @@ def test_what_is_not_there_is_refused(call: Callable[[torch.Tensor], Any]):
 
 
 def test_a_module_that_moves_gets_new_parameters():
-    """PyTorch keeps the objects between the CPU and CUDA, and shares what was shared: not for this device type."""
+    """PyTorch keeps parameters and ties when a module moves between the CPU and CUDA, but not for this device type."""
     first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     second.weight = weight = first.weight
     torch.nn.ModuleList([first, second]).to(DEVICE)
@@ -242,7 +242,7 @@ def test_a_refusal_that_someone_catches_is_still_noted():
 
 
 def test_the_dispatcher_sees_the_plug_in_s_operators():
-    """Of both lists, all that this PyTorch has: the first with a kernel, the others without one of the device's."""
+    """The first list's operators have a kernel, the others none of the device's, as far as this PyTorch has them."""
 
     def has(name: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "PrivateUse1")
@@ -250,7 +250,7 @@ def test_the_dispatcher_sees_the_plug_in_s_operators():
     known = set(torch._C._dispatch_get_all_op_names())
     native = {name for name in NATIVE if f"aten::{name}" in known}
     assert len(native) > 290
-    # Those decompose in PyTorch, and do the same.
+    # The three exceptions decompose in PyTorch, and do the same.
     assert {name for name in native if not has(name)} == {"reshape", "diag.out", "empty.out"}
     refused = {name for name in FALLBACK if f"aten::{name}" in known and has(name)}
     assert not refused & native

@@ -1,4 +1,4 @@
-"""No operation of the library's own is one that DirectML does not do well: what such a device would see, on the CPU."""
+"""No operation of the library's own is one that DirectML does not do well: the masquerade shows them on the CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model_of(kind: str, engine: str, fusion: str = "learned") -> HierarchicalCEL
 
 
 def require_parity(found: Audit, model: HierarchicalCELMoE, given: Any) -> None:
-    """What the device's path gives is what the CPU's gives."""
+    """The device's path gives the CPU's results."""
     fused, gradients = differentiated(model, given, given.routing)
     torch.testing.assert_close(found.fused, fused, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(found.gradients, gradients, strict=True):
@@ -296,7 +296,7 @@ def test_what_experts_do_themselves_hides_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_parts_are_copies_on_the_masquerade():
-    """What writes into a part of a split does not reach the whole there."""
+    """Writing into a part of a split does not change the whole on the masquerade."""
     whole = torch.zeros(4)
     with masquerade():
         whole.split(2)[0].add_(1)

@@ -1,4 +1,4 @@
-"""Finding DirectML where it may not work: with stand-ins for the plug-in that do what it has been seen to do."""
+"""Finding DirectML that may not work, with stand-ins that repeat the plug-in's observed faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def end(*_):
     os.abort()
 torch.nn.Module.to = end
 """
-# What the module does when it is imported or asked, and what is told of it.
+# The source of the plug-in, which runs at import or later, and the parts of the report.
 PLUG_INS = {
     "plain Linux": (
         "raise OSError('libd3d12.so: cannot open shared object file')",
@@ -59,7 +59,7 @@ def _raises(*_: object) -> NoReturn:
 
 
 def asked_with(source: str, place: Path, limit: float | None = None) -> DeviceReport:
-    """What is told of DirectML with a module of this source for its plug-in."""
+    """The report about DirectML with this source as its plug-in."""
     (place / "torch_directml.py").write_text(source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(place), str(ROOT)]))

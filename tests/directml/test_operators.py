@@ -1,4 +1,4 @@
-"""What is told of operators, at examples that are known."""
+"""The verdict on operators, at known examples."""
 
 from __future__ import annotations
 

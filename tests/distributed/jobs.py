@@ -1,4 +1,4 @@
-"""What ranks train together, and the same in one process on the joined batches; one comparison for both.
+"""The jobs that ranks train together, and one process on the joined batches; one comparison for both.
 
 A step is a list of micro-batches, a micro-batch the languages of each rank's samples: ``[[["ru"], ["de"]]]`` is one
 step of one micro-batch, in which the first rank has a Russian sample and the second a German one.
@@ -19,7 +19,7 @@ WIDTH = 6
 FAMILIES = ("slavic", "romance", "germanic")
 FAMILY_OF = {"ru": "slavic", "pl": "slavic", "fr": "romance", "it": "romance", "de": "germanic", "zh.Hant": None}
 TOLERANCE = 1e-11
-# SGD shows a gradient's size, to which Adam is blind; AdamW moves what has a gradient of zeros.
+# SGD shows a gradient's size, which Adam can't see; AdamW moves parameters with gradients of zeros.
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-3),
@@ -28,7 +28,7 @@ OPTIMIZERS = {
 
 @dataclass
 class Job:
-    """What is trained and how; it travels to the processes."""
+    """A model and its training; the job travels to the processes."""
 
     steps: list[list[list[list[str]]]]
     engine: str = "looped"
@@ -58,7 +58,7 @@ class Expert(celmoe.ExpertModule):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, 2 * width)
         self.down = nn.Linear(2 * width, width)
-        # Of a level that is never spread each rank has the loss of its own rows, whose mean is not the joined one.
+        # A level that is never spread gives each rank the loss of its own rows, whose mean is not the joined one.
         self.has_losses = job.has_losses and level != "universal"
         self.has_context = job.has_context
         self.mixes = job.mixes and level != "universal"
@@ -131,7 +131,7 @@ def enter_stage(model: celmoe.HierarchicalCELMoE, job: Job, step: int) -> None:
 
 @dataclass
 class Batch:
-    """Some samples: their rows, routes, targets, and what experts may read beside."""
+    """Some samples: their rows, routes and targets, and the values that experts may read beside."""
 
     hidden: torch.Tensor
     languages: list[str]
@@ -206,9 +206,9 @@ _alone: dict[str, list[Any]] = {}
 
 
 def train_alone(job: Job) -> list[Any]:
-    """One process on the joined batches: what `seen` sees after each step, with the leaves' gradients by rank.
+    """One process on the joined batches: the record of `seen` after each step, with the leaves' gradients by rank.
 
-    It loops, whatever engine the ranks take, and is asked once for jobs that are the same but for that.
+    The process loops, and is asked once for jobs that differ in the engine alone.
     """
     job = replace(job, engine="looped", options={})
     return _alone.setdefault(repr(job), _alone.get(repr(job)) or _train_alone(job))
@@ -240,7 +240,7 @@ def _train_alone(job: Job) -> list[Any]:
 
 
 class DifferenceError(AssertionError):
-    """Ranks, or ranks and one process, disagree. The message begins with what differs."""
+    """Ranks, or ranks and one process, disagree. The message begins with the name of the value."""
 
 
 def assert_close(where: str, mine: Any, theirs: Any, tolerance: float) -> None:
@@ -269,7 +269,7 @@ def assert_close(where: str, mine: Any, theirs: Any, tolerance: float) -> None:
 
 
 def assert_ranks_agree(histories: list[list[Any]]) -> None:
-    """What several ranks hold after each step is the same to the bit."""
+    """All ranks hold the same values after each step, to the bit."""
     for step, (first, _) in enumerate(histories[0]):
         for rank, history in enumerate(histories[1:], 1):
             for name in history[step][0].keys() & first.keys():
@@ -277,10 +277,10 @@ def assert_ranks_agree(histories: list[list[Any]]) -> None:
 
 
 def assert_as_alone(job: Job, histories: list[list[Any]], tolerance: float = TOLERANCE) -> dict[str, int]:
-    """The ranks hold what one process would; together every parameter, where each holds some.
+    """The ranks hold one process's values; together every parameter, if each holds some.
 
     Returns:
-        How many gradients were compared that are there, and that are not.
+        The numbers of compared gradients that are present and that are absent.
     """
     evidence = {"gradients": 0, "absent": 0, "inputs": 0}
     for step, (alone, inputs) in enumerate(train_alone(job)):
@@ -303,7 +303,7 @@ def assert_as_alone(job: Job, histories: list[list[Any]], tolerance: float = TOL
 
 
 def own_rounding(job: Job) -> float:
-    """How far autocast alone moves one process: the largest relative distance over all parameters and gradients."""
+    """The effect of autocast alone on one process: the largest relative distance over all parameters and gradients."""
     worst = 0.0
     exact = train_alone(replace(job, autocast=False))
     for (rounded, _), (wanted, _) in zip(train_alone(job), exact, strict=True):

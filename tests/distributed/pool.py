@@ -1,4 +1,4 @@
-"""Processes that stand ready with a gloo group on loopback: a test sends them a function, and gets what each returned.
+"""Processes that stand ready with a gloo group on loopback: a test sends them a function, and gets their results.
 
 A rank that raises ends the wait of the others soon, one that hangs ends at the time limit; the processes are then
 replaced, so that the next test starts anew.
@@ -46,7 +46,7 @@ def _serve(rank: int, size: int, port: int, connection: Any, thresholds: tuple[i
         if task is None:
             break
         function, args = task
-        # What is there by now is set apart: stacking experts goes through all objects.
+        # The present objects are frozen: stacking experts goes through all others.
         gc.collect()
         gc.freeze()
         try:
@@ -57,7 +57,7 @@ def _serve(rank: int, size: int, port: int, connection: Any, thresholds: tuple[i
 
 
 class Pool:
-    """So many processes, started when first needed."""
+    """A number of processes, started when first needed."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -65,7 +65,8 @@ class Pool:
         self._connections: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: Any, limit: float = LIMIT) -> list[Any]:
-        """What each rank's ``function(*args)`` returned, by rank. The function is found by its name there."""
+        """Return the results of each rank's ``function(*args)``, by rank. Each process finds the function by its
+        name."""
         if not self._processes:
             self._start()
         for connection in self._connections:

@@ -11,7 +11,7 @@ from celmoe.distributed import shard_experts, shard_levels
 from tests.test_stacked import MLP, NAMES, WIDTH, build, expert_of
 
 ROUTES = ["e0", "e2", "e2", "e5", "e0", "e3", "e1", "e1"]
-# What happens before each step.
+# The change before each step.
 CHANGES = [("freeze", "e[23]"), ("freeze", "e0"), ("unfreeze", "e2"), ("unfreeze", "*")]
 
 

@@ -31,7 +31,7 @@ def whole(value):
 
 
 def build(layout, job):
-    """A model spread in one way, its optimizer, and what has to be done between backward pass and step."""
+    """A model spread in one way, its optimizer, and the call between backward pass and step."""
     model = jobs.make_model(job)
     between = None
     if layout == "experts":
@@ -43,7 +43,7 @@ def build(layout, job):
 
 
 def train(layout, job, steps, read=None, write=None, *, from_file=False):
-    """Some steps, from a checkpoint and to one; what there is at the end."""
+    """Take some steps, from a checkpoint and to one; return the values at the end."""
     rank, is_alone = (0, True) if layout == "alone" else (dist.get_rank(), False)
     model, optimizer, between = build(layout, job)
     extra = {}
@@ -93,7 +93,7 @@ def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optim
     job = replace(JOB, optimizer=optimizer)
     run(two, writer, job, [0, 1], write=tmp_path / "checkpoint")
     if reader == "alone":
-        # As one file, which any process reads.
+        # A single file, which any process reads.
         write_file(tmp_path / "checkpoint", tmp_path / "file.pt")
         content = torch.load(tmp_path / "file.pt", weights_only=True)
         jobs.make_model(job).load_state_dict(content["model"], strict=True)
@@ -141,7 +141,7 @@ def _read_file(layout, folder):
 
 
 def refusals(folder):
-    """What each rank says of checkpoints that do not fit; nothing may have changed."""
+    """The errors of each rank about checkpoints that do not fit; nothing may have changed."""
     model, optimizer, _ = build("experts", JOB)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     texts = []
@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_by_every_rank(two, tmp_path):
 
 
 def keeps_extras(folder):
-    """Each rank's own extra, and what a load gives it back."""
+    """Each rank's own extra, as a load returns it."""
     model, _, _ = build("experts", JOB)
     save_checkpoint(folder, model, extra={"rank": dist.get_rank()})
     return load_checkpoint(folder, model)

@@ -311,7 +311,7 @@ PAYLOADS = {
 
 @contextmanager
 def watched():
-    """Whoever unpickles or evaluates anything fails the test, whatever is caught on the way."""
+    """Fail the test if anything unpickles or evaluates, even if the error is caught on the way."""
     calls = []
     watched_names = {pickle: ["load", "loads", "Unpickler"], builtins: ["eval"], os: ["system"], torch: ["load"]}
     with pytest.MonkeyPatch.context() as patch:
@@ -405,11 +405,11 @@ def test_a_damaged_file_is_told_before_anything_changes(file, damage):
     assert text.startswith(f"'file' must hold what write_file wrote, or a state_dict ({str(file)!r}) (got "), text
 
 
-# What only one rank sees.
+# Faults that only one rank sees.
 
 
 def load_where_one_rank_fails(folder, failing):
-    """Every rank's error; what one alone can't read, none changes anything for."""
+    """Every rank's error; a fault that one rank alone sees must change nothing on any rank."""
     found = []
     for layout in ("experts", "levels"):
         model, optimizer = trained(layout)

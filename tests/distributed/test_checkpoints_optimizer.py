@@ -121,7 +121,7 @@ def test_other_state_without_dimensions_lands_on_the_device(tmp_path, make, keys
 
 
 def test_state_is_in_the_dtype_in_which_it_was_saved(tmp_path):
-    """As an optimizer that keeps more digits than its parameters have wants it."""
+    """An optimizer may keep more digits than its parameters have."""
     model, optimizer = model_and(torch.optim.AdamW)
     model.bfloat16()
     save_checkpoint(tmp_path, model, optimizer)
@@ -238,7 +238,7 @@ def notes_of(model, optimizer):
 
 
 def save_notes(folder):
-    """Save state that is no tensor, another for every parameter here; what there is after loading it."""
+    """Save state that is no tensor, another for every parameter; return the state after loading."""
     model, optimizer, _ = build("experts", JOB)
     for name, state in notes_of(model, optimizer).items():
         optimizer.state[model.get_parameter(name)] = {"note": name, **state}

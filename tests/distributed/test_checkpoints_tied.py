@@ -60,7 +60,7 @@ def step(model, optimizer):
 
 
 def shared(model):
-    """Which names share memory."""
+    """The names that share memory."""
     names = {}
     for name, value in model.state_dict().items():
         names.setdefault(value.data_ptr(), set()).add(name)
@@ -117,7 +117,7 @@ def test_ties_can_be_loosened(tmp_path):
 def test_safetensors_keeps_values_and_ties(tmp_path, tie, engine):
     safetensors = pytest.importorskip("safetensors.torch")
     model, other = make_model(tie, 0, engine=engine), make_model(tie, 1, engine=engine)
-    # The engine has run, and has stacked what it stacks.
+    # The engine has run, and has stacked its classes.
     step(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     step(other, torch.optim.AdamW(other.parameters(), lr=0.1))
     ties = shared(other)

@@ -123,7 +123,7 @@ def saves_twice(layout, folder, victim, share, file_limit=None):
 def fork_ranks(folder, cases, size, timeout):
     """Some ranks for each case, forked from a process that has imported all: a start takes no time."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # What torch imports late is imported once.
+    # A first save imports torch's lazy modules once, before the fork.
     save_alone(folder / "first", 1.0)
     values_in(folder / "first")
     # Spreading experts over ranks goes through all objects, to find optimizers.
@@ -183,7 +183,7 @@ def assert_whole_after(folder, victim, size=2):
             assert values == {2.0}
         else:
             assert told["said"].startswith(f"rank {rank}: all {size} ranks must come to a checkpoint (got ")
-    # A save that comes to its end clears away what the dead one has left.
+    # A save that comes to its end clears away the dead one's files.
     save_alone(folder / "checkpoint", 3.0)
     assert values_in(folder / "checkpoint") == {3.0}
     assert names_in(folder / "checkpoint") == ["checkpoint.json", "data"]
@@ -206,7 +206,7 @@ def test_a_rank_is_killed_at_any_moment(tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_all_of_several_ranks_hear_of_a_killed_one(tmp_path, victim):
-    """Those that wait for a rank which is alive, but has given up, hear of it at the group's timeout."""
+    """Ranks that wait for a rank which is alive, but has given up, hear of it at the group's timeout."""
     run_ranks(tmp_path, [(victim, 0.5)], size=4, timeout=SOON / 2)
     assert not (tmp_path / "0" / f"rank-{victim}.json").exists()
     assert_whole_after(tmp_path / "0", victim, size=4)
@@ -247,7 +247,7 @@ def saves_with_fault(folder, fault, failing):
 
 
 def values_in_quietly(folder):
-    """As `values_in`, but by several ranks."""
+    """The values that several ranks find in the folder."""
     model, optimizer, _ = build("experts", JOB)
     extra = load_checkpoint(folder, model, optimizer)
     return sorted(values_of(model, optimizer) | {extra["value"]})
@@ -383,7 +383,7 @@ def test_other_files_in_the_directory_are_left_alone(tmp_path):
 
 
 def test_all_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
-    """The order of what reaches the disk: files, their folder, the manifest beside, its name; then the old ones go."""
+    """Events reach the disk in order: files, their folder, the manifest beside, its name; then the old ones go."""
     save_alone(tmp_path, 1.0)
     done = []
     fsync, replace, rmtree = os.fsync, Path.replace, saving.shutil.rmtree

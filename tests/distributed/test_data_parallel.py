@@ -26,7 +26,7 @@ ACCUMULATED = [[[["ru"], ["fr", "fr"]], [["de"], ["it"]], [["pl", "ru"], []]], [
 
 
 def train_with_ddp(job):
-    """What this rank holds after each step."""
+    """The values on this rank after each step."""
     rank = dist.get_rank()
     hierarchy = jobs.make_model(job)
     model = jobs.network_of(hierarchy, job)
@@ -95,7 +95,7 @@ def test_autocast(two):
 
 
 def train_by_reduction(job):
-    """As `train_with_ddp`, by one reduction after the backward passes; a rank without samples makes none."""
+    """Train with one reduction after the backward passes; a rank without samples makes no backward pass."""
     rank = dist.get_rank()
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     model = jobs.make_model(job)

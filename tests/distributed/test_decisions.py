@@ -21,7 +21,7 @@ ALL = [[["ru", "pl", "fr"], ["it", "de", "ru"]]]
 JOB = Job([ALL, ALL, DISJOINT, STEPS[3], ALL, ALL], optimizer="SGD")
 LANGUAGE = "level_modules.language.{}.up.weight"
 REPLICATED = "level_modules.universal.core.up.weight"
-# By step: an expert, or None for what is replicated, and what is added to its gradient.
+# By step: an expert, or None for a replicated parameter, and the value added to its gradient.
 FAULTS = {
     "an expert of either rank": {0: ("de", "inf"), 2: ("ru", "inf")},
     "NaN": {1: ("fr", "nan"), 4: ("it", "nan")},
@@ -32,7 +32,7 @@ FAULTS = {
 
 
 def spread(layout, model, shape=None):
-    """A model's loss as a function of a batch, and what has to be called after the last backward pass."""
+    """A model's loss as a function of a batch, and the call after the last backward pass."""
     size = dist.get_world_size() if dist.is_initialized() else 1
 
     def objective(module, batch, job):
@@ -56,7 +56,7 @@ def spread(layout, model, shape=None):
 
 
 def spoiled(model, faults):
-    """Have gradients made non-finite in the backward pass of a step; give what sets the step.
+    """Make gradients non-finite in the backward pass of a step; return the function that sets the step.
 
     Replicated parameters' are on the second rank alone.
     """
@@ -89,7 +89,7 @@ def local(value):
 
 
 def train_scaled(layout, job, faults, max_norm=None, shape=None, init_scale=2.0**10):
-    """As with accelerate and Lightning: unscale, clip, step, update. What is seen after each step."""
+    """Unscale, clip, step and update as accelerate and Lightning do; return the values after each step."""
     rank = dist.get_rank() if layout != "alone" else 0
     model = jobs.make_model(job)
     now = spoiled(model, faults)
@@ -188,7 +188,7 @@ def test_a_scale_that_overflows_by_itself(two):
 
 
 def some_gradients(model, scale):
-    """A gradient for each parameter but those of 'zh.Hant', by its name; what two ranks average to is half of it."""
+    """A gradient for each parameter but those of 'zh.Hant', by its name; the mean of two ranks is half of it."""
     for name, parameter in model.named_parameters():
         if "Hant" not in name and "elsewhere" not in name:
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -203,7 +203,7 @@ def some_model(dtype):
     return model
 
 
-# By what optimizers' groups, or whole optimizers, may be told apart.
+# Conditions that tell optimizers' groups, or whole optimizers, apart.
 GROUPS = {
     "all": lambda name, parameter: True,
     "matrices": lambda name, parameter: parameter.ndim >= 2,
@@ -231,7 +231,7 @@ def norms_and_checks(dtype, scale, fault=None):
         if is_alone and parameter.grad is not None and "level_modules.language" in name:
             parameter.grad /= 2
         elif not is_alone and parameter.grad is not None and "level_modules.language" not in name:
-            # Other ranks' gradients are others; their mean is what one process has.
+            # The ranks' gradients differ; their mean is one process's.
             parameter.grad *= 0.5 if dist.get_rank() == 0 else 1.5
     if sharding is not None:
         sharding.reduce_gradients()
@@ -266,7 +266,7 @@ def test_norms_and_checks_are_those_of_one_process(two, dtype):
 
 
 def norms_of_sharing_experts(shares):
-    """Norms, and how many parameters there are, where experts on one rank share a tensor, a module, or all they are."""
+    """Norms and the number of parameters, if experts on one rank share a tensor, a module, or everything."""
     model = some_model(torch.float64)
     experts = model.level_modules["language"]
     if shares == "a tensor":
@@ -296,7 +296,7 @@ def test_shared_tensors_count_once(two, shares):
 
 
 def take_optimizer_steps(name):
-    """What this rank holds after two steps of an optimizer."""
+    """The values on this rank after two steps of an optimizer."""
     model = some_model(torch.float32)
     is_alone = not dist.is_initialized()
     sharding = None
@@ -358,7 +358,7 @@ def test_a_penalty_after_the_reduction_sees_no_stand_ins(two, name):
 
 
 def two_optimizers():
-    """Each takes what it is for; the fault is in a bias, so that matrices are stepped on, on every rank."""
+    """Each optimizer takes its own group; the fault is in a bias, so matrices are stepped on, on every rank."""
     job = Job([ALL])
     model = jobs.make_model(job)
     sharding = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
@@ -416,7 +416,7 @@ def test_a_rank_without_gradients_of_its_own(two):
 
 
 def look_at_stand_ins():
-    """The states that stand-ins are not in, and what they are after moves and conversions."""
+    """The states that leave out stand-ins, and the stand-ins after moves and conversions."""
     model = some_model(torch.float32)
     whole = model.state_dict()
     sharding = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))

@@ -1,4 +1,4 @@
-"""The guide's functions for several ranks do what it says; and `celmoe.distributed` shows what it lists."""
+"""The guide's functions for several ranks do as it says; and `celmoe.distributed` shows the names that it lists."""
 
 import importlib
 
@@ -14,7 +14,7 @@ from tests.documents import GUIDE, examples
 
 
 def follow(block):
-    """Both trainings of the guide, with what the ranks hold afterwards; and the steps of one process."""
+    """Run both trainings of the guide, and return the ranks' values afterwards; and the steps of one process."""
     names = {"torch": torch, "__name__": "__guide__"}
     exec(block, names)
     rank, job = dist.get_rank(), Job(STEPS[:3])

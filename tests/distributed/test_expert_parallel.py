@@ -1,4 +1,4 @@
-"""Expert parallelism: experts spread over ranks compute, and learn, what they would in one process."""
+"""Expert parallelism: experts spread over ranks compute, and learn, the same as in one process."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from tests.distributed.test_data_parallel import ACCUMULATED, DISJOINT, STEPS
 
 
 def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):
-    """What this rank holds after each step."""
+    """The values on this rank after each step."""
     rank = dist.get_rank()
     model = jobs.make_model(job)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_ranks_train_as_one_process(two, name):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        # A level in between stays data-parallel, so that what it gives differs from rank to rank.
+        # A level in between stays data-parallel, so that its rows differ from rank to rank.
         ("looped", {"levels": ["language", "universal"]}),
         ("sequences and context", {"levels": "language"}),
         # All on the second rank: the first has no expert of the level.
@@ -108,7 +108,7 @@ def test_autocast(two):
 
 
 class Narrow(celmoe.ExpertModule):
-    """Gives rows in bfloat16, whatever it is given."""
+    """Returns rows in bfloat16 for rows of any dtype."""
 
     def forward(self, batch):
         return celmoe.ExpertResult(batch.hidden.bfloat16())
@@ -161,7 +161,7 @@ def test_a_rank_without_samples_has_no_say_in_the_rows_dtype(two, narrow, levels
 
 
 def train_with_group_without_cpu(job):
-    """As over a group that only devices can talk over."""
+    """Train over a group that only devices can talk over."""
     with mock.patch.object(meeting.dist, "get_backend_config", return_value="cuda:nccl"):
         return train_with_experts_spread(job)
 
@@ -200,7 +200,7 @@ def test_beside_data_parallel_ranks(four, engine, names):
 
 
 def look_without_gradients():
-    """The outputs of a pass without gradients, what this rank holds, and what a call of a remote expert says."""
+    """The outputs of a pass without gradients, this rank's values, and the error of a call of a remote expert."""
     job = Job(STEPS, engine="auto", has_losses=True)
     model = jobs.make_model(job)
     sharding = shard_experts(model, dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
@@ -245,7 +245,7 @@ def test_outputs_without_gradients(two):
 
 
 def refusals():
-    """What each bad call says; none may leave the other rank waiting."""
+    """The error of each bad call; none may leave the other rank waiting."""
     rank = dist.get_rank()
     job = Job(STEPS, has_context=True)
     mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))
@@ -269,7 +269,7 @@ def refusals():
     trying(shard_experts, model, mesh, levels=["langauge"])
     trying(shard_experts, model, mesh, levels=[])
     trying(shard_experts, model, mesh, loads={"langauge": {}})
-    # Levels are checked whatever else is given, experts also on levels that are not spread.
+    # Levels are checked in every call, experts also on levels that are not spread.
     every = {level.name: {} for level in model.levels}
     trying(shard_experts, model, mesh, loads=every | {"langauge": {}})
     trying(shard_experts, model, mesh, levels=["language"], loads={"language": {}, "famly": {}})
@@ -398,7 +398,7 @@ def test_placement(costs, num_ranks, owners):
 
 
 def shared_with_all(what):
-    """The error for an expert whose tensor is also what every rank holds; or none."""
+    """The error for an expert whose tensor every rank holds, too; or none."""
     model = jobs.make_model(Job(STEPS[:1]))
     expert = model.level_modules["language"]["ru"]
     if what == "the fusion's weight":

@@ -23,12 +23,12 @@ class Part(NamedTuple):
 
 
 def part(value):
-    """What this rank holds of a value."""
+    """This rank's part of a value."""
     return Part(value.to_local()) if isinstance(value, DTensor) else value
 
 
 def put_together(histories, num_parts=2):
-    """As if each of the groups of so many ranks were one that holds all parts; and each rank's inputs."""
+    """Join each group of so many ranks into one history that holds all parts; and keep each rank's inputs."""
     copies = []
     for first in range(0, len(histories), num_parts):
         steps = zip(*histories[first : first + num_parts], strict=True)
@@ -50,7 +50,7 @@ def _joined(parts):
 
 
 def train_with_levels_sharded(job, shape=None, *, reduces_always=False):
-    """What this rank holds after each step: its parts. Gradients are reduced for the last micro-batch, or for each."""
+    """This rank's parts after each step. Gradients are reduced for the last micro-batch, or for each."""
     rank = dist.get_rank()
     model = jobs.make_model(job)
     shape = shape or (dist.get_world_size(),)
@@ -150,7 +150,7 @@ def test_autocast(two):
 
 
 def look_at_shards():
-    """The bytes here and in all, and what bad calls say."""
+    """The bytes here and in all, and the errors of bad calls."""
     model = jobs.make_model(Job([]))
     mesh = dist.init_device_mesh("cpu", (2,))
     shard_levels(model, mesh)

@@ -33,7 +33,7 @@ def means(dtype, counts, loss):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_mean_over_many_samples(two, dtype):
-    """Rounded to the loss's dtype once, whatever the count: also one that the dtype has no number for."""
+    """The mean is rounded to the loss's dtype once, even if the dtype has no number for the count."""
     tolerance = 2 * torch.finfo(dtype).eps if dtype in FLOATS[:2] else 2e-7
     for counts in ([70_000], [100_000], [40_000, 30_000], [70_001, 0], [3, 5_000_000], [2**31, 2**31 + 7]):
         loss, total = 50_000.0, sum(counts)
@@ -202,7 +202,7 @@ def make_model_with_tables():
 
 
 def refuse_tables():
-    """What DDP and `fully_shard` can't reduce where a rank has none; what is frozen has no gradient to reduce."""
+    """DDP and `fully_shard` can't reduce a table's gradient if a rank has none; a frozen table has none to reduce."""
     model, found = make_model_with_tables(), []
     mesh = dist.init_device_mesh("cpu", (2,))
     for call in (partial(prepare_ddp, model, lambda model: None), partial(shard_levels, model, mesh)):

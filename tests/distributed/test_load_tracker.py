@@ -1,4 +1,4 @@
-"""Ranks' trackers together count what one process counts on the joined batches."""
+"""Ranks' trackers together count the same as one process on the joined batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed.test_data_parallel import STEPS
 
 
 def tracked(is_spread):
-    """The merged tracker's state, and what a tracker on each rank knows when it goes on from there."""
+    """The merged tracker's state, and the state of a tracker on each rank that goes on from there."""
     job = Job(STEPS)
     model = jobs.make_model(job)
     if is_spread:

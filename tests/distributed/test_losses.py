@@ -1,4 +1,4 @@
-"""Losses averaged over samples: ranks learn what one process learns on the joined batch, whatever each rank's share."""
+"""Losses averaged over samples: ranks with any shares learn the same as one process on the joined batch."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def _no_ranks():
 
 
 def _each_ranks_mean():
-    """Levels that are not spread average over ranks, whatever each has."""
+    """Levels that are not spread average over ranks, without weights for their shares."""
     right = Passage.leave
 
     def wrong(self, model, args, output):

@@ -33,7 +33,7 @@ def _swapped(tensors, way):
 
 
 def _exchanged(tensors, way):
-    """Rows that came from the two ranks change places, where they are equally many."""
+    """Rows that came from the two ranks change places, if they are equally many."""
     received = EXCHANGE(tensors, way)
     first, second = way.received
     return [torch.cat([each[first:], each[:first]]) if first == second else each for each in received]
@@ -57,7 +57,7 @@ def _undivided(parameters, groups, divisor):
 
 REDUCE_BUCKET, REDUCE_OVER, EXCHANGE = gradients._reduce_bucket, gradients.reduce_over, transport.exchange
 
-# Where it is patched, with what, for which training, of which job; and how it is caught.
+# By name: the module, the attribute, its mutant, the training, the job, and the error that shows it.
 EXPERTS, REDUCED, LEVELS, DDP = "experts", "reduced", "levels", "ddp"
 MUTANTS = {
     "one rank's gradients dropped": (
@@ -101,7 +101,7 @@ TRAININGS = {
 
 
 def train_wrongly(name):
-    """What a rank holds after each step, wrong as it is."""
+    """The values on a rank after each step of a wrong training."""
     where, attribute, wrong, training, job, _ = MUTANTS[name]
     patch = (
         mock.patch(f"{where}.{attribute}", wrong)

@@ -61,7 +61,7 @@ def words():
 
 
 def take_steps(layout, levels, max_norm, folder):
-    """What each step gave, and what the whole network and its optimizer hold in the end."""
+    """The results of each step, and the values of the whole network and its optimizer in the end."""
     vocabulary = Vocabulary(
         languages=LANGUAGES, characters="ab", rules=[EditRule(0, "", 0, "")] * 3, candidates=[[0, 1, 2]] * 4
     )

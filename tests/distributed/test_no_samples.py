@@ -62,7 +62,7 @@ def objective(network, job, batch):
 
 
 def whole(tensor):
-    """The whole of what may be a rank's part, as it is now."""
+    """A copy of the whole tensor, even if this rank holds a part."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
@@ -77,7 +77,7 @@ def seen(network):
 
 
 def train(layout, job, shape=(2,), names=("expert",)):
-    """What this rank holds after each step."""
+    """The values on this rank after each step."""
     network = Network(job)
     mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
     after_backward = loss_of = None
@@ -151,12 +151,12 @@ def test_ranks_train_as_one_process(two, layout, optimizer, engine, detached):
 
 
 def exchange_all():
-    """Rows of many kinds at once: what came, beside what was sent."""
+    """Exchange rows of many kinds at once; return the received rows beside the expected ones."""
     rank = dist.get_rank()
     found = []
     for sent in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 3)):
         for shapes in PACKED:
-            # Both ranks send alike, so what comes from the other one is known.
+            # Both ranks send alike, so the rows of the other one are known.
             tensors = [_rows(sum(sent), shape, dtype, layout) for shape, dtype, layout in shapes]
             starts = (0, sent[0])
             received = transport.exchange(tensors, transport.Way(dist.group.WORLD, sent, (sent[rank],) * 2))
@@ -188,7 +188,7 @@ PACKED = [
 
 
 def test_rows_travel_whatever_their_sizes(two):
-    """A mask of three bytes a row shifts what stands beside it, and one row or none has no strides to speak of."""
+    """A mask of three bytes a row shifts the tensors beside it, and one row or none has arbitrary strides."""
     for found in two.run(exchange_all):
         assert len(found) == 5 * sum(map(len, PACKED))
         for dtype, shape, is_equal, trailing in found:

@@ -25,7 +25,7 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 
 @dataclass
 class Case:
-    """A policy, and what it is tried on; it travels to the processes."""
+    """A policy, and a model to try it on; the case travels to the processes."""
 
     policy: MixedPrecisionPolicy
     levels: int = 2
@@ -102,7 +102,7 @@ class PlainLevel(nn.Module):
 
 
 class PlainStack(nn.Module):
-    """The levels and the fusion as modules of a stack, and what the model returns."""
+    """The levels and the fusion as modules of a stack, with the model's outputs."""
 
     def __init__(self, model):
         super().__init__()
@@ -164,7 +164,7 @@ def make_inputs(case, rank, micro):
 
 
 def train(model, case, wrapped):
-    """What comes out, the gradients of rows and parameters, and the dtypes that experts see."""
+    """The outputs, the gradients of rows and parameters, and the dtypes that experts see."""
     outputs, gradients = [], []
     for micro in range(case.num_micros):
         wrapped.set_requires_gradient_sync(micro == case.num_micros - 1)
@@ -282,7 +282,7 @@ def test_outputs_are_those_of_a_stack_that_casts_in_between(two, name):
 
 
 def look_at_blocks():
-    """Whether the second level's rows were relayed in the dtype that the first one's experts gave."""
+    """True if the second level's rows were passed on in the dtype of the first level's rows."""
     case = Case(HALF, has_buffers=True)
     model = shard_levels(make_model(case), dist.init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=HALF)
     with torch.no_grad():
@@ -331,7 +331,7 @@ def test_both_engines_with_plans_and_shared_values(two):
 
 
 def run_with_a_fusion_of_its_own_policy():
-    """The dtypes that a fusion sees where its user has wrapped it."""
+    """The dtypes that a fusion sees if its user has wrapped it."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     case = Case(HALF, fusion="own")
     model = make_model(case)
@@ -347,7 +347,7 @@ def test_a_fusion_keeps_the_policy_that_its_user_gave_it(two):
 
 
 def refuse_policies():
-    """What is said of things that are no policy, and whether the model is still whole."""
+    """The errors for values that are no policy, and the model's state after them."""
     model = make_model(Case(HALF))
     texts = []
     for policy in (None, BF16, MixedPrecisionPolicy):

@@ -16,7 +16,7 @@ TRAININGS = [train_with_ddp, train_with_experts_spread, train_with_levels_sharde
 
 
 def draw(seed, *, mixed=False):
-    """A job for two ranks. No gradients of its rows: where a rank's experts are all detached, DDP has none for them."""
+    """A job for two ranks. Its rows get no gradients: DDP has none for them if a rank's experts are all detached."""
     choose = random.Random(seed)
 
     def route(known):
@@ -67,7 +67,7 @@ def test_samples_of_several_experts_or_none_train_as_in_one_process(two, seed):
 
 
 def test_what_is_drawn():
-    """Among the jobs is what is worth drawing for."""
+    """The drawn jobs include the cases worth drawing for."""
     drawn = [draw(seed) for seed in range(4)]
     shares = [share for job in drawn for step in job.steps for micro in step for share in micro]
     assert [] in shares

@@ -1,4 +1,4 @@
-"""Samplers: ranks' shares make up one process's batches, whatever the number of ranks, and go on where they stopped."""
+"""Samplers: ranks' shares make up one process's batches, for any number of ranks, and go on after a stop."""
 
 import json
 from collections import Counter

@@ -1,6 +1,6 @@
-"""The model of moved bytes, by hand where numbers are small; what it says of growth; and its command.
+"""The model of moved bytes, by hand with small numbers; its growth; and its command.
 
-Real steps are held against it in `tests.distributed.test_traffic`.
+`tests.distributed.test_traffic` compares real steps with the model.
 """
 
 import csv
@@ -68,7 +68,7 @@ def test_levels_by_hand():
 
 
 def test_experts_by_hand():
-    """Of three equal experts the first rank has the first and the third, to which half of all samples go."""
+    """The first rank has the first and the third of three equal experts, to which half of all samples go."""
     where = spread(SIZES, LOAD, 2)
     assert where.owners["some"].tolist() == [0, 1, 0]
     assert where.shares["some"].tolist() == [0.5, 0.5]

@@ -221,10 +221,10 @@ def test_experts_spread_in_copies(four):
 
 
 def look_at_spread_stacks():
-    """How many parameters there are, and of how many experts; and what bad calls say."""
+    """The numbers of parameters and of their experts; and the errors of bad calls."""
     model = stacked_model(Job([]))
     mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("expert",))
-    # One rank's is everyone's fault.
+    # One rank's fault is an error on every rank.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if dist.get_rank() else None
     said = []
     with pytest.raises(celmoe.StackedError) as caught:
@@ -293,13 +293,13 @@ def test_levels_sharded_in_copies(four):
 
 
 def test_levels_sharded_over_more_ranks_than_a_level_has_experts(four):
-    """Of three families, the fourth rank holds none."""
+    """The fourth rank holds none of three families."""
     job = Job(drawn_steps(5, 5, ranks=4), engine="auto")
     assert_spread_values_as_alone(job, four.run(train_with_levels_sharded, job))
 
 
 def look_at_sharded_stacks():
-    """What can be done with a stack of which this rank holds some members."""
+    """The operations that work on a stack of which this rank holds some members."""
     job = Job(STEPS)
     model = stacked_model(job)
     shard_levels(model, dist.init_device_mesh("cpu", (2,)))
@@ -453,7 +453,7 @@ def test_ways_to_use_ddp(two, way):
 
 
 def errors_of_ddp():
-    """What is refused, before any collective."""
+    """The errors that come before any collective."""
     batch = jobs.make_batches(Job(STEPS), 0, 0)[dist.get_rank()].inputs(Job(STEPS))
     found = []
 

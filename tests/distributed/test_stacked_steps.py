@@ -121,7 +121,7 @@ def _first_rows(stack):
     return range(len(members_here(stack)))
 
 
-# By name: what is patched with what, in which training, and if experts are then on one rank each.
+# By name: the attribute, its mutant, the training, and true if experts are then on one rank each.
 WRONG = {
     "notes that ranks keep to themselves": (
         *("celmoe.optim.per_expert.join_reached", lambda: None, "train_with_plain_ddp", False),

@@ -1,7 +1,7 @@
-"""The bytes of real steps are those of the model, counted where collectives are dispatched and where TCP sends them.
+"""The bytes of real steps are those of the model, counted at the dispatch of collectives and at TCP's sockets.
 
-On four ranks, with experts and parts in copies: ``python -m benchmarks.scaling --count 2 4``, which exits with 1 where
-the two disagree.
+On four ranks, with experts and parts in copies: ``python -m benchmarks.scaling --count 2 4``, which exits with 1 if the
+two disagree.
 """
 
 from dataclasses import replace
@@ -87,7 +87,7 @@ def _as_if_all_present(levels, load):
     return sum(float(level.expert_bytes.sum()) for level in levels)
 
 
-# What is patched, with what; the case; and how it is caught.
+# The attribute, its mutant, the case, and the collective that shows it.
 MUTANTS = {
     "gradients do not come back": ("_exchanges", _without_way_back, "experts", "all-to-all"),
     "half the samples": ("_exchanges", _half_the_samples, "experts, MLPs", "all-to-all"),
@@ -127,7 +127,7 @@ def test_a_collective_that_was_not_seen_is_caught(compared, kind):
 
 
 def _count_each():
-    """Every kind of call, with 80 bytes of this rank's; and what one says that can't be counted."""
+    """Make every kind of call, with 80 bytes of this rank's; and return the error of a call that can't be counted."""
     mine, whole, group = torch.ones(10, dtype=torch.float64), torch.ones(20, dtype=torch.float64), dist.group.WORLD
     with Counter() as counter:
         dist.all_reduce(mine)
@@ -166,7 +166,7 @@ def test_every_call_is_counted(two):
     for rank, (traffic, (sent, received), text) in enumerate(two.run(_count_each)):
         wanted = [reduced] * 2 + [gathered] * 3 + [scattered] * 2 + [exchanged] * 2 + [uneven[rank]]
         assert [tuple(getattr(each, name) for name in QUANTITIES) for each in traffic] == wanted
-        # What a ring sends for an all-reduce among two is its payload.
+        # A ring of two sends an all-reduce's payload once.
         assert SocketBytes(sent, received) == pytest.approx((800_000, 800_000), rel=0.01)
         assert "a collective must be one of allreduce_, " in text
         assert "(got 'c10d::broadcast_')" in text

@@ -1,4 +1,4 @@
-"""How accuracy is counted, on words made by hand."""
+"""The count of accuracy, on words made by hand."""
 
 from typing import Any
 
@@ -107,7 +107,7 @@ def batch_of(table: WordTable, vocabulary: Vocabulary, rows: list[int]) -> Batch
 
 
 class OneHot(torch.nn.Module):
-    """Stands in for the network: what it is told to find for a word, it finds."""
+    """Stands in for the network: it finds the given lemma for each word."""
 
     def __init__(self, found: dict[str, list[int]], counts: dict[str, int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is counted for a word, beside counting by hand."""
+"""The counts for a word, beside counts by hand."""
 
 import math
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def scaled(count: int) -> int:
 
 
 def affix_of(word: str, *, at_end: bool, length: int) -> str | None:
-    """The affix of this length, where one that is longer than the word by one is the whole word."""
+    """The affix of this length; an affix that is longer than the word by one is the whole word."""
     found = (word[::-1] if at_end else word) + "\n"
     return found[:length] if len(found) >= length else None
 
@@ -118,7 +118,7 @@ def by_hand(words: Sequence[Triple], rules: list[EditRule], row: int, rule: Edit
 
 
 def check_by_hand(words: Sequence[Triple]) -> int:
-    """How many proposals were compared."""
+    """Compare the proposals, and return their number."""
     sample = sample_of(words)
     found = gather_evidence(sample)
     rules = [sample.rules[each] for each in found.candidates.tolist()]

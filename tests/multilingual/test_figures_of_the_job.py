@@ -130,7 +130,7 @@ def test_the_validation_is_of_validation_words(system: str, report: Path, data: 
     last = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system][-1]
     assert last["step"] == STEPS
     words = [word for found in found_rules(data, report, system, VALIDATION).values() for word in found]
-    # So few that all of them take part.
+    # All validation words take part, since they are few.
     assert 1_000 < len(words) <= job.VALIDATION_WORDS
     assert last["validation_accuracy"] == pytest.approx(sum(rule == best for _, rule, best in words) / len(words))
 

@@ -143,7 +143,7 @@ def test_a_plan_in_its_midst_is_resumed_as_it_is(
         interrupt_at(patch, 7)
         assert main(["--resume", "--steps", "6", "--report", str(folder)]) == 130
     assert saved(folder)["progress"]["step"] == 7
-    # The minutes bound what is left of the plan; they make no new one.
+    # The minutes bound the rest of the plan; they make no new one.
     assert main(["--resume", "--minutes", "5", "--report", str(folder)]) == 0
     ours, theirs = (saved(each)["contenders"]["experts"]["network"] for each in (folder, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

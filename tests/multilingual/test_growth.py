@@ -337,7 +337,7 @@ def test_rows_go_to_their_places_with_their_moments() -> None:
 
 
 def test_another_vocabulary_finds_rows_by_what_they_are_of(data: Data) -> None:
-    """As when more words are read: ids change, and what they are of does not."""
+    """More words change the ids, but not the characters and rules behind them."""
     samples = [fewer(each, 3_000) for each in data.samples]
     evidence = [gather_evidence(each) for each in samples]
     old, new = build_vocabulary(samples, evidence), data.vocabulary

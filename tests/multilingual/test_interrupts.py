@@ -27,7 +27,7 @@ def test_an_interrupt_is_held_not_lost() -> None:
 
 
 def test_only_children_started_in_here_are_deaf() -> None:
-    # Whatever this process was told to do with interrupts.
+    # The child sets its own handler, since this process may ignore interrupts.
     code = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); s.raise_signal(s.SIGINT); print('goes on')"
     with interrupts_held():
         assert said_by(code) == "goes on\n"

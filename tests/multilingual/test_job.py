@@ -75,7 +75,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
 
 
 def check_facts(facts: dict[str, Any]) -> None:
-    """A figure without what it was measured with can't be compared with another."""
+    """A figure without its setting can't be compared with another."""
     assert facts["versions"] == {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -178,7 +178,7 @@ def test_the_same_seed_gives_the_same_parameters_with_loader_processes_too(unint
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.multilingual", *arguments],
         cwd=ROOT,
-        # As many threads as this process has: another number sums in another order.
+        # The child takes this process's number of threads: another number sums in another order.
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
@@ -202,7 +202,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     command = f"python -m benchmarks.multilingual --resume --report {shlex.quote(str(tmp_path))}"
     assert f"stopped at step 3 of 6; go on with: {command}\n" in said
     assert not (tmp_path / "accuracy.csv").exists()
-    # What a resumed run does not inherit from the process must come from the checkpoint.
+    # State that a resumed run does not inherit from the process must come from the checkpoint.
     torch.manual_seed(12345)
     assert main(["--resume", *HERE, "--report", str(tmp_path)]) == 0
     ours, theirs = parameters(uninterrupted), parameters(tmp_path)
@@ -413,12 +413,12 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path, capsys: pytes
 def test_interrupting_the_process_saves_and_says_how_to_go_on(
     steps: int, awaited: str, seconds: float, tmp_path: Path
 ) -> None:
-    # The looped engine traces nothing, which it would tell of where that takes long.
+    # The looped engine traces nothing, so it prints no line about slow tracing.
     arguments = [*SMALL, "--engine", "looped", "--workers", "1", "--steps", str(steps), "--report", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.multilingual", *arguments],
         cwd=ROOT,
-        # Threads that wait for one another take minutes over a few steps where something else uses the processors.
+        # Threads that wait for one another take minutes over a few steps if another program uses the processors.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -431,7 +431,7 @@ def test_interrupting_the_process_saves_and_says_how_to_go_on(
             if line.startswith(awaited):
                 break
         time.sleep(seconds)
-        # To the process alone: a signal to its whole group would end its loader processes on its behalf.
+        # Signals the process alone: a signal to its whole group would end its loader processes on its behalf.
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
@@ -459,7 +459,7 @@ def test_a_run_that_read_for_long_still_ends_in_time(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """However many of the eight minutes went by before the training: what is left is for training and report."""
+    """The rest of the eight minutes is for training and report, if reading took many of them or few."""
     begun = time.monotonic() - read_for
     reads = [begun]
     monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: reads.pop() if reads else time.monotonic()))

@@ -1,4 +1,4 @@
-"""Which losses a step has, and what they are, on words made by hand."""
+"""The losses of a step, on words made by hand."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def network_and_batch(levels: tuple[str, ...]) -> tuple[Lemmatizer, Batch]:
     table = build_table(samples, evidence, vocabulary, TRAIN)
     torch.manual_seed(0)
     network = Lemmatizer(vocabulary, settings, levels=levels)
-    # So that every parameter has a gradient: the experts begin without an opinion.
+    # The experts begin with zeros here, and every parameter needs a gradient.
     for module in network.modules():
         if isinstance(module, LemmatizingExpert):
             torch.nn.init.normal_(module.judge.weight)

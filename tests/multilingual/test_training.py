@@ -41,7 +41,7 @@ def test_a_deadline_counts_the_steps_that_fit() -> None:
 
 def test_steps_are_planned_in_words() -> None:
     many = 10**6
-    # What the job does by default: 150 steps a minute.
+    # The job's default is 150 steps a minute.
     for minutes in (0.05, 1, 7.3, 11.7):
         assert plan_steps(minutes, 4_096, many) == max(1, round(150 * minutes))
     assert plan_steps(7.3, 256, many) == 16 * plan_steps(7.3, 4_096, many)
@@ -72,7 +72,7 @@ def batch() -> Batch:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens in the order it happens, with a training step that trains nothing."""
+    """The events in their order, with a training step that trains nothing."""
     events: list[str] = []
 
     def step(contender: Contender, batch: Batch, rate: float, *, done: float, read: bool) -> StepResult:
