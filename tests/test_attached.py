@@ -373,3 +373,15 @@ def test_one_compilation_serves_all_routings(stacked):
             torch.testing.assert_close(compiled(tokens()), expected)
     assert len(graphs) == 1
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("pattern", ["*", "?*", "[!x]*"])
+def test_a_part_stands_for_a_name_and_not_for_the_model_itself(pattern):
+    """Experts behind the model, too, would change its results."""
+    head = nn.Module()
+    head.first, head.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    celmoe.attach(head, config(), lambda *_: Bottleneck(), pattern)
+    assert [*celmoe.adapters(head)] == ["first", "second"]
+    celmoe.detach(head)
+    celmoe.attach(head, config(), lambda *_: Bottleneck(), "")
+    assert [*celmoe.adapters(head)] == [""]
