@@ -8,12 +8,13 @@ import pickle
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import celmoe
-from celmoe import CELMoEConfig, ExpertModule, ExpertResult
+from celmoe import CELMoEConfig, ExpertModule, ExpertResult, Rows, Shared
 from tests.hosts import (
     CLASSES,
     NAMES,
@@ -222,6 +223,40 @@ def test_context_and_mask_reach_the_experts():
     with celmoe.routed(model, plan_of(ROUTES), context={"shift": shift}, mask=mask, num_beams=2):
         twice = model(tokens().repeat_interleave(2, 0))
     torch.testing.assert_close(twice, shifted.repeat_interleave(2, 0))
+
+
+# By kind a value with an item for each of 6 samples, and what an expert makes of those of its samples.
+VALUES = {
+    "tensor": (torch.arange(6.0), lambda own: own),
+    "marked tensor": (Rows(torch.arange(6.0)), lambda own: own),
+    "list": (list(range(6)), torch.tensor),
+    "marked list": (Rows(list(range(6))), torch.tensor),
+    "tuple": (tuple(range(6)), torch.tensor),
+    "texts": (list("abcdef"), lambda own: torch.tensor([ord(each) for each in own])),
+    "array": (np.arange(6), torch.from_numpy),
+    "nested": ({"deep": [Rows(torch.arange(6.0))]}, lambda own: own["deep"][0]),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_each_beam_has_its_samples_context(kind):
+    """Kept whole, a list of 6 would be the same for all samples."""
+    value, read = VALUES[kind]
+
+    class Reader(ExpertModule):
+        def forward(self, batch):
+            assert len(batch.context["table"]) == len(batch.context["beams"]) == 12
+            return ExpertResult(batch.hidden + read(batch.context["value"]).float()[:, None, None])
+
+    model = celmoe.attach(Encoder(), config(), lambda *_: Reader(), "blocks.0")
+    # As long as all beams together, and shared all the same.
+    table, beams = Shared(torch.zeros(12)), Shared(list(range(12)))
+    context = {"value": value, "table": table, "beams": beams}
+    with celmoe.routed(model, plan_of(ROUTES), context=context):
+        expected = model(tokens())
+    with celmoe.routed(model, plan_of(ROUTES), context=context, num_beams=2):
+        torch.testing.assert_close(model(tokens().repeat_interleave(2, 0)), expected.repeat_interleave(2, 0))
+        torch.testing.assert_close(model(tokens()), expected)
 
 
 class ReadsInput(ExpertModule):
