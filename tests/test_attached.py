@@ -388,6 +388,46 @@ def test_a_run_is_not_kept_alive_by_its_thread_for_ever():
     assert watched() is None
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_pass_without_gradients_keeps_nothing(mode, keyword):
+    """Nothing of it is recomputed: 64 batches' contexts are much memory."""
+    model, plan, context = attached(), plan_of(ROUTES), torch.zeros(6, 1000)
+    watched = weakref.ref(plan), weakref.ref(context)
+    with mode():
+        if keyword:
+            model(tokens(), plan=plan)
+        with celmoe.routed(model, plan, context={"images": context}):
+            model(tokens())
+            model.blocks[0](torch.randn(6, 5, WIDTH))
+    del plan, context
+    gc.collect()
+    assert [each() for each in watched] == [None, None]
+
+
+def test_losses_go_with_their_run():
+    """Their graph holds the forward pass."""
+    model = attached(kind=Penalized)
+    with celmoe.routed(model, plan_of(ROUTES)) as run:
+        model(tokens())
+    watched = [weakref.ref(each) for each in run.losses.values()]
+    del run
+    gc.collect()
+    assert not any(each() is not None for each in watched)
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_run_waits_for_many_passes_of_others(is_part):
+    model, other, plan = attached(), attached(), plan_of(ROUTES)
+    expected = model(tokens(), plan=plan)
+    with celmoe.routed(model, plan):
+        for _ in range(70):
+            other(tokens(), plan=plan)
+        if is_part:
+            model.blocks[0](torch.randn(6, 5, WIDTH))
+        assert torch.equal(model(tokens()), expected)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_one_compilation_serves_all_routings(stacked):
     model = attached()

@@ -10,6 +10,7 @@ call is refused. A checkpoint within a checkpoint may have a node that a backwar
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections import deque
@@ -94,6 +95,12 @@ class Run:
             mask = mask.repeat_interleave(self.num_beams, 0)
         return self._on(self._expanded, rows.device), context, mask
 
+    def without_losses(self) -> Run:
+        """The run as a recomputation needs it: losses would keep the forward pass's graph alive."""
+        kept = copy.copy(self)
+        kept.losses, kept.whole = None, None
+        return kept
+
     def _on(self, plan: RoutingPlan, device: torch.device) -> RoutingPlan:
         """A plan where the rows are, moved once for all places."""
         if torch.compiler.is_compiling() or plan.device == device:
@@ -108,7 +115,7 @@ class Span:
     """The numbers of autograd's nodes from the start of a run's forward pass to its end, or on and on before that."""
 
     def __init__(self, run: Run, first: int) -> None:
-        self.run = run
+        self.run = run.without_losses()
         self.first = first
         self.last: int | None = None
 
@@ -167,13 +174,16 @@ def begin_span(run: Run) -> Span:
 
 
 def end_span(span: Span) -> None:
-    """Note that the forward pass is over."""
+    """Note that the forward pass is over; one that made no node, as without gradients, is not recomputed."""
     span.last = node_number()
+    if span.last == span.first + 1:
+        forget_span(span)
 
 
 def forget_span(span: Span) -> None:
-    """Forget a span of this thread."""
-    here.spans.recent.remove(span)
+    """Forget a span of this thread, if many later ones have not put it out already."""
+    if span in here.spans.recent:
+        here.spans.recent.remove(span)
 
 
 def at_hand(group: Group) -> Run | None:
