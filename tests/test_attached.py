@@ -8,12 +8,13 @@ import pickle
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import celmoe
-from celmoe import CELMoEConfig, ExpertModule, ExpertResult
+from celmoe import CELMoEConfig, ExpertModule, ExpertResult, Rows, Shared
 from tests.hosts import (
     CLASSES,
     NAMES,
@@ -224,6 +225,40 @@ def test_context_and_mask_reach_the_experts():
     torch.testing.assert_close(twice, shifted.repeat_interleave(2, 0))
 
 
+# By kind a value with an item for each of 6 samples, and what an expert makes of those of its samples.
+VALUES = {
+    "tensor": (torch.arange(6.0), lambda own: own),
+    "marked tensor": (Rows(torch.arange(6.0)), lambda own: own),
+    "list": (list(range(6)), torch.tensor),
+    "marked list": (Rows(list(range(6))), torch.tensor),
+    "tuple": (tuple(range(6)), torch.tensor),
+    "texts": (list("abcdef"), lambda own: torch.tensor([ord(each) for each in own])),
+    "array": (np.arange(6), torch.from_numpy),
+    "nested": ({"deep": [Rows(torch.arange(6.0))]}, lambda own: own["deep"][0]),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_each_beam_has_its_samples_context(kind):
+    """Kept whole, a list of 6 would be the same for all samples."""
+    value, read = VALUES[kind]
+
+    class Reader(ExpertModule):
+        def forward(self, batch):
+            assert len(batch.context["table"]) == len(batch.context["beams"]) == 12
+            return ExpertResult(batch.hidden + read(batch.context["value"]).float()[:, None, None])
+
+    model = celmoe.attach(Encoder(), config(), lambda *_: Reader(), "blocks.0")
+    # As long as all beams together, and shared all the same.
+    table, beams = Shared(torch.zeros(12)), Shared(list(range(12)))
+    context = {"value": value, "table": table, "beams": beams}
+    with celmoe.routed(model, plan_of(ROUTES), context=context):
+        expected = model(tokens())
+    with celmoe.routed(model, plan_of(ROUTES), context=context, num_beams=2):
+        torch.testing.assert_close(model(tokens().repeat_interleave(2, 0)), expected.repeat_interleave(2, 0))
+        torch.testing.assert_close(model(tokens()), expected)
+
+
 class ReadsInput(ExpertModule):
     """Adds a multiple of the input of its module, which is wider than its output."""
 
@@ -353,6 +388,46 @@ def test_a_run_is_not_kept_alive_by_its_thread_for_ever():
     assert watched() is None
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_pass_without_gradients_keeps_nothing(mode, keyword):
+    """Nothing of it is recomputed: 64 batches' contexts are much memory."""
+    model, plan, context = attached(), plan_of(ROUTES), torch.zeros(6, 1000)
+    watched = weakref.ref(plan), weakref.ref(context)
+    with mode():
+        if keyword:
+            model(tokens(), plan=plan)
+        with celmoe.routed(model, plan, context={"images": context}):
+            model(tokens())
+            model.blocks[0](torch.randn(6, 5, WIDTH))
+    del plan, context
+    gc.collect()
+    assert [each() for each in watched] == [None, None]
+
+
+def test_losses_go_with_their_run():
+    """Their graph holds the forward pass."""
+    model = attached(kind=Penalized)
+    with celmoe.routed(model, plan_of(ROUTES)) as run:
+        model(tokens())
+    watched = [weakref.ref(each) for each in run.losses.values()]
+    del run
+    gc.collect()
+    assert not any(each() is not None for each in watched)
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_run_waits_for_many_passes_of_others(is_part):
+    model, other, plan = attached(), attached(), plan_of(ROUTES)
+    expected = model(tokens(), plan=plan)
+    with celmoe.routed(model, plan):
+        for _ in range(70):
+            other(tokens(), plan=plan)
+        if is_part:
+            model.blocks[0](torch.randn(6, 5, WIDTH))
+        assert torch.equal(model(tokens()), expected)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_one_compilation_serves_all_routings(stacked):
     model = attached()
@@ -373,3 +448,15 @@ def test_one_compilation_serves_all_routings(stacked):
             torch.testing.assert_close(compiled(tokens()), expected)
     assert len(graphs) == 1
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("pattern", ["*", "?*", "[!x]*"])
+def test_a_part_stands_for_a_name_and_not_for_the_model_itself(pattern):
+    """Experts behind the model, too, would change its results."""
+    head = nn.Module()
+    head.first, head.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    celmoe.attach(head, config(), lambda *_: Bottleneck(), pattern)
+    assert [*celmoe.adapters(head)] == ["first", "second"]
+    celmoe.detach(head)
+    celmoe.attach(head, config(), lambda *_: Bottleneck(), "")
+    assert [*celmoe.adapters(head)] == [""]

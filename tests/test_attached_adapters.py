@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import celmoe
 from celmoe import ExpertConfig, ExpertModule, ExpertResult
@@ -325,3 +326,108 @@ def test_what_is_not_linear_is_not_merged():
             call()
         assert message is None or str(caught.value) == message
     assert len(celmoe.adapters(affine)) == 2
+
+
+class Doubled(nn.Linear):
+    """Is a linear layer, but not that of its weight."""
+
+    def forward(self, rows):
+        return 2 * super().forward(rows)
+
+
+class Curved(Affine):
+    """Says that it is linear."""
+
+    def forward(self, batch):
+        return ExpertResult(torch.tanh(super().forward(batch).hidden))
+
+
+class Scaled(LowRank):
+    """Gives a change that is not its own."""
+
+    def forward(self, batch):
+        return ExpertResult(super().forward(batch).hidden * 2)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Linear(WIDTH, WIDTH)
+
+
+LAYERS = {
+    "its own forward pass": lambda: Doubled(WIDTH, WIDTH),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)),
+    "pruned": lambda: prune.l1_unstructured(nn.Linear(WIDTH, WIDTH), "weight", 0.5),
+    "with a pruned bias": lambda: prune.l1_unstructured(nn.Linear(WIDTH, WIDTH), "bias", 2),
+    "made in inference mode": made_in_inference_mode,
+    "complex": lambda: nn.Linear(WIDTH, WIDTH, dtype=torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_that_are_more_than_their_weights_are_not_merged(kind):
+    """Written into their weights, a change would be lost, or come out scaled."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), LAYERS[kind]())
+    celmoe.attach(model, config(), lambda *_: Affine(), ["0", "1"])
+    before = model[0].weight.detach().clone()
+    with pytest.raises(celmoe.ConfigError, match=r"^places must be plain linear layers .* \(got '1': "):
+        celmoe.merge_adapters(model, {"language": "de"})
+    assert len(celmoe.adapters(model)) == 2
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_layer_that_shares_its_bias_is_not_merged():
+    model = celmoe.attach(Encoder(), config(), lambda *_: Affine(), "blocks.0.linear")
+    model.blocks[1].linear.bias = model.blocks[0].linear.bias
+    with pytest.raises(celmoe.ConfigError, match=r"shares its bias with 'blocks\.1\.linear'"):
+        celmoe.merge_adapters(model, {"language": "de"})
+
+
+@pytest.mark.parametrize("kind", [Curved, Scaled])
+def test_experts_that_are_not_what_they_give_are_not_merged(kind):
+    model = celmoe.attach(Encoder(), config(), lambda *_: kind(), "blocks.*.linear")
+    with pytest.raises(celmoe.ConfigError, match=rf"^experts must be the linear layers .* \(got a {kind.__name__} "):
+        celmoe.merge_adapters(model, {"language": "de"})
+    assert len(celmoe.adapters(model)) == 2
+
+
+def test_fused_levels_are_not_merged():
+    model = celmoe.attach(Encoder(), config(), lambda *_: Affine(), "blocks.*.linear", fusion="config")
+    with pytest.raises(celmoe.ConfigError, match=r"^places must give their last level's output"):
+        celmoe.merge_adapters(model, {"language": "de"})
+    assert len(celmoe.adapters(model)) == 2
+
+
+@pytest.mark.parametrize("route", [{"de": 0.5, "nl": 0.5}, None, 0])
+def test_what_is_no_name_is_not_merged(route):
+    """Of several experts with weights the first would be."""
+    model = celmoe.attach(Encoder(), config(), lambda *_: Affine(), "blocks.*.linear")
+    with pytest.raises(celmoe.ConfigTypeError) as caught:
+        celmoe.merge_adapters(model, {"language": route})
+    assert str(caught.value) == f"'experts' must map levels to names of experts (got {route!r} for level 'language')"
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["ordinary", "stacked"])
+def test_a_small_change_in_bfloat16_is_merged_whole(stacked):
+    """The identity and a thousandth have no sum in bfloat16."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    nn.init.eye_(model[0].weight)
+    celmoe.attach(model, config(), lambda *_: celmoe.zoo.Linear(WIDTH).bfloat16(), "0")
+    for each in celmoe.adapters(model).values():
+        for parameter in each.level_modules.parameters():
+            nn.init.constant_(parameter, 1e-3)
+    if stacked:
+        celmoe.adapters(model).stack()
+    celmoe.merge_adapters(model, {"language": "de"})
+    small = torch.full((WIDTH, WIDTH), 1e-3, dtype=torch.bfloat16).double()
+    one = torch.eye(WIDTH, dtype=torch.float64) + small
+    torch.testing.assert_close(model[0].weight.double(), one @ one, rtol=0, atol=1e-6)
+
+
+def test_merging_in_inference_mode_leaves_layers_that_train():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    celmoe.attach(model, config(), lambda *_: Affine(), "0")
+    with torch.inference_mode():
+        celmoe.merge_adapters(model, {"language": "de"})
+    model(torch.ones(2, WIDTH)).sum().backward()
+    assert model[0].bias.grad is not None

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from celmoe import EngineRefusedError, ExpertResult, HierarchicalCELMoE
+from celmoe import EngineRefusedError, ExpertResult, HierarchicalCELMoE, stack_experts
 from tests.architectures import GatedMLP, NormMLP, PackedAttention, Recurrence
 from tests.features import loads_decompositions, needs_selective_checkpoints
 from tests.traps import (
@@ -334,6 +334,21 @@ def test_inference_mode_and_then_training():
     with torch.no_grad():
         assert not Batch()(subject).fused_hidden.requires_grad
     assert_like_oracle(subject, twin, Batch)
+
+
+@pytest.mark.parametrize("is_stacked", [False, True], ids=["ordinary", "stacked"])
+def test_losses_in_inference_mode_are_those_of_the_loop(is_stacked: bool):
+    """There is nothing to differentiate there, though the weights require gradients; training follows as ever."""
+    subject, twin = build(WithLoss), build(WithLoss)
+    if is_stacked:
+        stack_experts(subject)
+    with torch.inference_mode():
+        output, expected = Batch()(subject), Batch()(oracle_of(twin))
+    torch.testing.assert_close(output.fused_hidden, expected.fused_hidden)
+    torch.testing.assert_close(output.losses, expected.losses)
+    assert output.losses
+    torch.stack(list(Batch()(subject).losses.values())).sum().backward()
+    assert any(each.grad is not None for each in subject.parameters())
 
 
 def test_functional_call():

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
 
-from celmoe.errors import ConfigError
+from celmoe.errors import ConfigError, ConfigTypeError
+from celmoe.experts import ExpertBatch
 from celmoe.names import NamedModules
 
 from .attaching import detach
 from .hosts import hierarchy_of, hosts_in
+from .place import LastLevel
 
 Host = TypeVar("Host", bound=nn.Module)
 
+#: Rows ``[N, O]`` and a layer's input ``[N, I]`` to rows ``[N, O]``.
+Linear: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Rows that an expert is compared on with the layer that it gives, and how near both must be.
+_FEW, _TOLERANCE = 3, 1e-3
 
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge_adapters(model: Host, experts: Mapping[str, str] | None = None) -> Host:
     """Fold the experts of one route into the layers that they stand behind, in place, and detach all experts.
@@ -24,7 +33,7 @@ def merge_adapters(model: Host, experts: Mapping[str, str] | None = None) -> Hos
     The places must be ``nn.Linear`` layers, from width I to O, and the experts linear. An expert that reads its layer's
     input has a method ``weight_delta()``, which gives the change of the layer's weight ``[O, I]``: `celmoe.zoo.LoRA`.
     Any other has ``as_linear()``, which gives its weight ``[O, O]`` and bias ``[O]``: `celmoe.zoo.Linear`. Sums are
-    made in float64.
+    made in float64, by copies of the experts in float64, and each expert is compared with what it gives on a few rows.
 
     Args:
         model: The host.
@@ -34,13 +43,22 @@ def merge_adapters(model: Host, experts: Mapping[str, str] | None = None) -> Hos
         ``model``, without experts.
 
     Raises:
-        InputTypeError, ConfigError: No experts are attached, a place is no linear layer of its own, or an expert is not
-            linear; then nothing has changed.
+        InputTypeError, ConfigError: No experts are attached, a place is no linear layer of its own, the levels are
+            fused, or an expert is not linear; then nothing has changed.
+        ConfigTypeError: ``experts`` does not map levels to names.
         CELMoEError: See `HierarchicalCELMoE.compile_routing`.
     """
+    for level, name in (experts or {}).items():
+        if not isinstance(name, str):
+            raise ConfigTypeError(f"'experts' must map levels to names of experts (got {name!r} for level {level!r})")
     merged: list[tuple[nn.Linear, torch.Tensor, torch.Tensor | None]] = []
     for place, host in hosts_in(model).items():
         attached = hierarchy_of(host)
+        if not isinstance(attached.fusion, LastLevel):
+            raise ConfigError(
+                f"places must give their last level's output for experts to be merged (got the fusion "
+                f"{type(attached.fusion).__name__} at {place!r}; experts attached with fusion='last' can be)"
+            )
         layer = _layer(model, place, host)
         weight = layer.weight.double()
         bias = cast("torch.Tensor | None", layer.bias)
@@ -66,30 +84,73 @@ def _layer(model: nn.Module, place: str, host: nn.Module) -> nn.Linear:
         raise ConfigError(
             f"places must be linear layers for experts to be merged (got a {type(host).__name__} at {place!r})"
         )
-    users = [
-        name
-        for name, module in model.named_modules()
-        if any(host.weight is each for each in module._parameters.values())
-    ]
-    if len(users) > 1:
+    if fault := _fault(host):
         raise ConfigError(
-            f"places must have weights of their own for experts to be merged (got {place!r}, which shares its weight "
-            f"with {next(name for name in users if name != place)!r})"
+            f"places must be plain linear layers with weights that can be written for experts to be merged (got "
+            f"{place!r}: {fault})"
         )
+    for kind, tensor in host._parameters.items():
+        users = [
+            name
+            for name, module in model.named_modules()
+            if tensor is not None and any(tensor is each for each in module._parameters.values())
+        ]
+        if len(users) > 1:
+            raise ConfigError(
+                f"places must have weights of their own for experts to be merged (got {place!r}, which shares its "
+                f"{kind} with {next(name for name in users if name != place)!r})"
+            )
     return host
+
+
+def _fault(layer: nn.Linear) -> str:
+    """The reason that a layer's result is not its weight times its rows, or that nobody can write into it."""
+    if type(layer).forward is not nn.Linear.forward:
+        return f"a {type(layer).__name__} with a forward pass of its own"
+    tensors = [layer._parameters.get(name, layer) for name in ("weight", "bias")]
+    if any(each is layer for each in tensors):
+        # Parametrizations and pruning make it anew for each call.
+        return "a weight that is computed from others; make it a parameter first"
+    for each in tensors:
+        if isinstance(each, torch.Tensor):
+            if not each.is_floating_point() or each.is_meta:
+                return f"a tensor of {each.dtype} on {each.device}"
+            if each.is_inference():
+                return "a tensor made in inference mode"
+    return ""
 
 
 def _after(
     expert: Any, weight: torch.Tensor, bias: torch.Tensor | None, where: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A linear layer's weight and bias in float64 with an expert behind it."""
-    if getattr(expert, "reads_input", False) and hasattr(expert, "weight_delta"):
-        return weight + expert.weight_delta().to(weight), bias
-    if not hasattr(expert, "as_linear"):
+    reads_input = bool(getattr(expert, "reads_input", False)) and hasattr(expert, "weight_delta")
+    if not reads_input and not hasattr(expert, "as_linear"):
         raise ConfigError(
             f"experts must be linear to be merged, with weight_delta() or as_linear() (got a {type(expert).__name__}: "
             f"{where})"
         )
-    own, shift = (each.to(weight) for each in expert.as_linear())
+    # The identity and a small change have no sum in bfloat16.
+    exact: Any = copy.deepcopy(expert).double().eval()
+    if reads_input:
+        delta = exact.weight_delta().to(weight)
+        _require_equal(exact, weight.shape, lambda rows, given: rows + given @ delta.mT, where)
+        return weight + delta, bias
+    own, shift = (each.to(weight) for each in exact.as_linear())
+    _require_equal(exact, weight.shape, lambda rows, _: rows @ own.mT + shift, where)
     shift = shift if bias is None else own @ bias + shift
     return own @ weight, shift if bias is not None or bool(shift.any()) else None
+
+
+def _require_equal(expert: nn.Module, shape: torch.Size, linear: Linear, where: str) -> None:
+    """Require that an expert's result on a few rows is that of the layer which it says it is."""
+    device = next((each.device for each in expert.parameters()), None)
+    drawn = torch.Generator().manual_seed(0)
+    rows, given = (torch.randn(_FEW, width, generator=drawn, dtype=torch.float64).to(device) for width in shape)
+    wanted = linear(rows.clone(), given.clone())
+    found = expert(ExpertBatch(rows, {"input": given}, None, {"level": "", "expert": ""})).hidden
+    if not torch.allclose(found.to(wanted), wanted, rtol=_TOLERANCE, atol=_TOLERANCE * float(wanted.abs().max())):
+        raise ConfigError(
+            f"experts must be the linear layers that they give to be merged (got a {type(expert).__name__} with "
+            f"another result: {where})"
+        )

@@ -10,17 +10,19 @@ call is refused. A checkpoint within a checkpoint may have a node that a backwar
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections import deque
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from celmoe.errors import MissingRouteError, PlanError
 from celmoe.experts import ExpertContext
 from celmoe.routing.plan import RoutingPlan
-from celmoe.torch_internals import after_backward, current_backward, node_number, number_in_backward, tree_map
+from celmoe.rows.context import ContextRows
+from celmoe.torch_internals import after_backward, current_backward, node_number, number_in_backward
 
 # Forward passes whose recomputation may still come, for each thread.
 _NUM_SPANS = 64
@@ -66,7 +68,8 @@ class Run:
         # The node that was differentiated when the run began: a hook may call the host in a backward pass.
         self.begun_in: int | None = None
         self._expanded: RoutingPlan | None = None
-        self._moved: dict[torch.device, RoutingPlan] = {}
+        # By whether the plan is the batch's own, and by device.
+        self._moved: dict[tuple[bool, torch.device], RoutingPlan] = {}
 
     def of_rows(self, rows: torch.Tensor, place: str) -> tuple[RoutingPlan, ExpertContext, torch.Tensor | None]:
         """The plan, context and mask for a place's rows ``[B, ...]``.
@@ -76,7 +79,7 @@ class Run:
         """
         num_rows, size = rows.shape[0], self.plan.indices[0][2].shape[0]
         if num_rows == size:
-            return self._on(rows.device), self.context, self.mask
+            return self._on(self.plan, rows.device), self.context, self.mask
         if self.num_beams == 1 or num_rows != size * self.num_beams:
             beams = f", or {self.num_beams} for each" if self.num_beams > 1 else ""
             raise PlanError(
@@ -86,26 +89,33 @@ class Run:
         if self._expanded is None:
             self._expanded = self.plan.repeat_interleave(self.num_beams)
 
-        def by_beam(leaf: Any) -> Any:
-            is_aligned = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
-            return leaf.repeat_interleave(self.num_beams, 0) if is_aligned else leaf
+        context = ContextRows(self.context, size, rows.device).repeated(self.num_beams)
+        mask = self.mask
+        if mask is not None and mask.dim() and mask.shape[0] == size:
+            mask = mask.repeat_interleave(self.num_beams, 0)
+        return self._on(self._expanded, rows.device), context, mask
 
-        return self._expanded, tree_map(by_beam, self.context), by_beam(self.mask)
+    def without_losses(self) -> Run:
+        """The run as a recomputation needs it: losses would keep the forward pass's graph alive."""
+        kept = copy.copy(self)
+        kept.losses, kept.whole = None, None
+        return kept
 
-    def _on(self, device: torch.device) -> RoutingPlan:
-        """The plan where the rows are, moved once for all places."""
-        if torch.compiler.is_compiling() or self.plan.device == device:
-            return self.plan
-        if device not in self._moved:
-            self._moved[device] = self.plan.to(device, non_blocking=device.type != "cpu")
-        return self._moved[device]
+    def _on(self, plan: RoutingPlan, device: torch.device) -> RoutingPlan:
+        """A plan where the rows are, moved once for all places."""
+        if torch.compiler.is_compiling() or plan.device == device:
+            return plan
+        key = plan is self.plan, device
+        if key not in self._moved:
+            self._moved[key] = plan.to(device, non_blocking=device.type != "cpu")
+        return self._moved[key]
 
 
 class Span:
     """The numbers of autograd's nodes from the start of a run's forward pass to its end, or on and on before that."""
 
     def __init__(self, run: Run, first: int) -> None:
-        self.run = run
+        self.run = run.without_losses()
         self.first = first
         self.last: int | None = None
 
@@ -164,13 +174,16 @@ def begin_span(run: Run) -> Span:
 
 
 def end_span(span: Span) -> None:
-    """Note that the forward pass is over."""
+    """Note that the forward pass is over; one that made no node, as without gradients, is not recomputed."""
     span.last = node_number()
+    if span.last == span.first + 1:
+        forget_span(span)
 
 
 def forget_span(span: Span) -> None:
-    """Forget a span of this thread."""
-    here.spans.recent.remove(span)
+    """Forget a span of this thread, if many later ones have not put it out already."""
+    if span in here.spans.recent:
+        here.spans.recent.remove(span)
 
 
 def at_hand(group: Group) -> Run | None:

@@ -77,7 +77,8 @@ def named_modules(host: nn.Module, inside: type[nn.Module], prefix: str = "") ->
 
 def _matches(name: str, pattern: str) -> bool:
     parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    # The model itself has no name, which no part stands for.
+    return bool(name) == bool(pattern) and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _require_place(name: str, module: nn.Module, named: dict[str, nn.Module]) -> None:

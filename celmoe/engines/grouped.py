@@ -144,7 +144,9 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
     if unit.stack is not None:
         own, counts = _stacked(unit, own, counts)
     entered: list[Entered] = []
-    if record.captured.losses:
+    # In inference mode nothing has a node, and nothing will be differentiated.
+    is_parted = bool(record.captured.losses) and not torch.is_inference_mode_enabled()
+    if is_parted:
         members = [each.unbind(0) if isinstance(each, torch.Tensor) else each for each in own]
         given, own, entered = _entered(given, members, batch.counts)
     if record.writes:
@@ -154,7 +156,7 @@ def _run(unit: Unit, batch: UnitBatch) -> Outcome:
     outcome = run_program(
         record.program, Bound(sample, own, record.captured.bases(unit.modules[0])), segments, may_write=record.writes
     )
-    return _left(outcome, entered, batch.counts) if record.captured.losses else outcome
+    return _left(outcome, entered, batch.counts) if is_parted else outcome
 
 
 def _stacked(

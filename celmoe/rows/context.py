@@ -17,7 +17,7 @@ import enum
 import functools
 import types
 from collections import ChainMap, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast
 
 import numpy as np
@@ -127,6 +127,17 @@ class ContextRows:
                 flat[key] = blocks[index]
             return flat
         return self.whole if self._root is None else cast(ExpertContext, _built(self._root, blocks, {}))
+
+    def repeated(self, number: int) -> ExpertContext:
+        """The context of a batch that has each sample so many times, one after another, with its values marked."""
+        positions = [place for place in range(self._batch_size) for _ in range(number)]
+        index = torch.tensor(positions, device=self._device)
+        blocks = [
+            Rows(each.index_select(0, index) if _is_dense(each) else select(each, positions)) for each in self.aligned
+        ]
+        if self._flat is not None:
+            return self.build(blocks)
+        return self.whole if self._root is None else cast(ExpertContext, _built(self._root, blocks, {}, Shared))
 
     def with_aligned(self, aligned: list[torch.Tensor]) -> ContextRows:
         """The same context with other rows of its batch-aligned tensors."""
@@ -298,7 +309,7 @@ class ContextRows:
                 f"{_told(path)} must be on {self._device}, where 'hidden' is, for its rows are the samples' (got "
                 f"{tensor.device}; celmoe.Shared keeps a tensor whole)"
             )
-        if not tensor.is_nested and tensor.layout is torch.strided:
+        if _is_dense(tensor):
             return self._index(tensor)
         is_ragged_later = tensor.layout is torch.jagged and isinstance(tensor.shape[1], int)
         if is_ragged_later or tensor.layout not in (torch.strided, torch.jagged, torch.sparse_coo):
@@ -408,12 +419,25 @@ def select(value: Any, positions: Sequence[int]) -> Any:
     return value.index_select(0, torch.tensor(positions, device=value.device))
 
 
-def _built(child: _Child, blocks: Sequence[Any], made: dict[_Node, Any]) -> Any:
-    """A value for one expert; containers that occur twice, or in themselves, are built once."""
+def _is_dense(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_nested and value.layout is torch.strided
+
+
+def _built(
+    child: _Child, blocks: Sequence[Any], made: dict[_Node, Any], mark: Callable[[Any], Any] | None = None
+) -> Any:
+    """A value for one expert; containers that occur twice, or in themselves, are built once.
+
+    Args:
+        child: The value's recipe.
+        blocks: The batch-aligned values.
+        made: The containers that have been built.
+        mark: Is put around values that all experts share.
+    """
     if isinstance(child, int):
         return blocks[child]
     if isinstance(child, _Bare):
-        return child.value
+        return child.value if mark is None else mark(child.value)
     if child in made:
         return made[child]
     value = child.value
@@ -421,15 +445,15 @@ def _built(child: _Child, blocks: Sequence[Any], made: dict[_Node, Any]) -> Any:
         plain: Any = value.copy()
         made[child] = plain
         for place, each in child.children:
-            plain[place.key] = blocks[each] if type(each) is int else _built(each, blocks, made)
+            plain[place.key] = blocks[each] if type(each) is int else _built(each, blocks, made, mark)
         return plain
     if is_immutable(value):
-        changes = [(place, _built(each, blocks, made)) for place, each in child.children]
+        changes = [(place, _built(each, blocks, made, mark)) for place, each in child.children]
         if child not in made:
             made[child] = copied(value, changes)
         return made[child]
     new = made[child] = copied(value)
-    change(new, [(place, _built(each, blocks, made)) for place, each in child.children])
+    change(new, [(place, _built(each, blocks, made, mark)) for place, each in child.children])
     return new
 
 
