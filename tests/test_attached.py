@@ -225,6 +225,32 @@ def test_context_and_mask_reach_the_experts():
     torch.testing.assert_close(twice, shifted.repeat_interleave(2, 0))
 
 
+def test_the_first_argument_is_that_of_the_forward_pass():
+    """And not the first of the keywords, in whatever order the host writes them."""
+
+    class Attention(nn.Module):
+        def forward(self, query, key):
+            return query - key
+
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, hidden):
+            return self.attention(key=torch.zeros_like(hidden), query=hidden)
+
+    class Reader(ExpertModule):
+        reads_input = True
+
+        def forward(self, batch):
+            return ExpertResult(batch.hidden + batch.context["input"])
+
+    hidden = torch.ones(6, WIDTH)
+    model = celmoe.attach(Host(), config(), lambda *_: Reader(), "attention")
+    assert torch.equal(model(hidden, plan=plan_of(ROUTES)), 3 * hidden)
+
+
 # By kind a value with an item for each of 6 samples, and what an expert makes of those of its samples.
 VALUES = {
     "tensor": (torch.arange(6.0), lambda own: own),
@@ -321,6 +347,57 @@ def test_losses_are_collected_by_place():
     assert celmoe.adapters(model)["blocks.0"].level_modules["language"]["de"].down.weight.grad is not None
     with pytest.raises(celmoe.ResultError, match="must return no losses unless they are read"):
         model(tokens(), plan=plan_of(ROUTES))
+
+
+class Twice(nn.Module):
+    """Runs one block twice, as ALBERT does its only layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden):
+        return self.block(self.block(hidden))
+
+
+def test_a_place_that_runs_twice_has_the_sum_of_its_losses():
+    """The second call's alone would leave the first one's out of training."""
+    torch.manual_seed(0)
+    model, hidden = Twice(), torch.randn(6, WIDTH)
+    celmoe.attach(model, config(), lambda *_: Penalized(), "block")
+    with celmoe.routed(model, plan_of(ROUTES)) as first:
+        between = model.block(hidden)
+    with celmoe.routed(model, plan_of(ROUTES)) as second:
+        model.block(between)
+    with celmoe.routed(model, plan_of(ROUTES)) as both:
+        for _ in range(2):
+            model(hidden)
+            for key, loss in both.losses.items():
+                torch.testing.assert_close(loss, first.losses[key] + second.losses[key])
+    assert both.losses.keys() == first.losses.keys()
+
+
+def test_a_call_that_failed_adds_nothing_to_the_next():
+    torch.manual_seed(0)
+    model, hidden = Twice(), torch.randn(6, WIDTH)
+    celmoe.attach(model, config(), lambda *_: Penalized(), "block")
+    with celmoe.routed(model, plan_of(ROUTES)) as run:
+        model(hidden)
+        expected = {key: loss.item() for key, loss in run.losses.items()}
+        for error in (ValueError, KeyboardInterrupt):
+            handle = model.block.register_forward_hook(_raising(error))
+            with pytest.raises(error):
+                model(hidden)
+            handle.remove()
+            model(hidden)
+            assert {key: loss.item() for key, loss in run.losses.items()} == expected
+
+
+def _raising(error):
+    def raise_it(*_):
+        raise error
+
+    return raise_it
 
 
 def test_initializers_of_the_host_leave_experts_alone():

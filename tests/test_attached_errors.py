@@ -391,3 +391,19 @@ def test_experts_without_tensors_have_nothing_to_save(tmp_path):
     assert model(tokens(), plan=plan_of(ROUTES)).shape[0] < TOKENS
     with pytest.raises(celmoe.ConfigError, match="must have attached experts with tensors to be saved"):
         celmoe.save_adapters(model, tmp_path / "x")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_module_is_refused_before_anything_is_attached():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), torch.jit.script(nn.Linear(WIDTH, WIDTH)))
+    with pytest.raises(celmoe.ConfigError, match=r"got one of torch\.jit, which takes no modules"):
+        celmoe.attach(model, config(), lambda *_: Bottleneck(), ["0", "1"])
+    assert "celmoe" not in model[0]._modules
+    assert not model[0]._forward_hooks
+
+
+def test_a_forward_pass_of_c_code_has_no_argument_called_plan():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    model.forward = max
+    celmoe.attach(model, config(), lambda *_: Bottleneck(), "0")
+    assert [*celmoe.adapters(model)] == ["0"]

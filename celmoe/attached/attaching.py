@@ -14,7 +14,7 @@ from celmoe.lifecycle.newcomer import Factory, random_numbers_given_back
 from celmoe.torch_internals import is_compiled
 
 from .hosts import hosts_in, seat_of
-from .place import CHILD, SEAT, Attached, LastLevel, Seat, after
+from .place import CHILD, SEAT, Attached, LastLevel, Seat, after, arguments_of
 from .root import Root
 from .runs import Group
 from .where import named_modules, places
@@ -92,7 +92,7 @@ def attach(
         hierarchy.train(found[name].training)
         found[name].add_module(CHILD, hierarchy)
         handle = found[name].register_forward_hook(after, with_kwargs=True)
-        found[name].__dict__[SEAT] = Seat(name, group, handle)
+        found[name].__dict__[SEAT] = Seat(name, group, handle, arguments_of(found[name]))
     root: Root | None = model.__dict__.get(_ROOT)
     if root is None:
         root = model.__dict__[_ROOT] = Root(model)
@@ -130,6 +130,8 @@ def _require_attachable(model: nn.Module, found: Mapping[str, nn.Module]) -> Non
     fault = ""
     if taken := [name for name, module in found.items() if CHILD in module._modules or hasattr(module, CHILD)]:
         fault = f"{listed(taken)}, which have experts or another {CHILD!r} already"
+    elif any(isinstance(each, torch.jit.ScriptModule) for each in (model, *found.values())):
+        fault = "one of torch.jit, which takes no modules"
     elif any(map(is_compiled, model.modules())):
         fault = "a compiled one; attach, then compile"
     elif _is_wrapped(model):

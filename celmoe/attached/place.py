@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -44,12 +45,31 @@ class Seat:
         place: The module's dotted name in the host.
         group: The places with one plan.
         handle: The module's hook.
+        arguments: The names of the arguments of the module's forward pass, in order; none if nobody knows.
     """
 
-    def __init__(self, place: str, group: Group, handle: RemovableHandle) -> None:
+    def __init__(self, place: str, group: Group, handle: RemovableHandle, arguments: tuple[str, ...]) -> None:
         self.place = place
         self.group = group
         self.handle = handle
+        self.arguments = arguments
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first argument of a call, in the order of the forward pass and not of the keywords."""
+        if args:
+            return args[0]
+        for name in self.arguments:
+            if name in kwargs:
+                return kwargs[name]
+        return next(iter(kwargs.values()), None)
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward pass, in order; none for one of C code."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 class Attached(HierarchicalCELMoE):
@@ -168,7 +188,10 @@ def _note_losses(output: CELMoEOutput, run: Run | None, place: str) -> None:
         )
     for name, value in output.losses.items():
         key = f"{place}.{name}"
-        run.losses[key] = value
+        # A module that the host's call runs several times has as many losses of one name.
+        run.losses[key] = run.losses[key] + value if key in run.noted else value
+        if run.is_called:
+            run.noted.add(key)
         run.loss_weights[key] = output.loss_weights[name]
         run.loss_shares[key] = output.loss_shares[name]
 
@@ -203,7 +226,7 @@ def _copied(config: CELMoEConfig) -> CELMoEConfig:
 def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """The forward hook of a module with experts behind it."""
     attached, seat = cast(Attached, module._modules[CHILD]), cast(Seat, getattr(module, SEAT))
-    given = args[0] if args else next(iter(kwargs.values()), None)
+    given = seat.given(args, kwargs)
     if isinstance(output, torch.Tensor):
         return attached.changed(_tensor(output, seat), given, seat)
     if isinstance(output, Mapping) and output:

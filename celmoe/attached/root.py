@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from celmoe.experts import ExpertContext
 from celmoe.routing.plan import RoutingPlan
 
 from .hosts import hierarchy_of, seat_of
-from .place import SEAT
+from .place import SEAT, arguments_of
 from .runs import Group, Run, Span, at_hand, begin, begin_span, end, end_span, forget_span, here
 
 
@@ -65,7 +64,7 @@ class Root:
 
     def __init__(self, model: nn.Module) -> None:
         self.places: list[tuple[Group, list[nn.Module]]] = []
-        self._takes_plan = "plan" in inspect.signature(model.forward).parameters
+        self._takes_plan = "plan" in arguments_of(model)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._afterwards, with_kwargs=True, always_call=True),
@@ -92,11 +91,13 @@ class Root:
         self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # An interrupted call, unlike one that raised an error, could not end its run.
-        for root, run, _ in _calls():
-            if root is self and run is not None:
-                end(run)
+        for root, run, _, begun in _calls():
+            if root is self:
+                _end_calls(begun)
+                if run is not None:
+                    end(run)
         here.calls = tuple(call for call in _calls() if call[0] is not self)
-        call: tuple[Root, Run | None, list[Span]] = (self, None, [])
+        call: tuple[Root, Run | None, list[Span], list[Run]] = (self, None, [], [])
         result = None
         if not self._takes_plan and kwargs.get("plan") is not None:
             kwargs = dict(kwargs)
@@ -105,16 +106,21 @@ class Root:
                 raise ConfigError("'plan' must be left out of a model without attached experts (got one)")
             run = run_for(leads, kwargs.pop("plan"))
             begin(run)
-            call = (self, run, [])
+            call = (self, run, [], [])
             result = args, kwargs
         here.calls = (*_calls(), call)
-        if not torch.compiler.is_compiling():
-            call[2].extend(map(_begin_call, self._runs()))
+        for each in self._runs():
+            if not each.is_called:
+                each.is_called = True
+                call[3].append(each)
+            if not torch.compiler.is_compiling():
+                call[2].append(_begin_call(each))
         return result
 
     def _afterwards(self, *_: Any) -> None:
-        for root, run, spans in _calls():
+        for root, run, spans, begun in _calls():
             if root is self:
+                _end_calls(begun)
                 if run is not None:
                     end(run)
                 for span in spans:
@@ -131,9 +137,16 @@ class Root:
         return found
 
 
-def _calls() -> tuple[tuple[Root, Run | None, list[Span]], ...]:
-    """This thread's calls of hosts that are under way."""
-    calls: tuple[tuple[Root, Run | None, list[Span]], ...] = getattr(here, "calls", ())
+def _end_calls(begun: list[Run]) -> None:
+    """Note that the outermost calls of hosts are over for some runs: later losses are another pass's."""
+    for run in begun:
+        run.is_called = False
+        run.noted.clear()
+
+
+def _calls() -> tuple[tuple[Root, Run | None, list[Span], list[Run]], ...]:
+    """This thread's calls of hosts that are under way, with its run, its spans, and the runs it is first of."""
+    calls: tuple[tuple[Root, Run | None, list[Span], list[Run]], ...] = getattr(here, "calls", ())
     return calls
 
 

@@ -42,7 +42,8 @@ def routed(
 
     Yields:
         The run. Its ``losses``, ``loss_weights`` and ``loss_shares`` have the losses that experts return, by
-        ``<place>.<level>.<expert>.<loss>``, of the last forward pass.
+        ``<place>.<level>.<expert>.<loss>``, of the last forward pass. A place that it runs several times has
+        the sum.
 
     Raises:
         ConfigError: No experts are attached to the model.

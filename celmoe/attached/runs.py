@@ -41,7 +41,7 @@ class Run:
         context, mask: The experts' context and mask.
         num_beams: Rows of each sample in generation, one after another.
         losses: The experts' losses of the last forward pass, by ``<place>.<level>.<expert>.<loss>``; ``None`` if nobody
-            can read them.
+            can read them. A place that the host runs several times, as layers that share weights, has their sum.
         loss_weights, loss_shares: See `LevelOutput`, under the keys of `losses`.
         wants_gradients: True if gradients were on when the run began.
         whole: The span of all that is called while the run is at hand, until the host itself is called.
@@ -63,6 +63,9 @@ class Run:
         self.losses: dict[str, torch.Tensor] | None = None
         self.loss_weights: dict[str, float] = {}
         self.loss_shares: dict[str, float] = {}
+        # True while a host is called; and the losses that this call has noted.
+        self.is_called = False
+        self.noted: set[str] = set()
         self.wants_gradients = torch.is_grad_enabled()
         self.whole: Span | None = None
         # The node that was differentiated when the run began: a hook may call the host in a backward pass.
