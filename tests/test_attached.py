@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import pickle
@@ -170,6 +171,45 @@ def test_threads_have_plans_of_their_own():
     assert not wrong
     with pytest.raises(celmoe.MissingRouteError):
         model(given)
+
+
+def test_tasks_of_one_thread_have_plans_of_their_own():
+    """They take turns within their runs, in any order."""
+    model, given = attached().eval(), tokens()
+    plans = [plan_of(ROUTES), plan_of(ROUTES[::-1])]
+    expected = [model(given, plan=plan) for plan in plans]
+
+    async def serve(number):
+        with celmoe.routed(model, plans[number]):
+            await asyncio.sleep(0)
+            first = model(given)
+            await asyncio.sleep(0.01 * (1 - number))
+            return first, model(given)
+
+    async def all_of_them():
+        served = await asyncio.gather(serve(0), serve(1))
+        with celmoe.routed(model, plans[0]), pytest.raises(celmoe.MissingRouteError):
+            await asyncio.gather(asyncio.to_thread(model, given))
+        return served
+
+    for outputs, wanted in zip(asyncio.run(all_of_them()), expected, strict=True):
+        assert all(torch.equal(output, wanted) for output in outputs)
+    with pytest.raises(celmoe.MissingRouteError):
+        model(given)
+
+
+def test_a_pass_that_skips_a_place_has_no_losses_of_it():
+    class Skipping(Encoder):
+        def forward(self, given, skip=False):
+            hidden = self.blocks[0](self.embed(given))
+            return self.head(hidden if skip else self.blocks[1](hidden))
+
+    model = celmoe.attach(Skipping(), config(), lambda *_: Penalized(), PLACES)
+    with celmoe.routed(model, plan_of(ROUTES)) as run:
+        model(tokens())
+        assert {key[:8] for key in run.losses} == {"blocks.0", "blocks.1"}
+        model(tokens(), skip=True)
+    assert {key[:8] for key in run.losses} == {key[:8] for key in run.loss_weights} == {"blocks.0"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

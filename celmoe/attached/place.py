@@ -96,6 +96,8 @@ class Attached(HierarchicalCELMoE):
 
     def add_expert(self, level: str, name: str, *args: Any, **kwargs: Any) -> None:
         """See `HierarchicalCELMoE.add_expert`."""
+        if kwargs.get("factory") is not None:
+            kwargs["factory"] = _Shielded(kwargs["factory"])
         super().add_expert(level, name, *args, **kwargs)
         new = cast(NamedModules, self.level_modules[level])[name]
         self.reads_input = self.reads_input or any(getattr(each, READS_INPUT, False) for each in new.modules())

@@ -111,6 +111,7 @@ class Root:
         here.calls = (*_calls(), call)
         for each in self._runs():
             if not each.is_called:
+                each.forget_losses()
                 each.is_called = True
                 call[3].append(each)
             if not torch.compiler.is_compiling():

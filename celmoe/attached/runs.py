@@ -11,6 +11,7 @@ call is refused. A checkpoint within a checkpoint may have a node that a backwar
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import weakref
 from collections import deque
@@ -70,6 +71,8 @@ class Run:
         self.whole: Span | None = None
         # The node that was differentiated when the run began: a hook may call the host in a backward pass.
         self.begun_in: int | None = None
+        # The asyncio task in which the run began.
+        self.task: object = None
         self._expanded: RoutingPlan | None = None
         # By whether the plan is the batch's own, and by device.
         self._moved: dict[tuple[bool, torch.device], RoutingPlan] = {}
@@ -97,6 +100,13 @@ class Run:
         if mask is not None and mask.dim() and mask.shape[0] == size:
             mask = mask.repeat_interleave(self.num_beams, 0)
         return self._on(self._expanded, rows.device), context, mask
+
+    def forget_losses(self) -> None:
+        """Forget the losses of the pass before: this one may skip a place."""
+        if self.losses:
+            self.losses.clear()
+            self.loss_weights.clear()
+            self.loss_shares.clear()
 
     def without_losses(self) -> Run:
         """The run as a recomputation needs it: losses would keep the forward pass's graph alive."""
@@ -154,7 +164,7 @@ def begin(run: Run) -> None:
     """Let a run be the one at hand in this thread, until its `end`."""
     here.runs = (*getattr(here, "runs", ()), run)
     if not torch.compiler.is_compiling():
-        run.begun_in = number_in_backward()
+        run.begun_in, run.task = number_in_backward(), _task()
 
 
 def end(run: Run) -> None:
@@ -192,12 +202,23 @@ def forget_span(span: Span) -> None:
 def at_hand(group: Group) -> Run | None:
     """The run at hand for a group's places, if there is one."""
     # A compiler follows this loop, and no lookup by an object.
-    found = None
+    found, is_compiling = None, torch.compiler.is_compiling()
+    task = None if is_compiling else _task()
     for run in getattr(here, "runs", ()):
         for each in run.groups:
-            if each is group:
+            if each is group and (is_compiling or run.task is task):
                 found = run
     return found
+
+
+def _task() -> object:
+    """The asyncio task that runs in this thread: a plan at hand is the task's, for tasks of a thread take turns."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else asyncio.current_task()
+    except RuntimeError:
+        # No event loop runs.
+        return None
 
 
 def run_of(group: Group, place: str) -> tuple[Run | None, bool]:
