@@ -708,20 +708,3 @@ def test_few_members_are_taken_out_of_a_stack() -> None:
     torch.testing.assert_close(torch.ops.celmoe.outer(rows, rows, ends), outer)
     sums = torch.stack([own[each].sum(0) if each in own else zero[0] for each in range(9)])
     torch.testing.assert_close(torch.ops.celmoe.segment_sum(rows, ends), sums)
-
-
-def test_a_batch_that_is_sorted_already_takes_the_same_graph() -> None:
-    """Its order is the identity, which once began the plan's buffer: graphs are made anew for an offset of 0."""
-    model, backend = built(lambda _: Dense(), ("family", "language")), Backend()
-    celmoe.stack_experts(model)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    compared(model, compiled, 16, 5)
-    compared(model, compiled, 9, 5)
-    assert backend.graphs == 2
-    for size in (12, 7):
-        for family in ("z", "a"):
-            routes = {"family": [family] * size, "language": sorted(["e0", "e3"] * size)[:size]}
-            plan = model.compile_routing(routes)
-            assert all(level.is_sorted for level in plan.levels.values())
-            compiled(torch.randn(size, WIDTH, dtype=torch.float64).requires_grad_(), plan)
-    assert backend.graphs == 2

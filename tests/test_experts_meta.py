@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import celmoe.optim.by_name
-from celmoe import CELMoEError
-from celmoe.lifecycle import changes, loading, newcomer, places, subsets
+from celmoe import CELMoEError, loading
+from celmoe.lifecycle import changes, newcomer, places, subsets
 from celmoe.lifecycle.structure import Structure
 from celmoe.optim import members
 from celmoe.routing.plan import RoutingPlan

@@ -187,7 +187,7 @@ def first_two_members_only(patch: Patch) -> None:
 def one_row_not_verified(patch: Patch) -> None:
     def wrong(member: Any, part: Any, captured: Any, agree: Any) -> str | None:
         result, _ = celmoe.grouped.verify._called(member, part(slice(None)))
-        alone = celmoe.grouped.verify._alone(captured, captured.own(member), part)
+        alone = celmoe.grouped.verify._alone(captured, captured.bases(member), captured.own(member), part)
         return None if agree(alone[0], result.hidden) else "differ"
 
     patch.setattr(celmoe.grouped.verify, "_differs_from_expert", wrong)

@@ -53,13 +53,8 @@ HostLevel: TypeAlias = tuple[
 # An order that equals no other.
 _NO_ORDER = np.full(1, -1, dtype=np.int64)
 
-# Two numbers that nobody reads, in front of all index tensors: a compiler has one graph for tensors that begin a
-# buffer, and another for those that don't. The identity comes next.
-_FRONT = (-1, -1)
-_IDENTITY = 1, 1
-
-# The parts of a plan: the host's part of each level; the buffer of all index tensors, int64, on the CPU; and the length
-# of each index tensor.
+# The parts of a plan: the host's part of each level; all index tensors end to end, int64, on the CPU; and the length of
+# each index tensor.
 Indices: TypeAlias = tuple[Sequence[HostLevel], torch.Tensor, Sequence[int]]
 
 
@@ -78,10 +73,10 @@ def sort_samples(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], bat
 
 def _sort_few(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
     identity = [*range(batch_size)]
-    flat, sizes = [*_FRONT, *identity], [len(_FRONT), batch_size]
+    flat, sizes = [*identity], [batch_size]
     levels: list[HostLevel] = []
     # The order of the level above, and the places of the order and its inverse among the parts.
-    previous, places = identity, _IDENTITY
+    previous, places = identity, (0, 0)
     for table, codes_or_one in zip(tables, codes, strict=True):
         code = codes_or_one if isinstance(codes_or_one, bytearray) else _code_list(codes_or_one, batch_size)
         present = sorted(set(code)) if len(table.experts) > 1 else [0]
@@ -91,7 +86,7 @@ def _sort_few(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_
         if not follows:
             previous = order
             if is_sorted:
-                places = _IDENTITY
+                places = (0, 0)
             else:
                 places = (len(sizes), len(sizes) + 1)
                 inverse = identity.copy()
@@ -117,23 +112,23 @@ def _code_list(codes: SampleCodes, batch_size: int) -> list[int]:
 def _sort_many(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
     # NumPy's default integer has 32 bits on Windows before 2.0.
     identity = np.arange(batch_size, dtype=np.int64)
-    parts: list[npt.NDArray[np.int64]] = [np.array(_FRONT, dtype=np.int64), identity]
+    parts: list[npt.NDArray[np.int64]] = [identity]
     levels: list[HostLevel] = []
     # The order of the level above: an array, or None for the identity; and the places of its parts.
     previous: npt.NDArray[np.int64] | None = None
-    places = _IDENTITY
+    places = (0, 0)
     for table, code in zip(tables, codes, strict=True):
         if isinstance(code, Memberships):
             found, own = _sorted_mixed(table, code, len(parts))
             levels.append(found)
             parts += own
             # No order of another level is this one's: rows are more, or fewer, than samples.
-            previous, places = _NO_ORDER, _IDENTITY
+            previous, places = _NO_ORDER, (0, 0)
             continue
         experts, counts, order = _sorted(table, code, batch_size)
         follows = _equal(order, previous)
         if not follows:
-            previous, places = order, _IDENTITY
+            previous, places = order, (0, 0)
             if order is not None:
                 inverse = np.empty_like(identity)
                 inverse[order] = identity

@@ -270,7 +270,7 @@ def of_many_shapes(model: Any, *, has_plan: bool) -> Any:
 
 @pytest.mark.parametrize(("kind", "captures"), [("without experts", 0), ("ordinary", 1), ("stacked", 1)])
 def test_a_graph_for_all_positions_and_one_for_all_sizes(tmp_path: Path, kind: str, captures: int) -> None:
-    """As many graphs as without experts, whatever the routings, and none of them breaks. Experts are captured once."""
+    """As many graphs as without experts, and one for batches in expert order; none breaks. Experts are captured once."""
     torch._dynamo.reset()
     counters.clear()
     model = classifier(is_stacked=kind == "stacked", num_hidden_layers=1)
@@ -282,7 +282,9 @@ def test_a_graph_for_all_positions_and_one_for_all_sizes(tmp_path: Path, kind: s
         celmoe.detach(model)
     trainer.train()
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] == 3 + captures
+    # Some of these small batches are in expert order by chance: their indices begin the plan's buffer.
+    sorted_ones = 1 if captures else 0
+    assert counters["stats"]["unique_graphs"] == 3 + captures + sorted_ones
 
 
 def test_what_is_saved_is_the_model(tmp_path: Path) -> None:
