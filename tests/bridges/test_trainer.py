@@ -270,7 +270,7 @@ def of_many_shapes(model: Any, *, has_plan: bool) -> Any:
 
 @pytest.mark.parametrize(("kind", "captures"), [("without experts", 0), ("ordinary", 1), ("stacked", 1)])
 def test_a_graph_for_all_positions_and_one_for_all_sizes(tmp_path: Path, kind: str, captures: int) -> None:
-    """As many graphs as without experts, and one for batches in expert order. Experts are captured once, none breaks."""
+    """As many graphs as without experts, and one more for batches in expert order. Experts are captured once."""
     torch._dynamo.reset()
     counters.clear()
     model = classifier(is_stacked=kind == "stacked", num_hidden_layers=1)
