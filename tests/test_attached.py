@@ -208,7 +208,9 @@ def test_a_pass_that_skips_a_place_has_no_losses_of_it():
     with celmoe.routed(model, plan_of(ROUTES)) as run:
         model(tokens())
         assert {key[:8] for key in run.losses} == {"blocks.0", "blocks.1"}
+        before = run.losses
         model(tokens(), skip=True)
+    assert {key[:8] for key in before} == {"blocks.0", "blocks.1"}
     assert {key[:8] for key in run.losses} == {key[:8] for key in run.loss_weights} == {"blocks.0"}
 
 

@@ -104,14 +104,13 @@ class Run:
     def forget_losses(self) -> None:
         """Forget the losses of the pass before: this one may skip a place."""
         if self.losses:
-            self.losses.clear()
-            self.loss_weights.clear()
-            self.loss_shares.clear()
+            # New ones: somebody may hold the losses of the pass before.
+            self.losses, self.loss_weights, self.loss_shares = {}, {}, {}
 
     def without_losses(self) -> Run:
-        """The run as a recomputation needs it: losses would keep the forward pass's graph alive."""
+        """The run as a recomputation needs it: losses would keep the forward pass's graph alive, a task its result."""
         kept = copy.copy(self)
-        kept.losses, kept.whole = None, None
+        kept.losses, kept.whole, kept.task = None, None, None
         return kept
 
     def _on(self, plan: RoutingPlan, device: torch.device) -> RoutingPlan:
