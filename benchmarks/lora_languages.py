@@ -16,28 +16,24 @@ if __name__ == "__main__" and (missing := missing_extra("bench") or missing_extr
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 import celmoe
-from benchmarks.arguments import OptionError, above_zero, make_parser, read_arguments
 from benchmarks.grid.report import write_rows
 from benchmarks.interleaved import Timings, interleave
+from benchmarks.one_table import REFUSED, ask
 from benchmarks.report.wording import ms_words
-from benchmarks.setting import make_console, prepare_folder, read_setting
 
 MIXED, STACKED, SWITCHED = "one batch", "one batch, stacked", "PEFT, language by language"
 RANK, ALPHA, TOKENS = 8, 16, 100
 WHERE = ("encoder.layer.*.attention.self.query", "encoder.layer.*.attention.self.value")
 # The tolerance of all engines in float32.
 TOLERANCE = 1e-5
-REFUSED = 2
 
 
 class DifferentError(RuntimeError):
@@ -249,22 +245,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 if an argument was refused.
     """
-    parser = make_parser("benchmarks.lora_languages", __doc__)
-    parser.add_argument("--seconds", default="20", help="about how long each line goes on (default 20)")
-    folder = "celmoe-report/lora-languages"
-    parser.add_argument("--report", default=folder, help=f"folder to write to (default {folder})")
-    console, errors = make_console(), Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        given = read_arguments(parser, sys.argv[1:] if arguments is None else arguments)
-        seconds = above_zero("--seconds", given.seconds)
-        report = Path(given.report)
-        prepare_folder(report)
-    except OptionError as error:
-        errors.print(str(error), markup=False)
+    asked = ask(
+        "lora_languages",
+        __doc__,
+        arguments,
+        amount="seconds",
+        default="20",
+        meaning="about how long each line goes on",
+    )
+    if asked is None:
         return REFUSED
-    torch.set_num_threads(1)
-    setting = read_setting(torch.device("cpu"), 1)
-    console.print(f"{setting}, commit {setting.commit}{' with changes' * setting.is_changed}", markup=False)
+    console, report = asked.console, asked.report
+    seconds = asked.amount
     table = Table(title="A training step of LoRA adapters: all languages in one batch, beside one language at a time")
     for heading in (
         "encoder",

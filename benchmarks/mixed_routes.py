@@ -12,20 +12,17 @@ if __name__ == "__main__" and (missing := missing_extra("bench")):
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import celmoe
-from benchmarks.arguments import OptionError, above_zero, make_parser, read_arguments
 from benchmarks.grid.report import workload_columns, write_rows
 from benchmarks.interleaved import Timings, interleave
+from benchmarks.one_table import REFUSED, ask
 from benchmarks.report.wording import ms_words, workload_words
-from benchmarks.setting import make_console, prepare_folder, read_setting
 from benchmarks.steps import ROUTINGS, TrainingStep, turns
 from benchmarks.workloads import Workload
 
@@ -40,7 +37,6 @@ WORKLOADS = (
     Workload("mlp", 128, 4096, 128),
     Workload("block", 64, 64, 32),
 )
-REFUSED = 2
 
 
 def mixed(routing: Mapping[str, Sequence[str]], share: float, seed: int) -> dict[str, Sequence[Any]]:
@@ -96,22 +92,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 if an argument was refused.
     """
-    parser = make_parser("benchmarks.mixed_routes", __doc__)
-    parser.add_argument("--seconds", default="10", help="about how long each line goes on (default 10)")
-    folder = "celmoe-report/mixed-routes"
-    parser.add_argument("--report", default=folder, help=f"folder to write to (default {folder})")
-    console, errors = make_console(), Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        given = read_arguments(parser, sys.argv[1:] if arguments is None else arguments)
-        seconds = above_zero("--seconds", given.seconds)
-        report = Path(given.report)
-        prepare_folder(report)
-    except OptionError as error:
-        errors.print(str(error), markup=False)
+    asked = ask(
+        "mixed_routes",
+        __doc__,
+        arguments,
+        amount="seconds",
+        default="10",
+        meaning="about how long each line goes on",
+    )
+    if asked is None:
         return REFUSED
-    torch.set_num_threads(1)
-    setting = read_setting(torch.device("cpu"), 1)
-    console.print(f"{setting}, commit {setting.commit}{' with changes' * setting.is_changed}", markup=False)
+    console, report = asked.console, asked.report
+    seconds = asked.amount
     table = Table(title=f"A whole step with {SHARE:.0%} of the samples mixed, beside one without")
     for heading in ("workload", "experts", f"{ORDINARY}, ms", f"{MIXED}, ms", "times as long (middle half)"):
         table.add_column(heading)

@@ -15,19 +15,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import celmoe
-from benchmarks.arguments import OptionError, above_zero, make_parser, read_arguments
 from benchmarks.grid.report import write_rows
+from benchmarks.one_table import REFUSED, ask
 from benchmarks.report.wording import ms_words
-from benchmarks.setting import make_console, prepare_folder, read_setting
 
 WITHOUT, ORDINARY, STACKED = "none", "ordinary", "stacked"
 EAGER, COMPILED = "eager", "compiled"
@@ -36,7 +33,6 @@ WIDTH, WORDS, SIZE, POSITIONS = 64, 1000, 16, 32
 FIRST = 10
 SAMPLES = FIRST * SIZE - 5
 TREE = {family: [f"{family}{number}" for number in range(4)] for family in ("slavic", "romance")}
-REFUSED = 2
 
 
 class Adapter(nn.Module):
@@ -176,22 +172,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 where an argument was refused.
     """
-    parser = make_parser("benchmarks.trainer_compile", __doc__)
-    parser.add_argument("--steps", default="200", help=f"steps that are timed after the first {FIRST} (default 200)")
-    folder = "celmoe-report/trainer-compile"
-    parser.add_argument("--report", default=folder, help=f"folder to write to (default {folder})")
-    console, errors = make_console(), Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        given = read_arguments(parser, sys.argv[1:] if arguments is None else arguments)
-        steps = max(4, round(above_zero("--steps", given.steps)))
-        report = Path(given.report)
-        prepare_folder(report)
-    except OptionError as error:
-        errors.print(str(error), markup=False)
+    asked = ask(
+        "trainer_compile",
+        __doc__,
+        arguments,
+        amount="steps",
+        default="200",
+        meaning=f"steps that are timed after the first {FIRST}",
+    )
+    if asked is None:
         return REFUSED
-    torch.set_num_threads(1)
-    setting = read_setting(torch.device("cpu"), 1)
-    console.print(f"{setting}, commit {setting.commit}{' with changes' * setting.is_changed}", markup=False)
+    console, report = asked.console, asked.report
+    steps = max(4, round(asked.amount))
     table = Table(title=f"A step of the Trainer after the first {FIRST}, an encoder of two layers")
     for heading in ("experts", "positions", "eager, ms", "compiled, ms", "times as long", "slowest, ms", "first, s"):
         table.add_column(heading)
