@@ -299,7 +299,7 @@ def _open_directml(number: int) -> tuple[torch.device, str]:
         raise DeviceMissingError('torch-directml is not installed: pip install -e ".[directml]"')
     try:
         # The import loads drivers, so no other place imports torch_directml.
-        import torch_directml  # noqa: PLC0415
+        import torch_directml  # noqa: PLC0415  # never at import time
     except (ImportError, OSError) as error:
         # torch_directml raises OSError on Linux outside of WSL, and ImportError with another torch than its own.
         raise DeviceMissingError(f"torch-directml does not load here ({_in_words(error)})") from error

@@ -54,8 +54,8 @@ def save_loads(bars: Mapping[str, Sequence[Bar]], path: Path) -> Path:
     """
     try:
         # Only figures need it.
-        import matplotlib as mpl  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        import matplotlib as mpl  # noqa: PLC0415  # an extra
+        from matplotlib.figure import Figure  # noqa: PLC0415  # as above
     except ImportError as error:
         raise PackageMissingError(
             "'matplotlib' must be installed for figures (got no such package; pip install 'celmoe[bench]')"

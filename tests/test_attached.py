@@ -57,6 +57,27 @@ def test_a_mixed_batch_is_that_of_separate_runs(wrapper):
     assert not torch.allclose(mixed, model(given, plan=plan_of(ROUTES[::-1])))
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_that_run_as_one_are_those_one_by_one(stacked):
+    """So few experts are looped by default: here they must run as one, or the engine raises."""
+    given, found = tokens(), []
+    for engine in ("grouped", "looped"):
+        model = attached(engine=engine)
+        if stacked:
+            celmoe.adapters(model).stack()
+        output = model(given, plan=plan_of(ROUTES))
+        output.square().sum().backward()
+        if stacked:
+            celmoe.adapters(model).unstack()
+        found.append((output, {name: each.grad for name, each in model.named_parameters()}))
+    assert {level.engine for level in celmoe.adapters(attached(engine="grouped"))["blocks.0"].explain().levels} == {
+        "grouped"
+    }
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(grad, found[1][1][name])
+
+
 def test_both_ways_to_give_a_plan_are_one():
     model, given = attached(), tokens()
     plan = plan_of(ROUTES)

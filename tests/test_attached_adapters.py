@@ -190,6 +190,23 @@ def test_files_tell_the_config(tmp_path, by, metadata):
     celmoe.load_adapters(celmoe.attach(Encoder(), found, lambda *_: Bottleneck(), "blocks.0"), tmp_path / "here")
 
 
+@pytest.mark.parametrize(("by", "number"), [(None, 1), ("shop", 3)])
+def test_places_of_several_configs_are_saved_together(tmp_path, by, number):
+    def build(seed):
+        model = attached(seed, where="blocks.0")
+        other = celmoe.CELMoEConfig.from_tree({"a": ["x", "y"]}, levels=("group", "shop"), hidden_size=WIDTH)
+        return celmoe.attach(model, other, lambda *_: Bottleneck(), "blocks.1")
+
+    models = build(0), build(1)
+    assert len(celmoe.save_adapters(models[0], tmp_path / "here", by=by)) == number
+    celmoe.load_adapters(models[1], tmp_path / "here")
+    for place in ("blocks.0", "blocks.1"):
+        states = [celmoe.adapters(model)[place].state_dict() for model in models]
+        assert states_equal(*states)
+    with pytest.raises(celmoe.CheckpointError, match="for places of one config"):
+        celmoe.saved_config(tmp_path / "here")
+
+
 def test_one_languages_file(tmp_path):
     model, other = attached(), attached(seed=1)
     files = celmoe.save_adapters(model, tmp_path, by="language")

@@ -363,7 +363,10 @@ def test_files(tmp_path):
         (
             lambda: celmoe.saved_config(tmp_path / "whole"),
             celmoe.CheckpointError,
-            f"'path' must be written by save_adapters (got {str(tmp_path / 'whole')!r}, which has no config)",
+            (
+                f"'path' must be written by save_adapters, for places of one config (got {str(tmp_path / 'whole')!r}, "
+                "which has no config)"
+            ),
         ),
         (lambda: celmoe.load_adapters(only_first, tmp_path / "second"), celmoe.CheckpointError, None),
     ):

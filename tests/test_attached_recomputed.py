@@ -17,9 +17,9 @@ KINDS = ["reentrant", "non-reentrant"]
 PLANS = [plan_of(ROUTES), plan_of(ROUTES[::-1])]
 
 
-def host(kind=None, expert=Bottleneck):
+def host(kind=None, expert=Bottleneck, engine="auto"):
     torch.manual_seed(0)
-    return celmoe.attach(Encoder("tuple", kind), config(), lambda *_: expert(), "blocks.*")
+    return celmoe.attach(Encoder("tuple", kind), config(), lambda *_: expert(), "blocks.*", engine=engine)
 
 
 def gradients(model, passes):
@@ -101,6 +101,12 @@ def test_gradients_are_those_without_checkpoints(kind, passes):
     expected = gradients(host(), within)
     assert any(each is not None and each.abs().max() > 0 for each in expected)
     assert_same(gradients(host(kind), passes), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("passes", [afterwards, within_the_others], ids=lambda each: each.__name__)
+def test_gradients_of_experts_that_run_as_one(kind, passes):
+    assert_same(gradients(host(kind, engine="grouped"), passes), gradients(host(engine="looped"), within))
 
 
 def test_the_comparison_sees_a_wrong_plan():

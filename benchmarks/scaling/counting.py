@@ -42,7 +42,7 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch annotates it not
         self.traffic: list[Traffic] = []
 
     def __torch_dispatch__(

@@ -37,7 +37,7 @@ def save_adapters(model: nn.Module, path: str | Path, *, by: str | None = None) 
     """Save the experts that are attached to a model, without the model.
 
     Files are safetensors. A tensor's key is its key in ``model.state_dict()``. A file is whole or not there. It has the
-    config of the experts: see `saved_config`.
+    config of the experts, if all places have one: see `saved_config`.
 
     Args:
         model: The host.
@@ -58,7 +58,7 @@ def save_adapters(model: nn.Module, path: str | Path, *, by: str | None = None) 
     tensors = _tensors(found)
     if by is None:
         return [_written(Path(path), tensors, found)]
-    levels = [level.name for level in found.config.levels if level.enabled]
+    levels = list(dict.fromkeys(level.name for each in found.values() for level in each.levels))
     if by not in levels:
         raise UnknownLevelError(f"'by' must be a level of the experts (got {by!r}; {nearest(by, levels)})")
     parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -119,7 +119,8 @@ def saved_config(path: str | Path) -> CELMoEConfig:
     Metadata of experts is there if JSON can hold it.
 
     Raises:
-        CheckpointError: There is no such file, it can't be read, or `save_adapters` has not written it.
+        CheckpointError: There is no such file, it can't be read, `save_adapters` has not written it, or it is of places
+            with several configs.
         PackageMissingError: safetensors is not installed.
     """
     file = _files(Path(path))[0]
@@ -130,7 +131,10 @@ def saved_config(path: str | Path) -> CELMoEConfig:
     except _safetensors_error() as error:
         raise CheckpointError(f"'path' must hold files of safetensors (got {str(file)!r}: {error})") from error
     if _CONFIG not in metadata:
-        raise CheckpointError(f"'path' must be written by save_adapters (got {str(file)!r}, which has no config)")
+        raise CheckpointError(
+            f"'path' must be written by save_adapters, for places of one config (got {str(file)!r}, which has no "
+            f"config)"
+        )
     return CELMoEConfig.from_dict(json.loads(metadata[_CONFIG]))
 
 
@@ -165,7 +169,11 @@ def _file_of(key: str, level: str) -> str:
 
 
 def _written(path: Path, tensors: dict[str, torch.Tensor], found: Adapters) -> Path:
-    content = _safetensors().save(tensors, {"format": "pt", _CONFIG: json.dumps(_plain(found.config))})
+    metadata = {"format": "pt"}
+    # Places of several configs have no one to tell.
+    if len({each.layout.packed for each in found.values()}) == 1:
+        metadata[_CONFIG] = json.dumps(_plain(next(iter(found.values())).config))
+    content = _safetensors().save(tensors, metadata)
     with replaced(path) as file:
         file.write(content)
     return path

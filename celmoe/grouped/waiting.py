@@ -29,7 +29,7 @@ def told(items: Iterable[Item], total: int, doing: str) -> Iterator[Item]:
             is_live = sys.stderr.isatty()
             if is_live or not is_told:
                 end = "" if is_live else "\n"
-                print(f"\rcelmoe: {doing}: {done} of {total}", end=end, file=sys.stderr, flush=True)  # noqa: T201
+                print(f"\rcelmoe: {doing}: {done} of {total}", end=end, file=sys.stderr, flush=True)  # noqa: T201  # a line for people
             is_told = True
     if is_told and sys.stderr.isatty():
-        print(file=sys.stderr)  # noqa: T201
+        print(file=sys.stderr)  # noqa: T201  # as above

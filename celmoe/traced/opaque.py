@@ -209,7 +209,7 @@ def run_backward(
     grad: torch.Tensor,
     number: torch.Tensor,
     hidden: torch.Tensor,  # noqa: ARG001  # tells the gradients' shapes, as the next
-    tensors: list[torch.Tensor],  # noqa: ARG001
+    tensors: list[torch.Tensor],  # noqa: ARG001  # inputs of the graph
     name: str,
 ) -> list[torch.Tensor]:
     """Run a level's backward pass.
