@@ -276,12 +276,13 @@ def test_context_and_mask_reach_the_experts():
             return ExpertResult(batch.hidden + batch.context["shift"][:, None] * batch.mask[..., None])
 
     model = celmoe.attach(Encoder(), config(), lambda *_: Reader(), "blocks.1")
-    shift, mask = torch.randn(6, WIDTH), torch.ones(6, 5)
+    # Of every sample another mask, so that a sample with another one's is seen.
+    shift, mask = torch.randn(6, WIDTH), torch.rand(6, 5)
     with celmoe.routed(model, plan_of(ROUTES), context={"shift": shift}, mask=mask):
         shifted = model(tokens())
     plain = Encoder()
     plain.load_state_dict(model.state_dict(), strict=False)
-    hidden = plain.blocks[1](plain.blocks[0](plain.embed(tokens()))) + 2 * shift[:, None]
+    hidden = plain.blocks[1](plain.blocks[0](plain.embed(tokens()))) + 2 * shift[:, None] * mask[..., None]
     torch.testing.assert_close(shifted, plain.head(hidden))
     with celmoe.routed(model, plan_of(ROUTES), context={"shift": shift}, mask=mask, num_beams=2):
         twice = model(tokens().repeat_interleave(2, 0))

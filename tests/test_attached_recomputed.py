@@ -104,6 +104,24 @@ def test_gradients_are_those_without_checkpoints(kind, passes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_inner_of_two_nested_plans_is_the_passes_own(kind):
+    """Parts of the host are called, so that both plans are at hand for as long as the other."""
+
+    def passes(model):
+        total = 0.0
+        for outer, inner in (PLANS, PLANS[::-1]):
+            with celmoe.routed(model.blocks, outer):
+                hidden = model.embed(tokens())
+                with celmoe.routed(model.blocks, inner):
+                    for block in model.blocks:
+                        hidden = checkpoint(block, hidden, use_reentrant=kind == "reentrant")[0]
+                total = total + model.head(hidden).square().mean()
+        total.backward()
+
+    assert_same(gradients(host(kind), passes), gradients(host(), within))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("passes", [afterwards, within_the_others], ids=lambda each: each.__name__)
 def test_gradients_of_experts_that_run_as_one(kind, passes):
     assert_same(gradients(host(kind, engine="grouped"), passes), gradients(host(engine="looped"), within))
