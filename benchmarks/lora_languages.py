@@ -25,8 +25,8 @@ from torch import nn
 
 import celmoe
 from benchmarks.grid.report import write_rows
-from benchmarks.interleaved import Timings, interleave
-from benchmarks.one_table import REFUSED, ask
+from benchmarks.harness.interleaved import Timings, interleave
+from benchmarks.harness.one_table import REFUSED, ask
 from benchmarks.report.wording import ms_words
 
 MIXED, STACKED, SWITCHED = "one batch", "one batch, stacked", "PEFT, language by language"

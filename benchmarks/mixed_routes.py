@@ -20,11 +20,11 @@ from rich.table import Table
 
 import celmoe
 from benchmarks.grid.report import workload_columns, write_rows
-from benchmarks.interleaved import Timings, interleave
-from benchmarks.one_table import REFUSED, ask
+from benchmarks.harness.interleaved import Timings, interleave
+from benchmarks.harness.one_table import REFUSED, ask
+from benchmarks.harness.steps import ROUTINGS, TrainingStep, turns
 from benchmarks.report.wording import ms_words, workload_words
-from benchmarks.steps import ROUTINGS, TrainingStep, turns
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 ORDINARY, MIXED = "ordinary", "mixed"
 # Of the samples: two thirds of these have two experts at the family level and below, one third has none.

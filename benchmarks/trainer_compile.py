@@ -23,7 +23,7 @@ from torch import nn
 
 import celmoe
 from benchmarks.grid.report import write_rows
-from benchmarks.one_table import REFUSED, ask
+from benchmarks.harness.one_table import REFUSED, ask
 from benchmarks.report.wording import ms_words
 
 WITHOUT, ORDINARY, STACKED = "none", "ordinary", "stacked"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers
+from benchmarks.harness import peers
 
 FIRST, SECOND, THIRD = "1.1.4", "2.0.1", "3.0.0"
 VERSIONS = (FIRST, SECOND, THIRD)

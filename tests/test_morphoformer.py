@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks import peers
+from benchmarks.harness import peers
 from tests import peer
 from tests.morphoformer_client import CASES
 

@@ -181,7 +181,7 @@ def test_every_hard_name(name):
 
 def test_names_that_celmoe_vp_accepts_are_those_of_module_dict():
     """celmoe-vp builds nn.ModuleDict({level: nn.ModuleDict({expert: ...})}): its legal names are exactly torch's."""
-    from benchmarks.peers import PeerUnavailableError, load_peer
+    from benchmarks.harness.peers import PeerUnavailableError, load_peer
 
     try:
         peer = load_peer("1.1.4")

@@ -163,7 +163,7 @@ sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
         ("hypothesis", ["tests/test_names.py"], "test"),
         ("rich", [], "test"),
         ("pytest-xdist", ["-p", "no:xdist"], "test"),
-        ("pytest-benchmark", ["-p", "no:benchmark", "benchmarks"], "bench"),
+        ("pytest-benchmark", ["-p", "no:benchmark", "benchmarks/suite"], "bench"),
     ],
 )
 def test_pytest_without_a_package_says_how_to_get_it(package, arguments, extra):

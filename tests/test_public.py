@@ -59,7 +59,7 @@ def test_every_name_can_be_imported(name):
 
 @pytest.mark.parametrize("version", ["1.1.4", "3.0.0"])
 def test_every_name_of_the_peer_is_ours_too(version):
-    from benchmarks.peers import PeerUnavailableError, load_peer
+    from benchmarks.harness.peers import PeerUnavailableError, load_peer
 
     try:
         peer = load_peer(version)
@@ -111,14 +111,14 @@ def test_importing_loads_no_more_than_it_needs():
 
 
 def test_the_import_check_can_fail():
-    loaded, *_ = importing("import celmoe, benchmarks.peers; torch.manual_seed(7)")
-    assert {"benchmarks", "benchmarks.peers"} <= forbidden(loaded)
+    loaded, *_ = importing("import celmoe, benchmarks.harness.peers; torch.manual_seed(7)")
+    assert {"benchmarks", "benchmarks.harness.peers"} <= forbidden(loaded)
 
 
 def test_importing_touches_neither_random_numbers_nor_threads_nor_defaults():
     _, before, after = importing("import celmoe")
     assert before == after
-    _, before, after = importing("import celmoe, benchmarks.peers; torch.manual_seed(7)")
+    _, before, after = importing("import celmoe, benchmarks.harness.peers; torch.manual_seed(7)")
     assert before != after
 
 

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from benchmarks.equality import Claimed, Evidence, Weights
-from benchmarks.steps import Forward
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import Claimed, Evidence, Weights
+from benchmarks.harness.steps import Forward
+from benchmarks.workloads.workload import Workload
 
 AUTO, STACKED = "celmoe auto", "celmoe stacked"
 GROUPED, LOOPED = "celmoe grouped", "celmoe looped"

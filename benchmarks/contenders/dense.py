@@ -10,9 +10,9 @@ from torch import nn
 
 import celmoe
 from benchmarks.contenders.contender import Contender
-from benchmarks.hierarchies import ONE_LEVEL, TREE
-from benchmarks.steps import HOST, Forward, routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.steps import HOST, Forward, routed
+from benchmarks.workloads.hierarchies import ONE_LEVEL, TREE
+from benchmarks.workloads.workload import Workload
 
 
 class Dense(nn.Module):

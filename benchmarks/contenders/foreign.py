@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 import celmoe
-from benchmarks.bodies import MLP, RANK, LowRank
 from benchmarks.contenders.planned import Planned, Stacked, bodies_of
-from benchmarks.steps import Forward, cycled
+from benchmarks.harness.steps import Forward, cycled
+from benchmarks.workloads.bodies import MLP, RANK, LowRank
 
 
 class TransformersMLP(Planned):

@@ -9,7 +9,6 @@ from typing import cast
 import torch
 
 import celmoe
-from benchmarks.bodies import LOW_RANK
 from benchmarks.contenders.contender import (
     AUTO,
     DENSE,
@@ -32,9 +31,10 @@ from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import HAND_STACKED, MOST_PADDING, fastest_stack, takes_grouped_mm
 from benchmarks.contenders.vmapped import Vmapped
-from benchmarks.equality import Part, Weights
-from benchmarks.peers import PeerUnavailableError, load_peer
-from benchmarks.steps import Routes, cycled, routed, routings_of
+from benchmarks.harness.equality import Part, Weights
+from benchmarks.harness.peers import PeerUnavailableError, load_peer
+from benchmarks.harness.steps import Routes, cycled, routed, routings_of
+from benchmarks.workloads.bodies import LOW_RANK
 from celmoe.reference import reference_forward
 
 # Experts that vmap does not take, and why.

@@ -25,7 +25,7 @@ from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.models import MODELS
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import MOST_PADDING
-from benchmarks.steps import Routes, cycled, routings_of
+from benchmarks.harness.steps import Routes, cycled, routings_of
 
 
 def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.equality import Part, Weights
-from benchmarks.steps import Forward, Routes, cycled
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import Part, Weights
+from benchmarks.harness.steps import Forward, Routes, cycled
+from benchmarks.workloads.workload import Workload
 
 
 class Stacked(NamedTuple):

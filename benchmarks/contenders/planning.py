@@ -18,10 +18,10 @@ from torch import nn
 
 import celmoe
 from benchmarks.contenders.contender import AUTO, LOOK_UPS, Task, TaskMaker, nothing
-from benchmarks.devices import finish
-from benchmarks.equality import Evidence
-from benchmarks.steps import HOST, ROUTINGS, routings_of, turns
-from benchmarks.workloads import Last, Workload
+from benchmarks.harness.devices import finish
+from benchmarks.harness.equality import Evidence
+from benchmarks.harness.steps import HOST, ROUTINGS, routings_of, turns
+from benchmarks.workloads.workload import Last, Workload
 
 
 def planners(workload: Workload, device: torch.device = HOST) -> dict[str, TaskMaker]:

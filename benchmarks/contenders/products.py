@@ -16,7 +16,7 @@ from benchmarks.contenders.contender import AUTO, DENSE, LOOPED, STACK, VMAP, Ab
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import MOST_PADDING, StackedLinear, takes_grouped_mm
-from benchmarks.equality import Part
+from benchmarks.harness.equality import Part
 from celmoe.grouped.kernels.members import linear_of_members
 from celmoe.grouped.segments import Segments
 

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional
 
 import celmoe
-from benchmarks.bodies import MLP
 from benchmarks.contenders.layouts import Alone, Layout, Padded, Ragged
 from benchmarks.contenders.planned import Planned, Stacked, bodies_of
-from benchmarks.devices import finish
-from benchmarks.interleaved import interleave
-from benchmarks.steps import HOST, Passes, routings_of
-from benchmarks.workloads import Workload
+from benchmarks.harness.devices import finish
+from benchmarks.harness.interleaved import interleave
+from benchmarks.harness.steps import HOST, Passes, routings_of
+from benchmarks.workloads.bodies import MLP
+from benchmarks.workloads.workload import Workload
 
 LayoutKind: TypeAlias = type[Ragged] | type[Padded]
 

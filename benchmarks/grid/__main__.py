@@ -14,11 +14,11 @@ from pathlib import Path
 
 from rich.progress import track
 
-from benchmarks.bodies import LOOPED_EXPERTS
 from benchmarks.grid.measure import PlanTiming, StepTiming, time_planning, time_step
 from benchmarks.grid.report import draw_steps, plan_line, plan_name, summary, write_plans, write_steps
-from benchmarks.points import PLANNED, looped_grid
-from benchmarks.setting import make_console, prepare
+from benchmarks.harness.setting import make_console, prepare
+from benchmarks.workloads.bodies import LOOPED_EXPERTS
+from benchmarks.workloads.points import PLANNED, looped_grid
 from celmoe.engines.registry import ENGINES
 
 # Limits on the planning of three levels of 256 experts.

@@ -17,10 +17,10 @@ from torch import nn
 import celmoe
 from benchmarks.contenders.contender import AUTO, LOOK_UPS, Contender, claim_of
 from benchmarks.contenders.planning import look_ups, planners, routing_pass
-from benchmarks.equality import require_all_equal, training_evidence
-from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import Routes, TrainingStep, cycled, nudge, routed, routings_of, string_routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import require_all_equal, training_evidence
+from benchmarks.harness.interleaved import Timings, interleave
+from benchmarks.harness.steps import Routes, TrainingStep, cycled, nudge, routed, routings_of, string_routed
+from benchmarks.workloads.workload import Workload
 
 OURS, PEER, BARE = "celmoe", "celmoe-vp", "bare loop"
 PLAN, OUR_ROUTING, PEER_ROUTING = "plan", "routing of celmoe", "routing of celmoe-vp"

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.bodies import EXPERTS
 from benchmarks.grid.measure import PlanTiming, StepTiming
-from benchmarks.points import LARGEST_BATCH
-from benchmarks.workloads import Workload
+from benchmarks.workloads.bodies import EXPERTS
+from benchmarks.workloads.points import LARGEST_BATCH
+from benchmarks.workloads.workload import Workload
 
 Timing = TypeVar("Timing", bound="RatioOfTimes")
 

@@ -19,9 +19,7 @@ from types import ModuleType
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.bodies import GROUPED_EXPERTS
 from benchmarks.contenders.stack import HAND_STACKED
-from benchmarks.equality import UnequalError
 from benchmarks.grouped.contest import INFERENCE, PEER, STACK, TRAINING, Compared, TooLongError, compare
 from benchmarks.grouped.figures import draw_grid, draw_marks
 from benchmarks.grouped.marks import Mark, grid_marks, operation_marks
@@ -33,9 +31,11 @@ from benchmarks.grouped.tables import (
     write_marks,
     write_operations,
 )
-from benchmarks.points import ROUTES, full_grid, short_grid
-from benchmarks.setting import make_console, prepare
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import UnequalError
+from benchmarks.harness.setting import make_console, prepare
+from benchmarks.workloads.bodies import GROUPED_EXPERTS
+from benchmarks.workloads.points import ROUTES, full_grid, short_grid
+from benchmarks.workloads.workload import Workload
 from celmoe.engines.registry import AUTO, ENGINES, GROUPED
 
 GRID, OPERATIONS = "grid", "operations"

@@ -14,10 +14,10 @@ import celmoe
 from benchmarks.contenders.contender import Contender, claim_of
 from benchmarks.contenders.models import stacked_weights
 from benchmarks.contenders.stack import fastest_stack
-from benchmarks.equality import Claimed, Weights, inference_evidence, require_all_equal, training_evidence
-from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import TrainingStep, inference_step, nudge, routings_of, string_routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import Claimed, Weights, inference_evidence, require_all_equal, training_evidence
+from benchmarks.harness.interleaved import Timings, interleave
+from benchmarks.harness.steps import TrainingStep, inference_step, nudge, routings_of, string_routed
+from benchmarks.workloads.workload import Workload
 
 OURS, PEER, STACK = "celmoe", "celmoe-vp", "stack"
 TRAINING, INFERENCE = "whole step", "forward in inference mode"

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import celmoe
 import celmoe.engines.arrangement
 import celmoe.grouped.kernels.product
-from benchmarks.steps import Passes, string_routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.steps import Passes, string_routed
+from benchmarks.workloads.workload import Workload
 
 COUNTED_BATCH, COUNTED_WIDTH = 4096, 64
 FEW_EXPERTS, MANY_EXPERTS = 4, 256

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.arguments import OptionError, nearest
+from benchmarks.harness.arguments import OptionError, nearest
 from benchmarks.multilingual import newcomer_report
 from benchmarks.multilingual.batches import TrainingSteps
 from benchmarks.multilingual.checkpoint import (

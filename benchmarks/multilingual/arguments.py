@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.arguments import OptionError, nearest
+from benchmarks.harness.arguments import OptionError, nearest
 from benchmarks.multilingual.corpus import known_languages
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
 from benchmarks.multilingual.adding import add
 from benchmarks.multilingual.checkpoint import CheckpointError
 from benchmarks.multilingual.compare import compare

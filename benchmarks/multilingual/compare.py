@@ -28,6 +28,8 @@ import torch
 from rich.table import Table
 
 import celmoe
+from benchmarks.harness.peers import PeerUnavailableError, load_peer
+from benchmarks.harness.setting import prepare_folder
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import TRAIN
@@ -42,8 +44,6 @@ from benchmarks.multilingual.options import Options
 from benchmarks.multilingual.report import write_json
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import Contender, make_contender, train_step, wait_for
-from benchmarks.peers import PeerUnavailableError, load_peer
-from benchmarks.setting import prepare_folder
 from celmoe.reference import reference_forward
 
 PEER_VERSION = "1.1.4"

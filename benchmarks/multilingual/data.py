@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import celmoe
+from benchmarks.harness.peers import cache_folder
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.corpus import (
     FORMS_PER_LANGUAGE,
@@ -29,7 +30,6 @@ from benchmarks.multilingual.corpus import (
 from benchmarks.multilingual.evidence import FORMAT, PROPOSALS, Evidence, gather_evidence, load_evidence, save_evidence
 from benchmarks.multilingual.network import LEVELS, NetworkSettings, hierarchy_config
 from benchmarks.multilingual.words import Vocabulary, WordTable, build_table, build_vocabulary, grown
-from benchmarks.peers import cache_folder
 
 EVIDENCE = f"evidence-{FORMAT}-{PROPOSALS}"
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import celmoe
+from benchmarks.harness.setting import processor_name
 from benchmarks.multilingual.losses import LossWeights
 from benchmarks.multilingual.network import NetworkSettings
 from benchmarks.multilingual.options import Options
 from benchmarks.multilingual.ranks import launched_ranks
-from benchmarks.setting import processor_name
 
 
 def engines_by_level(model: celmoe.HierarchicalCELMoE) -> dict[str, str]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 import celmoe
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.setting import prepare_folder
 from benchmarks.multilingual import figures, page, report
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
 from benchmarks.multilingual.checkpoint import (
@@ -66,7 +67,6 @@ from benchmarks.multilingual.training import (
     train,
 )
 from benchmarks.multilingual.words import Vocabulary
-from benchmarks.setting import prepare_folder
 
 WIDE = "wide"
 TABLE = "table"

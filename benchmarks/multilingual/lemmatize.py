@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.arguments import OptionError, make_parser, one_of, read_arguments
+from benchmarks.harness.arguments import OptionError, make_parser, one_of, read_arguments
 from benchmarks.multilingual.batches import Collator, all_batches
 from benchmarks.multilingual.checkpoint import identity_of, read_checkpoint
 from benchmarks.multilingual.cli import answered

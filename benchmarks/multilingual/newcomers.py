@@ -26,7 +26,7 @@ import torch
 from rich.table import Table
 
 import celmoe
-from benchmarks.arguments import OptionError, make_parser, read_arguments, whole_number
+from benchmarks.harness.arguments import OptionError, make_parser, read_arguments, whole_number
 from benchmarks.multilingual.arguments import language_code, language_codes
 from benchmarks.multilingual.batches import Collator, TrainingSteps
 from benchmarks.multilingual.cli import answered

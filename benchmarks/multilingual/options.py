@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
-from benchmarks.devices import open_device
+from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
+from benchmarks.harness.devices import open_device
 from benchmarks.multilingual.arguments import language_code, language_codes
 from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
 from benchmarks.multilingual.ranks import launched_ranks

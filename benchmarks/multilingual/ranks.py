@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
 
 # A rank waits so long for another one in training: a step takes less than a second, a checkpoint a few.
 TIMEOUT = timedelta(seconds=30)

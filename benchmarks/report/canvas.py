@@ -25,7 +25,7 @@ from benchmarks.contenders.contender import (
     VMAP,
 )
 from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
-from benchmarks.interleaved import Timings
+from benchmarks.harness.interleaved import Timings
 from benchmarks.report.reading import LATER_PEER, PEER, Record
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers, and two of Paul Tol's.

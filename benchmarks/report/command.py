@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 import benchmarks
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.setting import make_console, prepare_folder
 from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.report.machine import machine_facts
 from benchmarks.report.options import DEFAULT_SET, MINUTES, MODULE, Options, parse_options
@@ -22,7 +23,6 @@ from benchmarks.report.regressions import SLOWER, compare
 from benchmarks.report.running import Outcome, run_suite
 from benchmarks.report.terminal import progress_bar, tell
 from benchmarks.report.wording import DEVICE_NAMES
-from benchmarks.setting import make_console, prepare_folder
 
 RESULTS, MACHINE, LOG = "benchmarks.json", "machine.json", "pytest.log"
 GOOD, BAD, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -81,12 +81,12 @@ def _measure(given: Sequence[str], errors: Console) -> int:
 
 
 def _run(options: Options, presence: Presence, console: Console, begun: float) -> tuple[Outcome, bool]:
-    folder = Path(benchmarks.__file__).parent
+    root = Path(benchmarks.__file__).parents[1]
     results = options.report.absolute() / RESULTS
     results.unlink(missing_ok=True)
     arguments = [
-        f"--rootdir={folder.parent}",
-        f"--config-file={folder.parent / 'pyproject.toml'}",
+        f"--rootdir={root}",
+        f"--config-file={root / 'pyproject.toml'}",
         # One process: the tests' own option would start several.
         "--override-ini=addopts=--import-mode=importlib",
         "--override-ini=python_files=test_*.py bench_*.py",
@@ -101,7 +101,7 @@ def _run(options: Options, presence: Presence, console: Console, begun: float) -
     bounded = options.workloads == DEFAULT_SET and options.seconds is None
     seconds = 60 * MINUTES - _KEPT_SECONDS - (time.monotonic() - begun) if bounded else None
     with progress_bar(console) as hear, InterruptGuard() as guard:
-        outcome = run_suite([str(folder)], arguments, options.report / LOG, seconds, hear, guard.requested)
+        outcome = run_suite([str(root / "benchmarks" / "suite")], arguments, options.report / LOG, seconds, hear, guard.requested)
     return outcome, guard.requested()
 
 

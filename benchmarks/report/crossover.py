@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.report.reading import Record, Suite
-from benchmarks.stages import INFERENCE, WHOLE_STEP
+from benchmarks.suite.stages import INFERENCE, WHOLE_STEP
 
 # Nobody chooses a device by planning and moving alone.
 _STAGES = (WHOLE_STEP, INFERENCE)

@@ -18,8 +18,8 @@ from benchmarks.report.canvas import (
 )
 from benchmarks.report.reading import Record, Suite
 from benchmarks.report.wording import DEVICE_NAMES
-from benchmarks.stages import WHOLE_STEP
-from benchmarks.workloads import Workload
+from benchmarks.suite.stages import WHOLE_STEP
+from benchmarks.workloads.workload import Workload
 
 _MOST_PANELS = 8
 _COLUMNS = 3

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import celmoe
-from benchmarks.setting import processor_name
+from benchmarks.harness.setting import processor_name
 
 PACKAGES = ("torch", "numpy", "pytest-benchmark", "transformers", "peft", "torch-directml")
 _ASKING_SECONDS = 60

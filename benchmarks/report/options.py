@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments
+from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments
 from benchmarks.report.reading import ReadError, Suite, read_suite
 from celmoe.devices import DEVICES
 

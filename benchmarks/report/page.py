@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.contenders.contender import AUTO, OURS, STACKED
-from benchmarks.noise import measure_noise
+from benchmarks.harness.noise import measure_noise
 from benchmarks.report.canvas import Drawing
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.devices import draw_devices
@@ -39,7 +39,7 @@ from benchmarks.report.wording import (
     times_words,
     workload_words,
 )
-from benchmarks.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
+from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
 
 PAGE = "index.html"
 _TEMPLATE = "page.html.jinja"

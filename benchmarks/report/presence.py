@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from benchmarks.arguments import OptionError
-from benchmarks.devices import CPU, HOW_TO_GET
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.devices import CPU, HOW_TO_GET
 from celmoe.devices import DEVICES, FAILS, WORKS, report
 
 

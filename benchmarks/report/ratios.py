@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.report.reading import Record
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 
 @dataclass(frozen=True)

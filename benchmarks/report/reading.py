@@ -22,10 +22,10 @@ from benchmarks.contenders.contender import (
     TRANSFORMERS,
     VMAP,
 )
-from benchmarks.hierarchies import HIERARCHIES
-from benchmarks.interleaved import Timings
-from benchmarks.stages import STAGES
-from benchmarks.workloads import Workload
+from benchmarks.harness.interleaved import Timings
+from benchmarks.suite.stages import STAGES
+from benchmarks.workloads.hierarchies import HIERARCHIES
+from benchmarks.workloads.workload import Workload
 
 # Fewer rounds have no quartiles.
 FEWEST_ROUNDS = 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.contenders.contender import DENSE, LOOK_UPS, ORACLE, OURS, STACK
 from benchmarks.report.ratios import ratio_of
 from benchmarks.report.reading import LATER_PEER, PEER, Record, Suite
-from benchmarks.stages import MEMORY
+from benchmarks.suite.stages import MEMORY
 
 # In the order of preference: code that does not change, and does about the same work.
 YARDSTICKS = (PEER, LATER_PEER, DENSE, STACK, ORACLE, LOOK_UPS)

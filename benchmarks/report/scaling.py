@@ -24,7 +24,7 @@ from benchmarks.report.canvas import (
 )
 from benchmarks.report.reading import LATER_PEER, PEER, Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 # Who is drawn: more lines would hide each other.
 _DRAWN = (PEER, LATER_PEER, ORACLE, STACK, DENSE, STACKED, AUTO)

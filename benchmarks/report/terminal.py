@@ -16,7 +16,7 @@ from benchmarks.report.regressions import SLOWER, Comparison
 from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
 from benchmarks.report.tables import headline
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
-from benchmarks.stages import MEMORY
+from benchmarks.suite.stages import MEMORY
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks.bodies import LOW_RANK, PRODUCT, RANK, UNTOUCHED
 from benchmarks.contenders.contender import (
     AUTO,
     DENSE,
@@ -16,10 +15,11 @@ from benchmarks.contenders.contender import (
     TRANSFORMERS,
     VMAP,
 )
-from benchmarks.hierarchies import EVEN, JOB, ONE_LEVEL, TREE, UNIFORM, ZIPF
 from benchmarks.report.reading import LATER_PEER, PEER
-from benchmarks.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
-from benchmarks.workloads import POSITIONS, Workload
+from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
+from benchmarks.workloads.bodies import LOW_RANK, PRODUCT, RANK, UNTOUCHED
+from benchmarks.workloads.hierarchies import EVEN, JOB, ONE_LEVEL, TREE, UNIFORM, ZIPF
+from benchmarks.workloads.workload import POSITIONS, Workload
 
 STAGE_NAMES = {
     PLAN: "planning",

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmarks.arguments import OptionError
 from benchmarks.grid.report import write_rows
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.setting import make_console, prepare_folder
 from benchmarks.scaling.compared import Compared, compared_table
 from benchmarks.scaling.growth import Point, grown, points_of
 from benchmarks.scaling.ranks import count_on_ranks
 from benchmarks.scaling.report import draw_growth, growth_table
 from benchmarks.scaling.runs import cases_of
-from benchmarks.setting import make_console, prepare_folder
 
 
 def main() -> int:

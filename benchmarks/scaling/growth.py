@@ -11,13 +11,13 @@ from functools import cache
 
 import numpy as np
 
-from benchmarks.hierarchies import UNIFORM, ZIPF
 from benchmarks.scaling import layouts
 from benchmarks.scaling.collectives import Traffic, total
 from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
 from benchmarks.scaling.load import Load, Spread, expected_load, spread
 from benchmarks.scaling.sizes import ModelSizes, sizes_of_workload
-from benchmarks.workloads import Workload
+from benchmarks.workloads.hierarchies import UNIFORM, ZIPF
+from benchmarks.workloads.workload import Workload
 
 # Ranks of one machine, if only the ranks of one machine share parameters or experts.
 NODE = 8

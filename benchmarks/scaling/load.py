@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.hierarchies import shares_of
 from benchmarks.scaling.sizes import ModelSizes
-from benchmarks.workloads import Workload
+from benchmarks.workloads.hierarchies import shares_of
+from benchmarks.workloads.workload import Workload
 from celmoe.distributed.placement import balanced
 
 Floats = npt.NDArray[np.float64]

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
-from benchmarks.hierarchies import UNIFORM
 from benchmarks.report.canvas import SERIES_COLOURS, Drawing, new_panels
 from benchmarks.scaling.growth import (
     BASE,
@@ -19,6 +18,7 @@ from benchmarks.scaling.growth import (
     Point,
 )
 from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
+from benchmarks.workloads.hierarchies import UNIFORM
 
 _DRAWN = {
     DDP: (SERIES_COLOURS[0], "-"),

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import celmoe
-from benchmarks.hierarchies import EVEN, ZIPF
 from benchmarks.scaling import layouts
 from benchmarks.scaling.collectives import KINDS, NOTHING, QUANTITIES, REDUCE_SCATTER, Traffic, by_kind
 from benchmarks.scaling.counting import Counter, SocketBytes, socket_bytes
 from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
 from benchmarks.scaling.load import Load, spread
 from benchmarks.scaling.sizes import sizes_of_workload
-from benchmarks.workloads import Workload
+from benchmarks.workloads.hierarchies import EVEN, ZIPF
+from benchmarks.workloads.workload import Workload
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
 
 # The model may be off by the first share if it expects batches, and by the second if it is given the batches.

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.hierarchies import UNIFORM
-from benchmarks.workloads import Workload
+from benchmarks.workloads.hierarchies import UNIFORM
+from benchmarks.workloads.workload import Workload
 
 
 class Parameter(NamedTuple):

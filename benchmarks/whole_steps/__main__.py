@@ -17,15 +17,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
-from benchmarks.devices import open_device
-from benchmarks.points import NAMED
-from benchmarks.setting import make_console, prepare_folder, read_setting
+from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
+from benchmarks.harness.devices import open_device
+from benchmarks.harness.setting import make_console, prepare_folder, read_setting
 from benchmarks.whole_steps.bounded import last_told
 from benchmarks.whole_steps.notes import Block
 from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
 from benchmarks.whole_steps.row import MAKERS, Row, run_row
-from benchmarks.workloads import Workload
+from benchmarks.workloads.points import NAMED
+from benchmarks.workloads.workload import Workload
 
 # Multiples of celmoe-vp's speed on one thread of a CPU that stacked steps must reach, and those they aim at.
 GOALS = ((2.2, 3.0), (3.3, 4.0), (5.5, 7.0), (7.2, 8.0), (2.9, 3.5), (1.4, 1.8), (1.3, 1.45), (1.5, 1.8), (3.0, 4.0))

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.arguments import OptionError
-from benchmarks.setting import Setting
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.setting import Setting
 from benchmarks.whole_steps.report import CONTENDERS, DASH, mean_line, write_steps
 from benchmarks.whole_steps.row import PEER, STACKED, Row
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 
 class Block:

@@ -11,7 +11,7 @@ from benchmarks.grid.report import DOTS_PER_INCH, geometric_mean, workload_colum
 from benchmarks.report.canvas import SERIES_COLOURS, draw_medians, label_values, new_panels, plain_numbers
 from benchmarks.report.wording import ms_words, times_words, workload_words
 from benchmarks.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 # In the order of the table.
 CONTENDERS = (PEER, *(name for name in MAKERS if name != PEER))

@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.contenders import contender, models
 from benchmarks.contenders.contender import AbsentError, Maker, Terms
-from benchmarks.devices import finish, open_device
-from benchmarks.equality import Evidence, UnequalError, require_equal, training_evidence
-from benchmarks.interleaved import Timings, interleave
-from benchmarks.steps import ROUTINGS, TrainingStep
-from benchmarks.workloads import Workload
+from benchmarks.harness.devices import finish, open_device
+from benchmarks.harness.equality import Evidence, UnequalError, require_equal, training_evidence
+from benchmarks.harness.interleaved import Timings, interleave
+from benchmarks.harness.steps import ROUTINGS, TrainingStep
+from benchmarks.workloads.workload import Workload
 
 PEER, PLAIN, STACKED, BY_HAND, COMPILED = "celmoe-vp", "plain", "stacked", "by hand", "compiled"
 # Plain comes first, which the others must equal.

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.interleaved import Timings
-from benchmarks.workloads import Workload
+from benchmarks.harness.interleaved import Timings
+from benchmarks.workloads.workload import Workload
 
 # A round in which all take twice as long changes no ratio, and shows who divides medians.
 SECONDS = {

@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 # Seconds by contender for 1,000 samples over 10 experts.
 PACE = {

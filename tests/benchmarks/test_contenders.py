@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.bodies import EXPERTS
 from benchmarks.contenders.dense import Dense
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.stack import HAND_STACKED, Stack, fastest_stack
-from benchmarks.steps import ROUTINGS, routings_of, string_routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.steps import ROUTINGS, routings_of, string_routed
+from benchmarks.workloads.bodies import EXPERTS
+from benchmarks.workloads.workload import Workload
 from tests.features import needs_grouped_mm
 
 

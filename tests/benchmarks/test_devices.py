@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import devices
-from benchmarks.devices import CPU, CUDA, DIRECTML, find_device, finish
+from benchmarks.harness import devices
+from benchmarks.harness.devices import CPU, CUDA, DIRECTML, find_device, finish
 from celmoe.devices import FAILS, MISSING, DeviceReport
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.bodies import PRODUCT, UNTOUCHED
 from benchmarks.contenders import models, moving, products
 from benchmarks.contenders.contender import (
     AUTO,
@@ -21,11 +20,12 @@ from benchmarks.contenders.contender import (
     VMAP,
     Terms,
 )
-from benchmarks.equality import Claimed, Part, UnequalError, require_all_equal, require_equal
-from benchmarks.hierarchies import ONE_LEVEL
-from benchmarks.rounds import gather
-from benchmarks.stages import DISPATCH, EXPERTS, INFERENCE, PLAN, WHOLE_STEP, tasks_of
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import Claimed, Part, UnequalError, require_all_equal, require_equal
+from benchmarks.suite.rounds import gather
+from benchmarks.suite.stages import DISPATCH, EXPERTS, INFERENCE, PLAN, WHOLE_STEP, tasks_of
+from benchmarks.workloads.bodies import PRODUCT, UNTOUCHED
+from benchmarks.workloads.hierarchies import ONE_LEVEL
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks.wrong import GRADIENTS, two_alike, with_another_input_gradient, with_gradients
 from tests.features import needs_grouped_mm
 

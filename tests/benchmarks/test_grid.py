@@ -6,8 +6,6 @@ import dataclasses
 import pytest
 
 import celmoe
-from benchmarks.bodies import LOOPED_EXPERTS, UNTOUCHED
-from benchmarks.equality import UnequalError
 from benchmarks.grid import measure
 from benchmarks.grid.measure import (
     BARE,
@@ -21,8 +19,10 @@ from benchmarks.grid.measure import (
     time_step,
 )
 from benchmarks.grid.report import draw_steps, plan_line, summary, write_plans, write_steps
-from benchmarks.hierarchies import EVEN
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import UnequalError
+from benchmarks.workloads.bodies import LOOPED_EXPERTS, UNTOUCHED
+from benchmarks.workloads.hierarchies import EVEN
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks.clockwork import HIGH, LOW, RATIO, Rounds, Spied
 from tests.benchmarks.wrong import GRADIENTS, two_alike, with_another_input_gradient
 from tests.peer import FIRST, peer

@@ -6,16 +6,16 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.bodies import EXPERTS
 from benchmarks.contenders import stack as stacks
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.stack import HAND_STACKED, Stack, fastest_stack
-from benchmarks.equality import UnequalError
 from benchmarks.grouped import contest
 from benchmarks.grouped.contest import INFERENCE, OURS, PEER, STACK, TRAINING, Compared, compare
-from benchmarks.interleaved import Timings
-from benchmarks.steps import string_routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.equality import UnequalError
+from benchmarks.harness.interleaved import Timings
+from benchmarks.harness.steps import string_routed
+from benchmarks.workloads.bodies import EXPERTS
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks.clockwork import HIGH, LOW, RATIO, Rounds, Spied
 from tests.benchmarks.wrong import GRADIENTS, two_alike, with_another_input_gradient
 from tests.features import needs_grouped_mm

@@ -5,14 +5,14 @@ import itertools
 
 import pytest
 
-from benchmarks.bodies import GROUPED_EXPERTS
 from benchmarks.grouped.contest import INFERENCE, PEER, STACK, TRAINING, Compared
 from benchmarks.grouped.figures import draw_grid, draw_marks
 from benchmarks.grouped.marks import Goal, Mark, grid_marks, operation_marks
 from benchmarks.grouped.operations import ACCELERATOR, CPU, OperationCount
 from benchmarks.grouped.tables import write_compared, write_marks
-from benchmarks.points import MOST_BYTES, full_grid, needed_bytes, short_grid
-from benchmarks.workloads import Workload
+from benchmarks.workloads.bodies import GROUPED_EXPERTS
+from benchmarks.workloads.points import MOST_BYTES, full_grid, needed_bytes, short_grid
+from benchmarks.workloads.workload import Workload
 
 
 def compared(workload, ratio, against=PEER, measure=TRAINING):

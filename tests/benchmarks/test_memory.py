@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.memory import can_measure, kept_bytes, peak_bytes
-from benchmarks.steps import Passes, string_routed
-from benchmarks.workloads import Workload
+from benchmarks.harness.memory import can_measure, kept_bytes, peak_bytes
+from benchmarks.harness.steps import Passes, string_routed
+from benchmarks.workloads.workload import Workload
 
 MEGABYTE = 1 << 20
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import mixed_routes
 from benchmarks.mixed_routes import main, mixed
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 SMALL = Workload("linear", 8, 60, 9)
 

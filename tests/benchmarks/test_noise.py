@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.noise import Noise, measure_noise
+from benchmarks.harness.noise import Noise, measure_noise
 
 # Middle halves of a tenth of the median less a little, and more; one outlier is no noise.
 CALM, RESTLESS = [1.0, 1.03, 1.06, 1.09, 1.0, 9.0, 1.0, 1.0], [1.0, 1.2, 1.0, 1.2, 1.1]

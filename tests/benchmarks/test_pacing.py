@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.report import pacing
 from benchmarks.report.pacing import Pace
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 
 def item(stage, batch_size, device="cpu"):

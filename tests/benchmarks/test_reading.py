@@ -7,8 +7,8 @@ from benchmarks.report.crossover import crossovers
 from benchmarks.report.ratios import ratio_of, ratios
 from benchmarks.report.reading import PEER, ReadError, read_suite
 from benchmarks.report.regressions import FASTER, SAME, SLOWER, compare
-from benchmarks.stages import MEMORY, WHOLE_STEP
-from benchmarks.workloads import Workload
+from benchmarks.suite.stages import MEMORY, WHOLE_STEP
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
 SMALL = Workload("linear", 64, 64, 4)

@@ -7,10 +7,7 @@ import statistics
 
 import pytest
 
-from benchmarks.bodies import EXPERTS
 from benchmarks.contenders.contender import AUTO, STACKED
-from benchmarks.hierarchies import HIERARCHIES, TREE, UNIFORM
-from benchmarks.points import ROUTES
 from benchmarks.report.canvas import _apart
 from benchmarks.report.devices import draw_devices
 from benchmarks.report.page import Findings, write_page
@@ -27,8 +24,11 @@ from benchmarks.report.wording import (
     times_words,
     workload_words,
 )
-from benchmarks.stages import WHOLE_STEP
-from benchmarks.workloads import Workload
+from benchmarks.suite.stages import WHOLE_STEP
+from benchmarks.workloads.bodies import EXPERTS
+from benchmarks.workloads.hierarchies import HIERARCHIES, TREE, UNIFORM
+from benchmarks.workloads.points import ROUTES
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 
 MACHINE = {

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks import parts
-from benchmarks.bodies import PRODUCT, UNTOUCHED
 from benchmarks.contenders.contender import AUTO, DENSE, GROUPED, LOOPED, ORACLE, STACK, STACKED, VMAP, Task
-from benchmarks.hierarchies import ONE_LEVEL
-from benchmarks.interleaved import MOST_ROUNDS, Timings, interleave
-from benchmarks.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, OPTIMIZER, PLANNING, time_parts
-from benchmarks.record import memory_line, timing_line
+from benchmarks.harness.interleaved import MOST_ROUNDS, Timings, interleave
+from benchmarks.harness.steps import ROUTINGS, nudge
 from benchmarks.report.reading import read_suite
 from benchmarks.report.tables import headline, speed_table
-from benchmarks.rounds import Gathered, gather, hold
-from benchmarks.stages import EXPERTS, INFERENCE, PLAN, WHOLE_STEP, tasks_of
-from benchmarks.steps import ROUTINGS, nudge
-from benchmarks.workloads import Workload
+from benchmarks.suite import parts
+from benchmarks.suite.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, OPTIMIZER, PLANNING, time_parts
+from benchmarks.suite.record import memory_line, timing_line
+from benchmarks.suite.rounds import Gathered, gather, hold
+from benchmarks.suite.stages import EXPERTS, INFERENCE, PLAN, WHOLE_STEP, tasks_of
+from benchmarks.workloads.bodies import PRODUCT, UNTOUCHED
+from benchmarks.workloads.hierarchies import ONE_LEVEL
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks.clockwork import HIGH, LOW, RATIO, SECONDS
 from tests.benchmarks.made_up import entry, write
 from tests.features import needs_grouped_mm
@@ -53,7 +53,7 @@ def test_every_contender_runs_once_a_round_after_what_moves_the_weights():
 def test_rounds_end_by_the_clock_or_by_their_number(monkeypatch):
     assert interleave({"a": lambda: None}, 60.0).rounds == MOST_ROUNDS
     clock = iter(range(1_000_000))
-    monkeypatch.setattr("benchmarks.interleaved.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr("benchmarks.harness.interleaved.time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     # A step takes one second, and a round three once there are five.
     assert interleave({"a": lambda: None}, 29.0).rounds == 12
 
@@ -77,7 +77,7 @@ class Machine:
 
 def test_no_clock_sees_what_moves_the_weights(monkeypatch):
     machine = Machine()
-    monkeypatch.setattr("benchmarks.interleaved.time", machine)
+    monkeypatch.setattr("benchmarks.harness.interleaved.time", machine)
     steps = {"a": lambda: machine.spend(2.0), "b": lambda: machine.spend(3.0)}
     found = interleave(steps, 0.0, between=lambda: machine.spend(100.0))
     assert found.seconds == {"a": [2.0] * 5, "b": [3.0] * 5}
@@ -85,7 +85,7 @@ def test_no_clock_sees_what_moves_the_weights(monkeypatch):
 
 def test_others_are_timed_by_the_clock_on_the_wall_as_ours_are(monkeypatch):
     machine = Machine()
-    monkeypatch.setattr("benchmarks.rounds.time", machine)
+    monkeypatch.setattr("benchmarks.suite.rounds.time", machine)
     task = Task(lambda: machine.spend(3.0), lambda: machine.spend(100.0), dict)
     found = hold(Clock(), Gathered({AUTO: task, STACK: task}, {}, 1.0), 6.0)
     assert found.seconds == {AUTO: [7.0] * 6, STACK: [3.0] * 6}

@@ -14,7 +14,7 @@ from benchmarks.report.command import main
 from benchmarks.report.options import parse_options
 from benchmarks.report.presence import find_devices
 from benchmarks.report.running import BEGUN, DONE, FOUND, OUT_OF_TIME, STOPPED, Outcome, run_suite
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 from celmoe.devices import FAILS, MISSING, WORKS, DeviceReport
 from tests.benchmarks.made_up import entry, paces, whole_run, write
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.hierarchies import ONE_LEVEL
-from benchmarks.steps import BackwardPass, ForwardPass, Passes, TrainingStep
-from benchmarks.workloads import Workload
+from benchmarks.harness.steps import BackwardPass, ForwardPass, Passes, TrainingStep
+from benchmarks.workloads.hierarchies import ONE_LEVEL
+from benchmarks.workloads.workload import Workload
 
 WORKLOAD = Workload("linear", 8, 16, 4, hierarchy=ONE_LEVEL)
 

@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import rounds, stages
-from benchmarks.bodies import LOW_RANK, PRODUCT, UNTOUCHED
 from benchmarks.contenders import models
 from benchmarks.contenders.contender import (
     AUTO,
@@ -30,13 +28,15 @@ from benchmarks.contenders.contender import (
     AbsentError,
     Task,
 )
-from benchmarks.contest import Contest
-from benchmarks.hierarchies import ONE_LEVEL
-from benchmarks.peers import PeerUnavailableError
-from benchmarks.record import Record
-from benchmarks.rounds import gather
-from benchmarks.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP, tasks_of
-from benchmarks.workloads import Workload
+from benchmarks.harness.peers import PeerUnavailableError
+from benchmarks.suite import rounds, stages
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.record import Record
+from benchmarks.suite.rounds import gather
+from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP, tasks_of
+from benchmarks.workloads.bodies import LOW_RANK, PRODUCT, UNTOUCHED
+from benchmarks.workloads.hierarchies import ONE_LEVEL
+from benchmarks.workloads.workload import Workload
 from tests.features import needs_grouped_mm
 
 CPU = torch.device("cpu")
@@ -234,12 +234,12 @@ def test_experts_that_are_refused_leave_the_grouped_engine_out(monkeypatch):
 
 
 def test_the_command(tmp_path):
-    root = Path(stages.__file__).parents[1]
+    root = Path(stages.__file__).parents[2]
     report = tmp_path / "report.json"
     point = "untouched H=1 B=64 E=32 uniform"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--seconds", "0"]
     command += ["--device", "cpu", "--device", "directml", "--benchmark-json", str(report)]
-    command.append(f"benchmarks/test_plan.py::test_plan[cpu-{point}]")
+    command.append(f"benchmarks/suite/test_plan.py::test_plan[cpu-{point}]")
     # A worker of the tests would have it believe that it is one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.arguments import OptionError
 from benchmarks.contenders import models
-from benchmarks.interleaved import Timings
-from benchmarks.points import NAMED
-from benchmarks.setting import Setting
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.interleaved import Timings
+from benchmarks.harness.setting import Setting
 from benchmarks.whole_steps import __main__ as command
 from benchmarks.whole_steps import row as rows
 from benchmarks.whole_steps.bounded import last_told
 from benchmarks.whole_steps.notes import Block
 from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
 from benchmarks.whole_steps.row import BY_HAND, COMPILED, MAKERS, PEER, PLAIN, STACKED, Row, measure
-from benchmarks.workloads import Workload
+from benchmarks.workloads.points import NAMED
+from benchmarks.workloads.workload import Workload
 from tests.benchmarks import telling
 from tests.benchmarks.clockwork import HIGH, LOW, RATIO, SECONDS
 from tests.features import needs_grouped_mm

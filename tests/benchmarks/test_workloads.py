@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.bodies import EXPERTS
-from benchmarks.points import looped_grid
-from benchmarks.steps import string_routed
-from benchmarks.workloads import POSITIONS, Workload
+from benchmarks.harness.steps import string_routed
+from benchmarks.workloads.bodies import EXPERTS
+from benchmarks.workloads.points import looped_grid
+from benchmarks.workloads.workload import POSITIONS, Workload
 from tests.peer import FIRST, peer
 
 

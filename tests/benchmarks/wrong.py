@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from benchmarks.equality import Part
+from benchmarks.harness.equality import Part
 
 
 def with_gradients(evidence):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import celmoe
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
 from benchmarks.multilingual import layouts, training
 from benchmarks.multilingual.batches import Collator
 from benchmarks.multilingual.checkpoint import FILE_NAME

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
-from benchmarks.hierarchies import EVEN, ZIPF
 from benchmarks.scaling import layouts
 from benchmarks.scaling.collectives import ALL_GATHER, ALL_REDUCE, QUANTITIES, REDUCE_SCATTER
 from benchmarks.scaling.compared import Compared
@@ -20,7 +19,8 @@ from benchmarks.scaling.counting import Counter, SocketBytes, UnknownCollectiveE
 from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
 from benchmarks.scaling.runs import Case, count
 from benchmarks.scaling.sizes import bytes_of, sizes_of_workload
-from benchmarks.workloads import Workload
+from benchmarks.workloads.hierarchies import EVEN, ZIPF
+from benchmarks.workloads.workload import Workload
 
 LINEAR = Workload("linear", 64, 256, 64, ZIPF)  # some of its experts are absent
 MLP = Workload("mlp", 32, 1024, 16)

@@ -24,7 +24,8 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks import peers
+from benchmarks.harness import peers
+from benchmarks.harness.setting import processor_name
 from benchmarks.multilingual import compare as comparing
 from benchmarks.multilingual import job, lemmatize
 from benchmarks.multilingual.batches import Batch
@@ -39,7 +40,6 @@ from benchmarks.multilingual.rules import EditRule
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import is_stacked, make_contender, train_step
 from benchmarks.multilingual.words import WINDOW, Vocabulary
-from benchmarks.setting import processor_name
 from tests.interrupting import interrupt_at
 
 ROOT = Path(__file__).parents[2]

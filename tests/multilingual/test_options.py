@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
 from benchmarks.multilingual import compare, job, options
 from benchmarks.multilingual.ablation import main as ablation
 from benchmarks.multilingual.cli import main

@@ -1,7 +1,7 @@
 """Moving rows into expert order and back, forward and backward."""
 
-from benchmarks.contest import Contest
-from benchmarks.stages import DISPATCH
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.stages import DISPATCH
 
 
 def test_dispatch(contest: Contest) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.contest import Contest
-from benchmarks.memory import can_measure
-from benchmarks.stages import MEMORY
+from benchmarks.harness.memory import can_measure
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.stages import MEMORY
 
 
 def test_memory(contest: Contest) -> None:

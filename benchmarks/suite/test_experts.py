@@ -1,7 +1,7 @@
 """The experts of one level, forward and backward: their products alone, and the whole of them."""
 
-from benchmarks.contest import Contest
-from benchmarks.stages import EXPERTS
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.stages import EXPERTS
 
 
 def test_grouped_product(contest: Contest) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.devices import CPU, CUDA, finish
+from benchmarks.harness.devices import CPU, CUDA, finish
 
 
 def can_measure(device: torch.device) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.bodies import EXPERTS, WITH_POSITIONS
-from benchmarks.hierarchies import ONE_LEVEL, TREE, UNIFORM, levels_of, routing_of
+from benchmarks.workloads.bodies import EXPERTS, WITH_POSITIONS
+from benchmarks.workloads.hierarchies import ONE_LEVEL, TREE, UNIFORM, levels_of, routing_of
 
 POSITIONS = 16
 

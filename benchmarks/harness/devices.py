@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import OptionError
+from benchmarks.harness.arguments import OptionError
 from celmoe.devices import DEVICES, WORKS, report
 
 CPU, CUDA, DIRECTML = DEVICES

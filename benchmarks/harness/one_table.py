@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.arguments import OptionError, above_zero, make_parser, read_arguments
-from benchmarks.setting import make_console, prepare_folder, read_setting
+from benchmarks.harness.arguments import OptionError, above_zero, make_parser, read_arguments
+from benchmarks.harness.setting import make_console, prepare_folder, read_setting
 
 #: The exit code of a command whose arguments were refused.
 REFUSED = 2

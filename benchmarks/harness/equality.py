@@ -13,8 +13,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import nn
 
-from benchmarks.steps import HOST, Forward, without_gradients
-from benchmarks.workloads import Workload
+from benchmarks.harness.steps import HOST, Forward, without_gradients
+from benchmarks.workloads.workload import Workload
 
 # Relative to the largest value of a tensor.
 TOLERANCE = 1e-4

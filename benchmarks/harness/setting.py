@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from rich.console import Console
 
-from benchmarks.arguments import OptionError
-from benchmarks.peers import PeerUnavailableError, load_peer
+from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.peers import PeerUnavailableError, load_peer
 
 # Columns outside a terminal: the default of 80 would cut lines.
 _COLUMNS = 150

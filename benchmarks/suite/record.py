@@ -8,8 +8,8 @@ from typing import TypedDict
 import torch
 
 from benchmarks.contenders.contender import AUTO
-from benchmarks.interleaved import Timings
-from benchmarks.workloads import Workload
+from benchmarks.harness.interleaved import Timings
+from benchmarks.workloads.workload import Workload
 
 
 class Record(TypedDict):

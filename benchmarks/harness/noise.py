@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.interleaved import FEWEST_ROUNDS
+from benchmarks.harness.interleaved import FEWEST_ROUNDS
 
 # A series is restless if its middle half is wider than this share of its median; a run is noisy if more than this
 # share of its series are.

@@ -9,14 +9,14 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contenders.contender import AUTO, GROUPED, LOOPED
-from benchmarks.devices import CPU
-from benchmarks.interleaved import Timings
-from benchmarks.memory import peak_bytes
-from benchmarks.parts import time_parts
-from benchmarks.record import Record, make_record, memory_line, timing_line
-from benchmarks.rounds import Gathered, gather, hold
-from benchmarks.stages import MEMORY, WHOLE_STEP, tasks_of
-from benchmarks.workloads import Workload
+from benchmarks.harness.devices import CPU
+from benchmarks.harness.interleaved import Timings
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.suite.parts import time_parts
+from benchmarks.suite.record import Record, make_record, memory_line, timing_line
+from benchmarks.suite.rounds import Gathered, gather, hold
+from benchmarks.suite.stages import MEMORY, WHOLE_STEP, tasks_of
+from benchmarks.workloads.workload import Workload
 
 # Steps up to so many seconds are cheap enough to be taken apart, for about as long as this in all.
 CHEAP_STEP, PARTS_SECONDS = 1.0, 0.5

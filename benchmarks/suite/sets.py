@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from benchmarks.bodies import LOW_RANK, PRODUCT, UNTOUCHED
-from benchmarks.hierarchies import JOB, ONE_LEVEL, TREE, ZIPF
-from benchmarks.points import (
+from benchmarks.workloads.bodies import LOW_RANK, PRODUCT, UNTOUCHED
+from benchmarks.workloads.hierarchies import JOB, ONE_LEVEL, TREE, ZIPF
+from benchmarks.workloads.points import (
     BATCHES,
     COUNTS,
     LARGEST_BATCH,
@@ -24,7 +24,7 @@ from benchmarks.points import (
     full_grid,
     looped_grid,
 )
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 DEFAULT, FULL = "default", "full"
 SETS = (DEFAULT, FULL)

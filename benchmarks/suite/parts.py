@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import cast
 
 import celmoe
-from benchmarks.interleaved import interleave
-from benchmarks.steps import ROUTINGS, Passes, TrainingStep, nudge, string_routed, turns
-from benchmarks.workloads import Workload
+from benchmarks.harness.interleaved import interleave
+from benchmarks.harness.steps import ROUTINGS, Passes, TrainingStep, nudge, string_routed, turns
+from benchmarks.workloads.workload import Workload
 
 PLANNING, MOVING, EXPERTS_RUN, FUSION, BACKWARD = "planning", "moving rows", "experts", "fusion", "backward"
 OPTIMIZER = "clip and step"

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from benchmarks.bodies import PRODUCT
 from benchmarks.contenders.contender import (
     OURS,
     PEFT,
@@ -24,10 +23,11 @@ from benchmarks.contenders.models import MODELS
 from benchmarks.contenders.moving import MOVERS
 from benchmarks.contenders.planning import planners
 from benchmarks.contenders.products import PRODUCTS
-from benchmarks.devices import CPU, finish
-from benchmarks.equality import Evidence, Weights, inference_evidence, training_evidence
-from benchmarks.steps import BackwardPass, Forward, ForwardPass, Passes, TrainingStep, inference_step, nudge
-from benchmarks.workloads import Workload
+from benchmarks.harness.devices import CPU, finish
+from benchmarks.harness.equality import Evidence, Weights, inference_evidence, training_evidence
+from benchmarks.harness.steps import BackwardPass, Forward, ForwardPass, Passes, TrainingStep, inference_step, nudge
+from benchmarks.workloads.bodies import PRODUCT
+from benchmarks.workloads.workload import Workload
 
 PLAN, DISPATCH, EXPERTS = "plan", "dispatch", "experts"
 WHOLE_STEP, FORWARD, BACKWARD = "whole_step", "forward", "backward"

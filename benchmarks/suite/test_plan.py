@@ -1,7 +1,7 @@
 """Compiling the names of a batch into a plan: the work that every batch needs before anything moves."""
 
-from benchmarks.contest import Contest
-from benchmarks.stages import PLAN
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.stages import PLAN
 
 
 def test_plan(contest: Contest) -> None:

@@ -1,7 +1,7 @@
 """The whole model from names and hidden states: a whole step, its passes alone, and a pass without gradients."""
 
-from benchmarks.contest import Contest
-from benchmarks.stages import BACKWARD, FORWARD, INFERENCE, WHOLE_STEP
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.stages import BACKWARD, FORWARD, INFERENCE, WHOLE_STEP
 
 
 def test_whole_step(contest: Contest) -> None:

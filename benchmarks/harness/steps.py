@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.workloads import Workload
+from benchmarks.workloads.workload import Workload
 
 # ``[B, H]`` or ``[B, S, H]`` to the fused hidden states of the same shape, for another routing at every call.
 Forward = Callable[[torch.Tensor], torch.Tensor]

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from benchmarks.bodies import GROUPED_EXPERTS, LOOPED_EXPERTS, UNTOUCHED
-from benchmarks.hierarchies import EVEN
-from benchmarks.workloads import Workload
+from benchmarks.workloads.bodies import GROUPED_EXPERTS, LOOPED_EXPERTS, UNTOUCHED
+from benchmarks.workloads.hierarchies import EVEN
+from benchmarks.workloads.workload import Workload
 
 WIDTHS, BATCHES, COUNTS, ROUTES = (64, 256), (64, 512, 4096), (4, 32, 256), ("uniform", "zipf")
 LARGEST_BATCH = 65_536

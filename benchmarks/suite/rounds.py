@@ -17,8 +17,8 @@ from typing import NamedTuple
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contenders.contender import AUTO, OURS, AbsentError, Task, TaskMaker
-from benchmarks.equality import require_all_equal
-from benchmarks.interleaved import FEWEST_ROUNDS, MOST_ROUNDS, Timings
+from benchmarks.harness.equality import require_all_equal
+from benchmarks.harness.interleaved import FEWEST_ROUNDS, MOST_ROUNDS, Timings
 
 # A step of another contender may take so many times as long as ours, or so many seconds: it would leave few rounds.
 MOST_TIMES, SLOW_STEP = 30, 0.2

@@ -1,4 +1,4 @@
-"""The suite's options and fixtures. ``pytest benchmarks`` runs the suite in one process."""
+"""The suite's options and fixtures. ``pytest benchmarks/suite`` runs the suite in one process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contest import Contest
-from benchmarks.devices import CPU, DIRECTML, find_device
-from benchmarks.sets import DEFAULT, FULL, SETS, workloads_of
-from benchmarks.workloads import Workload
+from benchmarks.harness.devices import CPU, DIRECTML, find_device
+from benchmarks.suite.contest import Contest
+from benchmarks.suite.sets import DEFAULT, FULL, SETS, workloads_of
+from benchmarks.workloads.workload import Workload
 from celmoe.devices import DEVICES
 
 # Operators of other contenders may fall back to the CPU on DirectML; the suite times them all the same.

@@ -1,0 +1,1 @@
+"""What is timed: kinds of experts, hierarchies, sizes and routes."""
