@@ -82,6 +82,7 @@ def _measure(given: Sequence[str], errors: Console) -> int:
 
 def _run(options: Options, presence: Presence, console: Console, begun: float) -> tuple[Outcome, bool]:
     root = Path(benchmarks.__file__).parents[1]
+    suite = str(root / "benchmarks" / "suite")
     results = options.report.absolute() / RESULTS
     results.unlink(missing_ok=True)
     arguments = [
@@ -101,7 +102,7 @@ def _run(options: Options, presence: Presence, console: Console, begun: float) -
     bounded = options.workloads == DEFAULT_SET and options.seconds is None
     seconds = 60 * MINUTES - _KEPT_SECONDS - (time.monotonic() - begun) if bounded else None
     with progress_bar(console) as hear, InterruptGuard() as guard:
-        outcome = run_suite([str(root / "benchmarks" / "suite")], arguments, options.report / LOG, seconds, hear, guard.requested)
+        outcome = run_suite([suite], arguments, options.report / LOG, seconds, hear, guard.requested)
     return outcome, guard.requested()
 
 
