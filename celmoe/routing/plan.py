@@ -441,6 +441,10 @@ def make_plan(
 def _make_plan(
     layout: Layout, tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int
 ) -> RoutingPlan:
+    if torch.is_inference_mode_enabled():
+        # Tensors that are made outside of it need no copy: see `_cut`.
+        with torch.inference_mode(False):
+            return _make_plan(layout, tables, codes, batch_size)
     return RoutingPlan(layout, batch_size, *sort_samples(tables, codes, batch_size))
 
 

@@ -5,7 +5,7 @@ Axes: B samples; R memberships, P experts present, N samples without an expert, 
 
 from __future__ import annotations
 
-from array import array
+import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
@@ -17,10 +17,12 @@ import torch
 from .memberships import Memberships
 from .routes import RouteTable, SampleCodes, code_array
 
-# Up to this many samples, Python's lists beat NumPy. NumPy takes a few dozen calls, each of which finds the processor's
-# caches cold after a training step, and that costs more than the work.
-FEW_SAMPLES = 64
-
+# Up to this many samples, Python's bytes beat NumPy, which takes a few dozen calls. Each of them finds the processor's
+# caches cold after a training step, and that costs more than the work. A byte has no room for more.
+FEW_SAMPLES = 255
+_BYTES = bytes(range(256))
+# The place of the lowest byte among the eight of an integer.
+_LOWEST_BYTE = 0 if sys.byteorder == "little" else 7
 
 # The ids of samples without an expert, and of samples with several.
 NO_EXPERT = -1
@@ -66,47 +68,46 @@ def sort_samples(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], bat
         codes: The codes of each level's B samples.
         batch_size: Samples B.
     """
-    is_mixed = Memberships in map(type, codes)
-    sort = _sort_few if 0 < batch_size <= FEW_SAMPLES and not is_mixed else _sort_many
+    is_small = 0 < batch_size <= FEW_SAMPLES and Memberships not in map(type, codes)
+    sort = _sort_few if is_small and all(table.ids_of_bytes for table in tables) else _sort_many
     return sort(tables, codes, batch_size)
 
 
 def _sort_few(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
-    identity = [*range(batch_size)]
-    flat, sizes = [*identity], [batch_size]
+    # Samples, codes, ids and ends are bytes, whose methods do in one call what takes a loop over lists.
+    identity = _BYTES[:batch_size]
+    parts: list[bytes | bytearray] = [identity]
     levels: list[HostLevel] = []
     # The order of the level above, and the places of the order and its inverse among the parts.
     previous, places = identity, (0, 0)
-    for table, codes_or_one in zip(tables, codes, strict=True):
-        code = codes_or_one if isinstance(codes_or_one, bytearray) else _code_list(codes_or_one, batch_size)
-        present = sorted(set(code)) if len(table.experts) > 1 else [0]
+    for table, given in zip(tables, codes, strict=True):
+        code = _code_bytes(given, batch_size)
+        present = sorted(set(code))
         counts = tuple(map(code.count, present))
-        order = sorted(identity, key=code.__getitem__) if len(present) > 1 else identity
+        order = bytes(sorted(identity, key=code.__getitem__)) if len(present) > 1 else identity
         follows, is_sorted = order == previous, order == identity
         if not follows:
             previous = order
             if is_sorted:
                 places = (0, 0)
             else:
-                places = (len(sizes), len(sizes) + 1)
-                inverse = identity.copy()
-                for row, sample in enumerate(order):
-                    inverse[sample] = row
-                flat += order
-                flat += inverse
-                sizes += (batch_size, batch_size)
+                places = (len(parts), len(parts) + 1)
+                parts += (order, bytes.maketrans(order, identity)[:batch_size])
         experts = tuple(map(table.sorted_experts.__getitem__, present))
         known = (table.level, experts, counts, is_sorted, follows and bool(levels))
-        levels.append((known, (*places, len(sizes), len(sizes) + 1), None))
-        flat += map(table.ids.__getitem__, code)
-        flat += accumulate(counts)
-        sizes += (batch_size, len(counts))
-    return levels, torch.frombuffer(array("q", flat), dtype=torch.int64), sizes
+        levels.append((known, (*places, len(parts), len(parts) + 1), None))
+        parts += (code.translate(table.ids_of_bytes), bytes(accumulate(counts)))
+    joined = b"".join(parts)
+    integers = bytearray(8 * len(joined))
+    integers[_LOWEST_BYTE::8] = joined
+    return levels, torch.frombuffer(integers, dtype=torch.int64), [*map(len, parts)]
 
 
-def _code_list(codes: SampleCodes, batch_size: int) -> list[int]:
-    assert not isinstance(codes, bytearray | Memberships)
-    return [codes] * batch_size if isinstance(codes, int) else codes.tolist()
+def _code_bytes(codes: SampleCodes, batch_size: int) -> bytes | bytearray:
+    assert not isinstance(codes, Memberships)
+    if isinstance(codes, bytearray):
+        return codes
+    return bytes([codes]) * batch_size if isinstance(codes, int) else codes.tobytes()
 
 
 def _sort_many(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:

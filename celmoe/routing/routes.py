@@ -69,6 +69,7 @@ class RouteTable:
         dtype: The dtype of arrays of codes: the smallest unsigned one that holds all codes.
         code_by_name: The code for each name.
         ids: The id for each code, as a list.
+        ids_of_bytes: 256 bytes, the id for each code; none at all if there are more experts.
         ids_by_code: ``[E]`` int64, the id for each code.
         codes_by_id: ``[E]`` in the codes' dtype, the code for each id.
     """
@@ -85,6 +86,7 @@ class RouteTable:
         self.ids_by_code = np.empty(len(self.experts), dtype=np.int64)
         self.ids_by_code[self.codes_by_id] = np.arange(len(self.experts))
         self.ids: list[int] = self.ids_by_code.tolist()
+        self.ids_of_bytes = bytes(self.ids).ljust(_BYTE) if len(self.ids) <= _BYTE else b""
 
     def encode(self, routes: LevelRoutes, unknown: int | None = None) -> LevelCodes:
         """The codes of a level's routes, ``[B]``, or of the one route of all samples.
