@@ -67,13 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _a_small_heap() -> Iterator[None]:
     """Free the tracer's memory of one file's experts before the next file.
 
-    The present objects are frozen: tests that check for freed objects collect garbage, and would go through all of them
-    every time.
+    The present objects are frozen, for good: the next file's collection, and those of tests that check for freed objects,
+    would go through all of them again.
     """
     gc.collect()
     gc.freeze()
     yield
-    gc.unfreeze()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
