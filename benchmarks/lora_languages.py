@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import nn
 
 import celmoe
-from benchmarks.grid.report import write_rows
 from benchmarks.harness.interleaved import Timings, interleave
 from benchmarks.harness.one_table import REFUSED, ask
+from benchmarks.harness.tables import write_rows
 from benchmarks.report.wording import ms_words
 
 MIXED, STACKED, SWITCHED = "one batch", "one batch, stacked", "PEFT, language by language"

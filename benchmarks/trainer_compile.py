@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import nn
 
 import celmoe
-from benchmarks.grid.report import write_rows
 from benchmarks.harness.one_table import REFUSED, ask
+from benchmarks.harness.tables import write_rows
 from benchmarks.report.wording import ms_words
 
 WITHOUT, ORDINARY, STACKED = "none", "ordinary", "stacked"

@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _a_small_heap() -> Iterator[None]:
     """Free the tracer's memory of one file's experts before the next file.
 
-    The present objects are frozen, for good: the next file's collection, and those of tests that check for freed objects,
+    The present objects are frozen, for good: the next file's collection, and those of tests that look for freed ones,
     would go through all of them again.
     """
     gc.collect()

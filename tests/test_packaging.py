@@ -101,8 +101,6 @@ def test_a_missing_dependency_is_told_too(tmp_path):
 
 COMMANDS = [
     "",
-    ".grid",
-    ".grouped",
     ".lora_languages",
     ".mixed_routes",
     ".multilingual",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from benchmarks.harness.equality import Claimed, Evidence, Weights
+from benchmarks.harness.peers import PeerUnavailableError, load_peer
 from benchmarks.harness.steps import Forward
 from benchmarks.workloads.workload import Workload
 
@@ -17,14 +19,29 @@ AUTO, STACKED = "celmoe auto", "celmoe stacked"
 GROUPED, LOOPED = "celmoe grouped", "celmoe looped"
 OURS = (AUTO, STACKED, GROUPED, LOOPED)
 PEERS = {f"celmoe-vp {version}": version for version in ("1.1.4", "3.0.0")}
-ORACLE, DENSE, STACK, VMAP = "oracle", "dense", "stack", "vmap"
+ORACLE, DENSE, BARE, STACK, VMAP = "oracle", "dense", "bare loop", "stack", "vmap"
 TRANSFORMERS, PEFT, LOOK_UPS = "transformers", "peft", "look-ups"
 # Bounds to measure by: they do less than ours.
-FLOORS = (DENSE, LOOK_UPS)
+FLOORS = (DENSE, BARE, LOOK_UPS)
+
+
+PEER, LATER_PEER = PEERS
 
 
 class AbsentError(RuntimeError):
     """A contender takes no part, for the reason given; the message says how to get it, if one can."""
+
+
+def load_present(version: str) -> ModuleType:
+    """A version of celmoe-vp.
+
+    Raises:
+        AbsentError: It can't be had, and why.
+    """
+    try:
+        return load_peer(version)
+    except PeerUnavailableError as error:
+        raise AbsentError(f"{error} (to get it: a package index that pip can reach)") from None
 
 
 @dataclass(frozen=True)

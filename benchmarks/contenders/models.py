@@ -9,8 +9,10 @@ from typing import cast
 import torch
 
 import celmoe
+from benchmarks.contenders.bare import make_bare
 from benchmarks.contenders.contender import (
     AUTO,
+    BARE,
     DENSE,
     GROUPED,
     LOOPED,
@@ -25,6 +27,7 @@ from benchmarks.contenders.contender import (
     Contender,
     Maker,
     Terms,
+    load_present,
 )
 from benchmarks.contenders.dense import make_dense
 from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
@@ -32,7 +35,6 @@ from benchmarks.contenders.planned import padding
 from benchmarks.contenders.stack import HAND_STACKED, MOST_PADDING, fastest_stack, takes_grouped_mm
 from benchmarks.contenders.vmapped import Vmapped
 from benchmarks.harness.equality import Part, Weights
-from benchmarks.harness.peers import PeerUnavailableError, load_peer
 from benchmarks.harness.steps import Routes, cycled, routed, routings_of
 from benchmarks.workloads.bodies import LOW_RANK
 from celmoe.reference import reference_forward
@@ -99,11 +101,7 @@ def stacked_weights(model: celmoe.HierarchicalCELMoE, report: celmoe.StackReport
 
 
 def _peer(version: str, terms: Terms) -> Contender:
-    try:
-        package = load_peer(version)
-    except PeerUnavailableError as error:
-        raise AbsentError(f"{error} (to get it: a package index that pip can reach)") from None
-    model = terms.workload.build(package).to(terms.device).train(terms.is_training)
+    model = terms.workload.build(load_present(version)).to(terms.device).train(terms.is_training)
     forward = routed(model, terms.workload, routings_of(terms.workload), terms.device)
     return Contender(model, forward, dict(model.named_parameters()))
 
@@ -124,6 +122,12 @@ def _oracle(terms: Terms) -> Contender:
 
 def _dense(terms: Terms) -> Contender:
     return make_dense(terms.workload, terms.device, is_training=terms.is_training)
+
+
+def _bare(terms: Terms) -> Contender:
+    if terms.workload.mask() is not None:
+        raise AbsentError("it cuts no masks")
+    return make_bare(terms.workload, terms.device, is_training=terms.is_training)
 
 
 def _stack(terms: Terms) -> Contender:
@@ -170,6 +174,7 @@ MODELS: dict[str, Maker] = {
     **{name: functools.partial(_peer, version) for name, version in PEERS.items()},
     ORACLE: _oracle,
     DENSE: _dense,
+    BARE: _bare,
     STACK: _stack,
     VMAP: _vmap,
     TRANSFORMERS: _transformers,

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.contenders.contender import AUTO, LOOK_UPS, Task, TaskMaker, nothing
+from benchmarks.contenders.contender import AUTO, LOOK_UPS, PEER, PEERS, Task, TaskMaker, load_present, nothing
 from benchmarks.harness.devices import finish
 from benchmarks.harness.equality import Evidence
 from benchmarks.harness.steps import HOST, ROUTINGS, routings_of, turns
@@ -27,6 +27,14 @@ from benchmarks.workloads.workload import Last, Workload
 def planners(workload: Workload, device: torch.device = HOST) -> dict[str, TaskMaker]:
     """The contenders by name; the look-ups are a bound: every name looked up in a dict, once a level."""
     return {AUTO: lambda: _ours(workload, device), LOOK_UPS: lambda: look_ups(workload)}
+
+
+def routing_passes(workload: Workload, device: torch.device = HOST) -> dict[str, TaskMaker]:
+    """Both libraries' passes over one column, by name."""
+    return {
+        AUTO: lambda: routing_pass(celmoe, workload, device),
+        PEER: lambda: routing_pass(load_present(PEERS[PEER]), workload, device),
+    }
 
 
 def _ours(workload: Workload, device: torch.device) -> Task:

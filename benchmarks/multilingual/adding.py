@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.harness.arguments import OptionError, nearest
+from benchmarks.harness.interrupts import InterruptGuard
 from benchmarks.multilingual import newcomer_report
 from benchmarks.multilingual.batches import TrainingSteps
 from benchmarks.multilingual.checkpoint import (
@@ -26,7 +27,6 @@ from benchmarks.multilingual.data import prepare_data, read_words
 from benchmarks.multilingual.evaluation import rule_accuracy
 from benchmarks.multilingual.facts import measurement_facts
 from benchmarks.multilingual.growth import grow
-from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.job import INTERRUPTED, make_contenders, report_seconds, validation_batches
 from benchmarks.multilingual.languages import FAMILY_OF, NAME_OF
 from benchmarks.multilingual.losses import LossWeights

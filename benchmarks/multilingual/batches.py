@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import celmoe
-from benchmarks.multilingual.interrupts import interrupts_held
+from benchmarks.harness.interrupts import interrupts_held
 from benchmarks.multilingual.ranks import ALONE, Ranks
 from benchmarks.multilingual.words import WordTable
 

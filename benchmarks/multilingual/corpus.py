@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from simplemma.strategies.dictionaries.dictionary_factory import SUPPORTED_LANGUAGES, DefaultDictionaryFactory
 
-from benchmarks.multilingual.interrupts import interrupts_held
+from benchmarks.harness.interrupts import interrupts_held
 from benchmarks.multilingual.rules import FIELD_SEPARATOR, EditRule, find_rule
 
 FORMAT = 1

@@ -13,6 +13,7 @@ import torch
 
 import celmoe
 from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.interrupts import InterruptGuard
 from benchmarks.harness.setting import prepare_folder
 from benchmarks.multilingual import figures, page, report
 from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
@@ -43,7 +44,6 @@ from benchmarks.multilingual.evaluation import (
 from benchmarks.multilingual.facts import engines_by_level, measurement_facts
 from benchmarks.multilingual.further import check_steps, go_on, nothing_left, reading_more
 from benchmarks.multilingual.growth import relearn
-from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import (
     LEVELS,

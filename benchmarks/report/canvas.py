@@ -14,20 +14,24 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.contenders.contender import (
     AUTO,
+    BARE,
     DENSE,
     GROUPED,
+    LATER_PEER,
     LOOPED,
     ORACLE,
+    PEER,
     PEFT,
     STACK,
     STACKED,
     TRANSFORMERS,
     VMAP,
 )
-from benchmarks.grid.report import DOTS_PER_INCH, workload_columns, write_rows
 from benchmarks.harness.interleaved import Timings
-from benchmarks.report.reading import LATER_PEER, PEER, Record
+from benchmarks.harness.tables import workload_columns, write_rows
+from benchmarks.report.reading import Record
 
+DOTS_PER_INCH = 130
 # Okabe and Ito's palette, which stays apart for colour-blind readers, and two of Paul Tol's.
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#7a7a7a"
 CONTENDER_COLOURS = {
@@ -39,6 +43,7 @@ CONTENDER_COLOURS = {
     LATER_PEER: "#e69f00",
     ORACLE: "#cc79a7",
     DENSE: GREY,
+    BARE: "#bbbbbb",
     STACK: "#000000",
     VMAP: "#882255",
     TRANSFORMERS: "#999933",

@@ -12,17 +12,20 @@ from rich.console import Console
 
 import benchmarks
 from benchmarks.harness.arguments import OptionError
+from benchmarks.harness.interrupts import InterruptGuard
 from benchmarks.harness.setting import make_console, prepare_folder
-from benchmarks.multilingual.interrupts import InterruptGuard
 from benchmarks.report.machine import machine_facts
-from benchmarks.report.options import DEFAULT_SET, MINUTES, MODULE, Options, parse_options
+from benchmarks.report.options import MINUTES, MODULE, Options, parse_options
 from benchmarks.report.page import Findings, write_page
 from benchmarks.report.presence import Presence, find_devices
 from benchmarks.report.reading import ReadError, Suite, read_suite
 from benchmarks.report.regressions import SLOWER, compare
 from benchmarks.report.running import Outcome, run_suite
+from benchmarks.report.targets import find_marks
 from benchmarks.report.terminal import progress_bar, tell
 from benchmarks.report.wording import DEVICE_NAMES
+from benchmarks.suite.operations import count_all
+from benchmarks.suite.sets import DEFAULT, GROUPED
 
 RESULTS, MACHINE, LOG = "benchmarks.json", "machine.json", "pytest.log"
 GOOD, BAD, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -34,8 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks.
 
     Returns:
-        0; 1 if a benchmark got slower or failed; 2 if the command was refused or nothing was measured; 130 after
-        Ctrl-C, with a page of the benchmarks measured before.
+        0; 1 if a benchmark got slower or failed, or a target was missed; 2 if the command was refused or nothing was
+        measured; 130 after Ctrl-C, with a page of the benchmarks measured before.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -66,10 +69,12 @@ def _measure(given: Sequence[str], errors: Console) -> int:
     suite = _suite(options.report / RESULTS, outcome)
     machine = machine_facts(presence.present, ["python", "-m", MODULE, *given])
     (options.report / MACHINE).write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+    counts = count_all(console) if options.workloads == GROUPED else []
+    marks = find_marks(options.workloads, suite, counts)
     comparison = None if options.compare is None else compare(options.compare, suite)
     unfinished = outcome.failed | outcome.left_out | ({"the suite": outcome.crash} if outcome.crash else {})
-    page = write_page(options.report, Findings(suite, machine, presence.absent, unfinished, comparison))
-    tell(console, suite, outcome, comparison)
+    page = write_page(options.report, Findings(suite, machine, presence.absent, unfinished, comparison, marks, counts))
+    tell(console, suite, outcome, comparison, marks)
     console.print(f"{time.monotonic() - begun:.0f} s; the page is {page}", markup=False, soft_wrap=True)
     if interrupted:
         return INTERRUPTED
@@ -77,7 +82,8 @@ def _measure(given: Sequence[str], errors: Console) -> int:
         errors.print("'--compare' must be a run that shares benchmarks with this one (got none of them)", markup=False)
         return REFUSED
     slower = comparison is not None and comparison.of(SLOWER)
-    return BAD if slower or outcome.failed or outcome.crash else GOOD
+    missed = any(mark.verdict == "missed" for mark in marks)
+    return BAD if slower or missed or outcome.failed or outcome.crash else GOOD
 
 
 def _run(options: Options, presence: Presence, console: Console, begun: float) -> tuple[Outcome, bool]:
@@ -99,7 +105,7 @@ def _run(options: Options, presence: Presence, console: Console, begun: float) -
         *(f"--device={device}" for device in presence.present),
         *([] if options.seconds is None else [f"--seconds={options.seconds}"]),
     ]
-    bounded = options.workloads == DEFAULT_SET and options.seconds is None
+    bounded = options.workloads == DEFAULT and options.seconds is None
     seconds = 60 * MINUTES - _KEPT_SECONDS - (time.monotonic() - begun) if bounded else None
     with progress_bar(console) as hear, InterruptGuard() as guard:
         outcome = run_suite([suite], arguments, options.report / LOG, seconds, hear, guard.requested)

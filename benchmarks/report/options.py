@@ -9,12 +9,11 @@ from pathlib import Path
 
 from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments
 from benchmarks.report.reading import ReadError, Suite, read_suite
+from benchmarks.suite.sets import DEFAULT, FULL, GRID, GROUPED, SETS
 from celmoe.devices import DEVICES
 
 MODULE = "benchmarks"
 DEFAULT_REPORT = Path("celmoe-report") / "benchmarks"
-DEFAULT_SET, FULL_SET = "default", "full"
-SETS = (DEFAULT_SET, FULL_SET)
 # Bounds the default set, the report included.
 MINUTES = 6
 
@@ -66,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         help=f"{', '.join(DEVICES)}; several may follow (default: all that work here)",
     )
-    add("--set", default=DEFAULT_SET, help=f"{DEFAULT_SET}: at most {MINUTES} minutes; {FULL_SET}: hours")
+    add(
+        "--set",
+        default=DEFAULT,
+        help=f"{DEFAULT}: at most {MINUTES} minutes; {FULL}: hours; {GRID} and {GROUPED}: those with targets for the "
+        "looped and the grouped engine; exit code 1 where one is missed",
+    )
     add("--seconds", help="about how long each benchmark goes on; the default set then takes as long as it takes")
     add("--compare", metavar="OLD.json", help="the benchmarks.json of another run; exit code 1 where this is slower")
     add("--report", default=str(DEFAULT_REPORT), help=f"folder to write to (default {DEFAULT_REPORT})")

@@ -10,16 +10,19 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks.contenders.contender import AUTO, OURS, STACKED
+from benchmarks.contenders.contender import AUTO, OURS, PEER, STACKED
 from benchmarks.harness.noise import measure_noise
+from benchmarks.harness.tables import write_rows
 from benchmarks.report.canvas import Drawing
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.devices import draw_devices
 from benchmarks.report.memory import draw_memory
-from benchmarks.report.reading import CONTENDERS, PEER, Record, Suite
+from benchmarks.report.panels import draw_panels
+from benchmarks.report.ratios import ratios
+from benchmarks.report.reading import CONTENDERS, Record, Suite
 from benchmarks.report.regressions import FASTER, RULE, SAME, SLOWER, Comparison
 from benchmarks.report.scaling import draw_scaling
-from benchmarks.report.speedups import draw_speedups
+from benchmarks.report.speedups import draw_speedups, ratio_row
 from benchmarks.report.stages import draw_stages
 from benchmarks.report.tables import (
     Table,
@@ -30,6 +33,7 @@ from benchmarks.report.tables import (
     memory_table,
     speed_table,
 )
+from benchmarks.report.targets import Mark, draw_marks, marks_table, operations_rows, operations_table
 from benchmarks.report.wording import (
     CONTENDER_MEANINGS,
     DEVICE_NAMES,
@@ -39,7 +43,8 @@ from benchmarks.report.wording import (
     times_words,
     workload_words,
 )
-from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
+from benchmarks.suite.operations import OperationCount
+from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, ROUTING, WHOLE_STEP
 
 PAGE = "index.html"
 _TEMPLATE = "page.html.jinja"
@@ -83,6 +88,8 @@ class Findings:
         absent_devices: By name, the reason why a device was not measured, and the cure.
         unfinished: By name, the reason why a benchmark has no result.
         comparison: The comparison with another run, if one was given.
+        marks: The figures with targets, in a set that has some.
+        counts: Counted operations, in a set that counts them.
     """
 
     suite: Suite
@@ -90,6 +97,8 @@ class Findings:
     absent_devices: Mapping[str, str] = field(default_factory=dict)
     unfinished: Mapping[str, str] = field(default_factory=dict)
     comparison: Comparison | None = None
+    marks: Sequence[Mark] = ()
+    counts: Sequence[OperationCount] = ()
 
 
 def write_page(folder: Path, findings: Findings) -> Path:
@@ -124,6 +133,10 @@ def write_page(folder: Path, findings: Findings) -> Path:
         workloads=[(word, meaning) for word, meaning in WORKLOAD_MEANINGS.items() if word in used],
         noise=measure_noise(seconds for record in suite.records for seconds in record.timings.seconds.values()),
     )
+    if found := ratios(suite.records):
+        write_rows(folder / "ratios.csv", [*map(ratio_row, found)])
+    if findings.counts:
+        write_rows(folder / "operations.csv", operations_rows(findings.counts))
     path = folder / PAGE
     path.write_text(html, encoding="utf-8")
     return path
@@ -175,6 +188,7 @@ def _tiles(suite: Suite) -> list[dict[str, str]]:
 def _sections(findings: Findings) -> list[Section]:
     suite = findings.suite
     return [
+        _targets_section(findings),
         _speed_section(suite, WHOLE_STEP, "Whole steps"),
         _speed_section(suite, INFERENCE, "Inference"),
         _stages_section(suite),
@@ -193,11 +207,21 @@ def _sections(findings: Findings) -> list[Section]:
     ]
 
 
+def _targets_section(findings: Findings) -> Section:
+    parts = []
+    if findings.marks:
+        parts.append(Part(drawing=draw_marks(findings.marks), table=marks_table(findings.marks)))
+    if findings.counts:
+        parts.append(Part("ATen operations of both passes, views not counted", table=operations_table(findings.counts)))
+    return Section("targets", "Targets", "The figures that this set is held to.", parts)
+
+
 def _speed_section(suite: Suite, stage: str, title: str) -> Section:
     parts = []
     for device in suite.devices:
         if records := suite.of(stage, device):
             drawings = draw_speedups(records)
+            parts += [Part(drawing=drawing) for drawing in draw_panels(records)]
             name = DEVICE_NAMES.get(device, device) if len(suite.devices) > 1 else ""
             parts.append(Part(name, drawings[0] if drawings else None, speed_table(records)))
     text = (
@@ -208,7 +232,7 @@ def _speed_section(suite: Suite, stage: str, title: str) -> Section:
 
 def _stages_section(suite: Suite) -> Section:
     parts = [Part(drawing=drawing) for device in suite.devices for drawing in draw_stages(suite.of(WHOLE_STEP, device))]
-    for stage in (FORWARD, BACKWARD, PLAN, DISPATCH, EXPERTS):
+    for stage in (FORWARD, BACKWARD, PLAN, ROUTING, DISPATCH, EXPERTS):
         for device in suite.devices:
             if records := suite.of(stage, device):
                 title = f"{STAGE_NAMES[stage].capitalize()}: {STAGE_MEANINGS[stage]}"

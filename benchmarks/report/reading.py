@@ -10,12 +10,14 @@ from typing import Any
 
 from benchmarks.contenders.contender import (
     AUTO,
+    BARE,
     DENSE,
     GROUPED,
+    LATER_PEER,
     LOOK_UPS,
     LOOPED,
     ORACLE,
-    PEERS,
+    PEER,
     PEFT,
     STACK,
     STACKED,
@@ -30,10 +32,9 @@ from benchmarks.workloads.workload import Workload
 # Fewer rounds have no quartiles.
 FEWEST_ROUNDS = 2
 
-PEER, LATER_PEER = PEERS
 # In the order of tables and panels: libraries users come from, code they could write, bounds, our engines.
 CONTENDERS = (
-    *(PEER, LATER_PEER, ORACLE, TRANSFORMERS, PEFT, STACK, VMAP, DENSE, LOOK_UPS),
+    *(PEER, LATER_PEER, ORACLE, TRANSFORMERS, PEFT, STACK, VMAP, DENSE, BARE, LOOK_UPS),
     *(GROUPED, LOOPED, STACKED, AUTO),
 )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.contenders.contender import DENSE, LOOK_UPS, ORACLE, OURS, STACK
+from benchmarks.contenders.contender import DENSE, LATER_PEER, LOOK_UPS, ORACLE, OURS, PEER, STACK
 from benchmarks.report.ratios import ratio_of
-from benchmarks.report.reading import LATER_PEER, PEER, Record, Suite
+from benchmarks.report.reading import Record, Suite
 from benchmarks.suite.stages import MEMORY
 
 # In the order of preference: code that does not change, and does about the same work.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from matplotlib.axes import Axes
 
-from benchmarks.contenders.contender import AUTO, DENSE, ORACLE, OURS, STACK, STACKED
+from benchmarks.contenders.contender import AUTO, DENSE, LATER_PEER, ORACLE, OURS, PEER, STACK, STACKED
 from benchmarks.report.canvas import (
     CONTENDER_COLOURS,
     FEWEST_POINTS,
@@ -22,7 +22,7 @@ from benchmarks.report.canvas import (
     plain_numbers,
     record_columns,
 )
-from benchmarks.report.reading import LATER_PEER, PEER, Record, in_order
+from benchmarks.report.reading import Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES
 from benchmarks.workloads.workload import Workload
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.contenders.contender import FLOORS
-from benchmarks.grid.report import ratio_columns
+from benchmarks.harness.tables import ratio_columns
 from benchmarks.report.canvas import (
     BLUE,
     GREY,
@@ -16,7 +16,7 @@ from benchmarks.report.canvas import (
     plain_numbers,
     record_columns,
 )
-from benchmarks.report.ratios import ratios
+from benchmarks.report.ratios import Ratio, ratios
 from benchmarks.report.reading import Record, in_order
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
 
@@ -25,6 +25,19 @@ _ROW_HEIGHT, _PANEL_WIDTH, _LABEL_WIDTH = 0.27, 1.45, 2.2
 _ROOM = 1.6
 # More panels beside each other are wider than the page.
 _COLUMNS = 6
+
+
+def ratio_row(found: Ratio) -> dict[str, object]:
+    """A ratio as the row of a CSV file."""
+    timings = found.record.timings
+    return {
+        **record_columns(found.record),
+        "contender": found.slower,
+        "ms": f"{1e3 * timings.median(found.slower):.4f}",
+        "celmoe_ms": f"{1e3 * timings.median(found.faster):.4f}",
+        **ratio_columns(found),
+        "rounds": found.rounds,
+    }
 
 
 def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
@@ -80,16 +93,6 @@ def draw_speedups(records: Sequence[Record]) -> list[Drawing]:
             f"How many times as fast as each contender {record.contender} is; logarithmic. Blue: faster, and the "
             "middle half of the rounds says so too; vermilion: slower; grey: no difference to speak of.",
             figure,
-            [
-                {
-                    **record_columns(each.record),
-                    "contender": each.slower,
-                    "ms": f"{1e3 * each.record.timings.median(each.slower):.4f}",
-                    "celmoe_ms": f"{1e3 * each.record.timings.median(each.faster):.4f}",
-                    **ratio_columns(each),
-                    "rounds": each.rounds,
-                }
-                for each in found
-            ],
+            [ratio_row(each) for each in found],
         )
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.contenders.contender import FLOORS
-from benchmarks.grid.report import geometric_mean
+from benchmarks.harness.tables import geometric_mean
 from benchmarks.report.crossover import Crossover
 from benchmarks.report.ratios import Ratio, ratio_of, ratios
 from benchmarks.report.reading import Record, in_order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from benchmarks.report.reading import Suite
 from benchmarks.report.regressions import SLOWER, Comparison
 from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
 from benchmarks.report.tables import headline
+from benchmarks.report.targets import Mark
 from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
 from benchmarks.suite.stages import MEMORY
 
@@ -57,8 +58,10 @@ def _short(name: str) -> str:
     return name.rpartition("::")[2]
 
 
-def tell(console: Console, suite: Suite, outcome: Outcome, comparison: Comparison | None) -> None:
-    """Print means by stage and contender, benchmarks without a result, and those that got slower."""
+def tell(
+    console: Console, suite: Suite, outcome: Outcome, comparison: Comparison | None, marks: Sequence[Mark] = ()
+) -> None:
+    """Print means by stage and contender, targets, benchmarks without a result, and those that got slower."""
     table = Table(title="times as fast as each contender: geometric mean, least, greatest")
     for heading in ("stage", "device", "ours", "contender", "mean", "least", "greatest", "workloads"):
         table.add_column(heading, justify="right" if heading in ("mean", "least", "greatest", "workloads") else "left")
@@ -68,6 +71,13 @@ def tell(console: Console, suite: Suite, outcome: Outcome, comparison: Compariso
             numbers = (times_words(mean), times_words(least.ratio), times_words(greatest.ratio), str(count))
             table.add_row(STAGE_NAMES[stage], DEVICE_NAMES[device], ours, contender, *numbers)
     console.print(table)
+    for mark in marks:
+        console.print(
+            f"{mark.verdict}: {mark.line}, {mark.measure}: {times_words(mark.measured)} (must {mark.goal.must:g}, aim "
+            f"{mark.goal.aim:g}{'; less is better' * mark.less_is_better})",
+            markup=False,
+            soft_wrap=True,
+        )
     for reason in dict.fromkeys(outcome.left_out.values()):
         count = list(outcome.left_out.values()).count(reason)
         console.print(f"{count} benchmarks without a result: {reason}", markup=False, soft_wrap=True)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from benchmarks.contenders.contender import (
     AUTO,
+    BARE,
     DENSE,
     GROUPED,
+    LATER_PEER,
     LOOK_UPS,
     LOOPED,
     ORACLE,
+    PEER,
     PEFT,
     STACK,
     STACKED,
     TRANSFORMERS,
     VMAP,
 )
-from benchmarks.report.reading import LATER_PEER, PEER
-from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP
+from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, ROUTING, WHOLE_STEP
 from benchmarks.workloads.bodies import LOW_RANK, PRODUCT, RANK, UNTOUCHED
 from benchmarks.workloads.hierarchies import EVEN, JOB, ONE_LEVEL, TREE, UNIFORM, ZIPF
 from benchmarks.workloads.workload import POSITIONS, Workload
 
 STAGE_NAMES = {
     PLAN: "planning",
+    ROUTING: "routing pass",
     DISPATCH: "dispatch and combine",
     EXPERTS: "experts",
     WHOLE_STEP: "whole step",
@@ -33,6 +36,7 @@ STAGE_NAMES = {
 }
 STAGE_MEANINGS = {
     PLAN: "from the names of experts to index tensors",
+    ROUTING: "names planned, and one column of rows sent to experts that return it",
     DISPATCH: "names of one level planned, rows moved to experts that return them, and moved back",
     EXPERTS: "names of one level planned, rows moved, experts run",
     WHOLE_STEP: "a training step: gradients cleared, forward from names, a loss, backward, clipping, fused AdamW",
@@ -54,6 +58,7 @@ CONTENDER_MEANINGS = {
     STACK: "what one would write by hand: stacked weights, and one product for all experts of a level",
     VMAP: "the experts' own module under torch.func.vmap, over stacked weights and padded rows",
     DENSE: "a floor, which does less: the same rows through one expert a level, nothing routed, nothing moved",
+    BARE: "a floor, which does less: experts one after another on rows cut in place, nothing routed, nothing moved",
     LOOK_UPS: "a floor of planning, which does less: each name is looked up in a dict",
 }
 # By the kind of experts, and of routes.

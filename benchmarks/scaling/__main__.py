@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from benchmarks.grid.report import write_rows
 from benchmarks.harness.arguments import OptionError
 from benchmarks.harness.setting import make_console, prepare_folder
+from benchmarks.harness.tables import write_rows
 from benchmarks.scaling.compared import Compared, compared_table
 from benchmarks.scaling.growth import Point, grown, points_of
 from benchmarks.scaling.ranks import count_on_ranks

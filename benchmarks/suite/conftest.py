@@ -17,14 +17,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.harness.devices import CPU, DIRECTML, find_device
 from benchmarks.suite.contest import Contest
-from benchmarks.suite.sets import DEFAULT, FULL, SETS, workloads_of
+from benchmarks.suite.sets import DEFAULT, FULL, GRID, GROUPED, SETS, workloads_of
 from benchmarks.workloads.workload import Workload
 from celmoe.devices import DEVICES
 
 # Operators of other contenders may fall back to the CPU on DirectML; the suite times them all the same.
 _MARKS = {DIRECTML: pytest.mark.filterwarnings("ignore:.*fall back to run on the CPU:UserWarning")}
 # By set, seconds that a step of another contender may take.
-_LONGEST = {DEFAULT: 2.0, FULL: 20.0}
+_LONGEST = {DEFAULT: 2.0, FULL: 20.0, GRID: 20.0, GROUPED: 20.0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--device", action="append", choices=DEVICES, help="measure on this device (repeatable; default: cpu)"
     )
-    group.addoption("--set", choices=SETS, default=DEFAULT, help="the workloads: a few (default), or all")
+    group.addoption("--set", choices=SETS, default=DEFAULT, help="the workloads: a few (default), all, or a grid")
     group.addoption("--seconds", type=float, default=1.0, help="about how long each benchmark's rounds go on")
     group.addoption("--longest", type=float, help="leave out other contenders whose steps take more seconds")
 
@@ -78,6 +78,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("workload", workloads, ids=str)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the benchmarks of which the set has no workload: pytest makes a skipped one of each."""
+    empty = [each for each in items if isinstance(each, pytest.Function) and not _has_workload(each)]
+    config.hook.pytest_deselected(items=empty)
+    items[:] = [each for each in items if each not in empty]
+
+
+def _has_workload(item: pytest.Function) -> bool:
+    return isinstance(item.callspec.params.get("workload"), Workload)
+
+
 def _devices(config: pytest.Config) -> list[str]:
     return list(dict.fromkeys(config.getoption("--device") or [CPU]))
 
@@ -109,4 +120,5 @@ def contest(
     device = find_device(device_name).device
     assert device is not None
     longest = pytestconfig.getoption("--longest") or _LONGEST[pytestconfig.getoption("--set")]
-    return Contest(benchmark, workload, device_name, device, pytestconfig.getoption("--seconds"), longest, say)
+    seconds, which = (pytestconfig.getoption(name) for name in ("--seconds", "--set"))
+    return Contest(benchmark, workload, device_name, device, seconds, longest, which, say)

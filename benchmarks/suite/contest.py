@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from benchmarks.harness.interleaved import Timings
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.suite.parts import time_parts
 from benchmarks.suite.record import Record, make_record, memory_line, timing_line
-from benchmarks.suite.rounds import Gathered, gather, hold
+from benchmarks.suite.rounds import MOST_TIMES, Gathered, gather, hold
+from benchmarks.suite.sets import DEFAULT, FULL, takes_part
 from benchmarks.suite.stages import MEMORY, WHOLE_STEP, tasks_of
 from benchmarks.workloads.workload import Workload
 
@@ -33,6 +35,7 @@ class Contest:
         device: The device of all tensors.
         seconds: About how long the rounds go on.
         longest: Seconds that a step of another contender may take.
+        which: The set of `suite.sets.SETS`, which has its contenders.
         say: Takes a line for the reader at the terminal.
     """
 
@@ -42,6 +45,7 @@ class Contest:
     device: torch.device
     seconds: float
     longest: float
+    which: str
     say: Callable[[str], None]
 
     def run(self, stage: str) -> Record:
@@ -50,7 +54,10 @@ class Contest:
         Raises:
             UnequalError: They are not equal.
         """
-        gathered = gather(tasks_of(stage, self.workload, self.device), self.longest)
+        makers = tasks_of(stage, self.workload, self.device)
+        some = {name: makers[name] for name in makers if takes_part(name, self.which)}
+        # A set with targets needs its contenders, however slow they are beside ours.
+        gathered = gather(some, self.longest, MOST_TIMES if self.which in (DEFAULT, FULL) else math.inf)
         peaks = self._peaks(gathered) if stage == MEMORY else {}
         self.benchmark.group = stage
         timings = hold(self.benchmark, gathered, self.seconds)

@@ -39,12 +39,13 @@ class Gathered:
     round_seconds: float
 
 
-def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
+def gather(makers: Mapping[str, TaskMaker], longest: float, most_times: float = MOST_TIMES) -> Gathered:
     """Make the contenders, leave out those whose steps take too long, and compare their results.
 
     Args:
         makers: The contenders by name; `AUTO` is one.
         longest: Seconds that a step of another contender may take.
+        most_times: The same as a multiple of ours, above `SLOW_STEP`.
 
     Raises:
         UnequalError: A contender computes something else than ours.
@@ -69,7 +70,7 @@ def gather(makers: Mapping[str, TaskMaker], longest: float) -> Gathered:
     warm = {name: _taken(task.step) for name, task in tasks.items()}
     ours = warm[AUTO].own
     for name, (_, took) in warm.items():
-        if name not in OURS and took > max(SLOW_STEP, MOST_TIMES * ours):
+        if name not in OURS and took > max(SLOW_STEP, most_times * ours):
             absent[name] = f"a step takes {took:.1f} s, {took / ours:.0f} times ours, and would take all the time"
             del tasks[name]
     absent = {name: absent[name] for name in makers if name in absent}

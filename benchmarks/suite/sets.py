@@ -1,4 +1,4 @@
-"""The workloads of each benchmark of the suite: a default set for minutes, a full one for hours.
+"""The workloads of each benchmark of the suite: a default set for minutes, a full one for hours, two with targets.
 
 Axes: B samples, H hidden size, E experts of the last level.
 """
@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from benchmarks.contenders.contender import AUTO, BARE, LOOK_UPS, LOOPED, PEER, STACK, STACKED
 from benchmarks.workloads.bodies import LOW_RANK, PRODUCT, UNTOUCHED
 from benchmarks.workloads.hierarchies import JOB, ONE_LEVEL, TREE, ZIPF
 from benchmarks.workloads.points import (
@@ -23,11 +24,17 @@ from benchmarks.workloads.points import (
     WORST,
     full_grid,
     looped_grid,
+    short_grid,
 )
 from benchmarks.workloads.workload import Workload
 
-DEFAULT, FULL = "default", "full"
-SETS = (DEFAULT, FULL)
+DEFAULT, FULL, GRID, GROUPED = "default", "full", "grid", "grouped"
+SETS = (DEFAULT, FULL, GRID, GROUPED)
+# The bare loop bounds engines that loop: a figure of their grid alone.
+_CONTENDERS = {
+    GRID: frozenset({AUTO, LOOPED, PEER, BARE, LOOK_UPS}),
+    GROUPED: frozenset({AUTO, STACKED, PEER, STACK}),
+}
 # The widths of the job's network and of its batches.
 _JOB = Workload("mlp", 192, 2048, 54, hierarchy=JOB)
 _LOW_RANK = Workload(LOW_RANK, 64, 4096, 256)
@@ -95,7 +102,16 @@ def workloads_of(benchmark: str, which: str) -> Sequence[Workload]:
         benchmark: A key of `DEFAULTS`.
         which: One of `SETS`.
     """
-    return DEFAULTS[benchmark] if which == DEFAULT else _FULL[benchmark]()
+    if which == DEFAULT:
+        return DEFAULTS.get(benchmark, ())
+    made = {FULL: _FULL, GRID: _GRID, GROUPED: _GROUPED}[which].get(benchmark)
+    return () if made is None else made()
+
+
+def takes_part(contender: str, which: str) -> bool:
+    """True if a set times this contender."""
+    named = _CONTENDERS.get(which)
+    return contender != BARE if named is None else contender in named
 
 
 def _crossed(expert: str, batches: Sequence[int] = BATCHES) -> list[Workload]:
@@ -116,6 +132,7 @@ _FULL: Mapping[str, Callable[[], Sequence[Workload]]] = {
     "plan": lambda: list(
         dict.fromkeys([*_PLANS, *(_planned(batch, count) for batch in (16, *BATCHES) for count in COUNTS)])
     ),
+    "routing": lambda: PLANNED,
     "dispatch": lambda: _one_level(_crossed(UNTOUCHED, (*BATCHES, LARGEST_BATCH))),
     "grouped_product": lambda: _one_level(_crossed(PRODUCT)),
     "experts": lambda: _one_level([*full_grid(), *_crossed(LOW_RANK)]),
@@ -125,3 +142,10 @@ _FULL: Mapping[str, Callable[[], Sequence[Workload]]] = {
     "inference": _all_steps,
     "memory": lambda: [*NAMED, *WORST, _SKEWED, _JOB, _LOW_RANK],
 }
+# The looped engine's, and the grouped engine's: `report.targets` says what they are held to.
+_GRID: Mapping[str, Callable[[], Sequence[Workload]]] = {
+    "plan": lambda: PLANNED,
+    "routing": lambda: PLANNED,
+    "whole_step": lambda: list(looped_grid()),
+}
+_GROUPED: Mapping[str, Callable[[], Sequence[Workload]]] = {"whole_step": short_grid, "inference": short_grid}

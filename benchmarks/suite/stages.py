@@ -21,7 +21,7 @@ from benchmarks.contenders.contender import (
 )
 from benchmarks.contenders.models import MODELS
 from benchmarks.contenders.moving import MOVERS
-from benchmarks.contenders.planning import planners
+from benchmarks.contenders.planning import planners, routing_passes
 from benchmarks.contenders.products import PRODUCTS
 from benchmarks.harness.devices import CPU, finish
 from benchmarks.harness.equality import Evidence, Weights, inference_evidence, training_evidence
@@ -29,16 +29,18 @@ from benchmarks.harness.steps import BackwardPass, Forward, ForwardPass, Passes,
 from benchmarks.workloads.bodies import PRODUCT
 from benchmarks.workloads.workload import Workload
 
-PLAN, DISPATCH, EXPERTS = "plan", "dispatch", "experts"
+PLAN, ROUTING, DISPATCH, EXPERTS = "plan", "routing", "dispatch", "experts"
 WHOLE_STEP, FORWARD, BACKWARD = "whole_step", "forward", "backward"
 INFERENCE, MEMORY = "inference", "memory"
-STAGES = (PLAN, DISPATCH, EXPERTS, WHOLE_STEP, FORWARD, BACKWARD, INFERENCE, MEMORY)
+STAGES = (PLAN, ROUTING, DISPATCH, EXPERTS, WHOLE_STEP, FORWARD, BACKWARD, INFERENCE, MEMORY)
 
 
 def tasks_of(stage: str, workload: Workload, device: torch.device) -> Mapping[str, TaskMaker]:
     """The contenders of a stage by name."""
     if stage == PLAN:
         return planners(workload, device)
+    if stage == ROUTING:
+        return routing_passes(workload, device)
     terms = Terms(workload, device, is_training=stage != INFERENCE)
     makers: Mapping[str, Maker] = {name: make for name, make in MODELS.items() if stage == INFERENCE or name != PEFT}
     if stage == DISPATCH:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.grid.report import DOTS_PER_INCH, geometric_mean, workload_columns, write_rows
-from benchmarks.report.canvas import SERIES_COLOURS, draw_medians, label_values, new_panels, plain_numbers
+from benchmarks.harness.tables import geometric_mean, workload_columns, write_rows
+from benchmarks.report.canvas import (
+    DOTS_PER_INCH,
+    SERIES_COLOURS,
+    draw_medians,
+    label_values,
+    new_panels,
+    plain_numbers,
+)
 from benchmarks.report.wording import ms_words, times_words, workload_words
 from benchmarks.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
 from benchmarks.workloads.workload import Workload

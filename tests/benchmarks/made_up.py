@@ -17,6 +17,16 @@ PACE = {
     "stack": 0.9,
 }
 
+MACHINE = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "command": "python -m benchmarks",
+    "processor": "Slide Rule <9000>",
+    "cores": 2,
+    "system": "none",
+    "devices": {"cpu": "Slide Rule", "cuda": "Abacus"},
+    "versions": {"python": "3.11", "torch": "2.13.0", "peft": None},
+}
+
 
 def entry(workload, seconds, stage="whole_step", device="cpu", contender="celmoe auto", **more):
     """One benchmark, as pytest-benchmark writes it."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import celmoe
+from benchmarks.contenders import stack as stacks
 from benchmarks.contenders.dense import Dense
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.stack import HAND_STACKED, Stack, fastest_stack
+from benchmarks.harness.interleaved import Timings
 from benchmarks.harness.steps import ROUTINGS, routings_of, string_routed
 from benchmarks.workloads.bodies import EXPERTS
 from benchmarks.workloads.workload import Workload
@@ -97,3 +99,32 @@ def test_dense_is_the_model_of_one_expert_a_level(expert):
     assert torch.equal(dense.unrouted(workload)(workload.hidden()), fused)
     assert len(dense.experts) == 3
     assert all(each.grad_fn is None and each.requires_grad for each in dense.parameters())
+
+
+@needs_grouped_mm
+@pytest.mark.parametrize("best", [(Ragged, Padded), (Padded, Ragged), (Padded, Padded)])
+def test_the_fastest_stack_is_the_rival(best, monkeypatch):
+    """By its median: one lucky round decides nothing."""
+    workload = Workload("linear", 8, 40, 9)
+    model = workload.build(celmoe)
+    seen = []
+
+    def interleave(steps, seconds):
+        found = {}
+        for name, step in steps.items():
+            seen.clear()
+            step()
+            kinds = tuple(seen)
+            found[name] = [1.0, 1.0, 9.0] if kinds == best else [0.1, 2.0, 2.0]
+        return Timings(found)
+
+    right = Stack.run_level
+
+    def run_level(self, index, hidden, plan):
+        if index:
+            seen.append(self.kinds[index - 1])
+        return right(self, index, hidden, plan)
+
+    monkeypatch.setattr(stacks, "interleave", interleave)
+    monkeypatch.setattr(Stack, "run_level", run_level)
+    assert fastest_stack(model, workload).kinds == best

@@ -7,7 +7,9 @@ from torch import nn
 from benchmarks.contenders import models, moving, products
 from benchmarks.contenders.contender import (
     AUTO,
+    BARE,
     DENSE,
+    FLOORS,
     GROUPED,
     LOOK_UPS,
     LOOPED,
@@ -93,7 +95,7 @@ MAKERS = {WHOLE_STEP: models.MODELS, INFERENCE: models.MODELS, DISPATCH: moving.
 MLP = Workload("mlp", 8, 12, 3)
 SORTED_ROWS = Workload(PRODUCT, 8, 12, 3, hierarchy=ONE_LEVEL)
 MOVED = Workload(UNTOUCHED, 8, 12, 3, hierarchy=ONE_LEVEL)
-WHOLE = [AUTO, STACKED, GROUPED, LOOPED, *PEERS, ORACLE, DENSE, STACK, VMAP, TRANSFORMERS]
+WHOLE = [AUTO, STACKED, GROUPED, LOOPED, *PEERS, ORACLE, DENSE, BARE, STACK, VMAP, TRANSFORMERS]
 TRAINED = [
     *((WHOLE_STEP, MLP, name) for name in WHOLE),
     *((EXPERTS, SORTED_ROWS, name) for name in (AUTO, LOOPED, DENSE, STACK, VMAP)),
@@ -155,8 +157,8 @@ def test_another_weight_is_refused(name, stage, monkeypatch):
     with torch.no_grad():
         # A bias or shift moves the output directly: each row of the last level's experts has it.
         next(each for own, each in contender.module.named_parameters() if "bias" in own or "shift" in own).add_(0.01)
-    if name == DENSE:
-        # The floor's reference copies its weights, so the check compares its use of them.
+    if name in FLOORS:
+        # A floor's reference copies its weights, so the check compares its use of them.
         hold(stage, MLP, name, contender, monkeypatch)
         return
     with pytest.raises(UnequalError, match="the output"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import celmoe.grouped.kernels.product
-from benchmarks.grouped.operations import (
+from benchmarks.suite.operations import (
     ACCELERATOR,
     CPU,
     FEW_EXPERTS,
@@ -49,17 +49,17 @@ def test_operations_in_place_and_copies_are_counted():
 
 
 def test_a_loop_over_experts_grows_with_them():
-    looped = count_growth("linear", "uniform", "looped", CPU)
+    looped = count_growth("linear", "uniform", CPU, "looped")
     experts = MANY_EXPERTS + 16 - FEW_EXPERTS - 2
     assert looped.many - looped.few == sum(more for _, more in looped.grown)
     assert dict(looped.grown)["aten.addmm"] == experts
     assert looped.ratio > 10
-    again = count_growth("linear", "uniform", "looped", CPU)
+    again = count_growth("linear", "uniform", CPU, "looped")
     assert again == looped
 
 
 def test_one_call_for_many_members_where_calls_are_dear():
-    there, here = (count_growth("linear", "uniform", "grouped", arrangement) for arrangement in (ACCELERATOR, CPU))
+    there, here = (count_growth("linear", "uniform", arrangement) for arrangement in (ACCELERATOR, CPU))
     assert there.ratio < 1.2 < here.ratio
     assert celmoe.grouped.kernels.product.backend_for("cpu", torch.float32, (4,)) == "runs"
 

@@ -76,7 +76,7 @@ REFUSALS = {
     ("--device", "gpu"): "'--device' must be one of cpu, cuda, directml (got 'gpu'; ",
     ("--device", "cpu", "cudo"): "'--device' must be one of cpu, cuda, directml (got 'cudo'; nearest: cuda",
     ("--device",): "'--device' must be followed by a value (got none)",
-    ("--set", "fast"): "'--set' must be one of default, full (got 'fast'; ",
+    ("--set", "fast"): "'--set' must be one of default, full, grid, grouped (got 'fast'; ",
     ("--seconds", "0"): "'--seconds' must be a number above 0 (got '0')",
     ("--seconds", "nan"): "'--seconds' must be a number above 0 (got 'nan')",
     ("--compare", "none.json"): (

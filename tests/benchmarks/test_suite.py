@@ -1,5 +1,6 @@
 """The suite's contenders are equal, or refused; and the record that a benchmark leaves."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,14 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.contenders import models
+from benchmarks.contenders import contender, models, planning
 from benchmarks.contenders.contender import (
     AUTO,
+    BARE,
     DENSE,
     GROUPED,
     LOOK_UPS,
     LOOPED,
     ORACLE,
+    PEER,
     PEERS,
     PEFT,
     STACK,
@@ -28,15 +31,29 @@ from benchmarks.contenders.contender import (
     AbsentError,
     Task,
 )
+from benchmarks.harness.equality import UnequalError
 from benchmarks.harness.peers import PeerUnavailableError
-from benchmarks.suite import rounds, stages
+from benchmarks.suite import rounds, sets, stages
 from benchmarks.suite.contest import Contest
 from benchmarks.suite.record import Record
 from benchmarks.suite.rounds import gather
-from benchmarks.suite.stages import BACKWARD, DISPATCH, EXPERTS, FORWARD, INFERENCE, MEMORY, PLAN, WHOLE_STEP, tasks_of
+from benchmarks.suite.sets import FULL, GRID, takes_part
+from benchmarks.suite.stages import (
+    BACKWARD,
+    DISPATCH,
+    EXPERTS,
+    FORWARD,
+    INFERENCE,
+    MEMORY,
+    PLAN,
+    ROUTING,
+    WHOLE_STEP,
+    tasks_of,
+)
 from benchmarks.workloads.bodies import LOW_RANK, PRODUCT, UNTOUCHED
-from benchmarks.workloads.hierarchies import ONE_LEVEL
+from benchmarks.workloads.hierarchies import EVEN, ONE_LEVEL
 from benchmarks.workloads.workload import Workload
+from tests.benchmarks.wrong import with_another_input_gradient
 from tests.features import needs_grouped_mm
 
 CPU = torch.device("cpu")
@@ -70,7 +87,7 @@ CASES = [
 REASONS = (
     r" (is written by hand for|has products for) .+ experts only$|^it mixes .+ only$|^it would pad the rows to \d"
     r"|^vmap has no rule for|^weights of two widths can not|^the engine refuses these experts: ."
-    r"|not installed \(to get it: .+\)$|could not be installed"
+    r"|^it cuts no masks$|not installed \(to get it: .+\)$|could not be installed"
 )
 
 
@@ -80,7 +97,7 @@ REASONS = (
 )
 def test_all_contenders_are_equal(stage, expert, others):
     gathered = gather(tasks_of(stage, tiny(expert, stage), CPU), 60.0)
-    assert gathered.tasks.keys() - FOREIGN == OURS | others
+    assert gathered.tasks.keys() - FOREIGN - {BARE} == OURS | others
     for name, why in gathered.absent.items():
         assert re.search(REASONS, why), (name, why)
     assert gathered.tasks.keys() | gathered.absent.keys() >= set(PEERS) | {TRANSFORMERS}
@@ -97,6 +114,35 @@ def test_all_contenders_are_equal(stage, expert, others):
 def test_contenders_of_a_part_are_equal(stage, expert, others):
     gathered = gather(tasks_of(stage, tiny(expert, stage), CPU), 60.0)
     assert gathered.tasks.keys() - FOREIGN == others
+
+
+def test_the_contenders_of_a_grid(monkeypatch):
+    held = contest(tiny("linear"), [], GRID)
+    assert held.run(WHOLE_STEP)["seconds"].keys() == {AUTO, LOOPED, BARE, PEER}
+    named = {which: {name for name in models.MODELS if takes_part(name, which)} for which in (FULL, sets.GROUPED)}
+    assert named == {FULL: set(models.MODELS) - {BARE}, sets.GROUPED: {AUTO, STACKED, PEER, STACK}}
+
+
+def test_a_bare_step_that_does_less_is_refused(monkeypatch):
+    right = models.MODELS[BARE]
+    monkeypatch.setitem(models.MODELS, BARE, lambda terms: with_another_input_gradient(right(terms)))
+    with pytest.raises(UnequalError, match="bare loop is not equal to what it must compute: the gradient of the input"):
+        contest(tiny("linear"), [], GRID).run(WHOLE_STEP)
+
+
+def test_both_libraries_route_alike(monkeypatch):
+    planned = Workload(UNTOUCHED, 1, 40, 6, hierarchy=EVEN)
+    assert gather(tasks_of(ROUTING, planned, CPU), 60.0).tasks.keys() == {AUTO, PEER}
+    right = planning.routing_pass
+
+    def elsewhere(package, *rest):
+        task = right(package, *rest)
+        shifted = lambda: {name: ids.roll(1) for name, ids in task.evidence().items()}  # noqa: E731
+        return task if package is models.celmoe else dataclasses.replace(task, evidence=shifted)
+
+    monkeypatch.setattr(planning, "routing_pass", elsewhere)
+    with pytest.raises(UnequalError, match=r"celmoe-vp 1\.1\.4 is not equal to celmoe auto"):
+        gather(tasks_of(ROUTING, planned, CPU), 60.0)
 
 
 def test_too_much_padding_is_absent():
@@ -150,8 +196,8 @@ class Clockwork:
             self.stats.stats.data.append(0.001)
 
 
-def contest(workload, lines):
-    return Contest(Clockwork(), workload, "cpu", CPU, 0.0, 60.0, lines.append)
+def contest(workload, lines, which=FULL):
+    return Contest(Clockwork(), workload, "cpu", CPU, 0.0, 60.0, which, lines.append)
 
 
 def test_a_benchmark_leaves_the_whole_record():
@@ -211,7 +257,7 @@ def test_an_absent_peer_is_a_line(monkeypatch):
     def unavailable(version):
         raise PeerUnavailableError(f"celmoe-vp=={version} could not be installed: no index")
 
-    monkeypatch.setattr(models, "load_peer", unavailable)
+    monkeypatch.setattr(contender, "load_peer", unavailable)
     monkeypatch.setattr(models, "find_spec", lambda _name: None)
     for stage, expert in ((DISPATCH, UNTOUCHED), (INFERENCE, LOW_RANK), (INFERENCE, "mlp")):
         held = contest(tiny(expert, stage), lines := [])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.multilingual.interrupts import InterruptGuard, interrupts_held
+from benchmarks.harness.interrupts import InterruptGuard, interrupts_held
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal masks")
 
@@ -40,7 +40,7 @@ def test_the_first_lock_between_processes_does_not_end_the_hold() -> None:
     code = """
 import signal
 from multiprocessing import get_context
-from benchmarks.multilingual.interrupts import interrupts_held
+from benchmarks.harness.interrupts import interrupts_held
 with interrupts_held():
     get_context("spawn").Lock()
     print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))

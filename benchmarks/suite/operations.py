@@ -10,6 +10,7 @@ Axes: B samples, H hidden size, E experts of the last level.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,18 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import celmoe
 import celmoe.engines.arrangement
 import celmoe.grouped.kernels.product
 from benchmarks.harness.steps import Passes, string_routed
+from benchmarks.workloads.bodies import GROUPED_EXPERTS
+from benchmarks.workloads.points import ROUTES
 from benchmarks.workloads.workload import Workload
+from celmoe.engines.registry import GROUPED
 
 COUNTED_BATCH, COUNTED_WIDTH = 4096, 64
 FEW_EXPERTS, MANY_EXPERTS = 4, 256
@@ -107,16 +113,18 @@ def arranged_for(arrangement: str) -> Iterator[None]:
         yield
 
 
-def count_growth(
-    expert: str, routes: str, engine: str, arrangement: str, *, is_stacked: bool = False
-) -> OperationCount:
+def count_all(console: Console) -> list[OperationCount]:
+    """By kind of expert, routes and arrangement; with a bar."""
+    points = [*itertools.product(GROUPED_EXPERTS, ROUTES, ARRANGEMENTS)]
+    return [count_growth(*point) for point in track(points, "operations", console=console)]
+
+
+def count_growth(expert: str, routes: str, arrangement: str, engine: str = GROUPED) -> OperationCount:
     """Count both passes with few experts and with many. Operations of a first call alone are not counted."""
     counts = []
     for experts in (FEW_EXPERTS, MANY_EXPERTS):
         workload = Workload(expert, COUNTED_WIDTH, COUNTED_BATCH, experts, routes)
         model = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
-        if is_stacked:
-            celmoe.stack_experts(model)
         step = Passes(string_routed(model, workload), model.parameters(), workload)
         with arranged_for(arrangement):
             step()

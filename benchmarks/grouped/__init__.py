@@ -1,1 +1,0 @@
-"""``python -m benchmarks.grouped``: an engine beside celmoe-vp and a hand-written stack, over the grid."""
