@@ -29,10 +29,11 @@ from celmoe import (
 from celmoe.engines.registry import ENGINES
 from celmoe.names import name_key
 from celmoe.reference import reference_forward
+from tests.compiled import WIDTH, Dense, built, routed
 from tests.experts import KINDS
 from tests.parity import Closeness, equal
 from tests.strategies import IRREGULAR, Case, cases, examples, of_siblings
-from tests.test_compiled import WIDTH, Dense, Lossy, built, routed
+from tests.test_compiled_changes import Lossy
 from tests.test_exported import exported
 from tests.test_losses import Reads
 
