@@ -20,6 +20,7 @@ from celmoe.distributed import (
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import STEPS
+from tests.marks import slow_after
 
 JOB = Job(STEPS[:4])
 LAYOUTS = ["alone", "experts", "levels"]
@@ -87,7 +88,7 @@ def _train(layout, args, options):
     return train(layout, *args, **options)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("optimizer", slow_after(1, ["AdamW", "SGD"]))
 @pytest.mark.parametrize(("writer", "reader"), [(a, b) for a in LAYOUTS for b in LAYOUTS if (a, b) != ("alone",) * 2])
 def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optimizer):
     job = replace(JOB, optimizer=optimizer)
@@ -108,7 +109,7 @@ def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optim
     assert sum(bool(value["state"]) for value in found.values()) > 20
 
 
-@pytest.mark.parametrize("layout", ["experts", "levels"])
+@pytest.mark.parametrize("layout", slow_after(1, ["experts", "levels"]))
 def test_training_goes_on_from_two_ranks_to_four_and_to_one(two, four, tmp_path, layout):
     job = replace(JOB, steps=[STEPS[0], [[["ru"], ["de", "it"], [], ["fr"]]], STEPS[2]])
     run(two, layout, job, [0], write=tmp_path / "two")

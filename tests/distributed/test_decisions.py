@@ -15,6 +15,7 @@ from celmoe.distributed.remote import stand_ins
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import DISJOINT, STEPS
+from tests.marks import slow_but
 
 # All languages but 'zh.Hant', then the traps: experts that one rank has samples of, and a rank without samples.
 ALL = [[["ru", "pl", "fr"], ["it", "de", "ru"]]]
@@ -152,8 +153,18 @@ def is_bad(norm):
 LAYOUTS = ["experts", "levels", "ddp", "reduced"]
 
 
-@pytest.mark.parametrize("faults", FAULTS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "faults"),
+    slow_but(
+        [
+            *(("experts", faults) for faults in FAULTS),
+            ("levels", "an expert of either rank"),
+            ("ddp", "NaN"),
+            ("reduced", "one rank has no samples"),
+        ],
+        [(layout, faults) for layout in LAYOUTS for faults in FAULTS],
+    ),
+)
 def test_one_scale_and_equal_weights(two, layout, faults):
     for max_norm in (None, 0.05):
         alone = as_alone(JOB, FAULTS[faults], max_norm)
