@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import celmoe
 from celmoe.distributed import (
@@ -24,11 +23,6 @@ from tests.marks import slow_after
 
 JOB = Job(STEPS[:4])
 LAYOUTS = ["alone", "experts", "levels"]
-
-
-def whole(value):
-    """A parameter or optimizer state, whole again; all ranks must ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def build(layout, job):
@@ -67,8 +61,8 @@ def train(layout, job, steps, read=None, write=None, *, from_file=False):
         save_checkpoint(write, model, optimizer, extra={"step": steps[-1] + 1})
     seen = {
         name: {
-            "value": whole(found["value"]),
-            "state": {key: whole(value) for key, value in found["state"].items()},
+            "value": jobs.whole(found["value"]),
+            "state": {key: jobs.whole(value) for key, value in found["state"].items()},
         }
         for name, found in jobs.seen(model, optimizer).items()
     }
@@ -138,7 +132,7 @@ def test_an_ordinary_state_dict(two, tmp_path, reader):
 def _read_file(layout, folder):
     model, *_ = build(layout, JOB)
     load_file(folder / "model.pt", model)
-    return {name: whole(value) for name, value in model.state_dict().items()}
+    return {name: jobs.whole(value) for name, value in model.state_dict().items()}
 
 
 def refusals(folder):

@@ -21,8 +21,8 @@ import celmoe
 from celmoe import files
 from celmoe.distributed import checkpoints, load_checkpoint, save_checkpoint, write_file
 from celmoe.distributed.checkpoints import manifest, pieces, saving
-from tests.distributed.jobs import Job
-from tests.distributed.test_checkpoints import build, whole
+from tests.distributed.jobs import Job, whole
+from tests.distributed.test_checkpoints import build
 from tests.distributed.test_data_parallel import STEPS
 from tests.marks import slow_after
 

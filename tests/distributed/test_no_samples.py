@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import celmoe
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels, transport
@@ -64,7 +63,7 @@ def objective(network, job, batch):
 
 def whole(tensor):
     """A copy of the whole tensor, even if this rank holds a part."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return jobs.whole(tensor).clone()
 
 
 def seen(network):

@@ -74,7 +74,7 @@ def stacked_model(job):
 def values_of(model):
     """The values that are here, by the names that they have without stacks."""
     here, _ = held(model)
-    return {name: (each.full_tensor() if isinstance(each, DTensor) else each).clone() for name, each in here.items()}
+    return {name: jobs.whole(each).clone() for name, each in here.items()}
 
 
 def train_in_step(job, model, optimizer, run, *, backward=None):

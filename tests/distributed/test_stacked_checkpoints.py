@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import settings
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
@@ -71,12 +70,8 @@ class Layout:
             if self.reduce is not None:
                 self.reduce()
             self.optimizer.step()
-            history.append({name: _whole(each).clone() for name, each in held(self.model)[0].items()})
+            history.append({name: jobs.whole(each).clone() for name, each in held(self.model)[0].items()})
         return history
-
-
-def _whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 ALONE = ["alone", "alone, stacked"]
