@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks.multilingual.languages import FAMILY_OF
+from benchmarks.workloads.languages import FAMILY_OF
 from tests import figures
 from tests.figures import FIGURES, MARKER, ROOT, MisquotedError, Quote, agrees, quotes_in, rows_of, table_of, tables_of
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import extras
+from benchmarks.commands import JOB, MEASUREMENTS
 from benchmarks.extras import missing_extra
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,23 +100,12 @@ def test_a_missing_dependency_is_told_too(tmp_path):
     assert missing_extra("x", path) == 'neither must be installed: pip install -e ".[x]"'
 
 
-COMMANDS = [
-    "",
-    ".lora_languages",
-    ".mixed_routes",
-    ".multilingual",
-    ".multilingual.ablation",
-    ".multilingual.lemmatize",
-    ".multilingual.newcomers",
-    ".scaling",
-    ".trainer_compile",
-    ".whole_steps",
-]
+COMMANDS = [("", name) for name in MEASUREMENTS] + [(".multilingual", name) for name in JOB]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_without_its_packages_says_how_to_get_them(command):
-    done = python("-S", "-E", "-m", f"benchmarks{command}", cwd=ROOT)
+@pytest.mark.parametrize(("module", "name"), COMMANDS)
+def test_a_command_without_its_packages_says_how_to_get_them(module, name):
+    done = python("-S", "-E", "-m", f"benchmarks{module}", *filter(None, [name]), cwd=ROOT)
     assert done.returncode == 1
     assert re.fullmatch(r'torch, numpy, .*rich.* must be installed: pip install -e "\.\[bench\]"\n', done.stderr)
     assert done.stdout == ""
@@ -123,9 +113,10 @@ def test_a_command_without_its_packages_says_how_to_get_them(command):
 
 # Runs a command under a torch without the function that celmoe.distributed looks for.
 OLDER_TORCH = """
-import runpy, torch.distributed
+import runpy, sys, torch.distributed
 vars(torch.distributed).pop("all_gather_single", None)
-runpy.run_module("benchmarks.scaling", run_name="__main__")
+sys.argv[1:] = ["scaling"]
+runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
 """
 
 
@@ -139,7 +130,16 @@ def test_every_command_is_tried():
     modules = [path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py")]
     runnable = [path for path in modules if '__name__ == "__main__"' in (ROOT / path).read_text(encoding="utf-8")]
     found = {".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in runnable}
-    assert found == {f"benchmarks{command}" for command in COMMANDS}
+    assert found == {f"benchmarks{module}" for module, _ in COMMANDS}
+
+
+def test_a_wrong_name_is_refused_in_one_sentence():
+    done = python("-m", "benchmarks", "whole-step", cwd=ROOT)
+    known = "whole-steps, scaling, mixed-routes, lora-languages, trainer-compile"
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"'python -m benchmarks' must be given one of {known}, or options (got 'whole-step'; nearest: whole-steps)\n"
+    )
 
 
 # Runs pytest as if one package were not installed.

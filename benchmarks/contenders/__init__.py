@@ -1,5 +1,9 @@
-"""The contenders beside our engines: a floor, hand-written models, and other packages.
+"""Who is timed. A new contender is a file here, which documents its computation, and a name in `models`.
 
-A new contender is a file here, which documents its computation. `contender` holds the terms, and
-`models.MODELS` names those that run whole hierarchies.
+- `contender`: the names, and the terms of a contest.
+- `models`: those that run whole hierarchies, by name.
+- `planning`, `moving`, `products`: those of one stage: a plan, the rows' way, products by expert.
+- `dense`, `bare`: floors, which do less.
+- `stack` with `layouts` and `planned`: code that a user could write by hand.
+- `vmapped`, `foreign`: PyTorch's way, and other packages.
 """

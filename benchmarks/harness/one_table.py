@@ -38,7 +38,7 @@ def ask(
     """Read the command line, set one thread, and tell the machine.
 
     Args:
-        command: The command's name in `benchmarks`.
+        command: The command's name in `commands.MEASUREMENTS`.
         description: Its description.
         arguments: Its arguments; those of the process by default.
         amount: The name of the option for the work of each line: ``"seconds"``.
@@ -48,9 +48,9 @@ def ask(
     Returns:
         ``None`` if an argument was refused, which has been told then.
     """
-    parser = make_parser(f"benchmarks.{command}", description)
+    parser = make_parser(f"benchmarks {command}", description)
     parser.add_argument(f"--{amount}", default=default, help=f"{meaning} (default {default})")
-    folder = f"celmoe-report/{command.replace('_', '-')}"
+    folder = f"celmoe-report/{command}"
     parser.add_argument("--report", default=folder, help=f"folder to write to (default {folder})")
     try:
         given = read_arguments(parser, sys.argv[1:] if arguments is None else arguments)

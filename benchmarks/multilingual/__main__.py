@@ -2,11 +2,7 @@
 
 import sys
 
-from benchmarks.extras import missing_extra
+from benchmarks.commands import JOB, run
 
 if __name__ == "__main__":
-    if missing := missing_extra("bench"):
-        sys.exit(missing)
-    from benchmarks.multilingual.cli import main
-
-    sys.exit(main())
+    sys.exit(run("python -m benchmarks.multilingual", JOB, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The worth of each level and each loss: ``python -m benchmarks.multilingual.ablation``.
+"""The worth of each level and each loss: ``python -m benchmarks.multilingual ablation``.
 
 The job's own training stands beside variants of it: without a level, with families that are drawn by lot, with the
 universal level alone at equal compute, with losses left out, and with a level that keeps its gradient from the level
@@ -8,14 +8,8 @@ and are measured on the validation words; the test words have no part in it.
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench")):
-    sys.exit(missing)
-
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +30,12 @@ from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE, TRAIN, VALIDATION
 from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.evaluation import rule_accuracy
 from benchmarks.multilingual.job import EVALUATION_BATCH
-from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE
 from benchmarks.multilingual.schedule import learning_rate
 from benchmarks.multilingual.training import make_contender, train_step
+from benchmarks.workloads.languages import FAMILY_OF
 
 CPU = torch.device("cpu")
 JOB_WEIGHTS = LossWeights()
@@ -109,7 +103,7 @@ def validation_accuracy(data: Data, variant: Variant, steps: int, batch_size: in
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("benchmarks.multilingual.ablation", __doc__)
+    parser = make_parser("benchmarks.multilingual ablation", __doc__)
     parser.add_argument("--languages", help="language codes separated by commas (default: all that simplemma has)")
     parser.add_argument(
         "--pairs",
@@ -156,7 +150,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     reporter = Reporter()
     return answered(lambda: ablate(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,7 +28,6 @@ from benchmarks.multilingual.evaluation import rule_accuracy
 from benchmarks.multilingual.facts import measurement_facts
 from benchmarks.multilingual.growth import grow
 from benchmarks.multilingual.job import INTERRUPTED, make_contenders, report_seconds, validation_batches
-from benchmarks.multilingual.languages import FAMILY_OF, NAME_OF
 from benchmarks.multilingual.losses import LossWeights
 from benchmarks.multilingual.network import NetworkSettings
 from benchmarks.multilingual.newcomer import (
@@ -46,6 +45,7 @@ from benchmarks.multilingual.options import ADDED_BATCH_SIZE, ADDED_STEPS, Optio
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import Progress
 from benchmarks.multilingual.words import Vocabulary
+from benchmarks.workloads.languages import FAMILY_OF, NAME_OF
 
 
 def check(options: Options, identity: RunIdentity, progress: Progress) -> str:
@@ -188,7 +188,7 @@ def add(options: Options, reporter: Reporter) -> int:
     newcomer_report.write(options.report, result, [each for each, _ in identity.added])
     reporter.say(newcomer_report.table(result))
     reporter.say(
-        f"the checkpoint has {NAME_OF[language]} now: python -m benchmarks.multilingual.lemmatize --language "
+        f"the checkpoint has {NAME_OF[language]} now: python -m benchmarks.multilingual lemmatize --language "
         f"{language} --report {options.report} WORD...; {time.monotonic() - begun:.0f} s in all"
     )
     return 0

@@ -37,13 +37,13 @@ from benchmarks.multilingual.data import Data, make_compiler, prepare_data
 from benchmarks.multilingual.facts import measurement_facts
 from benchmarks.multilingual.hierarchy_clock import HierarchyClock
 from benchmarks.multilingual.job import resolve_identity
-from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, Lemmatizer, NetworkSettings
 from benchmarks.multilingual.options import Options
 from benchmarks.multilingual.report import write_json
 from benchmarks.multilingual.schedule import Deadline
 from benchmarks.multilingual.training import Contender, make_contender, train_step, wait_for
+from benchmarks.workloads.languages import FAMILY_OF
 from celmoe.reference import reference_forward
 
 PEER_VERSION = "1.1.4"

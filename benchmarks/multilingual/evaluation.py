@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.corpus import TRAIN, LanguageSample
-from benchmarks.multilingual.languages import FAMILY_OF, NAME_OF
 from benchmarks.multilingual.network import LANGUAGE, Lemmatizer, rule_targets
 from benchmarks.multilingual.rules import decode
 from benchmarks.multilingual.words import NO_RULE, Vocabulary, WordTable
+from benchmarks.workloads.languages import FAMILY_OF, NAME_OF
 
 IDENTITY_BASELINE = "identity"
 

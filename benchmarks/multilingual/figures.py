@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.multilingual.evaluation import IDENTITY_BASELINE, LanguageScore, macro_mean
-from benchmarks.multilingual.languages import NAME_OF
 from benchmarks.multilingual.network import LEVELS
 from benchmarks.multilingual.report import write_csv
 from benchmarks.multilingual.training import CurvePoint
+from benchmarks.workloads.languages import NAME_OF
 
 # A palette that stays apart in grey and for colour-blind readers.
 COLOURS = {

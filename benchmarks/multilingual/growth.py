@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, UNIVERSAL_EXPERT
 from benchmarks.multilingual.training import Contender
 from benchmarks.multilingual.words import FIRST_CHARACTER_ID, Vocabulary
+from benchmarks.workloads.languages import FAMILY_OF
 
 
 def grow(contender: Contender, old: Vocabulary, new: Vocabulary, warm_start: str | None) -> None:

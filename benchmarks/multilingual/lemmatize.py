@@ -1,15 +1,9 @@
-"""Lemmatize words with a run's checkpoint: ``python -m benchmarks.multilingual.lemmatize --language de Häuser``."""
+"""Lemmatize words with a run's checkpoint: ``python -m benchmarks.multilingual lemmatize --language de Häuser``."""
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench")):
-    sys.exit(missing)
-
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +58,7 @@ def lemmatize(state: Mapping[str, Any], sample: LanguageSample, forms: Sequence[
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("benchmarks.multilingual.lemmatize", __doc__)
+    parser = make_parser("benchmarks.multilingual lemmatize", __doc__)
     parser.add_argument("--language", help="code of a language that the checkpoint was trained on")
     parser.add_argument("--report", default=str(DEFAULT_REPORT), help=f"folder of the run (default {DEFAULT_REPORT})")
     parser.add_argument("words", nargs="*", help="word forms")
@@ -98,7 +92,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     reporter = Reporter()
     return answered(lambda: run(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,8 +21,8 @@ from torch.nn import functional
 import celmoe
 from benchmarks.multilingual.batches import Batch
 from benchmarks.multilingual.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS, SCALE
-from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.words import NO_RULE, WINDOW, Vocabulary
+from benchmarks.workloads.languages import FAMILY_OF
 
 UNIVERSAL, FAMILY, LANGUAGE = "universal", "family", "language"
 LEVELS = (UNIVERSAL, FAMILY, LANGUAGE)

@@ -13,8 +13,8 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.multilingual.figures import draw_newcomer
-from benchmarks.multilingual.languages import NAME_OF
 from benchmarks.multilingual.report import PAGE, write_csv, write_json
+from benchmarks.workloads.languages import NAME_OF
 
 _SECTION = re.compile(r'<section id="added">.*?</section>', re.DOTALL)
 HEADINGS = ("system", "test words right", "which is")

@@ -1,4 +1,4 @@
-"""The worth of a warm start for a new language: ``python -m benchmarks.multilingual.newcomers``.
+"""The worth of a warm start for a new language: ``python -m benchmarks.multilingual newcomers``.
 
 A network of all languages but some is trained first. Each of those then comes to it with few words or many,
 warm-started from a neighbour or not, with the others frozen or not. Beside it the same network learns the language from
@@ -7,14 +7,8 @@ scratch, on the same words, steps and schedule. All are measured on test words, 
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench")):
-    sys.exit(missing)
-
 import argparse
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +160,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("benchmarks.multilingual.newcomers", __doc__)
+    parser = make_parser("benchmarks.multilingual newcomers", __doc__)
     add = parser.add_argument
     add("--pairs", default=DEFAULT_PAIRS, help=f"held-back languages with their neighbours (default {DEFAULT_PAIRS})")
     add("--words", default=DEFAULT_WORDS, help=f"training words of a held-back language (default {DEFAULT_WORDS})")
@@ -232,7 +226,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     reporter = Reporter()
     return answered(lambda: run(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

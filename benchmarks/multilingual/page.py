@@ -10,10 +10,10 @@ from typing import Any
 
 from benchmarks.harness.noise import Noise, measure_noise
 from benchmarks.multilingual.evaluation import Example, LanguageScore, macro_mean
-from benchmarks.multilingual.languages import NAME_OF
 from benchmarks.multilingual.newcomer_report import section
 from benchmarks.multilingual.report import COST_HEADINGS, PAGE, cost_rows
 from benchmarks.multilingual.training import CurvePoint
+from benchmarks.workloads.languages import NAME_OF
 
 FIGURES = {
     "training_curves": ("Loss and accuracy on the way", "By training step, of every system that is trained."),

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.multilingual.corpus import TRAIN, LanguageSample
 from benchmarks.multilingual.evidence import Evidence
-from benchmarks.multilingual.languages import FAMILY_OF, families_of
 from benchmarks.multilingual.rules import EditRule
+from benchmarks.workloads.languages import FAMILY_OF, families_of
 
 CHARACTERS = 1_000
 # Rules touch the ends, so a word is read from both: its first and its last characters, overlapping in short words.

@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from benchmarks.multilingual.languages import FAMILY_OF, families_of
+from benchmarks.workloads.languages import FAMILY_OF, families_of
 
 # One universal expert, about √E families and E languages; the same with the real languages of the multilingual job;
 # three levels of E experts each, routed apart; and the last level alone.

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("peft", reason="an extra")
 
-from benchmarks import lora_languages
-from benchmarks.lora_languages import STACKED, SWITCHED, DifferentError, Size, contenders, difference, main
+from benchmarks.tables import lora_languages
+from benchmarks.tables.lora_languages import STACKED, SWITCHED, DifferentError, Size, contenders, difference, main
 
 SMALL = Size(8, 1, 3, languages=3, rows=2)
 # PEFT asks transformers by a name that transformers is about to drop.

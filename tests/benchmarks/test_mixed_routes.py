@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from benchmarks import mixed_routes
-from benchmarks.mixed_routes import main, mixed
+from benchmarks.tables import mixed_routes
+from benchmarks.tables.mixed_routes import main, mixed
 from benchmarks.workloads.workload import Workload
 
 SMALL = Workload("linear", 8, 60, 9)

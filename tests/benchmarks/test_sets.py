@@ -4,10 +4,10 @@ import pytest
 
 import celmoe
 from benchmarks.harness.steps import string_routed
-from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.suite.sets import DEFAULT, DEFAULTS, FULL, workloads_of
 from benchmarks.workloads.bodies import EXPERTS, LOW_RANK, PRODUCT, UNTOUCHED
 from benchmarks.workloads.hierarchies import EVEN, HIERARCHIES, JOB, ONE_LEVEL, TREE, levels_of, routing_of
+from benchmarks.workloads.languages import FAMILY_OF
 from benchmarks.workloads.points import BATCHES, NAMED, PLANNED, ROUTES, WORST, full_grid, looped_grid
 from benchmarks.workloads.workload import Workload
 

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from benchmarks import trainer_compile
-from benchmarks.trainer_compile import EAGER, ORDINARY, SIZE, STACKED, WITHOUT, Batches, data, main
+from benchmarks.tables import trainer_compile
+from benchmarks.tables.trainer_compile import EAGER, ORDINARY, SIZE, STACKED, WITHOUT, Batches, data, main
 
 pytest.importorskip("transformers")
 

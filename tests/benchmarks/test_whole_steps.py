@@ -13,12 +13,12 @@ from benchmarks.contenders import models
 from benchmarks.harness.arguments import OptionError
 from benchmarks.harness.interleaved import Timings
 from benchmarks.harness.setting import Setting
-from benchmarks.whole_steps import __main__ as command
-from benchmarks.whole_steps import row as rows
-from benchmarks.whole_steps.bounded import last_told
-from benchmarks.whole_steps.notes import Block
-from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
-from benchmarks.whole_steps.row import BY_HAND, COMPILED, MAKERS, PEER, PLAIN, STACKED, Row, measure
+from benchmarks.tables.whole_steps import command
+from benchmarks.tables.whole_steps import row as rows
+from benchmarks.tables.whole_steps.bounded import last_told
+from benchmarks.tables.whole_steps.notes import Block
+from benchmarks.tables.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
+from benchmarks.tables.whole_steps.row import BY_HAND, COMPILED, MAKERS, PEER, PLAIN, STACKED, Row, measure
 from benchmarks.workloads.points import NAMED
 from benchmarks.workloads.workload import Workload
 from tests.benchmarks import telling
@@ -144,7 +144,7 @@ def test_a_row_is_measured_in_a_process_of_its_own(monkeypatch):
     assert why == ""
     assert {PLAIN, STACKED, COMPILED} <= row.timings.seconds.keys()
     # Spawned processes don't import a package's `__main__`.
-    assert rows.run_row.__module__ == "benchmarks.whole_steps.row"
+    assert rows.run_row.__module__ == "benchmarks.tables.whole_steps.row"
 
 
 def a_row(workload, **seconds):

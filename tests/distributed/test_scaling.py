@@ -10,13 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.multilingual.languages import FAMILY_OF
-from benchmarks.scaling import __main__ as command
-from benchmarks.scaling import growth, layouts, report
-from benchmarks.scaling.collectives import all_gather, all_reduce, all_to_all, by_kind, reduce_scatter, total
-from benchmarks.scaling.load import Load, expected_load, spread
-from benchmarks.scaling.sizes import LevelSizes, ModelSizes, Parameter, bytes_of, sizes_of_workload
+from benchmarks.tables.scaling import command, growth, layouts, report
+from benchmarks.tables.scaling.collectives import all_gather, all_reduce, all_to_all, by_kind, reduce_scatter, total
+from benchmarks.tables.scaling.load import Load, expected_load, spread
+from benchmarks.tables.scaling.sizes import LevelSizes, ModelSizes, Parameter, bytes_of, sizes_of_workload
 from benchmarks.workloads.hierarchies import EVEN, HIERARCHIES, JOB, ONE_LEVEL, shares_of
+from benchmarks.workloads.languages import FAMILY_OF
 from benchmarks.workloads.workload import Workload
 
 # An expert of 3 numbers for all, and three of 4; a fusion of 2. Numbers have 4 bytes.

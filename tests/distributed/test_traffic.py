@@ -1,6 +1,6 @@
 """The bytes of real steps are those of the model, counted at the dispatch of collectives and at TCP's sockets.
 
-On four ranks, with experts and parts in copies: ``python -m benchmarks.scaling --count 2 4``, which exits with 1 if the
+On four ranks, with experts and parts in copies: ``python -m benchmarks scaling --count 2 4``, which exits with 1 if the
 two disagree.
 """
 
@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
-from benchmarks.scaling import layouts
-from benchmarks.scaling.collectives import ALL_GATHER, ALL_REDUCE, QUANTITIES, REDUCE_SCATTER
-from benchmarks.scaling.compared import Compared
-from benchmarks.scaling.counting import Counter, SocketBytes, UnknownCollectiveError, socket_bytes
-from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
-from benchmarks.scaling.runs import Case, count
-from benchmarks.scaling.sizes import bytes_of, sizes_of_workload
+from benchmarks.tables.scaling import layouts
+from benchmarks.tables.scaling.collectives import ALL_GATHER, ALL_REDUCE, QUANTITIES, REDUCE_SCATTER
+from benchmarks.tables.scaling.compared import Compared
+from benchmarks.tables.scaling.counting import Counter, SocketBytes, UnknownCollectiveError, socket_bytes
+from benchmarks.tables.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
+from benchmarks.tables.scaling.runs import Case, count
+from benchmarks.tables.scaling.sizes import bytes_of, sizes_of_workload
 from benchmarks.workloads.hierarchies import EVEN, ZIPF
 from benchmarks.workloads.workload import Workload
 

@@ -1,5 +1,5 @@
 from benchmarks.multilingual.corpus import known_languages
-from benchmarks.multilingual.languages import FAMILY_OF, LANGUAGES_BY_FAMILY, NAME_OF, families_of
+from benchmarks.workloads.languages import FAMILY_OF, LANGUAGES_BY_FAMILY, NAME_OF, families_of
 
 
 def test_every_language_of_the_package_has_one_family_and_a_name() -> None:

@@ -9,7 +9,6 @@ from benchmarks.multilingual.ablation import VARIANTS
 from benchmarks.multilingual.batches import Batch, Collator
 from benchmarks.multilingual.corpus import TRAIN, LanguageSample
 from benchmarks.multilingual.evidence import gather_evidence
-from benchmarks.multilingual.languages import FAMILY_OF
 from benchmarks.multilingual.losses import Losses, LossWeights
 from benchmarks.multilingual.network import (
     FAMILY,
@@ -23,6 +22,7 @@ from benchmarks.multilingual.network import (
 )
 from benchmarks.multilingual.rules import IDENTITY, EditRule
 from benchmarks.multilingual.words import build_table, build_vocabulary
+from benchmarks.workloads.languages import FAMILY_OF
 
 
 def sample_of(language: str, forms: list[str]) -> LanguageSample:

@@ -1,5 +1,6 @@
-"""``python -m benchmarks.whole_steps``: whole training steps plain, stacked, compiled, by hand and of celmoe-vp.
+"""``python -m benchmarks whole-steps``: whole training steps plain, stacked, compiled, by hand and of celmoe-vp.
 
+- `command`: the command.
 - `row`: one workload's contenders, compared and timed.
 - `bounded`: a row in a process of its own, which a clock ends.
 - `report`: the table, the CSV file and the figure.

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
+from benchmarks.tables.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
 
 _NAMESPACES = ("c10d", "_c10d_functional")
 # They move no tensor.

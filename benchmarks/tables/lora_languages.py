@@ -6,13 +6,6 @@ rows, and are compared before they are timed.
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench") or missing_extra("peers")):
-    sys.exit(missing)
-
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 if an argument was refused.
     """
     asked = ask(
-        "lora_languages",
+        "lora-languages",
         __doc__,
         arguments,
         amount="seconds",
@@ -299,7 +292,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_rows(report / "lora_languages.csv", rows)
     console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,7 +17,7 @@ from benchmarks.harness.canvas import (
 )
 from benchmarks.harness.tables import geometric_mean, workload_columns, write_rows
 from benchmarks.harness.wording import ms_words, times_words, workload_words
-from benchmarks.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
+from benchmarks.tables.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
 from benchmarks.workloads.workload import Workload
 
 # In the order of the table.

@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__":
-    if missing := missing_extra("bench"):
-        sys.exit(missing)
-    try:
-        import celmoe.distributed  # noqa: F401  # an older PyTorch runs all but this
-    except ImportError as error:
-        sys.exit(str(error))
-
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,19 +12,19 @@ from rich.progress import track
 from benchmarks.harness.arguments import OptionError
 from benchmarks.harness.setting import make_console, prepare_folder
 from benchmarks.harness.tables import write_rows
-from benchmarks.scaling.compared import Compared, compared_table
-from benchmarks.scaling.growth import Point, grown, points_of
-from benchmarks.scaling.ranks import count_on_ranks
-from benchmarks.scaling.report import draw_growth, growth_table
-from benchmarks.scaling.runs import cases_of
+from benchmarks.tables.scaling.compared import Compared, compared_table
+from benchmarks.tables.scaling.growth import Point, grown, points_of
+from benchmarks.tables.scaling.ranks import count_on_ranks
+from benchmarks.tables.scaling.report import draw_growth, growth_table
+from benchmarks.tables.scaling.runs import cases_of
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the model's figures, and count; returns the exit code: 1 if the two disagree."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks scaling", description=__doc__)
     parser.add_argument("--count", type=int, nargs="+", default=[], metavar="RANKS", help="count on so many ranks")
     parser.add_argument("--report", type=Path, default=Path("celmoe-report-scaling"), help="where the results go")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if any(each < 2 for each in options.count):
         parser.error(f"'--count' must be at least 2 (got {min(options.count)})")
     try:
@@ -63,7 +52,3 @@ def main() -> int:
     for text in differing:
         console.print(f"too far apart: {text}", markup=False)
     return 1 if differing else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

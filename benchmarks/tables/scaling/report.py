@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
 from benchmarks.harness.canvas import SERIES_COLOURS, Drawing, new_panels
-from benchmarks.scaling.growth import (
+from benchmarks.tables.scaling.growth import (
     BASE,
     BASE_RANKS,
     EXPERTS_IN_NODES,
@@ -17,7 +17,7 @@ from benchmarks.scaling.growth import (
     ROUTES,
     Point,
 )
-from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
+from benchmarks.tables.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
 from benchmarks.workloads.hierarchies import UNIFORM
 
 _DRAWN = {

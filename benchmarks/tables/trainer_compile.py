@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench") or missing_extra("transformers")):
-    sys.exit(missing)
-
 import os
 import random
 import statistics
@@ -173,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 where an argument was refused.
     """
     asked = ask(
-        "trainer_compile",
+        "trainer-compile",
         __doc__,
         arguments,
         amount="steps",
@@ -200,7 +193,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_rows(report / "trainer_compile.csv", rows)
     console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench")):
-    sys.exit(missing)
-
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,10 +14,10 @@ from rich.progress import track
 from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
 from benchmarks.harness.devices import open_device
 from benchmarks.harness.setting import make_console, prepare_folder, read_setting
-from benchmarks.whole_steps.bounded import last_told
-from benchmarks.whole_steps.notes import Block
-from benchmarks.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
-from benchmarks.whole_steps.row import MAKERS, Row, run_row
+from benchmarks.tables.whole_steps.bounded import last_told
+from benchmarks.tables.whole_steps.notes import Block
+from benchmarks.tables.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
+from benchmarks.tables.whole_steps.row import MAKERS, Row, run_row
 from benchmarks.workloads.points import NAMED
 from benchmarks.workloads.workload import Workload
 
@@ -45,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if a contender is not equal or none was timed; 2 if an argument was refused.
     """
-    parser = make_parser("benchmarks.whole_steps", __doc__)
+    parser = make_parser("benchmarks whole-steps", __doc__)
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
     add("--set", default=ALL, help=f"the workloads: {', '.join(SETS)} (default {ALL})")
@@ -101,7 +95,3 @@ def _row(workload: Workload, device: str, threads: int, seconds: float) -> Row:
         if name not in {*row.timings.seconds, *row.absent}:
             row = row.without(name, why)
     return row
-
-
-if __name__ == "__main__":
-    sys.exit(main())

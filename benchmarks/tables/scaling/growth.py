@@ -11,11 +11,11 @@ from functools import cache
 
 import numpy as np
 
-from benchmarks.scaling import layouts
-from benchmarks.scaling.collectives import Traffic, total
-from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
-from benchmarks.scaling.load import Load, Spread, expected_load, spread
-from benchmarks.scaling.sizes import ModelSizes, sizes_of_workload
+from benchmarks.tables.scaling import layouts
+from benchmarks.tables.scaling.collectives import Traffic, total
+from benchmarks.tables.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
+from benchmarks.tables.scaling.load import Load, Spread, expected_load, spread
+from benchmarks.tables.scaling.sizes import ModelSizes, sizes_of_workload
 from benchmarks.workloads.hierarchies import UNIFORM, ZIPF
 from benchmarks.workloads.workload import Workload
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.harness.arguments import OptionError
 from benchmarks.harness.setting import Setting
-from benchmarks.whole_steps.report import CONTENDERS, DASH, mean_line, write_steps
-from benchmarks.whole_steps.row import PEER, STACKED, Row
+from benchmarks.tables.whole_steps.report import CONTENDERS, DASH, mean_line, write_steps
+from benchmarks.tables.whole_steps.row import PEER, STACKED, Row
 from benchmarks.workloads.workload import Workload
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.scaling.sizes import ModelSizes
+from benchmarks.tables.scaling.sizes import ModelSizes
 from benchmarks.workloads.hierarchies import shares_of
 from benchmarks.workloads.workload import Workload
 from celmoe.distributed.placement import balanced

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
-from benchmarks.scaling.load import Load, Spread
-from benchmarks.scaling.sizes import LevelSizes, ModelSizes, bytes_of
+from benchmarks.tables.scaling.collectives import Traffic, all_gather, all_reduce, all_to_all, reduce_scatter
+from benchmarks.tables.scaling.load import Load, Spread
+from benchmarks.tables.scaling.sizes import LevelSizes, ModelSizes, bytes_of
 from benchmarks.workloads.workload import Workload
 
 DDP, REDUCED, LEVELS, EXPERTS = "prepare_ddp", "reduce_gradients", "shard_levels", "shard_experts"

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from benchmarks.scaling.runs import Case, Counted, count
+from benchmarks.tables.scaling.runs import Case, Counted, count
 
 _LIMIT = timedelta(seconds=120)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from benchmarks.scaling.collectives import NOTHING, PAYLOAD, QUANTITIES, Traffic, total
-from benchmarks.scaling.counting import SocketBytes
-from benchmarks.scaling.load import expected_load
-from benchmarks.scaling.runs import (
+from benchmarks.tables.scaling.collectives import NOTHING, PAYLOAD, QUANTITIES, Traffic, total
+from benchmarks.tables.scaling.counting import SocketBytes
+from benchmarks.tables.scaling.load import expected_load
+from benchmarks.tables.scaling.runs import (
     ROUNDING,
     TOLERANCE,
     Case,

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import celmoe
-from benchmarks.scaling import layouts
-from benchmarks.scaling.collectives import KINDS, NOTHING, QUANTITIES, REDUCE_SCATTER, Traffic, by_kind
-from benchmarks.scaling.counting import Counter, SocketBytes, socket_bytes
-from benchmarks.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
-from benchmarks.scaling.load import Load, spread
-from benchmarks.scaling.sizes import sizes_of_workload
+from benchmarks.tables.scaling import layouts
+from benchmarks.tables.scaling.collectives import KINDS, NOTHING, QUANTITIES, REDUCE_SCATTER, Traffic, by_kind
+from benchmarks.tables.scaling.counting import Counter, SocketBytes, socket_bytes
+from benchmarks.tables.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
+from benchmarks.tables.scaling.load import Load, spread
+from benchmarks.tables.scaling.sizes import sizes_of_workload
 from benchmarks.workloads.hierarchies import EVEN, ZIPF
 from benchmarks.workloads.workload import Workload
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-from benchmarks.extras import missing_extra
-
-if __name__ == "__main__" and (missing := missing_extra("bench")):
-    sys.exit(missing)
-
 import random
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -93,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 if an argument was refused.
     """
     asked = ask(
-        "mixed_routes",
+        "mixed-routes",
         __doc__,
         arguments,
         amount="seconds",
@@ -129,7 +122,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_rows(report / "mixed_routes.csv", rows)
     console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
