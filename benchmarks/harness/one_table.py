@@ -15,7 +15,6 @@ from rich.table import Table
 
 from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
 from benchmarks.harness.devices import open_device
-from benchmarks.harness.interleaved import Timings
 from benchmarks.harness.setting import Setting, make_console, prepare_folder, read_setting
 from benchmarks.harness.tables import write_rows
 
@@ -162,10 +161,3 @@ def ratio_words(ratio: Mapping[str, str | float]) -> str:
     """``2.20 (2.10 to 2.31)``, of the columns of a ratio."""
     median, low, high = (float(ratio[name]) for name in ("ratio", "first_quartile", "third_quartile"))
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
-
-
-def ratio_columns(timings: Timings, slower: str, faster: str) -> dict[str, str]:
-    """The columns that say how fast: the median of the ratios within rounds, and their quartiles."""
-    low, high = timings.quartiles(slower, faster)
-    found = {"ratio": timings.ratio(slower, faster), "first_quartile": low, "third_quartile": high}
-    return {name: f"{value:.3f}" for name, value in found.items()}

@@ -17,8 +17,9 @@ from torch import nn
 
 import celmoe
 from benchmarks.harness.interleaved import Timings, interleave
-from benchmarks.harness.one_table import Lines, amount, ask, ratio_columns, ratio_words, refusing
-from benchmarks.report.wording import ms_words
+from benchmarks.harness.one_table import Lines, amount, ask, ratio_words, refusing
+from benchmarks.harness.tables import ratio_columns
+from benchmarks.harness.wording import ms_words
 
 MIXED, STACKED, SWITCHED = "one batch", "one batch, stacked", "PEFT, language by language"
 WAYS = {MIXED: "plain", STACKED: "stacked"}

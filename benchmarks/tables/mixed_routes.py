@@ -11,10 +11,10 @@ import torch
 
 import celmoe
 from benchmarks.harness.interleaved import Timings, interleave
-from benchmarks.harness.one_table import Lines, amount, ask, ratio_columns, ratio_words, refusing
+from benchmarks.harness.one_table import Lines, amount, ask, ratio_words, refusing
 from benchmarks.harness.steps import ROUTINGS, TrainingStep, turns
-from benchmarks.harness.tables import workload_columns
-from benchmarks.report.wording import ms_words, workload_words
+from benchmarks.harness.tables import ratio_columns, workload_columns
+from benchmarks.harness.wording import ms_words, workload_words
 from benchmarks.workloads.workload import Workload
 
 ORDINARY, MIXED = "ordinary", "mixed"

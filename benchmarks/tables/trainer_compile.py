@@ -14,7 +14,7 @@ import torch
 
 import celmoe
 from benchmarks.harness.one_table import Lines, ask, count, ratio_words, refusing
-from benchmarks.report.wording import ms_words
+from benchmarks.harness.wording import ms_words
 
 WITHOUT, ORDINARY, STACKED = "none", "ordinary", "stacked"
 EAGER, COMPILED = "eager", "compiled"

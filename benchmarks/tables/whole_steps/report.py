@@ -9,10 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.harness.arguments import OptionError
-from benchmarks.harness.one_table import ratio_columns, ratio_words
-from benchmarks.harness.setting import Setting
-from benchmarks.harness.tables import geometric_mean, workload_columns, write_rows
-from benchmarks.report.canvas import (
+from benchmarks.harness.canvas import (
     DOTS_PER_INCH,
     SERIES_COLOURS,
     draw_medians,
@@ -20,6 +17,9 @@ from benchmarks.report.canvas import (
     new_panels,
     plain_numbers,
 )
+from benchmarks.harness.one_table import ratio_words
+from benchmarks.harness.setting import Setting
+from benchmarks.harness.tables import geometric_mean, ratio_columns, workload_columns, write_rows
 from benchmarks.tables.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
 from benchmarks.workloads.workload import Workload
 
