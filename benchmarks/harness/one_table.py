@@ -26,12 +26,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option(Generic[T]):
-    """An option with a value; ``read`` takes the option's name and the value."""
+    """An option with a value, or several, joined by blanks; ``read`` takes the option's name and the value."""
 
     name: str
     default: str
     meaning: str
     read: Callable[[str, str], T]
+    is_list: bool = False
 
 
 def amount(name: str, default: str, meaning: str) -> Option[float]:
@@ -105,9 +106,11 @@ def ask(command: str, description: str | None, arguments: Sequence[str], *option
     folder = Option("report", f"celmoe-report/{command}", "folder to write to", lambda _, text: Path(text))
     for each in (*options, folder):
         default = f" (default {each.default})" if each.default else ""
-        parser.add_argument(f"--{each.name}", default=each.default, help=f"{each.meaning}{default}")
+        several: dict[str, Any] = {"nargs": "+", "metavar": each.name.upper()} if each.is_list else {}
+        parser.add_argument(f"--{each.name}", default=each.default, help=f"{each.meaning}{default}", **several)
     given = read_arguments(parser, arguments)
-    values = {each.name: each.read(f"--{each.name}", getattr(given, each.name)) for each in (*options, folder)}
+    texts = {name: " ".join(text) if isinstance(text, list) else text for name, text in vars(given).items()}
+    values = {each.name: each.read(f"--{each.name}", texts[each.name]) for each in (*options, folder)}
     prepare_folder(values[folder.name])
     threads = values.get(THREADS.name, 1)
     device = torch.device(values[DEVICE.name] if values.get(DEVICE.name, "").startswith("cuda") else "cpu")
