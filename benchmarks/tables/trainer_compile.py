@@ -17,6 +17,8 @@ from benchmarks.harness.one_table import Lines, ask, count, ratio_words, refusin
 from benchmarks.harness.wording import ms_words
 
 WITHOUT, ORDINARY, STACKED = "none", "ordinary", "stacked"
+FIXED, VARIED = "fixed", "varied"
+LINES = [(experts, positions) for experts in (WITHOUT, ORDINARY, STACKED) for positions in (FIXED, VARIED)]
 EAGER, COMPILED = "eager", "compiled"
 WIDTH, INNER, WORDS, SIZE, POSITIONS = 64, 16, 1000, 16, 32
 # Steps in which the compiler may work: an epoch of ten, whose last batch is smaller.
@@ -127,9 +129,8 @@ def main(arguments: Sequence[str]) -> int:
     title = f"A step of the Trainer after the first {FIRST}, an encoder of two layers"
     headings = ("experts", "positions", "eager, ms", "compiled, ms", "times as long", "slowest, ms", "first, s")
     lines = Lines(asked, "trainer_compile", title, headings)
-    ways = [(experts, positions) for experts in (WITHOUT, ORDINARY, STACKED) for positions in ("fixed", "varied")]
-    for experts, positions in lines.over(ways):
-        found = measure(experts, asked[STEPS], is_varied=positions == "varied")
+    for experts, positions in lines.over(LINES):
+        found = measure(experts, asked[STEPS], is_varied=positions == VARIED)
         eager, compiled, slowest = (ms_words(found[f"{each}_ms"]) for each in (EAGER, COMPILED, "slowest_later"))
         columns = {name: f"{value:.4f}" for name, value in found.items()}
         cells = eager, compiled, ratio_words(found), slowest, f"{found['first_seconds']:.0f}"
