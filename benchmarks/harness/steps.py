@@ -49,10 +49,15 @@ def cycled(call: Callable[[torch.Tensor, Routes], torch.Tensor], routings: Seque
     return lambda hidden: call(hidden, routings[turn()])
 
 
+def mask_on(device: torch.device, workload: Workload) -> torch.Tensor | None:
+    """The workload's mask on a device."""
+    mask = workload.mask()
+    return mask if mask is None else mask.to(device)
+
+
 def routed(model: nn.Module, workload: Workload, routings: Sequence[Routes], device: torch.device = HOST) -> Forward:
     """The model's forward pass, in both libraries."""
-    mask = workload.mask()
-    mask = mask if mask is None else mask.to(device)
+    mask = mask_on(device, workload)
 
     def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
         fused: torch.Tensor = model(hidden, routes, mask=mask).fused_hidden
