@@ -17,12 +17,7 @@ from benchmarks.workloads.workload import Workload
 
 
 class Stacked(NamedTuple):
-    """A parameter of all experts of a level.
-
-    Attributes:
-        whole: ``[E, ...]``.
-        is_transposed: True if each expert's two axes are swapped, compared with its own parameter.
-    """
+    """A parameter ``[E, ...]`` of all experts of a level; each one's two axes may be swapped there."""
 
     whole: nn.Parameter
     is_transposed: bool = False

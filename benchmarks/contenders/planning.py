@@ -98,20 +98,16 @@ def _model(package: ModuleType, workload: Workload, stamps: bool) -> nn.Module:
     """Experts that return their rows, or that fill them with their place among the level's experts."""
     places = {level: {name: place for place, name in enumerate(names)} for level, names in workload.levels().items()}
 
-    class Untouched(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
-        def forward(self, batch: celmoe.ExpertBatch) -> object:
-            return package.ExpertResult(batch.hidden)
-
-    class Stamp(package.ExpertModule):  # type: ignore[misc, name-defined]  # as above
+    class Stamp(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
         def __init__(self, place: int) -> None:
             super().__init__()
             self.place = place
 
         def forward(self, batch: celmoe.ExpertBatch) -> object:
-            return package.ExpertResult(torch.full_like(batch.hidden, self.place))
+            return package.ExpertResult(torch.full_like(batch.hidden, self.place) if stamps else batch.hidden)
 
     def factory(level: str, name: str, _metadata: object) -> nn.Module:
-        module: nn.Module = Stamp(places[level][name]) if stamps else Untouched()
+        module: nn.Module = Stamp(places[level][name])
         return module
 
     model: nn.Module = package.HierarchicalCELMoE(_config(package, workload), factory, Last())

@@ -28,13 +28,7 @@ class UnequalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Part:
-    """One expert's part of a parameter that holds those of all experts of a level.
-
-    Attributes:
-        whole: The parameter, ``[E, ...]``.
-        place: The expert's place on its first axis.
-        is_transposed: True if the part's last two axes are swapped, compared with the expert's own parameter.
-    """
+    """One expert's place in a parameter ``[E, ...]`` of all experts; its two axes may be swapped there."""
 
     whole: nn.Parameter
     place: int

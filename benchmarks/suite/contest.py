@@ -82,7 +82,7 @@ class Contest:
     def _parts_ms(self, timings: Timings) -> Mapping[str, float]:
         if self.device_name != CPU or timings.rounds == 0 or timings.median(AUTO) > CHEAP_STEP:
             return {}
-        return time_parts(self.workload, "auto", PARTS_SECONDS).ms
+        return time_parts(self.workload, "auto", PARTS_SECONDS)
 
     def _tell(self, record: Record) -> None:
         what = f"{record.stage} {record.workload} on {record.device}"
