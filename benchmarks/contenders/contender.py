@@ -100,23 +100,19 @@ def nothing() -> None:
     """Do nothing between steps: the contender keeps nothing."""
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(Claimed):
     """A contender's step, and the claim that it computes the same as the others.
 
     Attributes:
         step: The timed call; it returns when the device is done.
         between: Run before every timed step, unseen by the clock.
-        evidence: Gives the evidence of the contender.
-        expected: Gives the evidence that the contender must equal; ``None`` for the evidence of ours.
         weight_bytes: Bytes of its weights.
         clear: Frees all that a step leaves, so that the next step's peak memory is its own.
     """
 
     step: Callable[[], object]
-    between: Callable[[], object]
-    evidence: Callable[[], Evidence]
-    expected: Callable[[], Evidence] | None = None
+    between: Callable[[], object] = nothing
     weight_bytes: int = 0
     clear: Callable[[], object] = nothing
 
