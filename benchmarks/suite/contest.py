@@ -14,7 +14,7 @@ from benchmarks.harness.devices import CPU
 from benchmarks.harness.interleaved import Timings
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.suite.parts import time_parts
-from benchmarks.suite.record import Record, make_record, memory_line, timing_line
+from benchmarks.suite.record import Record, memory_line, timing_line
 from benchmarks.suite.rounds import MOST_TIMES, Gathered, gather, hold
 from benchmarks.suite.sets import DEFAULT, FULL, takes_part
 from benchmarks.suite.stages import MEMORY, WHOLE_STEP, tasks_of
@@ -28,15 +28,8 @@ CHEAP_STEP, PARTS_SECONDS = 1.0, 0.5
 class Contest:
     """A benchmark's workload and device, and the terms of its contest.
 
-    Attributes:
-        benchmark: Times ours.
-        workload: The workload to run.
-        device_name: One of `devices.DEVICES`.
-        device: The device of all tensors.
-        seconds: About how long the rounds go on.
-        longest: Seconds that a step of another contender may take.
-        which: The set of `suite.sets.SETS`, which has its contenders.
-        say: Takes a line for the reader at the terminal.
+    Rounds go on for about so many seconds; the longest step of another contender may take so many. One of
+    `suite.sets.SETS` has the contenders. Lines for the reader at the terminal are said past pytest's capture.
     """
 
     benchmark: BenchmarkFixture
@@ -64,17 +57,11 @@ class Contest:
         if self.benchmark.stats is None:
             # Benchmarks are disabled: every contender ran once, untimed.
             timings = Timings({AUTO: []})
-        record = make_record(
-            stage,
-            self.workload,
-            self.device_name,
-            timings,
-            gathered.absent,
-            peak_bytes=peaks,
-            parts_ms=self._parts_ms(timings) if stage == WHOLE_STEP else {},
-        )
-        self.benchmark.extra_info.update(record)
-        self._tell(record, timings)
+        parts_ms = self._parts_ms(timings) if stage == WHOLE_STEP else {}
+        setting = self.device_name, torch.get_num_threads(), "float32", AUTO
+        record = Record(stage, self.workload, *setting, timings, peaks, gathered.absent, parts_ms)
+        self.benchmark.extra_info.update(record.to_json())
+        self._tell(record)
         return record
 
     def _peaks(self, gathered: Gathered) -> dict[str, int]:
@@ -88,12 +75,12 @@ class Contest:
     def _parts_ms(self, timings: Timings) -> Mapping[str, float]:
         if self.device_name != CPU or timings.rounds == 0 or timings.median(AUTO) > CHEAP_STEP:
             return {}
-        return time_parts(self.workload, "auto", PARTS_SECONDS).ms
+        return time_parts(self.workload, "auto", PARTS_SECONDS)
 
-    def _tell(self, record: Record, timings: Timings) -> None:
-        what = f"{record['stage']} {record['workload']} on {record['device']}"
-        self.say(f"{what}: {timing_line(timings) if timings.rounds else 'equal, and not timed'}")
-        if record["bytes"]:
-            self.say(f"{what}: {memory_line(record['bytes'], LOOPED, GROUPED)}")
-        for name, why in record["absent"].items():
+    def _tell(self, record: Record) -> None:
+        what = f"{record.stage} {record.workload} on {record.device}"
+        self.say(f"{what}: {timing_line(record.timings) if record.timings.rounds else 'equal, and not timed'}")
+        if record.bytes:
+            self.say(f"{what}: {memory_line(record.bytes, LOOPED, GROUPED)}")
+        for name, why in record.absent.items():
             self.say(f"{what}: without {name}: {why}")

@@ -8,18 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import track
-from rich.table import Table
 
 import celmoe
 from benchmarks.harness.interleaved import Timings, interleave
-from benchmarks.harness.one_table import REFUSED, ask
+from benchmarks.harness.one_table import Lines, amount, ask, ratio_words, refusing
 from benchmarks.harness.steps import ROUTINGS, TrainingStep, turns
-from benchmarks.harness.tables import workload_columns, write_rows
-from benchmarks.report.wording import ms_words, workload_words
+from benchmarks.harness.tables import ratio_columns, workload_columns
+from benchmarks.harness.wording import ms_words, workload_words
 from benchmarks.workloads.workload import Workload
 
 ORDINARY, MIXED = "ordinary", "mixed"
+PLAIN, STACKED = "plain", "stacked"
 # Of the samples: two thirds of these have two experts at the family level and below, one third has none.
 SHARE = 0.05
 WEIGHTS = (0.7, 0.3)
@@ -30,6 +29,7 @@ WORKLOADS = (
     Workload("mlp", 128, 4096, 128),
     Workload("block", 64, 64, 32),
 )
+SECONDS = amount("seconds", "10", "about how long each line goes on")
 
 
 def mixed(routing: Mapping[str, Sequence[str]], share: float, seed: int) -> dict[str, Sequence[Any]]:
@@ -62,7 +62,6 @@ def measure(workload: Workload, seconds: float, *, is_stacked: bool) -> Timings:
         ORDINARY: ordinary,
         MIXED: [mixed(each, SHARE, seed) for seed, each in enumerate(ordinary)],
     }
-
     taken = [ORDINARY]
     turn = turns(ROUTINGS)
 
@@ -79,46 +78,20 @@ def measure(workload: Workload, seconds: float, *, is_stacked: bool) -> Timings:
     return interleave({name: partial(take, name) for name in routings}, seconds)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure.
-
-    Returns:
-        0; 2 if an argument was refused.
-    """
-    asked = ask(
-        "mixed-routes",
-        __doc__,
-        arguments,
-        amount="seconds",
-        default="10",
-        meaning="about how long each line goes on",
-    )
-    if asked is None:
-        return REFUSED
-    console, report = asked.console, asked.report
-    seconds = asked.amount
-    table = Table(title=f"A whole step with {SHARE:.0%} of the samples mixed, beside one without")
-    for heading in ("workload", "experts", f"{ORDINARY}, ms", f"{MIXED}, ms", "times as long (middle half)"):
-        table.add_column(heading)
-    rows = []
-    for workload, is_stacked in track([(each, way) for each in WORKLOADS for way in (False, True)], console=console):
-        timings = measure(workload, seconds, is_stacked=is_stacked)
-        low, high = timings.quartiles(MIXED, ORDINARY)
-        found = {"ratio": timings.ratio(MIXED, ORDINARY), "first_quartile": low, "third_quartile": high}
-        way = "stacked" if is_stacked else "plain"
-        ms = [1e3 * timings.median(name) for name in (ORDINARY, MIXED)]
-        table.add_row(
-            workload_words(workload), way, *map(ms_words, ms), f"{found['ratio']:.3f} ({low:.3f} to {high:.3f})"
-        )
-        rows.append(
-            {
-                **workload_columns(workload),
-                "experts_are": way,
-                **{f"{name}_ms": f"{each:.4f}" for name, each in zip((ORDINARY, MIXED), ms, strict=True)},
-                **{name: f"{value:.3f}" for name, value in found.items()},
-                "rounds": timings.rounds,
-            }
-        )
-        write_rows(report / "mixed_routes.csv", rows)
-    console.print(table)
+@refusing
+def main(arguments: Sequence[str]) -> int:
+    """Measure; returns the exit code."""
+    asked = ask("mixed-routes", __doc__, arguments, SECONDS)
+    asked.start()
+    title = f"A whole step with {SHARE:.0%} of the samples mixed, beside one without"
+    headings = ("workload", "experts", f"{ORDINARY}, ms", f"{MIXED}, ms", "times as long (middle half)")
+    lines = Lines(asked, "mixed_routes", title, headings)
+    for workload, way in lines.over([(each, way) for each in WORKLOADS for way in (PLAIN, STACKED)]):
+        timings = measure(workload, asked[SECONDS], is_stacked=way == STACKED)
+        ms = {name: 1e3 * timings.median(name) for name in (ORDINARY, MIXED)}
+        ratio = ratio_columns(timings, MIXED, ORDINARY)
+        columns = {**workload_columns(workload), "experts_are": way}
+        columns |= {f"{name}_ms": f"{each:.4f}" for name, each in ms.items()}
+        cells = workload_words(workload), way, *map(ms_words, ms.values()), ratio_words(ratio)
+        lines.add({**columns, **ratio, "rounds": timings.rounds}, *cells)
     return 0

@@ -150,8 +150,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     few = [each for each in growth.grown() if each[2] in (2, 64) and each[1].num_experts in (8, 256)]
     few = [(axis, replace(workload, hidden_size=16), ranks) for axis, workload, ranks in few]
     monkeypatch.setattr(command, "grown", lambda: iter(few))
-    monkeypatch.setattr("sys.argv", ["scaling", "--report", str(tmp_path)])
-    assert command.main() == 0
+    assert command.main(["--report", str(tmp_path)]) == 0
     assert "shard_experts" in capsys.readouterr().out
     assert (tmp_path / "scaling_bytes.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "scaling_bytes.csv").read_text().splitlines()))
@@ -159,11 +158,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert all(int(row["sent_busiest"]) >= int(row["sent_mean"]) - 1 for row in rows)
 
 
-def test_the_command_refuses_one_rank(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["scaling", "--count", "1"])
-    with pytest.raises(SystemExit):
-        command.main()
-    assert "'--count' must be at least 2 (got 1)" in capsys.readouterr().err
+@pytest.mark.parametrize("count", [["1"], ["2", "1"]])
+def test_the_command_refuses_one_rank(count, capsys):
+    assert command.main(["--count", *count]) == 2
+    assert capsys.readouterr().err == "'--count' must be a whole number, at least 2 (got '1')\n"
 
 
 def test_bytes_in_words():

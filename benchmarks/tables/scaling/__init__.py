@@ -2,6 +2,6 @@
 
 - `sizes`, `load`, `collectives`, `layouts`: the model, from parameters and samples to bytes by layout.
 - `growth`: the model as ranks, experts or batches grow.
-- `runs`, `ranks`, `counting`, `compared`: real steps on loopback, counted, beside the model.
+- `runs`, `counting`, `compared`: real steps on loopback, counted, beside the model.
 - `command`, `report`: the command and its output.
 """

@@ -76,22 +76,13 @@ def all_to_all(what: str, given: float, taken: float, kept: float) -> Traffic:
 
 def total(traffic: Iterable[Traffic], what: str = "all", kind: str = "all") -> Traffic:
     """The sum."""
-    moved = list(traffic)
     return Traffic(
-        what,
-        kind,
-        sum(each.given for each in moved),
-        sum(each.taken for each in moved),
-        sum(each.sent for each in moved),
-        sum(each.received for each in moved),
+        what, kind, *(sum(moved) for moved in zip(NOTHING[2:], *(each[2:] for each in traffic), strict=True))
     )
 
 
 def by_kind(traffic: Iterable[Traffic]) -> dict[str, Traffic]:
     """The sums of those kinds that there are."""
     given = list(traffic)
-    return {
-        kind: total((each for each in given if each.kind == kind), kind, kind)
-        for kind in KINDS
-        if any(each.kind == kind for each in given)
-    }
+    found = {kind: [each for each in given if each.kind == kind] for kind in KINDS}
+    return {kind: total(moved, kind, kind) for kind, moved in found.items() if moved}

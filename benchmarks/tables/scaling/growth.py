@@ -5,7 +5,7 @@ Axes: N ranks, E experts of the last level, B samples of a rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.tables.scaling import layouts
 from benchmarks.tables.scaling.collectives import Traffic, total
 from benchmarks.tables.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
-from benchmarks.tables.scaling.load import Load, Spread, expected_load, spread
-from benchmarks.tables.scaling.sizes import ModelSizes, sizes_of_workload
+from benchmarks.tables.scaling.load import Spread, expected_load, spread
+from benchmarks.tables.scaling.sizes import sizes_of_workload
 from benchmarks.workloads.hierarchies import UNIFORM, ZIPF
 from benchmarks.workloads.workload import Workload
 
@@ -33,13 +33,10 @@ _BATCHES = tuple(2**power for power in range(4, 19))
 
 @dataclass(frozen=True)
 class Point:
-    """One layout of one workload.
+    """One layout of one workload, whose B is a rank's.
 
     Attributes:
         axis: What grows: ``"N"``, ``"E"`` or ``"B"``.
-        layout: The layout.
-        workload: Its B is a rank's.
-        num_ranks: Ranks N.
         sent: Bytes that the busiest rank sends in a step by the model.
         mean_sent: Bytes that a rank sends in the mean.
     """
@@ -69,51 +66,36 @@ def grown() -> Iterator[tuple[str, Workload, int]]:
 def points_of(axis: str, workload: Workload, num_ranks: int) -> list[Point]:
     """All layouts that there are for so many ranks."""
     sizes, load = sizes_of_workload(workload), expected_load(workload, num_ranks)
-    found = {}
-    for layout, model in _MODELS.items():
-        if layout in (LEVELS_IN_NODES, EXPERTS_IN_NODES) and num_ranks <= NODE:
-            continue
-        found[layout] = model(_Asked(workload, sizes, load, num_ranks))
-    return [Point(axis, layout, workload, num_ranks, *sent) for layout, sent in found.items()]
+    rows = layouts.rows_of(workload)
 
-
-@dataclass(frozen=True)
-class _Asked:
-    workload: Workload
-    sizes: ModelSizes
-    load: Load
-    num_ranks: int
-
-    def experts(self, num_parts: int, *, by_load: bool = False) -> tuple[float, float]:
-        """Bytes sent if experts are spread over so many ranks: by the busiest rank, and in the mean."""
-        where = _spread(self.workload, num_parts, by_load)
-        num_copies = self.num_ranks // num_parts
-        rows = layouts.rows_of(self.workload)
+    def experts(num_parts: int, *, by_load: bool = False) -> tuple[float, float]:
+        where = _spread(replace(workload, batch_size=1), num_parts, by_load)
 
         def sent(rank: int) -> float:
-            moved = layouts.expert_parallel(self.sizes, self.load, rows, where, num_parts, num_copies, rank)
-            return total(moved).sent
+            copies = num_ranks // num_parts
+            return total(layouts.expert_parallel(sizes, load, rows, where, num_parts, copies, rank)).sent
 
         return sent(where.busiest), float(np.mean([sent(rank) for rank in range(num_parts)]))
+
+    found = {
+        DDP: _alike(layouts.data_parallel(sizes, num_ranks)),
+        REDUCED: _alike(layouts.reduced(sizes, load, num_ranks)),
+        LEVELS: _alike(layouts.fully_sharded(sizes, num_ranks)),
+    }
+    if num_ranks > NODE:
+        found[LEVELS_IN_NODES] = _alike(layouts.fully_sharded(sizes, NODE, num_ranks // NODE))
+    found |= {EXPERTS: experts(num_ranks), EXPERTS_BY_LOAD: experts(num_ranks, by_load=True)}
+    if num_ranks > NODE:
+        found[EXPERTS_IN_NODES] = experts(NODE)
+    return [Point(axis, layout, workload, num_ranks, *sent) for layout, sent in found.items()]
 
 
 @cache
 def _spread(workload: Workload, num_parts: int, by_load: bool) -> Spread:
-    # The places of experts do not depend on the number of samples, so the cache may ignore it.
+    # The places of experts do not depend on the number of samples.
     return spread(sizes_of_workload(workload), expected_load(workload, 1), num_parts, by_load=by_load)
 
 
 def _alike(traffic: list[Traffic]) -> tuple[float, float]:
     """The busiest rank and the mean of a layout in which all ranks send as much."""
     return (total(traffic).sent,) * 2
-
-
-_MODELS: Mapping[str, Callable[[_Asked], tuple[float, float]]] = {
-    DDP: lambda asked: _alike(layouts.data_parallel(asked.sizes, asked.num_ranks)),
-    REDUCED: lambda asked: _alike(layouts.reduced(asked.sizes, asked.load, asked.num_ranks)),
-    LEVELS: lambda asked: _alike(layouts.fully_sharded(asked.sizes, asked.num_ranks)),
-    LEVELS_IN_NODES: lambda asked: _alike(layouts.fully_sharded(asked.sizes, NODE, asked.num_ranks // NODE)),
-    EXPERTS: lambda asked: asked.experts(asked.num_ranks),
-    EXPERTS_BY_LOAD: lambda asked: asked.experts(asked.num_ranks, by_load=True),
-    EXPERTS_IN_NODES: lambda asked: asked.experts(NODE),
-}

@@ -1,4 +1,4 @@
-"""The model's figures as a run grows, as a drawing and a table."""
+"""The model's figures as a run grows, as a drawing and a table; and the table of what was counted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
-from benchmarks.report.canvas import SERIES_COLOURS, Drawing, new_panels
+from benchmarks.harness.canvas import SERIES_COLOURS, Drawing, new_panels
+from benchmarks.tables.scaling.collectives import total
+from benchmarks.tables.scaling.compared import Compared
 from benchmarks.tables.scaling.growth import (
     BASE,
     BASE_RANKS,
@@ -19,6 +21,7 @@ from benchmarks.tables.scaling.growth import (
 )
 from benchmarks.tables.scaling.layouts import DDP, EXPERTS, LEVELS, REDUCED
 from benchmarks.workloads.hierarchies import UNIFORM
+from benchmarks.workloads.workload import Workload
 
 _DRAWN = {
     DDP: (SERIES_COLOURS[0], "-"),
@@ -80,18 +83,37 @@ def growth_table(points: Sequence[Point]) -> Table:
     table = Table(title="bytes that the busiest rank sends in a step, by the model")
     for name in ("N", "E", "B", "routes", *_DRAWN):
         table.add_column(name, justify="right")
-    settings = dict.fromkeys((each.num_ranks, each.workload) for each in points)
-    ends = [
-        (num_ranks, workload)
-        for num_ranks, workload in settings
-        if any(_is_end(each, points) for each in points if (each.num_ranks, each.workload) == (num_ranks, workload))
-    ]
+    lines: dict[tuple[str, str], set[int]] = {}
+    sent: dict[tuple[int, Workload], dict[str, float]] = {}
+    for each in points:
+        lines.setdefault((each.axis, each.workload.routes), set()).add(each.value)
+        sent.setdefault((each.num_ranks, each.workload), {})[each.layout] = each.sent
+    ends = {
+        (each.num_ranks, each.workload): None
+        for each in points
+        for line in [lines[each.axis, each.workload.routes]]
+        if each.value in (min(line), max(line))
+    }
     for num_ranks, workload in ends:
-        sent = {each.layout: each.sent for each in points if (each.num_ranks, each.workload) == (num_ranks, workload)}
+        found = sent[num_ranks, workload]
+        sizes = (f"{each:,}" for each in (num_ranks, workload.num_experts, workload.batch_size))
+        table.add_row(*sizes, workload.routes, *(in_units(found[each]) if each in found else "" for each in _DRAWN))
+    return table
+
+
+def compared_table(compared: Sequence[Compared]) -> Table:
+    """The bytes that the first rank sent, by the model, by its collectives, and by TCP."""
+    table = Table(title="bytes that the first rank sends in a step; how far any collective of any rank is from it")
+    for name in ("ranks", "layout", "workload", "expected", "counted", "by TCP", "furthest"):
+        table.add_column(name, justify="left" if name in ("layout", "workload") else "right")
+    for each in compared:
+        sent = (total(moved.values()).sent for moved in (each.expected(0), each.counted[0].traffic))
         table.add_row(
-            *(f"{each:,}" for each in (num_ranks, workload.num_experts, workload.batch_size)),
-            workload.routes,
-            *(in_units(sent[layout]) if layout in sent else "" for layout in _DRAWN),
+            str(len(each.counted)),
+            each.case.layout_words,
+            str(each.case.workload),
+            *(f"{nbytes:,.0f}" for nbytes in (*sent, each.counted[0].sockets.sent)),
+            f"{100 * each.furthest:.2f} %",
         )
     return table
 
@@ -107,8 +129,3 @@ def _draw_panel(axes: Axes, points: Sequence[Point]) -> None:
     axes.tick_params(axis="x", labelsize=8, rotation=30)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_units(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _is_end(point: Point, points: Sequence[Point]) -> bool:
-    line = [each.value for each in points if (each.axis, each.workload.routes) == (point.axis, point.workload.routes)]
-    return point.value in (min(line), max(line))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,7 @@ from benchmarks.workloads.workload import Workload
 
 
 class Parameter(NamedTuple):
-    """One trained tensor.
-
-    Attributes:
-        shape: Its shape.
-        itemsize: Bytes of a number.
-    """
+    """One trained tensor: its shape, and the bytes of a number."""
 
     shape: tuple[int, ...]
     itemsize: int
@@ -44,12 +39,7 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class LevelSizes:
-    """A level.
-
-    Attributes:
-        name: Its name.
-        experts: ``[E]``, the parameters of each expert, in the config's order.
-    """
+    """A level: ``[E]``, the parameters of each expert, in the config's order."""
 
     name: str
     experts: tuple[tuple[Parameter, ...], ...]
@@ -71,12 +61,7 @@ class LevelSizes:
 
 
 class ModelSizes(NamedTuple):
-    """A model.
-
-    Attributes:
-        levels: Its levels.
-        others: The parameters of no expert: the fusion's.
-    """
+    """A model: its levels, and the parameters of no expert, which are the fusion's."""
 
     levels: tuple[LevelSizes, ...]
     others: tuple[Parameter, ...]
@@ -92,26 +77,20 @@ def bytes_of(parameters: Iterable[Parameter]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
 
-def sizes_of(model: celmoe.HierarchicalCELMoE) -> ModelSizes:
-    """The sizes of a model, on any device; on ``meta`` it takes no memory."""
-    levels = tuple(
-        LevelSizes(level.name, tuple(_trained(model.level_modules[level.name][name]) for name in level.experts))  # type: ignore[index]  # nested mappings
-        for level in model.levels
-    )
-    return ModelSizes(levels, _trained(model.fusion))
-
-
 def sizes_of_workload(workload: Workload) -> ModelSizes:
-    """The sizes of a workload's model, found without making it."""
+    """The sizes of a workload's model, found on ``meta`` without memory."""
     return _sizes(replace(workload, batch_size=1, routes=UNIFORM))
 
 
 @cache
 def _sizes(workload: Workload) -> ModelSizes:
     with torch.device("meta"):
-        model = workload.build(celmoe)
-    assert isinstance(model, celmoe.HierarchicalCELMoE)
-    return sizes_of(model)
+        model: Any = workload.build(celmoe)
+    levels = [
+        LevelSizes(level.name, tuple(_trained(model.level_modules[level.name][name]) for name in level.experts))
+        for level in model.levels
+    ]
+    return ModelSizes(tuple(levels), _trained(model.fusion))
 
 
 def _trained(module: nn.Module) -> tuple[Parameter, ...]:

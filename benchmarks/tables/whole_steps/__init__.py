@@ -3,6 +3,5 @@
 - `command`: the command.
 - `row`: one workload's contenders, compared and timed.
 - `bounded`: a row in a process of its own, which a clock ends.
-- `report`: the table, the CSV file and the figure.
-- `notes`: the table in a file of notes.
+- `report`: the table, in a file of notes too, the CSV file and the figure.
 """

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 
-from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
-from benchmarks.harness.devices import open_device
-from benchmarks.harness.setting import make_console, prepare_folder, read_setting
+from benchmarks.harness.one_table import BAD, DEVICE, THREADS, Option, amount, ask, choice, refusing
 from benchmarks.tables.whole_steps.bounded import last_told
-from benchmarks.tables.whole_steps.notes import Block
-from benchmarks.tables.whole_steps.report import draw_growth, mean_line, steps_table, write_steps
+from benchmarks.tables.whole_steps.report import Block, draw_growth, mean_line, steps_table, write_steps
 from benchmarks.tables.whole_steps.row import MAKERS, Row, run_row
 from benchmarks.workloads.points import NAMED
 from benchmarks.workloads.workload import Workload
@@ -26,53 +21,34 @@ GOALS = ((2.2, 3.0), (3.3, 4.0), (5.5, 7.0), (7.2, 8.0), (2.9, 3.5), (1.4, 1.8),
 COUNTS = (4, 16, 64, 256, 1024)
 KINDS = (("linear", 64), ("mlp", 128))
 GROWTH = tuple(Workload(expert, width, 4096, count) for expert, width in KINDS for count in COUNTS)
-ALL = "all"
-SETS = {"named": NAMED, "growth": GROWTH, ALL: tuple(dict.fromkeys((*NAMED, *GROWTH)))}
-BAD, REFUSED = 1, 2
+SETS = {"named": NAMED, "growth": GROWTH, "all": tuple(dict.fromkeys((*NAMED, *GROWTH)))}
+SET = choice("set", "all", "the workloads", list(SETS))
+MINUTES = amount("minutes", "10", "bound on the whole run")
+NOTES = Option(
+    "notes", "", "a file of notes whose table of whole steps is replaced by this run's", lambda _, text: text
+)
 # The first row's time, as a multiple of the others'.
 FIRST_SHARES = 3
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure.
-
-    Returns:
-        0; 1 if a contender is not equal or none was timed; 2 if an argument was refused.
-    """
-    parser = make_parser("benchmarks whole-steps", __doc__)
-    add = parser.add_argument
-    add("--device", default="cpu", help="cpu, cuda or cuda:0 (default cpu)")
-    add("--set", default=ALL, help=f"the workloads: {', '.join(SETS)} (default {ALL})")
-    add("--minutes", default="10", help="bound on the whole run (default 10)")
-    add("--threads", default="1", help="threads of the CPU (default 1)")
-    add("--report", default="celmoe-report/whole-steps", help="folder to write to (default celmoe-report/whole-steps)")
-    add("--notes", help="a file of notes whose table of whole steps is replaced by this run's")
-    console, errors = make_console(), Console(stderr=True, highlight=False, soft_wrap=True)
+@refusing
+def main(arguments: Sequence[str]) -> int:
+    """Measure; returns the exit code: 1 if a contender is not equal, or none was timed."""
     begun = time.monotonic()
-    try:
-        given = read_arguments(parser, sys.argv[1:] if arguments is None else arguments)
-        workloads = SETS[one_of("--set", given.set, list(SETS))]
-        seconds = 60 * above_zero("--minutes", given.minutes)
-        threads = whole_number("--threads", given.threads, 1)
-        device = open_device(given.device)
-        report = Path(given.report)
-        prepare_folder(report)
-        notes = None if given.notes is None else Block(Path(given.notes), device.type)
-    except OptionError as error:
-        errors.print(str(error), markup=False)
-        return REFUSED
-    setting = read_setting(device, threads)
-    told = f"{setting}, commit {setting.commit}{' with changes' * setting.is_changed}"
-    console.print(told, markup=False)
+    asked = ask("whole-steps", __doc__, arguments, DEVICE, SET, MINUTES, THREADS, NOTES)
+    device, setting, console = asked[DEVICE], asked.setting, asked.console
+    notes = Block(Path(asked[NOTES]), device.partition(":")[0]) if asked[NOTES] else None
+    asked.start()
     rows: list[Row] = []
+    workloads = SETS[asked[SET]]
     for place, workload in enumerate(track(workloads, "timing", console=console)):
-        left = seconds - (time.monotonic() - begun)
-        rows.append(_row(workload, given.device, threads, left * _share(place, len(workloads))))
+        left = 60 * asked[MINUTES] - (time.monotonic() - begun)
+        rows.append(_row(workload, device, setting.threads, left * _share(place, len(workloads))))
         for name, why in rows[-1].absent.items():
             console.print(f"{workload}: without {name}: {why}", markup=False, soft_wrap=True)
-        write_steps(report / "whole_steps.csv", rows)
-    draw_growth(report / "whole_steps.png", rows, told)
-    (report / "setting.txt").write_text(f"{told}\n", encoding="utf-8")
+        write_steps(asked.report / "whole_steps.csv", rows)
+    draw_growth(asked.report / "whole_steps.png", rows, asked.told)
+    (asked.report / "setting.txt").write_text(f"{asked.told}\n", encoding="utf-8")
     goals = dict(zip(NAMED, GOALS, strict=True))
     console.print(steps_table(rows, goals))
     console.print(mean_line(rows), markup=False)
