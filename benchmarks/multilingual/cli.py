@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.harness.arguments import OptionError
 from benchmarks.multilingual.adding import add
-from benchmarks.multilingual.checkpoint import CheckpointError
-from benchmarks.multilingual.compare import compare
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import INTERRUPTED, run
+from benchmarks.multilingual.learning.checkpoint import CheckpointError
+from benchmarks.multilingual.learning.ranks import RANK_LOST, RankLostError, joined_ranks, launched_rank
 from benchmarks.multilingual.options import parse_options
-from benchmarks.multilingual.ranks import RANK_LOST, RankLostError, joined_ranks, launched_rank
+from benchmarks.multilingual.studies.compare import compare
 from celmoe.errors import CELMoEError
 
 REFUSED = 2

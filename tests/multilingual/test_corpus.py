@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.multilingual import corpus, data
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, LanguageSample
-from benchmarks.multilingual.data import EVIDENCE, read_evidence, read_samples
+from benchmarks.multilingual.words import corpus, data
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION, LanguageSample
+from benchmarks.multilingual.words.data import EVIDENCE, read_evidence, read_samples
 
 CAP = 3_000
 LANGUAGES = ["id", "ms"]

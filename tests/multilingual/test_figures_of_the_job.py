@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.multilingual import ablation, job, training
-from benchmarks.multilingual.ablation import VARIANTS, validation_accuracy
-from benchmarks.multilingual.batches import Batch, Collator
+from benchmarks.multilingual import job
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION
-from benchmarks.multilingual.data import Data, make_compiler, prepare_data
-from benchmarks.multilingual.evaluation import LanguageScore, rule_accuracy
-from benchmarks.multilingual.evidence import gather_evidence
 from benchmarks.multilingual.job import EXPERTS, TABLE, WIDE, make_contenders, verdict_on
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, parameter_count
+from benchmarks.multilingual.learning import training
+from benchmarks.multilingual.learning.batches import Batch, Collator
+from benchmarks.multilingual.learning.hierarchy import LEVELS, UNIVERSAL, NetworkSettings, compiler_for
+from benchmarks.multilingual.learning.network import Lemmatizer, parameter_count
 from benchmarks.multilingual.options import parse_options
-from benchmarks.multilingual.rules import decode
-from benchmarks.multilingual.suffix_table import table_rules
-from benchmarks.multilingual.words import NO_RULE, encode_forms
+from benchmarks.multilingual.results.evaluation import LanguageScore, rule_accuracy
+from benchmarks.multilingual.studies import ablation
+from benchmarks.multilingual.studies.ablation import VARIANTS, validation_accuracy
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION
+from benchmarks.multilingual.words.data import Data, prepare_data
+from benchmarks.multilingual.words.evidence import gather_evidence
+from benchmarks.multilingual.words.rules import decode
+from benchmarks.multilingual.words.suffix_table import table_rules
+from benchmarks.multilingual.words.vocabulary import NO_RULE, encode_forms
 from tests.interrupting import interrupt_at
 
 LANGUAGES = ["id", "ms"]
@@ -59,7 +62,7 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
     """
     network = Lemmatizer(data.vocabulary, SETTINGS_OF[system], levels=LEVELS_OF[system], engine="looped").eval()
     network.load_state_dict(saved(folder)["contenders"][system]["network"])
-    compiler = make_compiler(data)
+    compiler = compiler_for(data.vocabulary)
     found = {}
     for place, sample in enumerate(data.samples):
         evidence = gather_evidence(sample)
@@ -86,7 +89,7 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("system", [EXPERTS, UNIVERSAL])
+@pytest.mark.parametrize("system", [EXPERTS, pytest.param(UNIVERSAL, marks=pytest.mark.slow)])
 def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data) -> None:
     told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
@@ -125,7 +128,7 @@ def test_examples_are_test_words(report: Path, data: Data) -> None:
         assert (sample.split[place], sample.lemmas[place]) == (TEST, row["true_lemma"])
 
 
-@pytest.mark.parametrize("system", [EXPERTS, UNIVERSAL])
+@pytest.mark.parametrize("system", [EXPERTS, pytest.param(UNIVERSAL, marks=pytest.mark.slow)])
 def test_the_validation_is_of_validation_words(system: str, report: Path, data: Data) -> None:
     last = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system][-1]
     assert last["step"] == STEPS
@@ -156,7 +159,7 @@ def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
             counts=torch.zeros(size, 0, 0, dtype=torch.uint8),
             totals=torch.zeros(size, 0, dtype=torch.uint8),
             languages=names,
-            plan=make_compiler(data)({"language": names}),
+            plan=compiler_for(data.vocabulary)({"language": names}),
         )
 
     network: Any = Answers()
@@ -198,7 +201,7 @@ def test_multiplications_are_those_of_the_matrices_that_a_word_passes(levels: tu
     network.hierarchy.engine = "looped"
     sample = data.samples[0]
     table = data.tables[TEST]
-    batch = Collator(table, data.vocabulary.languages, make_compiler(data))(torch.tensor([0]))
+    batch = Collator(table, data.vocabulary)(torch.tensor([0]))
     network(batch)
     rules = sum(map(len, data.vocabulary.candidates)) // len(data.samples)
     assert sample.language == "id"
@@ -230,7 +233,7 @@ def one_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_second_a_step")
-@pytest.mark.parametrize("stopped_after", [None, 2, 4])
+@pytest.mark.parametrize("stopped_after", [4, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (None, 2))])
 def test_the_seconds_are_of_all_steps_and_of_the_network_s_own(
     stopped_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.multilingual import newcomer_report
-from benchmarks.multilingual.evaluation import Example, LanguageScore
-from benchmarks.multilingual.newcomer_report import NewcomerResult
-from benchmarks.multilingual.page import EXPLAINED, write_page
-from benchmarks.multilingual.training import CurvePoint
+from benchmarks.multilingual.learning.training import CurvePoint
+from benchmarks.multilingual.results import newcomer_report
+from benchmarks.multilingual.results.evaluation import Example, LanguageScore
+from benchmarks.multilingual.results.newcomer_report import NewcomerResult
+from benchmarks.multilingual.results.page import EXPLAINED, write_page
 
 SYSTEMS = list(EXPLAINED)
 TRAINED = SYSTEMS[:3]

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.multilingual import training
-from benchmarks.multilingual.batches import Batch
-from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
-from benchmarks.multilingual.schedule import (
+from benchmarks.multilingual.learning import training
+from benchmarks.multilingual.learning.batches import Batch
+from benchmarks.multilingual.learning.schedule import (
     LEARNING_RATE,
     MOST_EPOCHS,
     Deadline,
@@ -17,7 +16,15 @@ from benchmarks.multilingual.schedule import (
     plan_pairs,
     plan_steps,
 )
-from benchmarks.multilingual.training import REVISION_INTERVAL, Contender, Progress, StepResult, Watchers, train
+from benchmarks.multilingual.learning.training import (
+    REVISION_INTERVAL,
+    Contender,
+    Progress,
+    StepResult,
+    Watchers,
+    train,
+)
+from benchmarks.multilingual.words.corpus import FORMS_PER_LANGUAGE
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 500])
