@@ -35,6 +35,7 @@ from hypothesis import HealthCheck, settings
 import celmoe.routing.planner
 import celmoe.rows.dispatch
 from celmoe.torch_internals import tracer_missing
+from tests.slow import mark_slow
 
 pytest_plugins = ["tests.peer_report"]
 
@@ -55,8 +56,10 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of the grouped engine, by their names, if PyTorch can't capture experts."""
+    """Mark slow cases, and skip the tests of the grouped engine, by their names, if PyTorch can't capture experts."""
+    mark_slow(items)
     if (missing := tracer_missing()) is not None:
         for item in items:
             if "grouped" in item.nodeid:

@@ -6,5 +6,5 @@
 - `memory`: the peak of a step.
 - `devices`, `setting`, `peers`: the machine, its facts, and the packages to compare with.
 - `arguments`, `one_table`, `interrupts`: command lines, and Ctrl-C.
-- `tables`: CSV files and their shared columns.
+- `tables`, `canvas`, `wording`: CSV files and their shared columns, the parts of all drawings, numbers in words.
 """

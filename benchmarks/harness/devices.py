@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.arguments import OptionError
-from celmoe.devices import DEVICES, WORKS, report
+from celmoe.devices import DEVICES, FAILS, WORKS, report
 
 CPU, CUDA, DIRECTML = DEVICES
 HOW_TO_GET = {
@@ -24,13 +26,7 @@ HOW_TO_GET = {
 
 @dataclass(frozen=True)
 class Found:
-    """A device by name.
-
-    Attributes:
-        name: One of `DEVICES`.
-        device: The device of tensors; ``None`` if it is absent.
-        why_absent: The reason, and how to get it.
-    """
+    """A device by name: the device of tensors, or why it is absent and how to get it."""
 
     name: str
     device: torch.device | None
@@ -40,12 +36,41 @@ class Found:
 @functools.cache
 def find_device(name: str) -> Found:
     """The device, or why it is absent; looked for once a process."""
-    if name == CPU:
-        return Found(name, torch.device(name))
-    state = report(name)
-    if state.state != WORKS:
-        return Found(name, None, f"device {name} is absent: {state.detail} (to get it: {HOW_TO_GET[name]})")
-    return Found(name, torch.device(name) if name == CUDA else _open_directml())
+    _, absent = try_devices([name])
+    if absent:
+        return Found(name, None, f"device {name} is absent: {absent[name]}")
+    return Found(name, _open_directml() if name == DIRECTML else torch.device(name))
+
+
+def try_devices(asked: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Try devices, each in a process of its own; ``None`` is all. The CPU needs no trying.
+
+    Returns:
+        Those that work, in the order asked for; by name, why each of the others does not, and the cure.
+    """
+    wanted = DEVICES if asked is None else tuple(asked)
+    with ThreadPoolExecutor() as threads:
+        reports = list(threads.map(report, [device for device in wanted if device != CPU]))
+    absent = {
+        each.device: f"{'is there and fails: ' * (each.state == FAILS)}{each.detail} "
+        f"(to get it: {HOW_TO_GET[each.device]})"
+        for each in reports
+        if each.state != WORKS
+    }
+    return tuple(device for device in wanted if device not in absent), absent
+
+
+def find_devices(asked: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The result of `try_devices`.
+
+    Raises:
+        OptionError: None of those asked for works.
+    """
+    present, absent = try_devices(asked)
+    if not present:
+        found = "; ".join(f"{device!r}: {why}" for device, why in absent.items())
+        raise OptionError(f"'--device' must name a device that works here, as {CPU} does (got {found})")
+    return present, absent
 
 
 def _open_directml() -> torch.device:

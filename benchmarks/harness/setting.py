@@ -8,13 +8,11 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from rich.console import Console
 
 from benchmarks.harness.arguments import OptionError
-from benchmarks.harness.peers import PeerUnavailableError, load_peer
 
 # Columns outside a terminal: the default of 80 would cut lines.
 _COLUMNS = 150
@@ -88,20 +86,3 @@ def prepare_folder(folder: Path) -> None:
         raise OptionError(
             f"'--report' must be a folder that can be written to (got {str(folder)!r}: {reason})"
         ) from None
-
-
-def prepare(report: Path, console: Console) -> ModuleType | None:
-    """Set one thread, print the setting, and make the report's folder.
-
-    Returns:
-        The peer; ``None`` if it can't be loaded, after printing the reason.
-    """
-    torch.set_num_threads(1)
-    try:
-        peer = load_peer("1.1.4")
-    except PeerUnavailableError as error:
-        console.print(f"the peer is not there to compare with: {error}", markup=False)
-        return None
-    console.print(f"torch {torch.__version__}, {processor_name()}, one thread", markup=False)
-    report.mkdir(parents=True, exist_ok=True)
-    return peer

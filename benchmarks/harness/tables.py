@@ -6,25 +6,9 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
+from benchmarks.harness.interleaved import Timings
 from benchmarks.workloads.workload import Workload
-
-
-class RatioOfTimes(Protocol):
-    """A ratio of times, with its quartiles over the rounds."""
-
-    @property
-    def ratio(self) -> float:
-        """The median."""
-
-    @property
-    def low(self) -> float:
-        """The first quartile."""
-
-    @property
-    def high(self) -> float:
-        """The third quartile."""
 
 
 def workload_columns(workload: Workload) -> dict[str, object]:
@@ -37,13 +21,11 @@ def workload_columns(workload: Workload) -> dict[str, object]:
     }
 
 
-def ratio_columns(timing: RatioOfTimes) -> dict[str, str]:
-    """The columns that say how fast."""
-    return {
-        "ratio": f"{timing.ratio:.3f}",
-        "first_quartile": f"{timing.low:.3f}",
-        "third_quartile": f"{timing.high:.3f}",
-    }
+def ratio_columns(timings: Timings, slower: str, faster: str) -> dict[str, str]:
+    """The columns that say how fast: the median of the ratios within rounds, and their quartiles."""
+    low, high = timings.quartiles(slower, faster)
+    found = {"ratio": timings.ratio(slower, faster), "first_quartile": low, "third_quartile": high}
+    return {name: f"{value:.3f}" for name, value in found.items()}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

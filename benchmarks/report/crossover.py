@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.report.reading import Record, Suite
+from benchmarks.report.reading import Suite
+from benchmarks.suite.record import Record
 from benchmarks.suite.stages import INFERENCE, WHOLE_STEP
-
-# Nobody chooses a device by planning and moving alone.
-_STAGES = (WHOLE_STEP, INFERENCE)
 
 
 @dataclass(frozen=True)
 class Crossover:
-    """One device against the CPU, at one number of experts.
+    """One device against the CPU, at one number of experts: the CPU's median seconds by the device's, by batch size.
 
-    Attributes:
-        device: The other device.
-        record: One of its records: stage, kind of experts, H, E and routes are those of all.
-        ratios: The CPU's median seconds by the device's, by batch size, ascending.
+    The record is one of the device's: stage, kind of experts, H, E and routes are those of all.
     """
 
-    device: str
     record: Record
     ratios: dict[int, float]
 
@@ -47,30 +40,19 @@ class Crossover:
 def crossovers(suite: Suite) -> list[Crossover]:
     """For each other device, stage, kind of experts, H, E and routes, over the batch sizes that both were timed at.
 
-    Devices are timed one after another: these are ratios of medians, not medians of ratios.
+    Devices are timed one after another: these are ratios of medians, not medians of ratios. Nobody chooses a device by
+    planning and moving alone.
     """
-    on_cpu = {_point(record): record for record in suite.records if record.device == "cpu"}
-    lines: dict[tuple[object, ...], list[Record]] = {}
-    for record in suite.records:
-        beside = on_cpu.get(_point(record))
-        if record.device == "cpu" or record.stage not in _STAGES or beside is None:
-            continue
-        if record.contender in record.timings.seconds and record.contender in beside.timings.seconds:
-            lines.setdefault((record.device, *_line(record)), []).append(record)
-    return [_crossover(records, on_cpu) for records in lines.values()]
-
-
-def _crossover(records: Sequence[Record], on_cpu: dict[tuple[object, ...], Record]) -> Crossover:
-    by_size = {}
+    records = [each for stage in (WHOLE_STEP, INFERENCE) for each in suite.of(stage)]
+    on_cpu = {(each.stage, each.workload): each for each in records if each.device == "cpu"}
+    lines: dict[tuple[object, ...], Crossover] = {}
     for record in sorted(records, key=lambda each: each.workload.batch_size):
+        beside = on_cpu.get((record.stage, record.workload))
         name = record.contender
-        by_size[record.workload.batch_size] = on_cpu[_point(record)].timings.median(name) / record.timings.median(name)
-    return Crossover(records[0].device, records[0], by_size)
-
-
-def _point(record: Record) -> tuple[object, ...]:
-    return (record.stage, record.workload, record.positions, record.dtype)
-
-
-def _line(record: Record) -> tuple[object, ...]:
-    return (record.stage, replace(record.workload, batch_size=0), record.positions, record.dtype)
+        if record.device == "cpu" or beside is None:
+            continue
+        if name in record.timings.seconds and name in beside.timings.seconds:
+            line = record.device, record.stage, replace(record.workload, batch_size=0)
+            ratio = beside.timings.median(name) / record.timings.median(name)
+            lines.setdefault(line, Crossover(record, {})).ratios[record.workload.batch_size] = ratio
+    return list(lines.values())

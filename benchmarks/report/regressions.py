@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.contenders.contender import DENSE, LATER_PEER, LOOK_UPS, ORACLE, OURS, PEER, STACK
-from benchmarks.report.ratios import ratio_of
-from benchmarks.report.reading import Record, Suite
+from benchmarks.report.ratios import Ratio, ratio_of
+from benchmarks.report.reading import Suite
+from benchmarks.suite.record import Record
 from benchmarks.suite.stages import MEMORY
 
 # In the order of preference: code that does not change, and does about the same work.
@@ -25,28 +26,21 @@ RULE = (
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A ratio to the yardstick: more is better."""
-
-    low: float
-    median: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Change:
-    """One engine on one benchmark, then and now."""
+    """The ratio of a yardstick to one engine on one benchmark, then and now: more is better."""
 
-    record: Record
-    contender: str
-    yardstick: str
-    then: Spread
-    now: Spread
+    then: Ratio
+    now: Ratio
+
+    @property
+    def record(self) -> Record:
+        """The benchmark as it is now."""
+        return self.now.record
 
     @property
     def factor(self) -> float:
         """The growth of the ratio since the other run, as a factor."""
-        return self.now.median / self.then.median
+        return self.now.ratio / self.then.ratio
 
     @property
     def verdict(self) -> str:
@@ -60,14 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs.
-
-    Attributes:
-        old: The other run.
-        changes: The changes of benchmarks that both have, the greatest loss first.
-        only_old: Benchmarks that only the other run has.
-        only_new: Benchmarks that only this one has.
-    """
+    """Two runs: the changes of benchmarks that both have, the greatest loss first, and what only one has."""
 
     old: Suite
     changes: Sequence[Change]
@@ -85,7 +72,7 @@ def compare(old: Suite, new: Suite) -> Comparison:
     changes = [change for key in now.keys() & then.keys() for change in _changes(then[key], now[key])]
     return Comparison(
         old,
-        sorted(changes, key=lambda change: (change.factor, change.record.name, change.contender)),
+        sorted(changes, key=lambda each: (each.factor, each.record.stage, str(each.record.workload), each.now.faster)),
         [record for key, record in then.items() if key not in now],
         [record for key, record in now.items() if key not in then],
     )
@@ -97,17 +84,17 @@ def _changes(then: Record, now: Record) -> list[Change]:
     if yardstick is None:
         return []
     engines = [name for name in OURS if name in measured]
-    return [Change(now, name, yardstick, *(_spread(each, yardstick, name) for each in (then, now))) for name in engines]
+    return [Change(_ratio(then, yardstick, name), _ratio(now, yardstick, name)) for name in engines]
 
 
 def _measured(record: Record) -> Mapping[str, object]:
     return record.bytes if record.stage == MEMORY else record.timings.seconds
 
 
-def _spread(record: Record, yardstick: str, contender: str) -> Spread:
+def _ratio(record: Record, yardstick: str, contender: str) -> Ratio:
     if record.stage == MEMORY:
         share = record.bytes[yardstick] / record.bytes[contender]
-        return Spread(share, share, share)
+        return Ratio(record, yardstick, contender, share, share, share)
     found = ratio_of(record, yardstick, contender)
     assert found is not None  # both were measured
-    return Spread(found.low, found.ratio, found.high)
+    return found

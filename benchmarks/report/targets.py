@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.contenders.contender import AUTO, LOOK_UPS, PEER, STACK
+from benchmarks.harness.canvas import BLUE, VERMILION, Drawing, label_rows, new_panels, plain_numbers
 from benchmarks.harness.tables import geometric_mean
-from benchmarks.report.canvas import BLUE, VERMILION, Drawing, label_rows, new_panels, plain_numbers
+from benchmarks.harness.wording import times_words
 from benchmarks.report.ratios import ratio_of
 from benchmarks.report.reading import Suite
+from benchmarks.report.roster import STAGE_NAMES
 from benchmarks.report.tables import Cell, Table
-from benchmarks.report.wording import STAGE_NAMES, times_words
 from benchmarks.suite.operations import ACCELERATOR, FEW_EXPERTS, MANY_EXPERTS, OperationCount
+from benchmarks.suite.record import Record
 from benchmarks.suite.sets import GRID, GROUPED
 from benchmarks.suite.stages import INFERENCE, PLAN, ROUTING, WHOLE_STEP
 from benchmarks.workloads.hierarchies import EVEN
@@ -20,11 +23,11 @@ from benchmarks.workloads.hierarchies import EVEN
 _COLOURS = {"missed": VERMILION, "reached": BLUE, "aim": "#1b7837"}
 _STYLES = {"missed": "slower", "reached": "", "aim": "faster"}
 _MOST_GROWN = 3
-_ROW_HEIGHT = 0.5
+_BY = ("plan_by_look_ups", "celmoe_vp_by_plan", "celmoe_vp_by_pass")
+_PLAN_COLUMNS = ("plan_ms", "look_ups_ms", "celmoe_vp_ms", *_BY)
 
 
-@dataclass(frozen=True)
-class Goal:
+class Goal(NamedTuple):
     """The figure that must be reached, and the figure aimed at."""
 
     must: float
@@ -33,15 +36,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Mark:
-    """A figure beside its goal.
-
-    Attributes:
-        line: The workloads.
-        measure: The name of the measure.
-        measured: The figure.
-        goal: Its goal.
-        less_is_better: True for counts of operations, and for times as multiples of a bound.
-    """
+    """A figure beside its goal; less is better of counts of operations, and of times as multiples of a bound."""
 
     line: str
     measure: str
@@ -69,13 +64,7 @@ _BY_LOOK_UPS, _BY_PEER = Goal(2.5, 2.5), Goal(100, 100)
 
 
 def find_marks(which: str, suite: Suite, counts: Sequence[OperationCount] = ()) -> list[Mark]:
-    """The marks of a set; those without a measurement are left out.
-
-    Args:
-        which: One of `suite.sets.SETS`.
-        suite: What was measured.
-        counts: Counted operations.
-    """
+    """The marks of one of `suite.sets.SETS`; those without a measurement are left out."""
     if which == GRID:
         return _planning_marks(suite)
     return [*_mean_marks(suite), *_operation_marks(counts)] if which == GROUPED else []
@@ -83,17 +72,39 @@ def find_marks(which: str, suite: Suite, counts: Sequence[OperationCount] = ()) 
 
 def _planning_marks(suite: Suite) -> list[Mark]:
     marks = []
-    planned = [each for each in suite.of(PLAN) if each.workload.hierarchy == EVEN]
-    for record in planned:
+    for record in (each for each in suite.of(PLAN) if each.workload.hierarchy == EVEN):
         line = f"{record.workload.batch_size:,} samples over three levels of {record.workload.num_experts}"
-        if (found := ratio_of(record, AUTO, LOOK_UPS)) is not None:
-            marks.append(Mark(line, "planning by look-ups", found.ratio, _BY_LOOK_UPS, less_is_better=True))
-        passes = [each.timings for each in suite.of(ROUTING, record.device) if each.workload == record.workload]
-        for timings in passes:
-            if PEER in timings.seconds:
-                ratio = timings.median(PEER) / record.timings.median(AUTO)
-                marks.append(Mark(line, f"{PEER}'s routing pass by our planning", ratio, _BY_PEER))
+        found = _planned(record, suite)
+        if "plan_by_look_ups" in found:
+            measured = found["plan_by_look_ups"]
+            marks.append(Mark(line, "planning by look-ups", measured, _BY_LOOK_UPS, less_is_better=True))
+        if "celmoe_vp_by_plan" in found:
+            marks.append(Mark(line, f"{PEER}'s routing pass by our planning", found["celmoe_vp_by_plan"], _BY_PEER))
     return marks
+
+
+def _planned(record: Record, suite: Suite) -> dict[str, float]:
+    """A plan's milliseconds, beside look-ups and beside both libraries' passes if they were timed."""
+    found = {"plan_ms": 1e3 * record.timings.median(AUTO)}
+    if (ratio := ratio_of(record, AUTO, LOOK_UPS)) is not None:
+        found |= {"look_ups_ms": 1e3 * record.timings.median(LOOK_UPS), "plan_by_look_ups": ratio.ratio}
+    for each in suite.of(ROUTING, record.device):
+        if each.workload == record.workload and (ratio := ratio_of(each, PEER, AUTO)) is not None:
+            theirs = 1e3 * each.timings.median(PEER)
+            found |= {"celmoe_vp_ms": theirs, "celmoe_vp_by_plan": theirs / found["plan_ms"]}
+            found["celmoe_vp_by_pass"] = ratio.ratio
+    return found
+
+
+def plan_rows(suite: Suite) -> list[dict[str, object]]:
+    """Planning as the rows of a CSV file; experts are those of each level."""
+    rows: list[dict[str, object]] = []
+    for record in suite.of(PLAN):
+        found = _planned(record, suite)
+        experts = "/".join(str(len(names)) for names in record.workload.levels().values())
+        measured = {name: f"{found[name]:.4g}" if name in found else "" for name in _PLAN_COLUMNS}
+        rows.append({"experts": experts, "B": record.workload.batch_size, **measured})
+    return rows
 
 
 def _mean_marks(suite: Suite) -> list[Mark]:
@@ -129,21 +140,8 @@ def marks_table(marks: Sequence[Mark]) -> Table:
     return Table(["workloads", "measure", "measured", "must", "aim", "verdict"], rows, 2)
 
 
-def operations_table(counts: Sequence[OperationCount]) -> Table:
-    """Operations with few and with many experts, and which of them grow most."""
-    rows = [
-        [
-            *map(Cell, (each.expert, each.routes, each.arrangement)),
-            *map(Cell, (f"{each.few:,}", f"{each.many:,}", times_words(each.ratio), _grown(each))),
-        ]
-        for each in counts
-    ]
-    numbers = (f"E = {FEW_EXPERTS}", f"E = {MANY_EXPERTS}", "ratio", "what grows most")
-    return Table(["experts", "routes", "arranged for", *numbers], rows, 3)
-
-
 def operations_rows(counts: Sequence[OperationCount]) -> list[dict[str, object]]:
-    """The same for a CSV file."""
+    """Operations with few and with many experts, and which of them grow most, as the rows of a CSV file."""
     return [
         {
             "experts": each.expert,
@@ -158,13 +156,20 @@ def operations_rows(counts: Sequence[OperationCount]) -> list[dict[str, object]]
     ]
 
 
+def operations_table(counts: Sequence[OperationCount]) -> Table:
+    """The same for the page."""
+    rows = [[Cell(str(each)) for each in row.values()] for row in operations_rows(counts)]
+    numbers = (f"E = {FEW_EXPERTS}", f"E = {MANY_EXPERTS}", "ratio", "what grows most")
+    return Table(["experts", "routes", "arranged for", *numbers], rows, 3)
+
+
 def _grown(count: OperationCount) -> str:
     return ", ".join(f"{name} +{more}" for name, more in count.grown[:_MOST_GROWN])
 
 
 def draw_marks(marks: Sequence[Mark]) -> Drawing:
     """Every figure as a dot, with a bar from the value it must reach to the value aimed at."""
-    figure, ((axes,),) = new_panels(9, _ROW_HEIGHT * len(marks) + 1.2, 1, 1)
+    figure, ((axes,),) = new_panels(9, 0.5 * len(marks) + 1.2, 1, 1)
     for row, mark in enumerate(marks):
         axes.plot([mark.goal.must, mark.goal.aim], [row, row], color="#cccccc", linewidth=7, solid_capstyle="butt")
         axes.plot(mark.goal.must, row, color="#444444", marker="|", markersize=13)

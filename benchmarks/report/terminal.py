@@ -11,12 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.contenders.contender import AUTO, STACKED
+from benchmarks.harness.wording import DEVICE_NAMES, times_words, workload_words
+from benchmarks.report.ratios import headline
 from benchmarks.report.reading import Suite
 from benchmarks.report.regressions import SLOWER, Comparison
+from benchmarks.report.roster import STAGE_NAMES, in_order
 from benchmarks.report.running import BEGUN, DONE, FOUND, News, Outcome
-from benchmarks.report.tables import headline
 from benchmarks.report.targets import Mark
-from benchmarks.report.wording import DEVICE_NAMES, STAGE_NAMES, times_words, workload_words
 from benchmarks.suite.stages import MEMORY
 
 
@@ -65,8 +66,10 @@ def tell(
     table = Table(title="times as fast as each contender: geometric mean, least, greatest")
     for heading in ("stage", "device", "ours", "contender", "mean", "least", "greatest", "workloads"):
         table.add_column(heading, justify="right" if heading in ("mean", "least", "greatest", "workloads") else "left")
-    for (stage, device, contender), ours in itertools.product(_groups(suite), (AUTO, STACKED)):
-        if ours != contender and (found := headline(suite.of(stage, device), contender, ours)) is not None:
+    timed = [each for each in suite.records if each.stage != MEMORY]
+    groups = dict.fromkeys((each.stage, each.device, name) for each in timed for name in in_order(each.timings.seconds))
+    for (stage, device, contender), ours in itertools.product(groups, (AUTO, STACKED)):
+        if contender not in (AUTO, ours) and (found := headline(suite.of(stage, device), contender, ours)) is not None:
             mean, least, greatest, count = found
             numbers = (times_words(mean), times_words(least.ratio), times_words(greatest.ratio), str(count))
             table.add_row(STAGE_NAMES[stage], DEVICE_NAMES[device], ours, contender, *numbers)
@@ -86,18 +89,8 @@ def tell(
     for change in comparison.of(SLOWER) if comparison is not None else ():
         console.print(
             f"slower: {STAGE_NAMES[change.record.stage]}, {workload_words(change.record.workload)}, "
-            f"{change.contender}: {times_words(change.then.median)} times as fast as {change.yardstick} then, "
-            f"{times_words(change.now.median)} now ({change.factor - 1:+.0%})",
+            f"{change.now.faster}: {times_words(change.then.ratio)} times as fast as {change.now.slower} then, "
+            f"{times_words(change.now.ratio)} now ({change.factor - 1:+.0%})",
             markup=False,
             soft_wrap=True,
         )
-
-
-def _groups(suite: Suite) -> list[tuple[str, str, str]]:
-    found = {
-        (record.stage, record.device, contender): None
-        for record in suite.records
-        for contender in record.contenders
-        if contender != AUTO and record.stage != MEMORY
-    }
-    return list(found)

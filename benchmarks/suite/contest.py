@@ -14,7 +14,7 @@ from benchmarks.harness.devices import CPU
 from benchmarks.harness.interleaved import Timings
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.suite.parts import time_parts
-from benchmarks.suite.record import Record, make_record, memory_line, timing_line
+from benchmarks.suite.record import Record, memory_line, timing_line
 from benchmarks.suite.rounds import MOST_TIMES, Gathered, gather, hold
 from benchmarks.suite.sets import DEFAULT, FULL, takes_part
 from benchmarks.suite.stages import MEMORY, WHOLE_STEP, tasks_of
@@ -64,17 +64,11 @@ class Contest:
         if self.benchmark.stats is None:
             # Benchmarks are disabled: every contender ran once, untimed.
             timings = Timings({AUTO: []})
-        record = make_record(
-            stage,
-            self.workload,
-            self.device_name,
-            timings,
-            gathered.absent,
-            peak_bytes=peaks,
-            parts_ms=self._parts_ms(timings) if stage == WHOLE_STEP else {},
-        )
-        self.benchmark.extra_info.update(record)
-        self._tell(record, timings)
+        parts_ms = self._parts_ms(timings) if stage == WHOLE_STEP else {}
+        setting = self.device_name, torch.get_num_threads(), "float32", AUTO
+        record = Record(stage, self.workload, *setting, timings, peaks, gathered.absent, parts_ms)
+        self.benchmark.extra_info.update(record.to_json())
+        self._tell(record)
         return record
 
     def _peaks(self, gathered: Gathered) -> dict[str, int]:
@@ -90,10 +84,10 @@ class Contest:
             return {}
         return time_parts(self.workload, "auto", PARTS_SECONDS).ms
 
-    def _tell(self, record: Record, timings: Timings) -> None:
-        what = f"{record['stage']} {record['workload']} on {record['device']}"
-        self.say(f"{what}: {timing_line(timings) if timings.rounds else 'equal, and not timed'}")
-        if record["bytes"]:
-            self.say(f"{what}: {memory_line(record['bytes'], LOOPED, GROUPED)}")
-        for name, why in record["absent"].items():
+    def _tell(self, record: Record) -> None:
+        what = f"{record.stage} {record.workload} on {record.device}"
+        self.say(f"{what}: {timing_line(record.timings) if record.timings.rounds else 'equal, and not timed'}")
+        if record.bytes:
+            self.say(f"{what}: {memory_line(record.bytes, LOOPED, GROUPED)}")
+        for name, why in record.absent.items():
             self.say(f"{what}: without {name}: {why}")

@@ -1,85 +1,88 @@
-"""The record that a benchmark adds to pytest-benchmark's JSON, and the line that sums it up."""
+"""The record of a benchmark, as pytest-benchmark's JSON holds it, and the lines that sum it up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypedDict
-
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.contenders.contender import AUTO
 from benchmarks.harness.interleaved import Timings
+from benchmarks.workloads.hierarchies import HIERARCHIES
 from benchmarks.workloads.workload import Workload
 
+# Fewer rounds have no quartiles.
+FEWEST_ROUNDS = 2
+_SIZES = {"expert": str, "hidden_size": int, "batch_size": int, "num_experts": int, "routes": str}
+_FACTS = {"stage": str, "device": str, "threads": int, "dtype": str, "contender": str}
 
-class Record(TypedDict):
-    """One benchmark.
+
+@dataclass(frozen=True)
+class Record:
+    """One benchmark: all contenders on one workload, one stage and one device.
 
     Attributes:
         stage: One of `stages.STAGES`.
-        workload: As it prints.
-        expert: Its kind of expert.
-        hidden_size: Width H.
-        batch_size: Samples B.
-        num_experts: Experts E of the last level.
-        routes: ``"uniform"`` or ``"zipf"``.
-        positions: Positions S; ``None`` without.
+        workload: The workload that was run.
         device: One of `devices.DEVICES`.
-        threads: Of PyTorch.
-        dtype: Of hidden states and weights.
-        contender: The contender that pytest-benchmark timed.
-        seconds: By contender, of each round: round k of all of them belongs together.
+        threads: Of the CPU.
+        dtype: Of hidden states and parameters.
+        contender: The one that pytest-benchmark timed.
+        timings: Round k of all contenders belongs together; empty if only memory was measured.
         bytes: By contender, the most bytes that lived at once in a step, weights included; of the memory stage only.
         absent: By contender, why it takes no part, and how to get it.
         parts_ms: The milliseconds of our step by part, if measured.
     """
 
     stage: str
-    workload: str
-    expert: str
-    hidden_size: int
-    batch_size: int
-    num_experts: int
-    routes: str
-    positions: int | None
+    workload: Workload
     device: str
     threads: int
     dtype: str
     contender: str
-    seconds: Mapping[str, Sequence[float]]
-    bytes: Mapping[str, int]
-    absent: Mapping[str, str]
-    parts_ms: Mapping[str, float]
+    timings: Timings
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
+    parts_ms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The facts that two runs must share to be compared; not the machine, since ratios allow for its speed."""
+        return (self.stage, self.workload, self.device, self.threads, self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `extra_info` of pytest-benchmark's JSON."""
+        return {
+            **{name: getattr(self, name) for name in _FACTS},
+            "workload": str(self.workload),
+            **{name: getattr(self.workload, name) for name in _SIZES},
+            "positions": self.workload.positions,
+            "seconds": {name: list(seconds) for name, seconds in self.timings.seconds.items()},
+            **{name: dict(getattr(self, name)) for name in ("bytes", "absent", "parts_ms")},
+        }
 
 
-def make_record(
-    stage: str,
-    workload: Workload,
-    device: str,
-    timings: Timings,
-    absent: Mapping[str, str],
-    *,
-    peak_bytes: Mapping[str, int],
-    parts_ms: Mapping[str, float],
-) -> Record:
-    """The record of a benchmark that has just been held in this process."""
+def from_json(info: Mapping[str, Any]) -> Record:
+    """The record of an `extra_info`.
+
+    Raises:
+        ValueError: It is none, and why.
+    """
+    for key, kind in {**_FACTS, **_SIZES, "workload": str, "seconds": dict}.items():
+        if not isinstance(info.get(key), kind):
+            raise ValueError(  # noqa: TRY004  # a file that is not ours
+                f"has no usable {key!r} (got {info.get(key)!r})"
+            )
+    lengths = {contender: len(each) for contender, each in info["seconds"].items()}
+    if len(set(lengths.values())) > 1 or any(length < FEWEST_ROUNDS for length in lengths.values()):
+        raise ValueError(f"has other than two or more rounds of every contender (got {lengths})")
+    sizes = {name: info[name] for name in _SIZES}
+    # Its hierarchy is told by its name alone.
+    named = (Workload(**sizes, hierarchy=each) for each in HIERARCHIES)
+    workload = next((each for each in named if str(each) == info["workload"]), Workload(**sizes))
+    measured = {name: info.get(name, {}) for name in ("bytes", "absent", "parts_ms")}
     return Record(
-        stage=stage,
-        workload=str(workload),
-        expert=workload.expert,
-        hidden_size=workload.hidden_size,
-        batch_size=workload.batch_size,
-        num_experts=workload.num_experts,
-        routes=workload.routes,
-        positions=workload.positions,
-        device=device,
-        threads=torch.get_num_threads(),
-        dtype="float32",
-        contender=AUTO,
-        seconds={name: list(seconds) for name, seconds in timings.seconds.items()},
-        bytes=dict(peak_bytes),
-        absent=dict(absent),
-        parts_ms=dict(parts_ms),
+        workload=workload, timings=Timings(info["seconds"]), **{name: info[name] for name in _FACTS}, **measured
     )
 
 

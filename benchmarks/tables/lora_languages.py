@@ -20,7 +20,7 @@ import celmoe
 from benchmarks.harness.interleaved import Timings, interleave
 from benchmarks.harness.one_table import REFUSED, ask
 from benchmarks.harness.tables import write_rows
-from benchmarks.report.wording import ms_words
+from benchmarks.harness.wording import ms_words
 
 MIXED, STACKED, SWITCHED = "one batch", "one batch, stacked", "PEFT, language by language"
 RANK, ALPHA, TOKENS = 8, 16, 100

@@ -16,7 +16,7 @@ from benchmarks.harness.interleaved import Timings, interleave
 from benchmarks.harness.one_table import REFUSED, ask
 from benchmarks.harness.steps import ROUTINGS, TrainingStep, turns
 from benchmarks.harness.tables import workload_columns, write_rows
-from benchmarks.report.wording import ms_words, workload_words
+from benchmarks.harness.wording import ms_words, workload_words
 from benchmarks.workloads.workload import Workload
 
 ORDINARY, MIXED = "ordinary", "mixed"

@@ -17,7 +17,7 @@ from torch import nn
 import celmoe
 from benchmarks.harness.one_table import REFUSED, ask
 from benchmarks.harness.tables import write_rows
-from benchmarks.report.wording import ms_words
+from benchmarks.harness.wording import ms_words
 
 WITHOUT, ORDINARY, STACKED = "none", "ordinary", "stacked"
 EAGER, COMPILED = "eager", "compiled"

@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 
+from benchmarks.harness.interleaved import Timings
+from benchmarks.suite.record import Record
 from benchmarks.workloads.workload import Workload
 
 # Seconds by contender for 1,000 samples over 10 experts.
@@ -30,23 +32,8 @@ MACHINE = {
 
 def entry(workload, seconds, stage="whole_step", device="cpu", contender="celmoe auto", **more):
     """One benchmark, as pytest-benchmark writes it."""
-    info = {
-        "stage": stage,
-        "workload": str(workload),
-        "expert": workload.expert,
-        "hidden_size": workload.hidden_size,
-        "batch_size": workload.batch_size,
-        "num_experts": workload.num_experts,
-        "routes": workload.routes,
-        "positions": workload.positions,
-        "device": device,
-        "threads": 1,
-        "dtype": "float32",
-        "contender": contender,
-        "seconds": seconds,
-        "absent": {},
-    }
-    return {"name": f"test_{stage}[{workload}-{device}]", "extra_info": {**info, **more}}
+    record = Record(stage, workload, device, 1, "float32", contender, Timings(seconds), **more)
+    return {"name": f"test_{stage}[{workload}-{device}]", "extra_info": record.to_json()}
 
 
 def paces(factor=1.0, noise=0.05, rounds=9, seed=0, names=tuple(PACE)):

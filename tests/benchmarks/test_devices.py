@@ -35,5 +35,6 @@ def test_an_absent_device_says_how_to_get_it(name, state, monkeypatch):
     for _ in range(2):
         found = find_device(name)
         assert found.device is None
-        assert found.why_absent.startswith(f"device {name} is absent: nobody home (to get it: ")
+        failing = "is there and fails: " * (state == FAILS)
+        assert found.why_absent.startswith(f"device {name} is absent: {failing}nobody home (to get it: ")
     assert asked == [name]

@@ -2,11 +2,12 @@
 
 import pytest
 
-from benchmarks.contenders.contender import AUTO, DENSE
+from benchmarks.contenders.contender import AUTO, DENSE, PEER
 from benchmarks.report.crossover import crossovers
 from benchmarks.report.ratios import ratio_of, ratios
-from benchmarks.report.reading import PEER, ReadError, read_suite
+from benchmarks.report.reading import ReadError, read_suite
 from benchmarks.report.regressions import FASTER, SAME, SLOWER, compare
+from benchmarks.report.roster import in_order
 from benchmarks.suite.stages import MEMORY, WHOLE_STEP
 from benchmarks.workloads.workload import Workload
 from tests.benchmarks.made_up import entry, paces, whole_run, write
@@ -26,9 +27,9 @@ def test_what_a_file_holds(tmp_path):
     assert [each.device for each in suite.of(WHOLE_STEP, "cuda")] == ["cuda"] * 4
     assert {each.stage for each in suite.of(WHOLE_STEP)} == {WHOLE_STEP}
     first = suite.of(WHOLE_STEP)[0]
-    assert (first.workload, first.positions, first.threads) == (SMALL, None, 1)
-    assert first.contenders[0] == PEER
-    assert first.contenders[-1] == AUTO
+    assert (first.workload, first.workload.positions, first.threads) == (SMALL, None, 1)
+    assert in_order(first.timings.seconds)[0] == PEER
+    assert in_order(first.timings.seconds)[-1] == AUTO
     assert suite.of(MEMORY)[0].timings.seconds == {}
 
 
@@ -37,7 +38,7 @@ def test_ratios_are_formed_within_rounds(tmp_path):
     seconds = {AUTO: [1.0, 3.0, 1.0, 1.0], PEER: [2.0, 6.0, 2.0, 2.2]}
     (record,) = suite_of(tmp_path, entry(SMALL, seconds)).records
     found = ratio_of(record, PEER, AUTO)
-    assert (found.ratio, found.low, found.rounds) == (2.0, 2.0, 4)
+    assert (found.ratio, found.low, found.record.timings.rounds) == (2.0, 2.0, 4)
     assert found.high > 2.0
     assert found.verdict == "faster"
     assert ratio_of(record, DENSE, AUTO) is None
@@ -88,10 +89,10 @@ def test_what_is_beyond_noise(tmp_path, factor, noise, verdict):
     then = suite_of(tmp_path, entry(SMALL, paces(noise=noise, seed=1)))
     # On a machine that is four times as fast.
     now = suite_of(tmp_path, entry(SMALL, changed(paces(0.25, noise=noise, seed=2), factor)))
-    by_engine = {change.contender: change for change in compare(then, now).changes}
+    by_engine = {change.now.faster: change for change in compare(then, now).changes}
     assert by_engine[AUTO].verdict == verdict
     assert by_engine["celmoe looped"].verdict == SAME
-    assert by_engine[AUTO].yardstick == PEER
+    assert by_engine[AUTO].now.slower == PEER
 
 
 def test_memory_that_grew_is_a_regression(tmp_path):
@@ -125,7 +126,7 @@ def test_from_which_batch_on_a_device_wins(tmp_path, on_device, from_size, words
     ]
     (found,) = crossovers(suite_of(tmp_path, *entries))
     assert (found.batch_size, str(found)) == (from_size, words)
-    assert found.device == "cuda"
+    assert found.record.device == "cuda"
 
 
 def test_one_device_has_no_crossover(tmp_path):

@@ -7,23 +7,17 @@ import statistics
 
 import pytest
 
-from benchmarks.contenders.contender import AUTO, STACKED
-from benchmarks.report.canvas import _apart
-from benchmarks.report.devices import draw_devices
+from benchmarks.contenders.contender import AUTO, LOOK_UPS, PEER, STACKED
+from benchmarks.contenders.models import MODELS
+from benchmarks.harness.canvas import _apart
+from benchmarks.harness.wording import mebibytes_words, ms_words, times_words, workload_words
+from benchmarks.report.bars import draw_speedups
+from benchmarks.report.growth import draw_devices, draw_scaling
 from benchmarks.report.page import Findings, write_page
 from benchmarks.report.ratios import ratios
-from benchmarks.report.reading import CONTENDERS, PEER, read_suite
+from benchmarks.report.reading import read_suite
 from benchmarks.report.regressions import RULE, compare
-from benchmarks.report.scaling import draw_scaling
-from benchmarks.report.speedups import draw_speedups
-from benchmarks.report.wording import (
-    CONTENDER_MEANINGS,
-    WORKLOAD_MEANINGS,
-    mebibytes_words,
-    ms_words,
-    times_words,
-    workload_words,
-)
+from benchmarks.report.roster import CONTENDERS, WORKLOAD_MEANINGS
 from benchmarks.suite.stages import WHOLE_STEP
 from benchmarks.workloads.bodies import EXPERTS
 from benchmarks.workloads.hierarchies import HIERARCHIES, TREE, UNIFORM
@@ -86,7 +80,7 @@ def test_every_figure_has_its_numbers(report):
     figures = {path.stem for path in report.glob("*.png")}
     both = {f"{name}_{device}" for name in ("speedup_whole_step", "stages", "scaling") for device in ("cpu", "cuda")}
     assert figures == both | {"speedup_inference_cpu", "memory_cpu", "devices"}
-    assert {path.stem for path in report.glob("*.csv")} == figures | {"ratios"}
+    assert {path.stem for path in report.glob("*.csv")} == figures | {"ratios", "plans"}
     with (report / "speedup_whole_step_cpu.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 6
@@ -115,7 +109,7 @@ def test_growth_shows_the_middle_half_of_the_rounds(report):
             wanted = [1e3 * each for each in statistics.quantiles(seconds, n=4)]
             names = ("first_quartile_ms", "ms", "third_quartile_ms")
             assert [float(row[name]) for name in names] == pytest.approx(wanted, abs=1e-4)
-    (drawing,) = draw_scaling(suite.of(WHOLE_STEP, "cpu"))
+    drawing = draw_scaling(suite.of(WHOLE_STEP, "cpu"))
     for axes in drawing.figure.axes:
         bands = [each.get_paths()[0].vertices[:, 1] for each in axes.collections]
         lines = [line.get_ydata() for line in axes.lines]
@@ -138,13 +132,13 @@ def test_contenders_and_workloads_are_defined_before_any_figure_or_table(report)
     definitions = page.index("<dl>", page.index('<h2 id="contenders">'))
     assert definitions < min(page.index(each) for each in ("<table", "<img", 'class="tile"', "times as fast"))
     suite = read_suite(report / "benchmarks.json")
-    timed = {name for record in suite.records for name in record.contenders}
+    timed = {name for record in suite.records for name in record.timings.seconds}
     defined = set(re.findall("<dt>(.*?)</dt><dd>.", page[definitions : page.index('<h2 id="short">')]))
     assert defined == timed | {"celmoe-vp 3.0.0", "linear"}
 
 
 def test_every_contender_and_workload_has_a_meaning():
-    assert CONTENDER_MEANINGS.keys() == set(CONTENDERS)
+    assert CONTENDERS.keys() == {*MODELS, LOOK_UPS}
     # A tree and equal shares are what every other workload has, and told in a sentence.
     assert WORKLOAD_MEANINGS.keys() == {*EXPERTS, *HIERARCHIES, *ROUTES} - {TREE, UNIFORM}
 
@@ -184,7 +178,7 @@ def test_many_kinds_and_contenders_make_no_wider_figures(tmp_path):
     ]
     suite = read_suite(write(tmp_path / "benchmarks.json", entries))
     records = suite.of(WHOLE_STEP, "cpu")
-    for drawing in (*draw_scaling(records), *draw_speedups(records), *draw_devices(suite)):
+    for drawing in (draw_scaling(records), draw_speedups(records), draw_devices(suite)):
         assert 96 * drawing.figure.get_figwidth() <= 1152, drawing.name
 
 

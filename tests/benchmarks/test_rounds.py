@@ -9,8 +9,9 @@ import celmoe
 from benchmarks.contenders.contender import AUTO, DENSE, GROUPED, LOOPED, ORACLE, STACK, STACKED, VMAP, Task
 from benchmarks.harness.interleaved import MOST_ROUNDS, Timings, interleave
 from benchmarks.harness.steps import ROUTINGS, nudge
+from benchmarks.report.ratios import headline
 from benchmarks.report.reading import read_suite
-from benchmarks.report.tables import headline, speed_table
+from benchmarks.report.tables import speed_table
 from benchmarks.suite import parts
 from benchmarks.suite.parts import BACKWARD, EXPERTS_RUN, FUSION, MOVING, OPTIMIZER, PLANNING, time_parts
 from benchmarks.suite.record import memory_line, timing_line

@@ -9,10 +9,10 @@ import pytest
 
 import celmoe
 from benchmarks.contenders.contender import AUTO
-from benchmarks.report import command, options, presence
-from benchmarks.report.command import main
-from benchmarks.report.options import parse_options
-from benchmarks.report.presence import find_devices
+from benchmarks.harness import devices
+from benchmarks.harness.devices import find_devices
+from benchmarks.report import command
+from benchmarks.report.command import DEFAULT_REPORT, main, parse_options
 from benchmarks.report.running import BEGUN, DONE, FOUND, OUT_OF_TIME, STOPPED, Outcome, run_suite
 from benchmarks.workloads.workload import Workload
 from celmoe.devices import FAILS, MISSING, WORKS, DeviceReport
@@ -101,10 +101,10 @@ def test_a_refusal_is_one_sentence(arguments, message, capsys, monkeypatch):
 
 def test_devices_after_one_flag_or_many():
     both = ("cpu", "directml")
-    assert parse_options(["--device", "cpu", "directml"]).devices == both
-    assert parse_options(["--device", "cpu", "--device", "directml", "cpu"]).devices == both
-    assert parse_options([]).devices is None
-    assert parse_options([]).report == options.DEFAULT_REPORT == Path("celmoe-report") / "benchmarks"
+    assert parse_options(["--device", "cpu", "directml"]).device == both
+    assert parse_options(["--device", "cpu", "--device", "directml", "cpu"]).device == both
+    assert parse_options([]).device is None
+    assert parse_options([]).report == DEFAULT_REPORT == Path("celmoe-report") / "benchmarks"
 
 
 @pytest.fixture
@@ -114,15 +114,15 @@ def only_cpu(monkeypatch):
         "directml": DeviceReport("directml", FAILS, "no answer within 120 s"),
         "cpu": DeviceReport("cpu", WORKS, "agrees"),
     }
-    monkeypatch.setattr(presence, "report", states.__getitem__)
+    monkeypatch.setattr(devices, "report", states.__getitem__)
 
 
 def test_an_absent_device_is_told_with_how_to_get_it(only_cpu, capsys):
-    found = find_devices(["cpu", "directml"])
-    assert found.present == ("cpu",)
-    assert found.absent["directml"].startswith("is there and fails: no answer within 120 s (to get it: on Windows")
-    assert 'pip install -e ".[directml]"' in found.absent["directml"]
-    assert set(find_devices(None).absent) == {"cuda", "directml"}
+    present, absent = find_devices(["cpu", "directml"])
+    assert present == ("cpu",)
+    assert absent["directml"].startswith("is there and fails: no answer within 120 s (to get it: on Windows")
+    assert 'pip install -e ".[directml]"' in absent["directml"]
+    assert set(find_devices(None)[1]) == {"cuda", "directml"}
     assert main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith(
         "'--device' must name a device that works here, as cpu does (got 'cuda': no CUDA device, or a torch built "

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
-from benchmarks.report.canvas import SERIES_COLOURS, Drawing, new_panels
+from benchmarks.harness.canvas import SERIES_COLOURS, Drawing, new_panels
 from benchmarks.tables.scaling.growth import (
     BASE,
     BASE_RANKS,

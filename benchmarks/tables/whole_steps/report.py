@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.harness.tables import geometric_mean, workload_columns, write_rows
-from benchmarks.report.canvas import (
+from benchmarks.harness.canvas import (
     DOTS_PER_INCH,
     SERIES_COLOURS,
     draw_medians,
@@ -16,7 +15,8 @@ from benchmarks.report.canvas import (
     new_panels,
     plain_numbers,
 )
-from benchmarks.report.wording import ms_words, times_words, workload_words
+from benchmarks.harness.tables import geometric_mean, workload_columns, write_rows
+from benchmarks.harness.wording import ms_words, times_words, workload_words
 from benchmarks.tables.whole_steps.row import BY_HAND, MAKERS, PEER, PLAIN, STACKED, Row
 from benchmarks.workloads.workload import Workload
 

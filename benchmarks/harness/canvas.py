@@ -12,43 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks.contenders.contender import (
-    AUTO,
-    BARE,
-    DENSE,
-    GROUPED,
-    LATER_PEER,
-    LOOPED,
-    ORACLE,
-    PEER,
-    PEFT,
-    STACK,
-    STACKED,
-    TRANSFORMERS,
-    VMAP,
-)
 from benchmarks.harness.interleaved import Timings
-from benchmarks.harness.tables import workload_columns, write_rows
-from benchmarks.report.reading import Record
+from benchmarks.harness.tables import write_rows
 
 DOTS_PER_INCH = 130
 # Okabe and Ito's palette, which stays apart for colour-blind readers, and two of Paul Tol's.
 BLUE, VERMILION, GREY = "#0072b2", "#d55e00", "#7a7a7a"
-CONTENDER_COLOURS = {
-    AUTO: BLUE,
-    STACKED: "#44aa99",
-    GROUPED: "#56b4e9",
-    LOOPED: "#009e73",
-    PEER: VERMILION,
-    LATER_PEER: "#e69f00",
-    ORACLE: "#cc79a7",
-    DENSE: GREY,
-    BARE: "#bbbbbb",
-    STACK: "#000000",
-    VMAP: "#882255",
-    TRANSFORMERS: "#999933",
-    PEFT: "#332288",
-}
 SERIES_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", VERMILION, "#f0e442", GREY)
 # Fewer make no line.
 FEWEST_POINTS = 2
@@ -58,15 +27,7 @@ _LEAST_GAP = 0.055
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure with its numbers.
-
-    Attributes:
-        name: The files' name without its ending.
-        title: The subject of the figure.
-        caption: A reader's guide to it.
-        figure: The figure.
-        rows: Its numbers, one row a mark.
-    """
+    """One figure with its numbers, one row a mark; the name is its files' without an ending."""
 
     name: str
     title: str
@@ -171,14 +132,3 @@ def draw_medians(
     axes.plot(at, medians, **{"color": colour, "marker": "o", "markersize": 3.5, **style})
     names = ("ms", "first_quartile_ms", "third_quartile_ms")
     return [{name: f"{ms:.4f}" for name, ms in zip(names, each, strict=True)} for each in found]
-
-
-def record_columns(record: Record) -> dict[str, object]:
-    """The columns of a CSV file that describe the workload and the device."""
-    return {
-        "stage": record.stage,
-        "device": record.device,
-        **workload_columns(record.workload),
-        "routes": record.workload.routes,
-        "hierarchy": record.workload.hierarchy,
-    }
