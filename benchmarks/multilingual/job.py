@@ -430,19 +430,23 @@ def _evaluate(job: Run) -> None:
     }
     report.write_scores(folder, scores, systems)
     examples = examples_of(data.samples, table, lemmas, pick_rows(table, EXAMPLES, job.identity.seed))
-    report.write_examples(folder, "examples", examples, list(lemmas))
+    report.write_examples(folder, "examples", examples)
     everything = examples_of(data.samples, table, {EXPERTS: lemmas[EXPERTS]}, range(len(table)))
     wrong = [each.predicted[EXPERTS] != each.lemma for each in everything]
     errors = examples_of(data.samples, table, lemmas, pick_rows(table, ERRORS, job.identity.seed, wrong))
-    report.write_examples(folder, "errors", errors, list(lemmas))
-    figures.draw_training_curves(folder, progress.curve, progress.ended)
-    figures.draw_accuracy(folder, scores, systems)
-    figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
-    figures.draw_expert_load(folder, progress.expert_load, progress.step)
+    report.write_examples(folder, "errors", errors)
+    drawings = [
+        figures.draw_training_curves(progress.curve, progress.ended),
+        figures.draw_accuracy(scores, systems),
+        figures.draw_samples(scores, {each.language: each.dictionary_size for each in data.samples}),
+        figures.draw_expert_load(progress.expert_load, progress.step),
+    ]
+    for drawing in drawings:
+        drawing.save(folder)
     report.write_costs(folder, scores, systems, run_facts)
     # The last files, which tell that the others are there.
     report.write_run(folder, scores, systems, run_facts)
-    page.write_page(folder, scores, systems, run_facts, progress.curve, errors)
+    page.write_page(folder, scores, systems, run_facts, progress.curve, errors, drawings)
     reporter.say(report.accuracy_table(scores, systems))
     reporter.say(report.cost_table(scores, systems, run_facts))
     means = ", ".join(f"{system} {macro_mean(scores, system):.1%}" for system in systems)

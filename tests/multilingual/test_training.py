@@ -87,7 +87,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return StepResult(1.0, {"global.rule": 1.0}, 0.5)
 
     monkeypatch.setattr(training, "train_step", step)
-    monkeypatch.setattr(training, "wait_for", lambda device: events.append("wait"))
+    monkeypatch.setattr(training, "finish", lambda device: events.append("wait"))
     return events
 
 
@@ -160,11 +160,3 @@ def test_the_clock_shortens_the_plan_and_never_lengthens_it(
     deadline = Deadline(1.0, clock=lambda: 0.0)
     assert train([contender("a")], iter([batch] * (2 * planned)), progress, deadline, watchers(log))
     assert progress.step == progress.total_steps == REVISION_INTERVAL + more
-
-
-def test_waiting_is_for_the_device_that_works_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    training.wait_for(torch.device("cpu"))
-    training.wait_for(torch.device("cuda:1"))
-    assert waited == [torch.device("cuda:1")]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import celmoe
+from benchmarks.harness.devices import finish
 from benchmarks.multilingual.learning.batches import Batch, Collator, TrainingSteps
 from benchmarks.multilingual.learning.losses import Losses
 from benchmarks.multilingual.learning.network import Lemmatizer, rule_targets
@@ -209,14 +210,8 @@ def seconds_to_compile(contender: Contender, batch: Batch) -> float:
     started = time.perf_counter()
     contender.backward(batch)
     contender.optimizer.zero_grad(set_to_none=True)
-    wait_for(batch.targets.device)
+    finish(batch.targets.device)
     return time.perf_counter() - started
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until this device has finished: otherwise a clock reads the time of launching alone."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +269,11 @@ def train(
             if not contender.takes(progress.step):
                 continue
             contender.network.train()
-            wait_for(batch.targets.device)
+            finish(batch.targets.device)
             started = time.perf_counter()
             read = validate or contender.stride > 1 or progress.step % read_every == 0
             result = train_step(contender, batch, rate, done=progress.done, read=read)
-            wait_for(batch.targets.device)
+            finish(batch.targets.device)
             spent = time.perf_counter() - started
             contender.seconds += spent
             contender.words += batch.joined_size

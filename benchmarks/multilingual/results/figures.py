@@ -1,19 +1,14 @@
-"""The figures of a report, each a PNG with its numbers in a CSV of the same name beside it."""
+"""The figures of a report, each with its numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from benchmarks.harness.canvas import Drawing, new_panels
 from benchmarks.multilingual.learning.hierarchy import LEVELS
 from benchmarks.multilingual.learning.training import CurvePoint
 from benchmarks.multilingual.results.evaluation import IDENTITY_BASELINE, LanguageScore, macro_mean
-from benchmarks.multilingual.results.tables import write_csv
 from benchmarks.workloads.languages import NAME_OF
 
 # A palette that stays apart in grey and for colour-blind readers.
@@ -26,7 +21,6 @@ COLOURS = {
     "table": "#1b7837",
     IDENTITY_BASELINE: "#8c8c8c",
 }
-DOTS_PER_INCH = 130
 ROW_HEIGHT = 0.21
 
 
@@ -34,26 +28,9 @@ def _colour(system: str) -> str:
     return COLOURS.get(system, "#444444")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-
-
-def _new(width: float, height: float, columns: int = 1, *, share_rows: bool = False) -> tuple[Figure, list[Axes]]:
-    # Figure itself, without pyplot: no window system is asked, and nothing has to be closed.
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False, sharey=share_rows)
-    found = list(axes[0])
-    for each in found:
-        each.spines[["top", "right"]].set_visible(False)
-        each.grid(alpha=0.25, linewidth=0.6)
-        each.set_axisbelow(True)
-    return figure, found
-
-
-def draw_training_curves(folder: Path, curve: Sequence[CurvePoint], ended: Sequence[int] = ()) -> None:
+def draw_training_curves(curve: Sequence[CurvePoint], ended: Sequence[int] = ()) -> Drawing:
     """Loss and accuracy by step, of every contender; a line at each step at which a plan ``ended`` and one began."""
-    figure, (loss, accuracy) = _new(11, 4.2, 2)
+    figure, [[loss, accuracy]] = new_panels(11, 4.2, 1, 2)
     for name in dict.fromkeys(point.contender for point in curve):
         points = [point for point in curve if point.contender == name]
         steps = [point.step for point in points]
@@ -75,26 +52,25 @@ def draw_training_curves(folder: Path, curve: Sequence[CurvePoint], ended: Seque
         for step in ended:
             each.axvline(step, color="#bbbbbb", linewidth=0.8, linestyle=":")
         each.legend(frameon=False, fontsize=8)
-    _save(figure, folder / "training_curves.png")
-    header = ["step", "contender", "loss", "rule_loss", "accuracy", "validation_accuracy", "words_per_second"]
     rows = [
-        [
-            point.step,
-            point.contender,
-            point.loss,
-            point.terms.get("global.rule", ""),
-            point.accuracy,
-            "" if point.validation_accuracy is None else point.validation_accuracy,
-            point.words_per_second,
-        ]
+        {
+            "step": point.step,
+            "contender": point.contender,
+            "loss": point.loss,
+            "rule_loss": point.terms.get("global.rule"),
+            "accuracy": point.accuracy,
+            "validation_accuracy": point.validation_accuracy,
+            "words_per_second": point.words_per_second,
+        }
         for point in curve
     ]
-    write_csv(folder / "training_curves.csv", header, rows)
+    caption = "By training step, of every system that is trained."
+    return Drawing("training_curves", "Loss and accuracy on the way", caption, figure, rows)
 
 
-def draw_newcomer(path: Path, title: str, curve: Sequence[tuple[int, str, float]]) -> None:
+def draw_newcomer(language: str, title: str, curve: Sequence[tuple[int, str, float]], batch_size: int) -> Drawing:
     """Accuracy by step of a language that was added, beside training it from scratch."""
-    figure, (axes,) = _new(7.0, 4.0)
+    figure, [[axes]] = new_panels(7.0, 4.0, 1, 1)
     for name in dict.fromkeys(system for _, system, _ in curve):
         points = [(step, 100 * share) for step, system, share in curve if system == name]
         axes.plot(*zip(*points, strict=True), color=_colour(name), marker="o", markersize=4, linewidth=1.4, label=name)
@@ -104,33 +80,41 @@ def draw_newcomer(path: Path, title: str, curve: Sequence[tuple[int, str, float]
     axes.set(title=title, xlabel="step", ylabel="edit rule right, percent of validation words", ylim=(0, 100))
     axes.title.set_fontsize(8)
     axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    rows = [
+        {"step": step, "words_seen": step * batch_size, "system": system, "validation_accuracy": f"{share:.4f}"}
+        for step, system, share in curve
+    ]
+    return Drawing(f"added_{language}", title, "Accuracy by step.", figure, rows)
 
 
-def draw_newcomers(path: Path, rows: Sequence[Sequence[Any]], steps: int) -> None:
+def draw_newcomers(rows: Sequence[Mapping[str, Any]], steps: int) -> Drawing:
     """A panel for each held-back language: test accuracy by training words, of every way to learn it."""
-    ends = [row for row in rows if row[4] == steps]
-    languages = list(dict.fromkeys((row[0], row[1]) for row in ends))
-    figure, panels = _new(2.6 * len(languages) + 0.6, 3.4, len(languages))
+    ends = [row for row in rows if row["step"] == steps]
+    languages = list(dict.fromkeys((row["language"], row["neighbour"]) for row in ends))
+    figure, [panels] = new_panels(2.6 * len(languages) + 0.6, 3.4, 1, len(languages))
     for axes, (language, neighbour) in zip(panels, languages, strict=True):
-        for number, system in enumerate(dict.fromkeys(row[5] for row in ends)):
-            points = [(row[3], 100 * row[7]) for row in ends if row[0] == language and row[5] == system]
+        for number, system in enumerate(dict.fromkeys(row["system"] for row in ends)):
+            points = [
+                (row["words"], 100 * row["test_accuracy"])
+                for row in ends
+                if (row["language"], row["system"]) == (language, system)
+            ]
             axes.plot(*zip(*points, strict=True), f"C{number}o-", markersize=3, linewidth=1.2, label=system)
         axes.set(title=f"{NAME_OF[language]}, from {NAME_OF[neighbour]}", xlabel="training words", xscale="log")
         axes.title.set_fontsize(8)
     panels[0].set(ylabel="lemmas right, percent of test words")
     panels[0].legend(frameon=False, fontsize=7)
-    _save(figure, path)
+    return Drawing("newcomers", "New languages", "Test accuracy by training words.", figure, rows)
 
 
 def _label(score: LanguageScore) -> str:
     return f"{score.name} ({score.language})"
 
 
-def draw_accuracy(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str]) -> None:
+def draw_accuracy(scores: Sequence[LanguageScore], systems: Sequence[str]) -> Drawing:
     """Draw a row for every language, sorted by the first system's accuracy; a dot a system, and the reachable share."""
     ranked = sorted(scores, key=lambda score: score.accuracy[systems[0]])
-    figure, (axes,) = _new(8.2, 1.7 + ROW_HEIGHT * len(ranked))
+    figure, [[axes]] = new_panels(8.2, 1.7 + ROW_HEIGHT * len(ranked), 1, 1)
     rows = range(len(ranked))
     low = [min(score.accuracy.values()) * 100 for score in ranked]
     axes.hlines(rows, low, [100 * score.coverage for score in ranked], color="#d9d9d9", linewidth=2)
@@ -145,19 +129,19 @@ def draw_accuracy(folder: Path, scores: Sequence[LanguageScore], systems: Sequen
     axes.set(xlim=(0, 101), ylim=(-0.8, len(ranked) - 0.2), xlabel="lemmas right, percent of test words")
     figure.suptitle("Accuracy by language, on lemmas that training has not seen", fontsize=11)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    _save(figure, folder / "accuracy_by_language.png")
-    header = ["language", "name", "reachable", *systems]
-    rows_out = [
-        [score.language, score.name, score.coverage, *(score.accuracy[system] for system in systems)]
+    numbers = [
+        {"language": score.language, "name": score.name, "reachable": score.coverage}
+        | {system: score.accuracy[system] for system in systems}
         for score in reversed(ranked)
     ]
-    write_csv(folder / "accuracy_by_language.csv", header, rows_out)
+    caption = "A row for each language, a dot for each system."
+    return Drawing("accuracy_by_language", "Accuracy by language", caption, figure, numbers)
 
 
-def draw_samples(folder: Path, scores: Sequence[LanguageScore], dictionary_sizes: Mapping[str, int]) -> None:
+def draw_samples(scores: Sequence[LanguageScore], dictionary_sizes: Mapping[str, int]) -> Drawing:
     """Draw the sizes of dictionaries, of training words and of test words, on a logarithmic axis."""
     ranked = sorted(scores, key=lambda score: dictionary_sizes[score.language])
-    figure, (axes,) = _new(8.2, 1.5 + ROW_HEIGHT * len(ranked))
+    figure, [[axes]] = new_panels(8.2, 1.5 + ROW_HEIGHT * len(ranked), 1, 1)
     rows = range(len(ranked))
     axes.hlines(rows, [score.test_words for score in ranked], [dictionary_sizes[each.language] for each in ranked],
                 color="#e5e5e5", linewidth=2)  # fmt: skip
@@ -172,16 +156,21 @@ def draw_samples(folder: Path, scores: Sequence[LanguageScore], dictionary_sizes
     axes.set(xscale="log", ylim=(-0.8, len(ranked) - 0.2), xlabel="form-lemma pairs")
     figure.suptitle("Samples by language", fontsize=11)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    _save(figure, folder / "samples_by_language.png")
-    header = ["language", "name", "dictionary", "train_words", "test_words"]
-    rows_out = [
-        [score.language, score.name, dictionary_sizes[score.language], score.train_words, score.test_words]
+    numbers = [
+        {
+            "language": score.language,
+            "name": score.name,
+            "dictionary": dictionary_sizes[score.language],
+            "train_words": score.train_words,
+            "test_words": score.test_words,
+        }
         for score in reversed(ranked)
     ]
-    write_csv(folder / "samples_by_language.csv", header, rows_out)
+    caption = "How many words the dictionary has, and how many were drawn."
+    return Drawing("samples_by_language", "Samples by language", caption, figure, numbers)
 
 
-def draw_expert_load(folder: Path, load: Mapping[str, int], steps: int) -> None:
+def draw_expert_load(load: Mapping[str, int], steps: int) -> Drawing:
     """Words a step that each expert was given, one panel a level."""
     by_level: dict[str, list[tuple[str, float]]] = {level: [] for level in LEVELS}
     for key, words in load.items():
@@ -189,7 +178,7 @@ def draw_expert_load(folder: Path, load: Mapping[str, int], steps: int) -> None:
         by_level[level].append((expert, words / max(1, steps)))
     panels = {level: sorted(experts, key=lambda item: (item[1], item[0])) for level, experts in by_level.items()}
     tallest = max(len(experts) for experts in panels.values())
-    figure, axes = _new(4.2 * len(panels), 1.6 + 0.19 * tallest, len(panels))
+    figure, [axes] = new_panels(4.2 * len(panels), 1.6 + 0.19 * tallest, 1, len(panels))
     for each, (level, experts) in zip(axes, panels.items(), strict=True):
         names = [f"{NAME_OF[name]} ({name})" if name in NAME_OF else name for name, _ in experts]
         loads = [count for _, count in experts]
@@ -201,6 +190,10 @@ def draw_expert_load(folder: Path, load: Mapping[str, int], steps: int) -> None:
         each.set_ylim(len(names) - tallest - 0.6, len(names) - 0.4)
         each.margins(x=0.16)
     figure.suptitle("Expert load, mean over the training steps", fontsize=11)
-    _save(figure, folder / "expert_load.png")
-    rows = [[level, name, count] for level, experts in panels.items() for name, count in reversed(experts)]
-    write_csv(folder / "expert_load.csv", ["level", "expert", "words_per_step"], rows)
+    rows = [
+        {"level": level, "expert": name, "words_per_step": count}
+        for level, experts in panels.items()
+        for name, count in reversed(experts)
+    ]
+    caption = "A bar for each expert, as a mean over the training steps."
+    return Drawing("expert_load", "Words that each expert was given", caption, figure, rows)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.multilingual.results.figures import draw_newcomer
-from benchmarks.multilingual.results.tables import PAGE, write_csv, write_json
+from benchmarks.multilingual.results.tables import PAGE, write_json
 from benchmarks.workloads.languages import NAME_OF
 
 _SECTION = re.compile(r'<section id="added">.*?</section>', re.DOTALL)
@@ -86,9 +86,7 @@ def write(folder: Path, result: NewcomerResult, added: Sequence[str]) -> None:
     ``added`` are all languages that were added to the run, this one included.
     """
     name = f"added_{result.language}"
-    rows = [(step, step * result.batch_size, system, f"{share:.4f}") for step, system, share in result.curve]
-    write_csv(folder / f"{name}.csv", ["step", "words_seen", "system", "validation_accuracy"], rows)
-    draw_newcomer(folder / f"{name}.png", result.title, result.curve)
+    draw_newcomer(result.language, result.title, result.curve, result.batch_size).save(folder)
     write_json(folder / f"{name}.json", asdict(result))
     page = folder / PAGE
     if page.exists():

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.canvas import Drawing
 from benchmarks.harness.noise import Noise, measure_noise
 from benchmarks.multilingual.learning.training import CurvePoint
 from benchmarks.multilingual.results.evaluation import Example, LanguageScore, macro_mean
@@ -15,12 +16,6 @@ from benchmarks.multilingual.results.newcomer_report import section
 from benchmarks.multilingual.results.tables import COST_HEADINGS, PAGE, cost_rows
 from benchmarks.workloads.languages import NAME_OF
 
-FIGURES = {
-    "training_curves": ("Loss and accuracy on the way", "By training step, of every system that is trained."),
-    "accuracy_by_language": ("Accuracy by language", "A row for each language, a dot for each system."),
-    "samples_by_language": ("Samples by language", "How many words the dictionary has, and how many were drawn."),
-    "expert_load": ("Words that each expert was given", "A bar for each expert, as a mean over the training steps."),
-}
 EXPLAINED = {
     "experts": "celmoe's hierarchy: each word runs through a universal expert, its family's, and its language's",
     "universal": "every word runs through one expert, which computes as much for it as the experts do",
@@ -55,6 +50,7 @@ def write_page(
     run: Mapping[str, Any],
     curve: Sequence[CurvePoint],
     errors: Sequence[Example],
+    drawings: Sequence[Drawing],
 ) -> None:
     """Write the page beside the figures that it shows."""
     # A series for each system that is trained; its batches are of one size.
@@ -69,10 +65,10 @@ def write_page(
         "curve": _curve(curve, run["ended"]),
         "languages": _languages(scores, systems),
         "figures": "".join(
-            f"<h3>{escape(caption)}</h3><p>{escape(meaning)} "
-            f'<a href="{name}.csv">Its numbers</a>.</p>'
-            f'<div class=wide><img src="{name}.png" alt="{escape(f"{caption}. {meaning}")}"></div>'
-            for name, (caption, meaning) in FIGURES.items()
+            f"<h3>{escape(each.title)}</h3><p>{escape(each.caption)} "
+            f'<a href="{each.name}.csv">Its numbers</a>.</p>'
+            f'<div class=wide><img src="{each.name}.png" alt="{escape(f"{each.title}. {each.caption}")}"></div>'
+            for each in drawings
         ),
         "errors": _errors(errors, systems),
         "run": _facts({**run, "noise": str(noise)}),

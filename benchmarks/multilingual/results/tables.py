@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,19 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.harness.tables import write_rows
 from benchmarks.multilingual.results.evaluation import Example, LanguageScore, macro_mean
 
 RUN_FILE = "accuracy.json"
 PAGE = "index.html"
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """One table as a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -79,8 +70,11 @@ def cost_rows(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapp
 
 def write_costs(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
     """``costs.csv``: each system's mean accuracy beside its cost."""
-    rows = [[system, macro_mean(scores, system), *(run[cost].get(system, "") for cost in _COSTS)] for system in systems]
-    write_csv(folder / "costs.csv", ["system", "mean", *_COSTS], rows)
+    rows = [
+        {"system": system, "mean": macro_mean(scores, system)} | {cost: run[cost].get(system) for cost in _COSTS}
+        for system in systems
+    ]
+    write_rows(folder / "costs.csv", rows)
 
 
 def cost_table(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> Table:
@@ -100,21 +94,20 @@ def _marked(values: Sequence[float]) -> list[str]:
 
 def write_scores(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str]) -> None:
     """``accuracy.csv``: the table without its means."""
-    header = ["family", "language", "name", "train_words", "test_words", "compounds", "coverage", *systems]
     rows = [
-        [
-            score.family,
-            score.language,
-            score.name,
-            score.train_words,
-            score.test_words,
-            f"{score.compounds:.4f}",
-            f"{score.coverage:.4f}",
-            *(f"{score.accuracy[system]:.4f}" for system in systems),
-        ]
+        {
+            "family": score.family,
+            "language": score.language,
+            "name": score.name,
+            "train_words": score.train_words,
+            "test_words": score.test_words,
+            "compounds": f"{score.compounds:.4f}",
+            "coverage": f"{score.coverage:.4f}",
+            **{system: f"{score.accuracy[system]:.4f}" for system in systems},
+        }
         for score in scores
     ]
-    write_csv(folder / "accuracy.csv", header, rows)
+    write_rows(folder / "accuracy.csv", rows)
 
 
 def write_run(folder: Path, scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> None:
@@ -136,10 +129,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     return run
 
 
-def write_examples(folder: Path, name: str, examples: Sequence[Example], systems: Sequence[str]) -> None:
+def write_examples(folder: Path, name: str, examples: Sequence[Example]) -> None:
     """A table of form, true lemma, and each system's lemma."""
-    header = ["language", "form", "true_lemma", *systems]
     rows = [
-        [each.language, each.form, each.lemma, *(each.predicted[system] for system in systems)] for each in examples
+        {"language": each.language, "form": each.form, "true_lemma": each.lemma, **each.predicted} for each in examples
     ]
-    write_csv(folder / f"{name}.csv", header, rows)
+    write_rows(folder / f"{name}.csv", rows)

@@ -28,6 +28,7 @@ import torch
 from rich.table import Table
 
 import celmoe
+from benchmarks.harness.devices import finish
 from benchmarks.harness.peers import PeerUnavailableError, load_peer
 from benchmarks.harness.setting import prepare_folder
 from benchmarks.multilingual.console import Reporter
@@ -37,7 +38,7 @@ from benchmarks.multilingual.learning.hierarchy import FAMILY, LANGUAGE, LEVELS,
 from benchmarks.multilingual.learning.losses import Losses, LossWeights
 from benchmarks.multilingual.learning.network import Lemmatizer
 from benchmarks.multilingual.learning.schedule import Deadline
-from benchmarks.multilingual.learning.training import Contender, make_contender, train_step, wait_for
+from benchmarks.multilingual.learning.training import Contender, make_contender, train_step
 from benchmarks.multilingual.options import Options
 from benchmarks.multilingual.results.facts import measurement_facts
 from benchmarks.multilingual.results.tables import write_json
@@ -230,10 +231,10 @@ def _take_steps(
                     continue
                 # The same random numbers for each, should anything draw them.
                 torch.manual_seed(seed + step)
-                wait_for(device)
+                finish(device)
                 started = time.perf_counter()
                 train_step(timed.contender, batch, RATE, done=0.0, read=False)
-                wait_for(device)
+                finish(device)
                 timed.seconds.append(time.perf_counter() - started)
             if step + 1 == min(REFERENCE_STEPS, len(batches)):
                 after |= {(each.name, step + 1): _parameters(each) for each in systems if len(each.seconds) > step}

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 import celmoe
+from benchmarks.harness.devices import finish
 from benchmarks.multilingual.learning.network import Lemmatizer
-from benchmarks.multilingual.learning.training import wait_for
 
 
 class HierarchyClock:
@@ -45,5 +45,5 @@ class HierarchyClock:
         self.seconds.append(self._spent + self._now(gradient) - self._begun)
 
     def _now(self, tensor: torch.Tensor) -> float:
-        wait_for(tensor.device)
+        finish(tensor.device)
         return self._clock()

@@ -21,6 +21,8 @@ from rich.table import Table
 
 import celmoe
 from benchmarks.harness.arguments import OptionError, make_parser, read_arguments, whole_number
+from benchmarks.harness.setting import prepare_folder
+from benchmarks.harness.tables import write_rows
 from benchmarks.multilingual.cli import answered
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import validation_batches
@@ -41,7 +43,6 @@ from benchmarks.multilingual.learning.training import Contender, make_contender,
 from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, language_code, language_codes
 from benchmarks.multilingual.results.evaluation import rule_accuracy
 from benchmarks.multilingual.results.figures import draw_newcomers
-from benchmarks.multilingual.results.tables import write_csv
 from benchmarks.multilingual.words.corpus import FORMS_PER_LANGUAGE, TRAIN, known_languages
 from benchmarks.multilingual.words.data import Data, prepare_data, read_words
 from celmoe.optim import load_state_by_name, state_by_name
@@ -50,17 +51,6 @@ CPU = torch.device("cpu")
 DEFAULT_PAIRS = "ast:es,gl:pt,nn:nb,sk:cs,uk:ru"
 DEFAULT_WORDS = "300,1000,3000,10000,all"
 DEFAULT_REPORT = Path("celmoe-report") / "newcomers"
-HEADER = (
-    "language",
-    "neighbour",
-    "asked",
-    "words",
-    "step",
-    "system",
-    "validation_accuracy",
-    "test_accuracy",
-    "others_after",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +97,10 @@ class Base:
         return make_contender(EXPERTS, network, Losses(network, LossWeights()))
 
 
-def measure(base: Base, newcomer: Newcomer, neighbour: str, steps: int, batch_size: int, seed: int) -> list[list[Any]]:
-    """Rows under `HEADER` from the step on."""
+def measure(
+    base: Base, newcomer: Newcomer, neighbour: str, steps: int, batch_size: int, seed: int
+) -> list[dict[str, Any]]:
+    """A row for each way and each step at which it was validated."""
     data, rows = base.data, TrainingSteps(len(newcomer.tables[TRAIN]), batch_size, seed)
 
     def learner(system: str) -> Learner:
@@ -126,20 +118,22 @@ def measure(base: Base, newcomer: Newcomer, neighbour: str, steps: int, batch_si
             device=CPU,
         )
 
-    found: list[list[Any]] = []
+    found: list[dict[str, Any]] = []
     for system in (*WAYS, SCRATCH):
         each = learner(system)
         curve = learn([each], steps)
         assert curve is not None
         network = each.contender.network
         owner = newcomer.alone() if system == SCRATCH else newcomer
-        others: float | str = ""
+        found += [
+            {"step": point.step, "system": system, "validation_accuracy": point.accuracy}
+            | {"test_accuracy": None, "others_after": None}
+            for point in curve
+        ]
+        found[-1]["test_accuracy"] = owner.test_accuracy(network, CPU)
         if system != SCRATCH:
-            others = rule_accuracy(network, iter(validation_batches(data, CPU, newcomer.vocabulary)))
-        for point in curve:
-            is_last = point.step == steps
-            ends = [owner.test_accuracy(network, CPU), others] if is_last else ["", ""]
-            found.append([point.step, system, point.accuracy, *ends])
+            checks = validation_batches(data, CPU, newcomer.vocabulary)
+            found[-1]["others_after"] = rule_accuracy(network, iter(checks))
     return found
 
 
@@ -191,13 +185,14 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
     languages = [each for each in languages if each not in pairs]
     if missing := [each for each in pairs.values() if each not in languages]:
         raise OptionError(f"'--languages' must have the neighbours in '--pairs' (got none of {missing[0]!r})")
+    prepare_folder(folder)
     data = prepare_data(languages, reporter)
     base = Base(data, base_steps, base_batch_size, seed)
     reporter.say(
         f"{len(data.samples)} languages in {base_steps} steps of {base_batch_size:,} words: {base.accuracy:.2%} of "
         f"their validation words by the right rule, after {time.monotonic() - begun:.0f} s"
     )
-    rows: list[list[Any]] = []
+    rows: list[dict[str, Any]] = []
     table = Table(title=f"Test words right after {steps} steps of {batch_size} words of the language")
     for heading in ("language", "from", "words", *WAYS, SCRATCH):
         table.add_column(heading, justify="left" if heading in {"language", "from"} else "right")
@@ -207,12 +202,13 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
             newcomer = Newcomer.join(data.vocabulary, sample, evidence)
             size = len(newcomer.tables[TRAIN])
             found = measure(base, newcomer, neighbour, steps, batch_size, seed)
-            rows += [[language, neighbour, number or "all", size, *each] for each in found]
-            ends = [f"{each[3]:.1%}" for each in found if each[0] == steps]
+            names = {"language": language, "neighbour": neighbour, "asked": number or "all", "words": size}
+            rows += [names | each for each in found]
+            ends = [f"{each['test_accuracy']:.1%}" for each in found if each["step"] == steps]
             table.add_row(language, neighbour, f"{size:,}", *ends)
             reporter.say(f"{language} from {neighbour}, {size:,} words: {', '.join(ends)}")
-            write_csv(folder / "newcomers.csv", HEADER, rows)
-    draw_newcomers(folder / "newcomers.png", rows, steps)
+            write_rows(folder / "newcomers.csv", rows)
+    draw_newcomers(rows, steps).save(folder)
     reporter.say(table)
     reporter.say(f"{folder / 'newcomers.csv'} has it by step; {time.monotonic() - begun:.0f} s in all")
     return 0
