@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.harness.arguments import OptionError
@@ -42,12 +41,22 @@ def answered(work: Callable[[], int], reporter: Reporter) -> int:
         return INTERRUPTED
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def command(work: Callable[[Sequence[str], Reporter], int]) -> Callable[[Sequence[str]], int]:
+    """A command's ``main``: its arguments to its exit code."""
+
+    def main(arguments: Sequence[str]) -> int:
+        reporter = Reporter()
+        return answered(lambda: work(arguments, reporter), reporter)
+
+    return main
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run the job; returns the exit code."""
     reporter = Reporter(rank=launched_rank())
 
     def work() -> int:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        options = parse_options(arguments)
         if options.compare:
             return compare(options, reporter)
         if options.add is not None:

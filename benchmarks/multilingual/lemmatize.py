@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness.arguments import OptionError, make_parser, one_of, read_arguments
-from benchmarks.multilingual.cli import answered
+from benchmarks.multilingual.cli import command
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.learning.batches import Collator, all_batches
 from benchmarks.multilingual.learning.checkpoint import identity_of, read_checkpoint
@@ -88,7 +87,4 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    reporter = Reporter()
-    return answered(lambda: run(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
+main = command(run)

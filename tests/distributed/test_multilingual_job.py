@@ -201,7 +201,7 @@ def die(bar, done, *rest):
 
 Bar.move_to = die
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -13,11 +13,12 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.multilingual.results.figures import draw_newcomer
+from benchmarks.multilingual.results.html import row_of, table_of
 from benchmarks.multilingual.results.tables import PAGE, write_json
 from benchmarks.workloads.languages import NAME_OF
 
 _SECTION = re.compile(r'<section id="added">.*?</section>', re.DOTALL)
-HEADINGS = ("system", "test words right", "which is")
+HEADINGS = ("system", "which is", "test words right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +74,9 @@ def table(result: NewcomerResult) -> Table:
     """The accuracy of each system on test words."""
     found = Table(title=f"{result.title}\n{result.test_words:,} test words, whose lemmas no training has seen")
     for place, heading in enumerate(HEADINGS):
-        found.add_column(heading, justify="right" if place == 1 else "left")
+        found.add_column(heading, justify="right" if place == 2 else "left")
     for system, share in result.accuracy.items():
-        found.add_row(system, f"{share:.1%}", result.explained[system])
+        found.add_row(system, result.explained[system], f"{share:.1%}")
     found.caption = result.kept
     return found
 
@@ -102,14 +103,12 @@ def section(folder: Path, added: Sequence[str]) -> str:
         if not path.exists():
             continue
         result = NewcomerResult(**json.loads(path.read_text(encoding="utf-8")))
-        rows = "".join(
-            f"<tr><td>{escape(system)}</td><td>{share:.1%}</td><td class=text>{escape(told)}</td></tr>"
+        rows = [
+            row_of([system, escape(told), f"{result.accuracy[system]:.1%}"], texts=2)
             for system, told in result.explained.items()
-            for share in [result.accuracy[system]]
-        )
-        cells = "".join(f"<th{' class=text' * (heading != HEADINGS[1])}>{escape(heading)}</th>" for heading in HEADINGS)
+        ]
         parts.append(
-            f"<h3>{escape(result.title)}</h3><div class=wide><table><tr>{cells}</tr>{rows}</table></div>"
+            f"<h3>{escape(result.title)}</h3>{table_of(HEADINGS, rows, texts=2)}"
             f"<p>{escape(result.kept)}</p>"
             f'<div class=wide><img src="{path.stem}.png" alt="Accuracy by step: {escape(result.title)}"></div>'
             f'<p><a href="{path.stem}.csv">Its numbers</a></p>'

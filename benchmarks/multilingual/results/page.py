@@ -12,6 +12,7 @@ from benchmarks.harness.canvas import Drawing
 from benchmarks.harness.noise import Noise, measure_noise
 from benchmarks.multilingual.learning.training import CurvePoint
 from benchmarks.multilingual.results.evaluation import Example, LanguageScore, macro_mean
+from benchmarks.multilingual.results.html import row_of, table_of
 from benchmarks.multilingual.results.newcomer_report import section
 from benchmarks.multilingual.results.tables import COST_HEADINGS, PAGE, cost_rows
 from benchmarks.workloads.languages import NAME_OF
@@ -94,18 +95,6 @@ def write_page(
     (folder / PAGE).write_text(text, encoding="utf-8")
 
 
-def _table(headings: Sequence[str], rows: Sequence[str], texts: int = 1) -> str:
-    cells = "".join(
-        f"<th{' class=text' * (place < texts)}>{escape(heading)}</th>" for place, heading in enumerate(headings)
-    )
-    return f"<div class=wide><table><tr>{cells}</tr>{''.join(rows)}</table></div>"
-
-
-def _row(cells: Sequence[str], texts: int = 1, kind: str = "") -> str:
-    told = "".join(f"<td{' class=text' * (place < texts)}>{cell}</td>" for place, cell in enumerate(cells))
-    return f"<tr{f' class={kind}' if kind else ''}>{told}</tr>"
-
-
 def _notice(noise: Noise) -> str:
     if not noise.is_noisy:
         return ""
@@ -122,13 +111,14 @@ def _systems(systems: Sequence[str]) -> str:
 
 def _result(scores: Sequence[LanguageScore], systems: Sequence[str], run: Mapping[str, Any]) -> str:
     rows = [
-        _row([*map(escape, row)], kind="mean" if row[0] == "experts" else "") for row in cost_rows(scores, systems, run)
+        row_of([*map(escape, row)], kind="mean" if row[0] == "experts" else "")
+        for row in cost_rows(scores, systems, run)
     ]
     words = sum(score.test_words for score in scores)
     return (
         f"<p>The share of lemmas that are right on {words:,} test words, as a mean over languages, and what that took. "
         "Seconds are those of training steps.</p>"
-        f"{_table(COST_HEADINGS, rows)}"
+        f"{table_of(COST_HEADINGS, rows)}"
     )
 
 
@@ -137,7 +127,7 @@ def _curve(curve: Sequence[CurvePoint], ended: Sequence[int]) -> str:
     names = list(dict.fromkeys(point.contender for point in points))
     found = {(point.step, point.contender): point.validation_accuracy for point in points}
     rows = [
-        _row([f"{step:,}", *(f"{found[step, name]:.1%}" if (step, name) in found else "" for name in names)])
+        row_of([f"{step:,}", *(f"{found[step, name]:.1%}" if (step, name) in found else "" for name in names)])
         for step in sorted({point.step for point in points})
     ]
     went_on = "".join(f" The run went on at step {step:,}, by a new schedule." for step in ended)
@@ -146,7 +136,7 @@ def _curve(curve: Sequence[CurvePoint], ended: Sequence[int]) -> str:
         "chosen. The learning rate falls until the run ends, so a point in the middle is below what a run that ends "
         "there reaches. A run of more minutes also reads more words."
         f"{went_on}</p>"
-        f"{_table(['step', *names], rows)}"
+        f"{table_of(['step', *names], rows)}"
     )
 
 
@@ -166,12 +156,12 @@ def _languages(scores: Sequence[LanguageScore], systems: Sequence[str]) -> str:
                 f"<td>{score.coverage:.1%}</td>{cells}</tr>"
             )
     means = [f"{macro_mean(scores, system):.1%}" for system in systems]
-    rows.append(_row(["mean", "", "", "", "", "", *means], kind="mean"))
+    rows.append(row_of(["mean", "", "", "", "", "", *means], kind="mean"))
     headings = ["family", "language", "training words", "test words", "compounds", "reachable", *systems]
     return (
         "<p>The share of test words whose lemma is right; the best of a row is bold. <i>Compounds</i> are test lemmas "
         "that end in a training lemma. <i>Reachable</i> are words whose edit rule training has seen in the language. "
-        f"A language's name leads to its errors.</p>{_table(headings, rows, texts=2)}"
+        f"A language's name leads to its errors.</p>{table_of(headings, rows, texts=2)}"
     )
 
 
@@ -180,7 +170,7 @@ def _errors(errors: Sequence[Example], systems: Sequence[str]) -> str:
     named = [system for system in systems if errors and system in errors[0].predicted]
     for language, members in groupby(errors, key=lambda each: each.language):
         rows = [
-            _row(
+            row_of(
                 [
                     escape(each.form),
                     escape(each.lemma),
@@ -194,14 +184,14 @@ def _errors(errors: Sequence[Example], systems: Sequence[str]) -> str:
             )
             for each in members
         ]
-        table = _table(["form", "lemma", *named], rows, texts=2 + len(named))
+        table = table_of(["form", "lemma", *named], rows, texts=2 + len(named))
         parts.append(f'<h3 id="errors-{language}">{escape(NAME_OF.get(language, language))}</h3>{table}')
     return f"<p>Drawn at random from the test words that the experts got wrong.</p>{''.join(parts)}"
 
 
 def _facts(run: Mapping[str, Any]) -> str:
-    rows = [_row([escape(name.replace("_", " ")), escape(_words(value))], texts=2) for name, value in run.items()]
-    return _table(["setting", "value"], rows, texts=2)
+    rows = [row_of([escape(name.replace("_", " ")), escape(_words(value))], texts=2) for name, value in run.items()]
+    return table_of(["setting", "value"], rows, texts=2)
 
 
 def _words(value: object) -> str:

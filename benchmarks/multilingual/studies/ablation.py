@@ -9,7 +9,6 @@ and are measured on the validation words; the test words have no part in it.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from rich.table import Table
 
 import celmoe
 from benchmarks.harness.arguments import OptionError, make_parser, read_arguments, whole_number
-from benchmarks.multilingual.cli import answered
+from benchmarks.multilingual.cli import command
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import EVALUATION_BATCH
 from benchmarks.multilingual.learning.batches import Collator, TrainingSteps, all_batches
@@ -142,7 +141,4 @@ def ablate(arguments: Sequence[str], reporter: Reporter) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    reporter = Reporter()
-    return answered(lambda: ablate(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
+main = command(ablate)

@@ -59,6 +59,16 @@ REFERENCE_STEPS = 5
 # The first steps pay for allocation, warming up, an engine's proof and compiling; they train, but stand apart.
 UNTIMED_STEPS = 2
 RATE = 1e-3
+# The figures of a system: heading and format in the table.
+COLUMNS = {
+    "steps": ("steps", "{}"),
+    "first_seconds": (f"s of first {UNTIMED_STEPS}", "{:.1f}"),
+    "milliseconds_a_step": ("ms a step", "{:.1f}"),
+    "words_per_second": ("words/s", "{:,.0f}"),
+    "hierarchy_milliseconds": ("ms of hierarchy", "{:.1f}"),
+    "hierarchy_share": ("share", "{:.0%}"),
+    "largest_parameter_difference": (f"difference from {PLAIN}", "{:.1e}"),
+}
 
 
 class StringRoutedLemmatizer(Lemmatizer):
@@ -258,40 +268,27 @@ def compare(options: Options, reporter: Reporter) -> int:
     after = _take_steps(systems, batches, identity.seed, deadline, options.minutes * 60 / len(systems), reporter)
     base = systems[0]
     table = Table(title=f"Training steps of {rows.batch_size:,} words, {len(identity.languages)} languages")
-    first = f"s of first {UNTIMED_STEPS}"
-    headings = ("steps", first, "ms a step", "words/s", "ms of hierarchy", "share", f"difference from {base.name}")
-    for heading in ("system", *headings):
+    for heading in ("system", *(heading for heading, _ in COLUMNS.values())):
         table.add_column(heading, justify="left" if heading == "system" else "right")
     facts = []
     for timed in systems:
-        steps = len(timed.seconds)
+        steps, whole, part = len(timed.seconds), timed.step_seconds, timed.hierarchy_seconds
         # Networks that train other experts than the routes', or none, have parameters that say nothing.
         known = timed is not base and timed.name not in {DENSE, BARE} and (base.name, steps) in after
-        difference = largest_difference(after[base.name, steps], after[timed.name, steps]) if known else None
-        whole, part, share = timed.step_seconds, timed.hierarchy_seconds, timed.hierarchy_share
-        speed = None if whole is None else rows.batch_size / whole
-        table.add_row(
-            timed.name,
-            str(steps),
-            f"{timed.first_seconds:.1f}",
-            "" if whole is None else f"{1000 * whole:.1f}",
-            "" if speed is None else f"{speed:,.0f}",
-            "" if part is None else f"{1000 * part:.1f}",
-            "" if share is None else f"{share:.0%}",
-            "" if difference is None else f"{difference:.1e}",
-        )
-        facts.append(
-            {
-                "system": timed.name,
-                "steps": steps,
-                "first_seconds": timed.first_seconds,
-                "milliseconds_a_step": None if whole is None else 1000 * whole,
-                "words_per_second": speed,
-                "hierarchy_milliseconds": None if part is None else 1000 * part,
-                "hierarchy_share": share,
-                "largest_parameter_difference": difference,
-            }
-        )
+        figures = {
+            "steps": steps,
+            "first_seconds": timed.first_seconds,
+            "milliseconds_a_step": None if whole is None else 1000 * whole,
+            "words_per_second": None if whole is None else rows.batch_size / whole,
+            "hierarchy_milliseconds": None if part is None else 1000 * part,
+            "hierarchy_share": timed.hierarchy_share,
+            "largest_parameter_difference": largest_difference(after[base.name, steps], after[timed.name, steps])
+            if known
+            else None,
+        }
+        told = zip(figures.values(), COLUMNS.values(), strict=True)
+        table.add_row(timed.name, *("" if value is None else form.format(value) for value, (_, form) in told))
+        facts.append({"system": timed.name, **figures})
     reporter.say(table)
     reporter.say(
         f"medians of interleaved steps, {torch.get_num_threads()} threads, {options.device}; compiling a batch's plan "

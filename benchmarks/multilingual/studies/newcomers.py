@@ -8,7 +8,6 @@ scratch, on the same words, steps and schedule. All are measured on test words, 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import celmoe
 from benchmarks.harness.arguments import OptionError, make_parser, read_arguments, whole_number
 from benchmarks.harness.setting import prepare_folder
 from benchmarks.harness.tables import write_rows
-from benchmarks.multilingual.cli import answered
+from benchmarks.multilingual.cli import command
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import validation_batches
 from benchmarks.multilingual.learning.batches import Collator, TrainingSteps
@@ -214,7 +213,4 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    reporter = Reporter()
-    return answered(lambda: run(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
+main = command(run)
