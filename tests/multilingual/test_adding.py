@@ -178,12 +178,14 @@ def test_a_run_with_an_added_language_is_finished_and_can_go_on(
     assert "ספרים -> " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_run_tells_nothing_of_languages_added_to_the_last_one(grown: Path, tmp_path: Path) -> None:
     shutil.copytree(grown, tmp_path, dirs_exist_ok=True)
     assert main([*BASE, "--steps", "1", "--report", str(tmp_path)]) == 0
     assert "Malay" not in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_frozen_are_told_to_be_as_they_were(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     assert main([*ADD, "--freeze", "--report", str(tmp_path)]) == 0

@@ -154,10 +154,10 @@ def evidence_files(folder: Path) -> dict[str, bytes]:
 def test_evidence_is_gathered_once_and_again_where_its_file_is_damaged(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data, "in_builders", lambda build, languages, on_built: [build(each) for each in languages])
     (first, _) = read_evidence(LANGUAGES, Reporter(), CAP)
     files = evidence_files(cache)
     assert len(files) == 2
-    monkeypatch.setattr(data, "in_builders", lambda build, languages, on_built: [build(each) for each in languages])
     path = corpus.cache_path(cache, "id", CAP, EVIDENCE)
     path.write_bytes(path.read_bytes()[:1_000])
     (again, _) = read_evidence(LANGUAGES, Reporter(), CAP)

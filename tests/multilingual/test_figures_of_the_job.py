@@ -42,13 +42,6 @@ def data() -> Data:
     return prepare_data(LANGUAGES, Reporter())
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    assert main([*SMALL, "--steps", str(STEPS), "--report", str(folder)]) == 0
-    return folder
-
-
 def saved(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
     return state
@@ -90,10 +83,10 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
 
 
 @pytest.mark.parametrize("system", [EXPERTS, pytest.param(UNIVERSAL, marks=pytest.mark.slow)])
-def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data) -> None:
-    told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
+def test_the_accuracy_is_of_the_test_words(system: str, uninterrupted: Path, data: Data) -> None:
+    told = {each["language"]: each for each in json.loads((uninterrupted / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
-        words = found_rules(data, report, system, TEST)[sample.language]
+        words = found_rules(data, uninterrupted, system, TEST)[sample.language]
         right = [decode(sample.forms[row], data.vocabulary.rules[best]) == sample.lemmas[row] for row, _, best in words]
         score = told[sample.language]
         assert score["accuracy"][system] == pytest.approx(sum(right) / len(right), abs=1e-9)
@@ -104,11 +97,11 @@ def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data
         assert score["accuracy"]["identity"] == pytest.approx(sum(same) / len(same))
 
 
-def test_every_file_of_the_report_tells_the_same_accuracy(report: Path) -> None:
-    told = json.loads((report / "accuracy.json").read_text())
+def test_every_file_of_the_report_tells_the_same_accuracy(uninterrupted: Path) -> None:
+    told = json.loads((uninterrupted / "accuracy.json").read_text())
     accuracy = {each["language"]: each["accuracy"] for each in told["languages"]}
     for name, digits in (("accuracy.csv", 4), ("accuracy_by_language.csv", 12)):
-        with (report / name).open() as file:
+        with (uninterrupted / name).open() as file:
             rows = {row["language"]: row for row in csv.DictReader(file)}
         for language, by_system in accuracy.items():
             assert {system: float(rows[language][system]) for system in by_system} == pytest.approx(
@@ -118,8 +111,8 @@ def test_every_file_of_the_report_tells_the_same_accuracy(report: Path) -> None:
         assert mean == pytest.approx(sum(each[system] for each in accuracy.values()) / 2)
 
 
-def test_examples_are_test_words(report: Path, data: Data) -> None:
-    with (report / "examples.csv").open() as file:
+def test_examples_are_test_words(uninterrupted: Path, data: Data) -> None:
+    with (uninterrupted / "examples.csv").open() as file:
         rows = list(csv.DictReader(file))
     samples = {sample.language: sample for sample in data.samples}
     for row in rows:
@@ -129,10 +122,10 @@ def test_examples_are_test_words(report: Path, data: Data) -> None:
 
 
 @pytest.mark.parametrize("system", [EXPERTS, pytest.param(UNIVERSAL, marks=pytest.mark.slow)])
-def test_the_validation_is_of_validation_words(system: str, report: Path, data: Data) -> None:
-    last = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system][-1]
+def test_the_validation_is_of_validation_words(system: str, uninterrupted: Path, data: Data) -> None:
+    last = [point for point in saved(uninterrupted)["progress"]["curve"] if point["contender"] == system][-1]
     assert last["step"] == STEPS
-    words = [word for found in found_rules(data, report, system, VALIDATION).values() for word in found]
+    words = [word for found in found_rules(data, uninterrupted, system, VALIDATION).values() for word in found]
     # All validation words take part, since they are few.
     assert 1_000 < len(words) <= job.VALIDATION_WORDS
     assert last["validation_accuracy"] == pytest.approx(sum(rule == best for _, rule, best in words) / len(words))
@@ -166,13 +159,13 @@ def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
     assert rule_accuracy(network, iter([batch_of(5), batch_of(2), batch_of(1)])) == 5 / 8
 
 
-def test_all_networks_take_every_step_of_theirs(report: Path) -> None:
-    told = json.loads((report / "accuracy.json").read_text())["run"]
-    for system, each in saved(report)["contenders"].items():
+def test_all_networks_take_every_step_of_theirs(uninterrupted: Path) -> None:
+    told = json.loads((uninterrupted / "accuracy.json").read_text())["run"]
+    for system, each in saved(uninterrupted)["contenders"].items():
         state = each["optimizer"]["state"]
         steps = round(told["words_trained"][system] / 256)
         assert {int(each["step"]) for each in state.values()} == {steps}, system
-        points = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system]
+        points = [point for point in saved(uninterrupted)["progress"]["curve"] if point["contender"] == system]
         assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert told["words_trained"][EXPERTS] == told["words_trained"][UNIVERSAL] == told["steps"] * 256 == STEPS * 256
 
@@ -208,8 +201,8 @@ def test_multiplications_are_those_of_the_matrices_that_a_word_passes(levels: tu
     assert network.multiply_adds == passed + rules * network.width
 
 
-def test_the_table_is_right_as_often_as_its_rules_are(report: Path, data: Data) -> None:
-    told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
+def test_the_table_is_right_as_often_as_its_rules_are(uninterrupted: Path, data: Data) -> None:
+    told = {each["language"]: each for each in json.loads((uninterrupted / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
         rules = table_rules(sample)
         test = np.flatnonzero(sample.split == TEST).tolist()
@@ -312,8 +305,8 @@ def test_the_ablation_reads_validation_words(variant: str, data: Data, monkeypat
     assert torch.equal(torch.cat([batch.targets for batch in seen]), table.targets.long())
 
 
-def test_a_word_without_a_known_rule_is_never_right(report: Path, data: Data) -> None:
+def test_a_word_without_a_known_rule_is_never_right(uninterrupted: Path, data: Data) -> None:
     missing = int((data.tables[TEST].targets == NO_RULE).sum())
-    told = json.loads((report / "accuracy.json").read_text())["languages"]
+    told = json.loads((uninterrupted / "accuracy.json").read_text())["languages"]
     assert missing == sum(round(each["test_words"] * (1 - each["coverage"])) for each in told)
     assert missing > 0

@@ -207,6 +207,7 @@ def test_a_run_that_was_stopped_before_its_report_is_reported_when_resumed(
     assert all(torch.equal(value, before[name]) for name, value in parameters(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_a_bounded_run_ends_with_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     begun = time.monotonic()
     assert main(["--languages", "ms", "--minutes", "0.05", *HERE, "--report", str(tmp_path)]) == 0
