@@ -5,23 +5,22 @@ Its speed is the bound of any engine that loops: such an engine does all this, a
 
 from __future__ import annotations
 
-from itertools import chain
-from typing import cast
-
 import torch
 
 import celmoe
-from benchmarks.contenders.contender import Contender
-from benchmarks.harness.steps import HOST, Routes, cycled, routed, routings_of
-from benchmarks.workloads.workload import Workload
+from benchmarks.contenders.contender import AbsentError, Contender, Terms
+from benchmarks.harness.steps import Routes, cycled, routed, routings_of
 
 
-def make_bare(workload: Workload, device: torch.device = HOST, *, is_training: bool = True) -> Contender:
+def make_bare(terms: Terms) -> Contender:
     """As many rows for each expert as the routing gives it.
 
     It must equal our looped model given a batch whose samples stand in the order of each level's experts.
     """
-    model, other = (_looped(workload).to(device).train(is_training) for _ in range(2))
+    if terms.workload.mask() is not None:
+        raise AbsentError("it cuts no masks")
+    workload, device = terms.workload, terms.device
+    model, other = terms.model("looped"), terms.model("looped")
     plans = [model.compile_routing(routing) for routing in routings_of(workload)]
     named = dict(model.named_parameters())
     last = plans[0]
@@ -42,17 +41,12 @@ def make_bare(workload: Workload, device: torch.device = HOST, *, is_training: b
 
     def expected() -> Contender:
         levels = last.levels.values()
-        names = {level.name: [*chain(*map(_repeated, level.present, level.counts))] for level in levels}
+        names = {
+            level.name: [name for name, count in zip(level.present, level.counts, strict=True) for _ in range(count)]
+            for level in levels
+        }
         # The current weights: weights move between two steps.
         other.load_state_dict(model.state_dict())
         return Contender(other, routed(other, workload, [names], device), dict(other.named_parameters()))
 
     return Contender(model, cycled(call, plans), named, expected)
-
-
-def _looped(workload: Workload) -> celmoe.HierarchicalCELMoE:
-    return cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine="looped"))
-
-
-def _repeated(name: str, count: int) -> list[str]:
-    return [name] * count

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
 
+import celmoe
 from benchmarks.harness.equality import Claimed, Evidence, Weights
 from benchmarks.harness.peers import PeerUnavailableError, load_peer
-from benchmarks.harness.steps import Forward
+from benchmarks.harness.steps import Forward, routed, routings_of
 from benchmarks.workloads.workload import Workload
 
 AUTO, STACKED = "celmoe auto", "celmoe stacked"
@@ -46,17 +47,24 @@ def load_present(version: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms that all contenders of one contest share.
-
-    Attributes:
-        workload: The workload to run.
-        device: The device to run it on.
-        is_training: True if the contest needs gradients.
-    """
+    """The terms that all contenders of one contest share; some contests need no gradients."""
 
     workload: Workload
     device: torch.device
     is_training: bool = True
+
+    def model(self, engine: str) -> celmoe.HierarchicalCELMoE:
+        """Ours on the device."""
+        return cast(celmoe.HierarchicalCELMoE, self.prepared(self.workload.build(celmoe, engine=engine)))
+
+    def prepared(self, module: nn.Module) -> nn.Module:
+        """A module on the device, in the mode of the contest."""
+        return module.to(self.device).train(self.is_training)
+
+    def whole(self, model: nn.Module, weights: Weights | None = None) -> Contender:
+        """A model of either library as a contender, with its own parameters for weights if none are given."""
+        forward = routed(model, self.workload, routings_of(self.workload), self.device)
+        return Contender(model, forward, dict(model.named_parameters()) if weights is None else weights)
 
 
 @dataclass(frozen=True)
@@ -92,23 +100,19 @@ def nothing() -> None:
     """Do nothing between steps: the contender keeps nothing."""
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(Claimed):
     """A contender's step, and the claim that it computes the same as the others.
 
     Attributes:
         step: The timed call; it returns when the device is done.
         between: Run before every timed step, unseen by the clock.
-        evidence: Gives the evidence of the contender.
-        expected: Gives the evidence that the contender must equal; ``None`` for the evidence of ours.
         weight_bytes: Bytes of its weights.
         clear: Frees all that a step leaves, so that the next step's peak memory is its own.
     """
 
     step: Callable[[], object]
-    between: Callable[[], object]
-    evidence: Callable[[], Evidence]
-    expected: Callable[[], Evidence] | None = None
+    between: Callable[[], object] = nothing
     weight_bytes: int = 0
     clear: Callable[[], object] = nothing
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.contenders.contender import Contender
-from benchmarks.harness.steps import HOST, Forward, routed
+from benchmarks.contenders.contender import Contender, Terms
+from benchmarks.harness.steps import HOST, Forward, mask_on, routed
 from benchmarks.workloads.hierarchies import ONE_LEVEL, TREE
 from benchmarks.workloads.workload import Workload
 
@@ -41,8 +41,7 @@ class Dense(nn.Module):
 
     def unrouted(self, workload: Workload, device: torch.device = HOST) -> Forward:
         """The forward pass with the workload's mask."""
-        mask = workload.mask()
-        mask = mask if mask is None else mask.to(device)
+        mask = mask_on(device, workload)
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             fused: torch.Tensor = self(hidden, mask)
@@ -56,12 +55,13 @@ class Dense(nn.Module):
         return {name: self.get_parameter(own) for name, own in self._own_names.items()}
 
 
-def make_dense(workload: Workload, device: torch.device = HOST, *, is_training: bool = True) -> Contender:
+def make_dense(terms: Terms) -> Contender:
     """The floor, which must equal our looped model of one expert a level."""
-    dense = Dense(workload).to(device).train(is_training)
+    workload, device = terms.workload, terms.device
+    dense = Dense(workload).to(device).train(terms.is_training)
 
     def expected() -> Contender:
-        model = _of_one_expert_a_level(workload).to(device).train(is_training)
+        model = _of_one_expert_a_level(workload).to(device).train(terms.is_training)
         # The current weights: weights move between two steps.
         model.load_state_dict(dense.weights)
         routing = {level.name: next(iter(level.experts)) for level in model.levels}

@@ -18,7 +18,6 @@ from torch.nn import functional
 
 import celmoe
 from benchmarks.contenders.planned import Planned, Stacked, bodies_of
-from benchmarks.harness.steps import Forward, cycled
 from benchmarks.workloads.bodies import MLP, RANK, LowRank
 
 
@@ -123,10 +122,6 @@ class PeftAdapters(nn.Module):
             level_hiddens.append(hidden)
         fused: torch.Tensor = self.fusion(level_hiddens)
         return fused
-
-    def routed(self, routings: Sequence[Any]) -> Forward:
-        """The forward pass over the routings, which must be names for each sample, in turn."""
-        return cycled(self, routings)
 
 
 class _Same(nn.Linear):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from importlib.util import find_spec
-from typing import cast
 
 import torch
 
@@ -31,11 +30,11 @@ from benchmarks.contenders.contender import (
 )
 from benchmarks.contenders.dense import make_dense
 from benchmarks.contenders.foreign import PeftAdapters, TransformersMLP
-from benchmarks.contenders.planned import padding
-from benchmarks.contenders.stack import HAND_STACKED, MOST_PADDING, fastest_stack, takes_grouped_mm
+from benchmarks.contenders.planned import Planned, require_little_padding
+from benchmarks.contenders.stack import HAND_STACKED, fastest_stack, takes_grouped_mm
 from benchmarks.contenders.vmapped import Vmapped
 from benchmarks.harness.equality import Part, Weights
-from benchmarks.harness.steps import Routes, cycled, routed, routings_of
+from benchmarks.harness.steps import Routes, cycled, mask_on, routed, routings_of
 from benchmarks.workloads.bodies import LOW_RANK
 from celmoe.reference import reference_forward
 
@@ -48,29 +47,26 @@ NOT_VMAPPED = {
 }
 # The oracle picks rows one by one, and each one's gradient is a tensor for the whole batch: so many bytes it may write.
 MOST_ORACLE_BYTES = 8 * 2**30
-_FLOAT_BYTES = 4
 
 
 def _ours(engine: str, terms: Terms) -> Contender:
-    model = _model(terms, engine)
-    routings = routings_of(terms.workload)
-    forward = routed(model, terms.workload, routings, terms.device)
+    model = terms.model(engine)
     if engine == "grouped":
         try:
-            # Not by the forward pass above, which goes through the routings in step with the others'.
-            routed(model, terms.workload, routings[:1], terms.device)(terms.workload.hidden().to(terms.device))
+            # Not by the timed forward pass, which goes through the routings in step with the others'.
+            some = routings_of(terms.workload)[:1]
+            routed(model, terms.workload, some, terms.device)(terms.workload.hidden().to(terms.device))
         except celmoe.EngineRefusedError as error:
             raise AbsentError(f"the engine refuses these experts: {error}") from None
-    return Contender(model, forward, dict(model.named_parameters()))
+    return terms.whole(model)
 
 
 def make_compiled(terms: Terms) -> Contender:
     """Stacked experts under ``torch.compile``; names are compiled to plans before, in the step's time."""
-    model = _model(terms, "auto")
+    model = terms.model("auto")
     weights = stacked_weights(model, celmoe.stack_experts(model))
     compiled = torch.compile(model)
-    mask = terms.workload.mask()
-    mask = mask if mask is None else mask.to(terms.device)
+    mask = mask_on(terms.device, terms.workload)
 
     def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
         fused: torch.Tensor = compiled(hidden, model.compile_routing(routes).to(terms.device), mask=mask).fused_hidden
@@ -80,11 +76,8 @@ def make_compiled(terms: Terms) -> Contender:
 
 
 def _stacked(terms: Terms) -> Contender:
-    model = _model(terms, "auto")
-    report = celmoe.stack_experts(model)
-    return Contender(
-        model, routed(model, terms.workload, routings_of(terms.workload), terms.device), stacked_weights(model, report)
-    )
+    model = terms.model("auto")
+    return terms.whole(model, stacked_weights(model, celmoe.stack_experts(model)))
 
 
 def stacked_weights(model: celmoe.HierarchicalCELMoE, report: celmoe.StackReport) -> Weights:
@@ -101,18 +94,15 @@ def stacked_weights(model: celmoe.HierarchicalCELMoE, report: celmoe.StackReport
 
 
 def _peer(version: str, terms: Terms) -> Contender:
-    model = terms.workload.build(load_present(version)).to(terms.device).train(terms.is_training)
-    forward = routed(model, terms.workload, routings_of(terms.workload), terms.device)
-    return Contender(model, forward, dict(model.named_parameters()))
+    return terms.whole(terms.prepared(terms.workload.build(load_present(version))))
 
 
 def _oracle(terms: Terms) -> Contender:
     written = len(terms.workload.levels()) * terms.workload.batch_size * terms.workload.hidden().nbytes
     if terms.is_training and written > MOST_ORACLE_BYTES:
         raise AbsentError(f"its backward pass would write {written / 2**30:,.0f} GiB a step, row by row")
-    model = _model(terms, "looped")
-    mask = terms.workload.mask()
-    mask = mask if mask is None else mask.to(terms.device)
+    model = terms.model("looped")
+    mask = mask_on(terms.device, terms.workload)
 
     def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
         return reference_forward(model, hidden, routes, mask=mask).fused_hidden
@@ -120,40 +110,32 @@ def _oracle(terms: Terms) -> Contender:
     return Contender(model, cycled(call, routings_of(terms.workload)), dict(model.named_parameters()))
 
 
-def _dense(terms: Terms) -> Contender:
-    return make_dense(terms.workload, terms.device, is_training=terms.is_training)
-
-
-def _bare(terms: Terms) -> Contender:
-    if terms.workload.mask() is not None:
-        raise AbsentError("it cuts no masks")
-    return make_bare(terms.workload, terms.device, is_training=terms.is_training)
-
-
 def _stack(terms: Terms) -> Contender:
     _require_kind(terms, HAND_STACKED, "is written by hand for")
-    model = _model(terms, "looped")
+    model = terms.model("looped")
     if not takes_grouped_mm(terms.device):
         _require_little_padding(terms, model)
-    stack = fastest_stack(model, terms.workload, terms.device)
-    return Contender(stack, stack.routed(routings_of(terms.workload)), stack.weights_of(model))
+    return _planned(terms, model, fastest_stack(model, terms.workload, terms.device))
 
 
 def _vmap(terms: Terms) -> Contender:
     if (why_not := NOT_VMAPPED.get(terms.workload.expert)) is not None:
         raise AbsentError(why_not)
-    model = _model(terms, "looped")
+    model = terms.model("looped")
     _require_little_padding(terms, model)
-    mapped = Vmapped(model).to(terms.device).train(terms.is_training)
-    return Contender(mapped, mapped.routed(routings_of(terms.workload)), mapped.weights_of(model))
+    return _planned(terms, model, Vmapped(model))
 
 
 def _transformers(terms: Terms) -> Contender:
     _require_kind(terms, ("mlp",), "has products for")
     _require_package("transformers")
-    model = _model(terms, "looped")
-    experts = TransformersMLP(model).to(terms.device).train(terms.is_training)
-    return Contender(experts, experts.routed(routings_of(terms.workload)), experts.weights_of(model))
+    model = terms.model("looped")
+    return _planned(terms, model, TransformersMLP(model))
+
+
+def _planned(terms: Terms, model: celmoe.HierarchicalCELMoE, made: Planned) -> Contender:
+    terms.prepared(made)
+    return Contender(made, made.routed(routings_of(terms.workload)), made.weights_of(model))
 
 
 def _peft(terms: Terms) -> Contender:
@@ -161,8 +143,8 @@ def _peft(terms: Terms) -> Contender:
     if terms.is_training:
         raise AbsentError("it mixes adapters in inference only")
     _require_package("peft")
-    adapters = PeftAdapters(_model(terms, "looped")).to(terms.device).eval()
-    return Contender(adapters, adapters.routed(routings_of(terms.workload)))
+    adapters = PeftAdapters(terms.model("looped")).to(terms.device).eval()
+    return Contender(adapters, cycled(adapters, routings_of(terms.workload)))
 
 
 # In the order of a report.
@@ -173,18 +155,13 @@ MODELS: dict[str, Maker] = {
     LOOPED: functools.partial(_ours, "looped"),
     **{name: functools.partial(_peer, version) for name, version in PEERS.items()},
     ORACLE: _oracle,
-    DENSE: _dense,
-    BARE: _bare,
+    DENSE: make_dense,
+    BARE: make_bare,
     STACK: _stack,
     VMAP: _vmap,
     TRANSFORMERS: _transformers,
     PEFT: _peft,
 }
-
-
-def _model(terms: Terms, engine: str) -> celmoe.HierarchicalCELMoE:
-    model = terms.workload.build(celmoe, engine=engine).to(terms.device).train(terms.is_training)
-    return cast(celmoe.HierarchicalCELMoE, model)
 
 
 def _require_kind(terms: Terms, kinds: tuple[str, ...], what_it_does: str) -> None:
@@ -193,9 +170,7 @@ def _require_kind(terms: Terms, kinds: tuple[str, ...], what_it_does: str) -> No
 
 
 def _require_little_padding(terms: Terms, model: celmoe.HierarchicalCELMoE) -> None:
-    most = max(padding(terms.workload, model.compile_routing(routing)) for routing in routings_of(terms.workload))
-    if most > MOST_PADDING:
-        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
+    require_little_padding(terms.workload, map(model.compile_routing, routings_of(terms.workload)))
 
 
 def _require_package(name: str) -> None:

@@ -16,15 +16,13 @@ from benchmarks.contenders.contender import (
     PEERS,
     STACK,
     VMAP,
-    AbsentError,
     Contender,
     Maker,
     Terms,
 )
 from benchmarks.contenders.layouts import Padded, Ragged
 from benchmarks.contenders.models import MODELS
-from benchmarks.contenders.planned import padding
-from benchmarks.contenders.stack import MOST_PADDING
+from benchmarks.contenders.planned import require_little_padding
 from benchmarks.harness.steps import Routes, cycled, routings_of
 
 
@@ -33,9 +31,8 @@ def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
     model = terms.workload.build(celmoe)
     assert isinstance(model, celmoe.HierarchicalCELMoE)
     compiler, routings = celmoe.RoutingCompiler(model.config), routings_of(terms.workload)
-    most = max(padding(terms.workload, compiler(routing)) for routing in routings)
-    if kind is Padded and most > MOST_PADDING:
-        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
+    if kind is Padded:
+        require_little_padding(terms.workload, map(compiler, routings))
 
     def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
         (level,) = compiler(routes).to(terms.device).levels.values()

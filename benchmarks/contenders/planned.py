@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import celmoe
+from benchmarks.contenders.contender import AbsentError
 from benchmarks.harness.equality import Part, Weights
 from benchmarks.harness.steps import Forward, Routes, cycled
 from benchmarks.workloads.workload import Workload
 
 
 class Stacked(NamedTuple):
-    """A parameter of all experts of a level.
-
-    Attributes:
-        whole: ``[E, ...]``.
-        is_transposed: True if each expert's two axes are swapped, compared with its own parameter.
-    """
+    """A parameter ``[E, ...]`` of all experts of a level; each one's two axes may be swapped there."""
 
     whole: nn.Parameter
     is_transposed: bool = False
@@ -84,8 +80,23 @@ def bodies_of(model: celmoe.HierarchicalCELMoE) -> list[list[nn.Module]]:
     return [[modules[level.name][name].body for name in level.experts] for level in model.levels]  # type: ignore[index]  # nested mappings
 
 
+# Padding to more than so many times the rows is no choice that anyone would make.
+MOST_PADDING = 4
+
+
 def padding(workload: Workload, plan: celmoe.RoutingPlan) -> float:
     """The ratio of padded rows to rows, in the worst level, if every expert gets as many as the largest."""
     sizes = [len(names) for names in workload.levels().values()]
     largest = [max(level.counts) for level in plan.levels.values()]
     return max(size * most for size, most in zip(sizes, largest, strict=True)) / workload.batch_size
+
+
+def require_little_padding(workload: Workload, plans: Iterable[celmoe.RoutingPlan]) -> None:
+    """Refuse rows padded in the worst plan to more than `MOST_PADDING` times as many.
+
+    Raises:
+        AbsentError: They would be.
+    """
+    most = max(padding(workload, plan) for plan in plans)
+    if most > MOST_PADDING:
+        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import celmoe
-from benchmarks.contenders.contender import AUTO, LOOK_UPS, PEER, PEERS, Task, TaskMaker, load_present, nothing
+from benchmarks.contenders.contender import AUTO, LOOK_UPS, PEER, PEERS, Task, TaskMaker, load_present
 from benchmarks.harness.devices import finish
 from benchmarks.harness.equality import Evidence
 from benchmarks.harness.steps import HOST, ROUTINGS, routings_of, turns
@@ -49,7 +49,7 @@ def _ours(workload: Workload, device: torch.device) -> Task:
     def evidence() -> Evidence:
         return {name: level.expert_ids.cpu() for name, level in plan(routings[0]).levels.items()}
 
-    return Task(lambda: plan(routings[turn()]), nothing, evidence)
+    return Task(evidence, step=lambda: plan(routings[turn()]))
 
 
 def look_ups(workload: Workload) -> Task:
@@ -63,7 +63,7 @@ def look_ups(workload: Workload) -> Task:
     def evidence() -> Evidence:
         return {level: torch.tensor(ids) for level, ids in look_up(routings[0]).items()}
 
-    return Task(lambda: look_up(routings[turn()]), nothing, evidence)
+    return Task(evidence, step=lambda: look_up(routings[turn()]))
 
 
 def routing_pass(package: ModuleType, workload: Workload, device: torch.device = HOST) -> Task:
@@ -82,7 +82,7 @@ def routing_pass(package: ModuleType, workload: Workload, device: torch.device =
             levels = stamp(column, routings[0]).levels
         return {name: level.hidden.cpu().flatten().long() for name, level in levels.items()}
 
-    return Task(step, nothing, evidence)
+    return Task(evidence, step=step)
 
 
 def _config(package: ModuleType, workload: Workload) -> celmoe.CELMoEConfig:
@@ -98,20 +98,16 @@ def _model(package: ModuleType, workload: Workload, stamps: bool) -> nn.Module:
     """Experts that return their rows, or that fill them with their place among the level's experts."""
     places = {level: {name: place for place, name in enumerate(names)} for level, names in workload.levels().items()}
 
-    class Untouched(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
-        def forward(self, batch: celmoe.ExpertBatch) -> object:
-            return package.ExpertResult(batch.hidden)
-
-    class Stamp(package.ExpertModule):  # type: ignore[misc, name-defined]  # as above
+    class Stamp(package.ExpertModule):  # type: ignore[misc, name-defined]  # the package is a run-time choice
         def __init__(self, place: int) -> None:
             super().__init__()
             self.place = place
 
         def forward(self, batch: celmoe.ExpertBatch) -> object:
-            return package.ExpertResult(torch.full_like(batch.hidden, self.place))
+            return package.ExpertResult(torch.full_like(batch.hidden, self.place) if stamps else batch.hidden)
 
     def factory(level: str, name: str, _metadata: object) -> nn.Module:
-        module: nn.Module = Stamp(places[level][name]) if stamps else Untouched()
+        module: nn.Module = Stamp(places[level][name])
         return module
 
     model: nn.Module = package.HierarchicalCELMoE(_config(package, workload), factory, Last())

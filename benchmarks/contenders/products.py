@@ -14,8 +14,8 @@ from torch.nn import functional
 import celmoe
 from benchmarks.contenders.contender import AUTO, DENSE, LOOPED, STACK, VMAP, AbsentError, Contender, Maker, Terms
 from benchmarks.contenders.layouts import Padded, Ragged
-from benchmarks.contenders.planned import padding
-from benchmarks.contenders.stack import MOST_PADDING, StackedLinear, takes_grouped_mm
+from benchmarks.contenders.planned import require_little_padding
+from benchmarks.contenders.stack import StackedLinear, takes_grouped_mm
 from benchmarks.harness.equality import Part
 from celmoe.grouped.kernels.members import linear_of_members
 from celmoe.grouped.segments import Segments
@@ -84,8 +84,8 @@ def _laid_out(kind: type[Ragged | Padded], terms: Terms) -> Contender:
     rows = _Rows(terms)
     if kind is Ragged and not takes_grouped_mm(terms.device):
         raise AbsentError(f"PyTorch {torch.__version__} has no grouped product of float32 on {terms.device.type}")
-    if kind is Padded and (most := padding(terms.workload, rows.plan)) > MOST_PADDING:
-        raise AbsentError(f"it would pad the rows to {most:.0f} times as many")
+    if kind is Padded:
+        require_little_padding(terms.workload, [rows.plan])
     stacked = StackedLinear(cast(list[nn.Linear], list(rows.layers)))
     layout = kind(rows.sorted_level, len(rows.layers))
 

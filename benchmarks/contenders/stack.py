@@ -18,7 +18,7 @@ from torch.nn import functional
 
 import celmoe
 from benchmarks.contenders.layouts import Alone, Layout, Padded, Ragged
-from benchmarks.contenders.planned import Planned, Stacked, bodies_of
+from benchmarks.contenders.planned import MOST_PADDING, Planned, Stacked, bodies_of
 from benchmarks.harness.devices import finish
 from benchmarks.harness.interleaved import interleave
 from benchmarks.harness.steps import HOST, Passes, routings_of
@@ -29,8 +29,6 @@ LayoutKind: TypeAlias = type[Ragged] | type[Padded]
 
 # The kinds of experts that it is written for.
 HAND_STACKED = ("linear", "mlp")
-# Padding to more than so many times the rows is no choice that anyone would make.
-MOST_PADDING = 4
 
 
 class StackedLinear(nn.Module):

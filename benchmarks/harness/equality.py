@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -28,13 +28,7 @@ class UnequalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Part:
-    """One expert's part of a parameter that holds those of all experts of a level.
-
-    Attributes:
-        whole: The parameter, ``[E, ...]``.
-        place: The expert's place on its first axis.
-        is_transposed: True if the part's last two axes are swapped, compared with the expert's own parameter.
-    """
+    """One expert's place in a parameter ``[E, ...]`` of all experts; its two axes may be swapped there."""
 
     whole: nn.Parameter
     place: int
@@ -77,27 +71,15 @@ def inference_evidence(forward: Forward, workload: Workload, device: torch.devic
         return {"output in inference": forward(workload.hidden().to(device))}
 
 
-class Claim(Protocol):
-    """A contender's claim: the evidence it gives, and the evidence it must equal."""
-
-    @property
-    def evidence(self) -> Callable[[], Evidence]:
-        """Gives the evidence of the contender."""
-
-    @property
-    def expected(self) -> Callable[[], Evidence] | None:
-        """Gives the evidence that the contender must equal; ``None`` for the evidence of ours."""
-
-
 @dataclass(frozen=True)
 class Claimed:
-    """A claim by itself, of a contender that is no task."""
+    """A contender's evidence, and the evidence it must equal; ``None`` for the evidence of ours."""
 
     evidence: Callable[[], Evidence]
     expected: Callable[[], Evidence] | None = None
 
 
-def require_all_equal(claims: Mapping[str, Claim], ours: str) -> None:
+def require_all_equal(claims: Mapping[str, Claimed], ours: str) -> None:
     """Compare the evidence of every contender with the evidence it must equal.
 
     Args:

@@ -15,12 +15,7 @@ RESTLESS, NOISY = 0.10, 0.25
 
 @dataclass(frozen=True)
 class Noise:
-    """A run's evidence about its machine.
-
-    Attributes:
-        series: The number of series of repeated timings.
-        restless: The number of series that are wider than `RESTLESS`.
-    """
+    """The number of a run's series of repeated timings, and of those wider than `RESTLESS`."""
 
     series: int
     restless: int

@@ -32,11 +32,7 @@ def processor_name() -> str:
 class Setting:
     """The facts that a figure must be quoted with.
 
-    Attributes:
-        hardware: The accelerator, if there is one, and the processor.
-        threads: Threads of the processor.
-        commit: Seven digits of the commit; ``"unknown"`` outside of a clone.
-        is_changed: True if the clone has changes that are not in the commit.
+    The commit has seven digits, and is ``"unknown"`` outside of a clone. A changed clone has what is in no commit.
     """
 
     hardware: str

@@ -49,10 +49,15 @@ def cycled(call: Callable[[torch.Tensor, Routes], torch.Tensor], routings: Seque
     return lambda hidden: call(hidden, routings[turn()])
 
 
+def mask_on(device: torch.device, workload: Workload) -> torch.Tensor | None:
+    """The workload's mask on a device."""
+    mask = workload.mask()
+    return mask if mask is None else mask.to(device)
+
+
 def routed(model: nn.Module, workload: Workload, routings: Sequence[Routes], device: torch.device = HOST) -> Forward:
     """The model's forward pass, in both libraries."""
-    mask = workload.mask()
-    mask = mask if mask is None else mask.to(device)
+    mask = mask_on(device, workload)
 
     def call(hidden: torch.Tensor, routes: Routes) -> torch.Tensor:
         fused: torch.Tensor = model(hidden, routes, mask=mask).fused_hidden
@@ -73,11 +78,7 @@ CLIP_NORM = 1.0
 class Passes:
     """The two passes of a training step: clearing of gradients, forward, a loss, backward.
 
-    Args:
-        forward: The forward pass.
-        parameters: The parameters that get gradients, besides the hidden states.
-        workload: Gives the hidden states.
-        device: The device of the hidden states.
+    The parameters get gradients, and so do the workload's hidden states.
     """
 
     def __init__(
@@ -141,12 +142,7 @@ class BackwardPass(Passes):
 class TrainingStep(Passes):
     """All that a user does for a step: both passes, clipping of the gradients' norm, AdamW.
 
-    Args:
-        forward: See `Passes`, as the next three.
-        parameters: All that is trained.
-        workload: See `Passes`.
-        device: See `Passes`.
-        rate: The learning rate. At zero the optimizer does all its work, and contenders keep their equal weights.
+    At a rate of zero the optimizer does all its work, and contenders keep their equal weights.
     """
 
     def __init__(

@@ -34,14 +34,9 @@ _LOOK_AFTER_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class News:
-    """A message of the suite's process.
+    """A message of the suite's process: all names are `FOUND`, one benchmark has `BEGUN`, or is `DONE`.
 
-    Attributes:
-        kind: `FOUND`, `BEGUN` or `DONE`.
-        name: The name of the benchmark; empty for `FOUND`.
-        names: The names of all that were found.
-        outcome: The result of one that is done: `PASSED`, or the reason why it has none.
-        failed: True if it failed, and was not merely left out.
+    The outcome of one that is done is `PASSED`, or why it has no result: it failed, or was left out.
     """
 
     kind: str
@@ -53,14 +48,7 @@ class News:
 
 @dataclass
 class Outcome:
-    """The end of a run.
-
-    Attributes:
-        measured: The number of benchmarks that have a result.
-        left_out: By name, the reason why others have none.
-        failed: By name, the reason why others failed.
-        crash: The reason why its process ended early; empty if it did not.
-    """
+    """The end of a run: how many have a result, by name why others have none, and why its process ended early."""
 
     measured: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
@@ -72,11 +60,8 @@ class Beacon:
     """A pytest plugin: reports events to the parent, and begins nothing after a stop or too late to end in time."""
 
     def __init__(self, connection: Connection, stop: Event, seconds: float | None) -> None:
-        self._connection = connection
-        self._stop = stop
-        self._pace = Pace(seconds)
-        self._why = ""
-        self._failed = False
+        self._connection, self._stop, self._pace = connection, stop, Pace(seconds)
+        self._why, self._failed = "", False
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """All benchmarks are there, in the order of their files."""
@@ -90,8 +75,7 @@ class Beacon:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """From before one begins until after it has ended."""
         self._connection.send(News(BEGUN, item.nodeid))
-        self._why = ""
-        self._failed = False
+        self._why, self._failed = "", False
         try:
             return (yield)
         finally:

@@ -28,15 +28,8 @@ CHEAP_STEP, PARTS_SECONDS = 1.0, 0.5
 class Contest:
     """A benchmark's workload and device, and the terms of its contest.
 
-    Attributes:
-        benchmark: Times ours.
-        workload: The workload to run.
-        device_name: One of `devices.DEVICES`.
-        device: The device of all tensors.
-        seconds: About how long the rounds go on.
-        longest: Seconds that a step of another contender may take.
-        which: The set of `suite.sets.SETS`, which has its contenders.
-        say: Takes a line for the reader at the terminal.
+    Rounds go on for about so many seconds; the longest step of another contender may take so many. One of
+    `suite.sets.SETS` has the contenders. Lines for the reader at the terminal are said past pytest's capture.
     """
 
     benchmark: BenchmarkFixture
@@ -82,7 +75,7 @@ class Contest:
     def _parts_ms(self, timings: Timings) -> Mapping[str, float]:
         if self.device_name != CPU or timings.rounds == 0 or timings.median(AUTO) > CHEAP_STEP:
             return {}
-        return time_parts(self.workload, "auto", PARTS_SECONDS).ms
+        return time_parts(self.workload, "auto", PARTS_SECONDS)
 
     def _tell(self, record: Record) -> None:
         what = f"{record.stage} {record.workload} on {record.device}"

@@ -52,15 +52,9 @@ _LAUNCH_NOTHING = {
 
 @dataclass(frozen=True)
 class OperationCount:
-    """The number of operations in both passes, with few experts and with many.
+    """Operations in both passes with `FEW_EXPERTS` and with `MANY_EXPERTS`, in one of the `ARRANGEMENTS` of products.
 
-    Attributes:
-        expert: The kind of expert.
-        routes: The workload's routes.
-        arrangement: `ACCELERATOR` or `CPU`, by the device whose arrangement of products is counted.
-        few: Operations with `FEW_EXPERTS`.
-        many: Operations with `MANY_EXPERTS`.
-        grown: By operation, how many more there are with many experts; the largest first.
+    The operations that have grown come with how many more there are, the largest first.
     """
 
     expert: str

@@ -6,8 +6,6 @@ hooked into the model, since an engine may run hooked experts another way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import cast
 
 import celmoe
@@ -20,23 +18,14 @@ OPTIMIZER = "clip and step"
 _FORWARD, _PASSES, _STEP = "forward", "passes", "step"
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A whole step's milliseconds by part.
+def time_parts(workload: Workload, engine: str, seconds: float) -> dict[str, float]:
+    """Time the parts of our step for about so many seconds in all.
 
-    Attributes:
-        workload: What was run.
-        ms: `PLANNING`: names to plans. `MOVING`: two gathers for each level whose rows are not in order yet, forward.
-            `EXPERTS_RUN`: the rest of the forward pass, checks and bookkeeping included. `FUSION`: forward.
-            `BACKWARD`: of all, with the clearing of gradients. `OPTIMIZER`: clipping of gradients, and AdamW.
+    Returns:
+        Milliseconds. `PLANNING`: names to plans. `MOVING`: two gathers for each level whose rows are not in order yet,
+        forward. `EXPERTS_RUN`: the rest of the forward pass, checks and bookkeeping included. `FUSION`: forward.
+        `BACKWARD`: of all, with the clearing of gradients. `OPTIMIZER`: clipping of gradients, and AdamW.
     """
-
-    workload: Workload
-    ms: Mapping[str, float]
-
-
-def time_parts(workload: Workload, engine: str, seconds: float) -> Parts:
-    """Time the parts of our step for about so many seconds in all."""
     model = cast(celmoe.HierarchicalCELMoE, workload.build(celmoe, engine=engine))
     routings = [workload.routing(seed) for seed in range(ROUTINGS)]
     plans = [model.compile_routing(routing) for routing in routings]
@@ -64,14 +53,10 @@ def time_parts(workload: Workload, engine: str, seconds: float) -> Parts:
     )
     ms = {name: 1e3 * timings.median(name) for name in timings.seconds}
     rest = ms[_FORWARD] - ms[PLANNING] - ms[MOVING] - ms[FUSION]
-    return Parts(
-        workload,
-        {
-            PLANNING: ms[PLANNING],
-            MOVING: ms[MOVING],
-            EXPERTS_RUN: max(rest, 0.0),
-            FUSION: ms[FUSION],
-            BACKWARD: max(ms[_PASSES] - ms[_FORWARD], 0.0),
-            OPTIMIZER: max(ms[_STEP] - ms[_PASSES], 0.0),
-        },
-    )
+    return {
+        **{name: ms[name] for name in (PLANNING, MOVING)},
+        EXPERTS_RUN: max(rest, 0.0),
+        FUSION: ms[FUSION],
+        BACKWARD: max(ms[_PASSES] - ms[_FORWARD], 0.0),
+        OPTIMIZER: max(ms[_STEP] - ms[_PASSES], 0.0),
+    }

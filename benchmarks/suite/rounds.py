@@ -26,13 +26,7 @@ MOST_TIMES, SLOW_STEP = 30, 0.2
 
 @dataclass(frozen=True)
 class Gathered:
-    """Contenders that are proven equal, ready for rounds.
-
-    Attributes:
-        tasks: By name, ours first.
-        absent: By name, the reason why a contender takes no part, and the cure.
-        round_seconds: Estimated seconds of one round.
-    """
+    """Contenders that are proven equal, ours first; why others are absent; estimated seconds of a round."""
 
     tasks: Mapping[str, Task]
     absent: Mapping[str, str]

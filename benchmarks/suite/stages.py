@@ -81,7 +81,9 @@ def _made(stage: str, make: Maker, terms: Terms) -> Task:
     weights = sum(each.nbytes for each in contender.module.parameters())
     claim = claim_of(contender, partial(_evidence, terms))
     clear = step.clear if isinstance(step, Passes) else nothing
-    return Task(step_to_its_end, between, claim.evidence, claim.expected, weights, clear)
+    return Task(
+        claim.evidence, claim.expected, step=step_to_its_end, between=between, weight_bytes=weights, clear=clear
+    )
 
 
 def _step(stage: str, contender: Contender, terms: Terms) -> Callable[[], None]:

@@ -57,32 +57,8 @@ class Recurrent(nn.Module):
         return result
 
 
-def _linear(width: int, _place: int) -> nn.Module:
-    return nn.Linear(width, width)
-
-
-def _mlp(width: int, _place: int) -> nn.Module:
-    return MLP(width, 2 * width)
-
-
 def _block(width: int, _place: int) -> nn.Module:
     return nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
-
-
-def _gru(width: int, _place: int) -> nn.Module:
-    return Recurrent(width)
-
-
-def _two_widths(width: int, place: int) -> nn.Module:
-    return MLP(width, (2, 4)[place % 2] * width)
-
-
-def _low_rank(width: int, _place: int) -> nn.Module:
-    return LowRank(width, RANK)
-
-
-def _untouched(_width: int, _place: int) -> nn.Module:
-    return nn.Identity()
 
 
 LOW_RANK = "low-rank"
@@ -92,15 +68,15 @@ UNTOUCHED = "untouched"
 PRODUCT = "product"
 # The experts' bodies, made from width H and the expert's place in its level.
 EXPERTS: dict[str, Callable[[int, int], nn.Module]] = {
-    "linear": _linear,
-    "mlp": _mlp,
+    "linear": lambda width, _: nn.Linear(width, width),
+    "mlp": lambda width, _: MLP(width, 2 * width),
     "block": _block,
     "masked-block": _block,
-    "gru": _gru,
-    "two-widths": _two_widths,
-    LOW_RANK: _low_rank,
-    UNTOUCHED: _untouched,
-    PRODUCT: _linear,
+    "gru": lambda width, _: Recurrent(width),
+    "two-widths": lambda width, place: MLP(width, (2, 4)[place % 2] * width),
+    LOW_RANK: lambda width, _: LowRank(width, RANK),
+    UNTOUCHED: lambda *_: nn.Identity(),
+    PRODUCT: lambda width, _: nn.Linear(width, width),
 }
 # The looped engine's grid takes the first kinds, the grouped engine's grid the second.
 LOOPED_EXPERTS = ("linear", "mlp", "block", "gru")

@@ -47,13 +47,10 @@ WORST = (
 
 def looped_grid() -> Iterator[Workload]:
     """Every combination of expert, H, B and E that the looped engine is held to."""
-    for expert in LOOPED_EXPERTS:
-        for hidden_size in WIDTHS:
-            for batch_size in (16, *BATCHES, LARGEST_BATCH):
-                if batch_size == LARGEST_BATCH and expert != "linear":
-                    continue
-                for num_experts in COUNTS:
-                    yield Workload(expert, hidden_size, batch_size, num_experts)
+    for point in itertools.product(LOOPED_EXPERTS, WIDTHS, (16, *BATCHES, LARGEST_BATCH), COUNTS):
+        workload = Workload(*point)
+        if workload.batch_size < LARGEST_BATCH or workload.expert == "linear":
+            yield workload
 
 
 def full_grid() -> list[Workload]:

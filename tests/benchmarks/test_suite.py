@@ -159,7 +159,7 @@ def evidence_of(**changes):
 def test_slow_contenders_are_left_out(monkeypatch):
     clock = iter([0.01, 3.0, 0.5, 0.01, 0.4])
     monkeypatch.setattr(rounds, "_taken", lambda _step: rounds._Seconds(9.0, next(clock)))
-    task = Task(lambda: None, lambda: None, evidence_of())
+    task = Task(evidence_of(), step=lambda: None)
     gathered = gather({AUTO: lambda: task, ORACLE: lambda: task, STACK: lambda: task}, 2.0)
     assert list(gathered.tasks) == [AUTO]
     assert gathered.round_seconds == 9.0
@@ -245,7 +245,7 @@ def test_the_weights_are_in_the_memory_of_a_step(monkeypatch):
 
 def test_a_step_is_measured_from_cleared_gradients():
     ran = []
-    task = Task(lambda: ran.append("step"), lambda: None, dict, weight_bytes=7, clear=lambda: ran.append("clear"))
+    task = Task(dict, step=lambda: ran.append("step"), weight_bytes=7, clear=lambda: ran.append("clear"))
     peaks = contest(tiny("linear"), [])._peaks(rounds.Gathered({AUTO: task, LOOPED: task}, {}, 1.0))
     assert ran == ["clear", "step"] * 2
     assert all(7 <= each < 10_000 for each in peaks.values())

@@ -9,17 +9,24 @@ from benchmarks.contenders.contender import AUTO, BARE, LOOK_UPS, LOOPED, PEER, 
 from benchmarks.report.page import Findings, write_page
 from benchmarks.report.panels import draw_panels
 from benchmarks.report.reading import read_suite
-from benchmarks.report.targets import Goal, Mark, find_marks
+from benchmarks.report.targets import Goal, Mark, find_marks, plan_rows
 from benchmarks.suite.operations import ACCELERATOR, CPU, OperationCount
 from benchmarks.suite.sets import DEFAULT, GRID, GROUPED
 from benchmarks.workloads.bodies import GROUPED_EXPERTS
 from benchmarks.workloads.points import MOST_BYTES, PLANNED, full_grid, needed_bytes, short_grid
 from benchmarks.workloads.workload import Workload
 from tests.benchmarks.made_up import MACHINE, entry, write
+from tests.figures import FIGURES
 
 
 def suite_of(tmp_path, *entries):
     return read_suite(write(tmp_path / "benchmarks.json", entries))
+
+
+def columns_of(name):
+    """The columns of a file that the notes quote."""
+    with (FIGURES / name).open() as file:
+        return set(next(csv.reader(file)))
 
 
 def timed(workload, stage="whole_step", **seconds):
@@ -62,6 +69,10 @@ def test_planning_is_held_to_look_ups_and_to_the_peers_pass(tmp_path):
     by_look_ups, by_peer = find_marks(GRID, suite)
     assert (by_look_ups.measured, by_look_ups.verdict) == (2.0, "aim")
     assert (by_peer.measured, by_peer.verdict) == (50.0, "missed")
+    first, second = plan_rows(suite)
+    assert first.keys() > columns_of("plans.csv")
+    assert (first["experts"], first["celmoe_vp_by_plan"], first["plan_by_look_ups"]) == ("256/256/256", "50", "2")
+    assert (second["experts"], second["celmoe_vp_by_plan"], second["plan_by_look_ups"]) == ("1/16/256", "", "9")
 
 
 def test_the_worst_of_operations_count(tmp_path):
@@ -107,7 +118,9 @@ def test_what_a_run_of_a_grid_leaves(tmp_path):
     assert (found[PEER]["ratio"], found[PEER]["celmoe_ms"], found[PEER]["ms"]) == ("1.500", "2000.0000", "3000.0000")
     # Where the bare loop took part, the looped engine is drawn, and the loop's bound.
     with (tmp_path / "grid_whole_step_cpu.csv").open() as file:
-        assert {row["ratio"] for row in csv.DictReader(file)} == {"2.000"}
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() > columns_of("steps.csv")
+    assert {(row["ratio"], row["bound"], row["bare_loop_ms"]) for row in rows} == {("2.000", "3.000", "1000.000")}
 
 
 def test_no_grid_is_drawn_of_scattered_workloads(tmp_path):
