@@ -27,6 +27,8 @@ from celmoe import (
     HierarchyLevelConfig,
 )
 
+LANGUAGE = "\"routing['language']\""
+
 WIDTH = 4
 FAMILIES = ("slavic", "romance", "germanic")
 LANGUAGES = ("ru", "pl", "fr", "de")

@@ -12,6 +12,7 @@ import celmoe
 from celmoe.stacked.stack import Stack
 from celmoe.traced import forward, inside, opaque
 from tests import test_compiled as compiled
+from tests import test_compiled_changes as changes
 
 Patch = pytest.MonkeyPatch
 Test = Callable[[], None]
@@ -47,11 +48,11 @@ def rows_in_their_order(patch: Patch) -> None:
 WRONG: dict[str, tuple[Callable[[Patch], None], Test]] = {
     "members of the neighbour": (members_of_the_neighbour, lambda: compiled.test_kinds_of_experts(compiled.Scaling)),
     "rows in their order": (rows_in_their_order, lambda: compiled.test_kinds_of_experts(compiled.Scaling)),
-    "unnoted members": (unnoted_members, lambda: compiled.test_absent_experts_stay_as_they_are("SGD")),
-    "a stale mark": (a_stale_mark, lambda: compiled.TestChanges().test_an_attribute_of_one_expert()),
+    "unnoted members": (unnoted_members, lambda: changes.test_absent_experts_stay_as_they_are("SGD")),
+    "a stale mark": (a_stale_mark, lambda: changes.TestChanges().test_an_attribute_of_one_expert()),
     "gradients of the input only": (
         gradients_of_the_input_only,
-        lambda: compiled.test_calls_of_calls_and_checkpoints(is_stacked=False),
+        lambda: changes.test_calls_of_calls_and_checkpoints(is_stacked=False),
     ),
 }
 

@@ -9,27 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from celmoe import CELMoEConfig, ExpertConfig, ExpertModule, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
+from celmoe import CELMoEConfig, ExpertConfig, HierarchicalCELMoE, HierarchyLevelConfig
 from celmoe.engines.cost import Cost, estimate
 from celmoe.grouped.classes import Layout, layout_of
 from celmoe.reference import reference_forward
 from tests.architectures import Recurrence
-
-
-class Wide(ExpertModule):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, batch):
-        return ExpertResult(self.linear(batch.hidden))
+from tests.experts import Linear
 
 
 def model_of(number: int, make: Any = None, width: int = 8) -> HierarchicalCELMoE:
     names = [f"expert {place}" for place in range(number)]
     level = HierarchyLevelConfig("level", {name: ExpertConfig(name) for name in names})
     return HierarchicalCELMoE(
-        CELMoEConfig(width, [level], use_learned_fusion=False), lambda *_: make() if make else Wide(width)
+        CELMoEConfig(width, [level], use_learned_fusion=False), lambda *_: make() if make else Linear(width)
     )
 
 
@@ -61,7 +53,7 @@ def test_many_small_experts_run_as_one_and_few_in_a_loop():
 def test_calls_decide_whatever_the_width_and_the_number_of_rows(number, engine):
     """A Linear has two tensors, so 50 of them make 100 calls."""
     for width, copies in ((8, 1), (8, 50), (256, 1)):
-        model = model_of(number, partial(Wide, width), width)
+        model = model_of(number, partial(Linear, width), width)
         assert classes_of(model, {"level": list(model.level_modules["level"]) * copies}) == [engine]
 
 
@@ -105,7 +97,7 @@ def test_experts_that_are_too_few_are_never_captured():
     for _ in range(2):
         model(torch.randn(3, 8), {"level": names})
         assert not has_run_as_one(model)
-        model.level_modules["level"][names[1]] = Wide(8)
+        model.level_modules["level"][names[1]] = Linear(8)
         model.explain({"level": names})
 
 
@@ -133,7 +125,7 @@ def test_a_call_that_does_not_pay_asks_nothing():
 
 
 def test_what_does_not_pay_in_training_pays_for_no_fewer_experts_and_not_in_evaluation():
-    for make in (partial(Wide, 8), partial(Recurrence, 8, nn.GRU)):
+    for make in (partial(Linear, 8), partial(Recurrence, 8, nn.GRU)):
         layout = layout_of_one(model_of(2, make))
         for members in (2, 5, 30, 300):
             if not estimate(layout, members, has_backward=True).pays:

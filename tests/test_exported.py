@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 
 import celmoe
 from celmoe import HierarchicalCELMoE, RoutingPlan
-from tests.test_compiled import WIDTH, Counting, Dense, Lossy, Masked, built, routed
+from tests.compiled import WIDTH, Dense, built, routed
+from tests.test_compiled import Masked
+from tests.test_compiled_changes import Counting, Lossy
 
 # More samples than any other axis has entries: a context's tensor of as many would be the samples'.
 BATCH = torch.export.Dim("batch", min=WIDTH + 1, max=1 << 16)

@@ -19,7 +19,8 @@ from celmoe import (
     HierarchyLevelConfig,
     InputTypeError,
 )
-from tests.test_stacked import MLP, NAMES, WIDTH, Buffered, Losing, Recurrent, build, expert_of, run, stacked
+from tests.stacks import MLP, NAMES, WIDTH, Recurrent, build, expert_of, run, stacked
+from tests.test_stacked import Buffered, Losing
 
 
 def one_by_one(model: HierarchicalCELMoE) -> dict[str, float]:

@@ -29,10 +29,12 @@ from celmoe import (
 from celmoe.engines.registry import ENGINES
 from celmoe.names import name_key
 from celmoe.reference import reference_forward
+from tests.compiled import WIDTH, Dense, built, routed
 from tests.experts import KINDS
+from tests.marks import slow_after
 from tests.parity import Closeness, equal
 from tests.strategies import IRREGULAR, Case, cases, examples, of_siblings
-from tests.test_compiled import WIDTH, Dense, Lossy, built, routed
+from tests.test_compiled_changes import Lossy
 from tests.test_exported import exported
 from tests.test_losses import Reads
 
@@ -292,7 +294,7 @@ def test_samples_without_losses_total_zero_and_run_backward(is_finite: bool) -> 
 # --- passes of other kinds --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lossy", ["universal", "language", "both"])
+@pytest.mark.parametrize("lossy", slow_after(1, ["both", "universal", "language"]))
 def test_compiled(lossy: str) -> None:
     """A level's only expert is in the graph, with its losses; others with losses run beside it."""
     torch._dynamo.reset()

@@ -16,6 +16,7 @@ import torch
 import celmoe
 from benchmarks.harness import peers
 from tests import peer
+from tests.marks import slow_but
 from tests.morphoformer_client import CASES
 
 PEER_OF = {"4.7.7": peer.FIRST, "6.0.0": peer.THIRD}
@@ -39,7 +40,7 @@ def start_client(version, library, folder, others_folder):
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow_but(["6.0.0"], CASES))
 def runs(request, tmp_path_factory):
     """The client's files on each library; the two run at once, each resuming from the other's checkpoints."""
     version, base = request.param, tmp_path_factory.mktemp("client")

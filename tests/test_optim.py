@@ -11,7 +11,8 @@ import torch
 
 import celmoe
 from celmoe import ConfigError, HierarchicalCELMoE, optim
-from tests.test_stacked import MLP, NAMES, WIDTH, Losing, build, expert_of, run
+from tests.stacks import MLP, NAMES, WIDTH, build, expert_of, run
+from tests.test_stacked import Losing
 
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 STEPS = 10

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import extras
 from benchmarks.commands import JOB, MEASUREMENTS
 from benchmarks.extras import missing_extra
+from tests.marks import slow_after
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -31,7 +32,7 @@ def python(*arguments, cwd, **options):
 WHERE = "import celmoe; print(celmoe.__file__)"
 
 
-@pytest.mark.parametrize("inside", ["celmoe", "celmoe/celmoe", "elsewhere/celmoe"])
+@pytest.mark.parametrize("inside", slow_after(1, ["celmoe", "celmoe/celmoe", "elsewhere/celmoe"]))
 def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path, inside):
     """The folder above a clone is such a place: `python -c` looks into the working directory first."""
     try:

@@ -12,9 +12,9 @@ import torch
 import celmoe
 from celmoe import CheckpointError, ConfigError, InputTypeError, UnknownExpertError, optim
 from celmoe.optim import load_state_by_name, state_by_name
+from tests.optim_by_name import assert_same_states
+from tests.stacks import MLP, WIDTH, build, by_expert, expert_of, stacked
 from tests.test_optim import STEPS, WAYS, assert_same_parameters, train
-from tests.test_optim_by_name import assert_same_states
-from tests.test_stacked import MLP, WIDTH, build, by_expert, expert_of, stacked
 
 PATTERNS = {
     "language/e[03]": {"lr": 0.05, "weight_decay": 0.3},

@@ -13,12 +13,14 @@ from celmoe.grouped.classes import LevelClasses
 from celmoe.optim import by_name, per_expert
 from celmoe.stacked import member, presence
 from celmoe.stacked.stack import Stack
+from tests import stacks
 from tests import test_freezing as freezing
 from tests import test_gradient_norms as gradients
 from tests import test_optim as optimizers
 from tests import test_optim_by_name as names
 from tests import test_parameter_groups as groups
-from tests import test_stacked as stacks
+from tests import test_stacked as stacked
+from tests import test_stacked_changes as changes
 
 Patch = pytest.MonkeyPatch
 
@@ -184,7 +186,7 @@ def norms_of_the_neighbour(patch: Patch) -> None:
 
 
 def _compute(**options) -> None:
-    stacks.test_stacked_experts_compute_the_same(**options)
+    stacked.test_stacked_experts_compute_the_same(**options)
 
 
 WRONG: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
@@ -192,11 +194,11 @@ WRONG: dict[str, tuple[Callable[[Patch], None], Callable[[], None]]] = {
     "stack of the neighbour": (stack_of_the_neighbour, lambda: _compute(kind=stacks.MLP, engine="grouped")),
     "counts of the first": (counts_of_the_first, lambda: _compute(kind=stacks.MLP, engine="grouped")),
     "gradient of the first only": (a_gradient_of_the_first_only, lambda: _compute(kind=stacks.MLP, engine="looped")),
-    "changes unnoted": (changes_unnoted, lambda: stacks.test_a_change_of_one_expert_is_seen("an attribute", "auto")),
-    "a stale state": (a_stale_state, lambda: stacks.test_a_change_of_one_expert_is_seen("a module", "auto")),
-    "all stacks fixed": (all_stacks_fixed, stacks.test_a_list_that_changes_is_seen),
-    "all members intact": (all_members_intact, lambda: stacks.test_parts_that_are_replaced_are_read(["e2"], "auto")),
-    "any members settled": (any_members_settled, stacks.test_members_that_come_later_are_asked),
+    "changes unnoted": (changes_unnoted, lambda: changes.test_a_change_of_one_expert_is_seen("an attribute", "auto")),
+    "a stale state": (a_stale_state, lambda: changes.test_a_change_of_one_expert_is_seen("a module", "auto")),
+    "all stacks fixed": (all_stacks_fixed, changes.test_a_list_that_changes_is_seen),
+    "all members intact": (all_members_intact, lambda: changes.test_parts_that_are_replaced_are_read(["e2"], "auto")),
+    "any members settled": (any_members_settled, changes.test_members_that_come_later_are_asked),
     "all are reached": (
         all_are_reached,
         lambda: optimizers.test_absent_experts_stay_as_with_parameters_of_their_own(

@@ -11,6 +11,7 @@ from torch import nn
 
 import celmoe
 from tests.bridges.hosts import LowRank, attached, bert, planned, stirred, words
+from tests.marks import slow_after
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -51,7 +52,7 @@ BATCH = torch.export.Dim("batch", min=1, max=64)
 SHAPES = {"input_ids": {0: BATCH}, "attention_mask": {0: BATCH}}
 
 
-@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("is_stacked", slow_after(1, [False, True]))
 @pytest.mark.parametrize("place", PLACES)
 def test_exported(place: str, is_stacked: bool, tmp_path: Path) -> None:
     """The program knows nothing of plans, and takes batches of other sizes."""
@@ -70,7 +71,7 @@ def test_exported(place: str, is_stacked: bool, tmp_path: Path) -> None:
 # One name for the first axis of both inputs.
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:# The axis name. batch will not be used:UserWarning")
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", slow_after(1, list(PLACES)))
 def test_onnx(place: str, tmp_path: Path) -> None:
     model, given, wanted, other = path(place)
     torch.onnx.export(

@@ -24,6 +24,7 @@ from tests.bridges.hosts import (
     stirred,
     words,
 )
+from tests.marks import slow_after
 
 transformers = pytest.importorskip("transformers")
 
@@ -245,6 +246,7 @@ def test_without_a_plan_training_ends_with_the_reason(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     """PyTorch's own compiler, on a model with one layer: losses are those without, up to rounding."""
     torch._dynamo.reset()
@@ -268,7 +270,7 @@ def of_many_shapes(model: Any, *, has_plan: bool) -> Any:
     return collate
 
 
-@pytest.mark.parametrize(("kind", "captures"), [("without experts", 0), ("ordinary", 1), ("stacked", 1)])
+@pytest.mark.parametrize(("kind", "captures"), slow_after(1, [("ordinary", 1), ("without experts", 0), ("stacked", 1)]))
 def test_a_graph_for_all_positions_and_one_for_all_sizes(tmp_path: Path, kind: str, captures: int) -> None:
     """As many graphs as without experts, and one more for batches in expert order. Experts are captured once."""
     torch._dynamo.reset()

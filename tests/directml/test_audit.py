@@ -29,11 +29,21 @@ from celmoe.grouped.ops.product import _patches
 from tests.directml.audit import WIDTH, Audit, audit, build, differentiated, inputs, require_clean
 from tests.directml.masquerade import DEVICE, masquerade
 from tests.experts import KINDS
+from tests.marks import slow_but
 
 # Checkpoints ask PyTorch for a module of the device's name; the others make rows of dtypes that it does not have.
 _NOT_FOR_THE_DEVICE = {"checkpointed", "double", "brain"}
 _AUDITED = [kind for kind in KINDS if kind not in _NOT_FOR_THE_DEVICE]
 _FUSIONS = ("learned", "position_aware", "mean")
+# Of kinds that are audited beside them: another order or number of layers, with the same operations.
+_VARIANTS = {
+    *("encoder_norm_first", "encoder_dropout", "transformer", "gru_two_ways", "lstm_two_ways", "lstm_two_layers"),
+    *("lstm_learned_start", "gru_cell", "rnn_cell", "in_place_discarded", "in_place_surroundings", "shared_module"),
+    *("sequential", "module_list", "split_widths", "packed_attention", "attention_weights", "mean_losses"),
+    *("embeddings", "matmul_left", "functional_norms", "batch_norm"),
+    *("frozen", "scale", "in_place_relu", "own_buffer", "remembers", "shared_weight", "tied_inside", "addmm", "bmm"),
+    *("expanded", "scale_shift", "flattened", "positions_first", "context_view", "lookup", "reads_state", "conv2d"),
+}
 _USUAL = ("linear", "mlp", "encoder_layer", "gru", "losses")
 
 
@@ -52,7 +62,7 @@ def require_parity(found: Audit, model: HierarchicalCELMoE, given: Any) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", _AUDITED)
+@pytest.mark.parametrize("kind", slow_but([kind for kind in _AUDITED if kind not in _VARIANTS], _AUDITED))
 def test_every_kind_of_expert(kind: str):
     engine = "auto" if KINDS[kind].is_refused else "grouped"
     number = _AUDITED.index(kind)
@@ -65,9 +75,12 @@ def test_every_kind_of_expert(kind: str):
         require_parity(found, plain, given)
 
 
+_ENGINES = [*((kind, engine) for kind in _USUAL for engine in ("looped", "grouped")), ("mlp", "auto")]
+
+
 @pytest.mark.parametrize("has_positions", [False, True], ids=["BH", "BSH"])
 @pytest.mark.parametrize(
-    ("kind", "engine"), [*((kind, engine) for kind in _USUAL for engine in ("looped", "grouped")), ("mlp", "auto")]
+    ("kind", "engine"), slow_but([each for each in _ENGINES if each[0] in ("linear", "mlp", "losses")], _ENGINES)
 )
 def test_every_engine_with_either_shape(kind: str, engine: str, has_positions: bool):
     given, model = inputs(has_positions=has_positions, mask="none"), model_of(kind, engine)

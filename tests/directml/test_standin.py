@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.directml.standin_backend import why_not
+from tests.marks import slow_after
 
 HERE = Path(__file__).parent
 TIME_LIMIT_SECONDS = 240
@@ -17,9 +18,13 @@ TIME_LIMIT_SECONDS = 240
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
-@pytest.mark.parametrize("part", ["standin_traits", "standin_parity"])
-def test_in_a_process_of_its_own(part: str):
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-q", str(HERE / f"{part}.py")]
+@pytest.mark.parametrize(
+    ("part", "chosen"),
+    slow_after(2, [("standin_traits", "not slow"), ("standin_parity", "not slow"), ("standin_parity", "slow")]),
+)
+def test_in_a_process_of_its_own(part: str, chosen: str):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-q", "-m", chosen]
+    command.append(str(HERE / f"{part}.py"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_SECONDS, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import celmoe
 from celmoe.distributed.remote import stand_ins
@@ -187,6 +188,11 @@ def loss_sum(job: Job, output: celmoe.CELMoEOutput, batch: Batch) -> torch.Tenso
 def extra_losses(output: celmoe.CELMoEOutput) -> torch.Tensor | float:
     """The experts' own losses, weighted."""
     return sum((output.loss_weights[key] * value for key, value in output.losses.items()), 0.0)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A parameter, a gradient or an optimizer's state, whole again; all ranks must ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def seen(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:

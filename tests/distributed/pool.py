@@ -103,9 +103,11 @@ class Pool:
         self._processes, self._connections = [], []
 
     def _start(self) -> None:
-        # One import of torch for all processes there will ever be.
+        # One import of torch, and of its tracer, for all processes there will ever be.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "celmoe.distributed"])
+        context.set_forkserver_preload(
+            ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "celmoe.distributed"]
+        )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import celmoe
 from celmoe.distributed import shard_experts, shard_levels
-from tests.test_stacked import MLP, NAMES, WIDTH, build, expert_of
+from tests.stacks import MLP, NAMES, WIDTH, build, expert_of
 
 ROUTES = ["e0", "e2", "e2", "e5", "e0", "e3", "e1", "e1"]
 # The change before each step.

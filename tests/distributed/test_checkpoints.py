@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import celmoe
 from celmoe.distributed import (
@@ -20,14 +19,10 @@ from celmoe.distributed import (
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import STEPS
+from tests.marks import slow_after
 
 JOB = Job(STEPS[:4])
 LAYOUTS = ["alone", "experts", "levels"]
-
-
-def whole(value):
-    """A parameter or optimizer state, whole again; all ranks must ask."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def build(layout, job):
@@ -66,8 +61,8 @@ def train(layout, job, steps, read=None, write=None, *, from_file=False):
         save_checkpoint(write, model, optimizer, extra={"step": steps[-1] + 1})
     seen = {
         name: {
-            "value": whole(found["value"]),
-            "state": {key: whole(value) for key, value in found["state"].items()},
+            "value": jobs.whole(found["value"]),
+            "state": {key: jobs.whole(value) for key, value in found["state"].items()},
         }
         for name, found in jobs.seen(model, optimizer).items()
     }
@@ -87,7 +82,7 @@ def _train(layout, args, options):
     return train(layout, *args, **options)
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("optimizer", slow_after(1, ["AdamW", "SGD"]))
 @pytest.mark.parametrize(("writer", "reader"), [(a, b) for a in LAYOUTS for b in LAYOUTS if (a, b) != ("alone",) * 2])
 def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optimizer):
     job = replace(JOB, optimizer=optimizer)
@@ -108,7 +103,7 @@ def test_training_goes_on_in_another_layout(two, tmp_path, writer, reader, optim
     assert sum(bool(value["state"]) for value in found.values()) > 20
 
 
-@pytest.mark.parametrize("layout", ["experts", "levels"])
+@pytest.mark.parametrize("layout", slow_after(1, ["experts", "levels"]))
 def test_training_goes_on_from_two_ranks_to_four_and_to_one(two, four, tmp_path, layout):
     job = replace(JOB, steps=[STEPS[0], [[["ru"], ["de", "it"], [], ["fr"]]], STEPS[2]])
     run(two, layout, job, [0], write=tmp_path / "two")
@@ -137,7 +132,7 @@ def test_an_ordinary_state_dict(two, tmp_path, reader):
 def _read_file(layout, folder):
     model, *_ = build(layout, JOB)
     load_file(folder / "model.pt", model)
-    return {name: whole(value) for name, value in model.state_dict().items()}
+    return {name: jobs.whole(value) for name, value in model.state_dict().items()}
 
 
 def refusals(folder):

@@ -21,9 +21,10 @@ import celmoe
 from celmoe import files
 from celmoe.distributed import checkpoints, load_checkpoint, save_checkpoint, write_file
 from celmoe.distributed.checkpoints import manifest, pieces, saving
-from tests.distributed.jobs import Job
-from tests.distributed.test_checkpoints import build, whole
+from tests.distributed.jobs import Job, whole
+from tests.distributed.test_checkpoints import build
 from tests.distributed.test_data_parallel import STEPS
+from tests.marks import slow_after
 
 JOB = Job(STEPS[:1], optimizer="SGD")
 # Seconds in which who is left has to say so; a hang would last for minutes.
@@ -204,7 +205,7 @@ def test_a_rank_is_killed_at_any_moment(tmp_path):
     assert 0 < new < len(cases) / 2
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", slow_after(1, [0, 2]))
 def test_all_of_several_ranks_hear_of_a_killed_one(tmp_path, victim):
     """Ranks that wait for a rank which is alive, but has given up, hear of it at the group's timeout."""
     run_ranks(tmp_path, [(victim, 0.5)], size=4, timeout=SOON / 2)

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
 from celmoe import CELMoEConfig, ExpertConfig, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
+from tests.marks import slow_after
 
 WIDTH, POSITIONS = 4, 3
 
@@ -57,7 +58,9 @@ def gradients(kind, is_compiled, is_outside):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("kind", "is_outside"), [("recurrent", False), ("plain", False), ("stacked", True)])
+@pytest.mark.parametrize(
+    ("kind", "is_outside"), slow_after(2, [("recurrent", False), ("stacked", True), ("plain", False)])
+)
 def test_ranks_reduce_all_gradients(two, kind, is_outside):
     wanted = two.run(gradients, kind, False, False)
     found = two.run(gradients, kind, True, is_outside)

@@ -10,6 +10,7 @@ import celmoe
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
+from tests.marks import slow_after, slow_but
 
 DISJOINT = [[["ru", "ru", "pl"], ["fr", "de", "it"]]]  # one step of one micro-batch
 # Every trap at once, one after another: the same experts, disjoint ones, uneven batches, none on one rank, one of them
@@ -74,7 +75,16 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        [
+            *("grouped", "auto, SGD", "accumulated, grouped, views", "frozen on one rank, no fusion", "clipped"),
+            *("sequences", "frozen for a while", "in a network", "small buckets"),
+        ],
+        JOBS,
+    ),
+)
 def test_ranks_train_as_one_process(two, name):
     job = JOBS[name]
     histories = two.run(train_with_ddp, job)
@@ -121,7 +131,10 @@ def train_by_reduction(job):
 
 
 @pytest.mark.parametrize(
-    "name", ["looped", "grouped", "accumulated", "frozen on one rank, no fusion", "clipped", "part of the output"]
+    "name",
+    slow_after(
+        3, ["grouped", "accumulated", "frozen on one rank, no fusion", "looped", "clipped", "part of the output"]
+    ),
 )
 def test_one_reduction_after_the_backward_passes_is_the_same(two, name):
     job = JOBS[name]

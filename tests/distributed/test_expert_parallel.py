@@ -13,6 +13,7 @@ from celmoe.distributed.placement import balanced
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
 from tests.distributed.test_data_parallel import ACCUMULATED, DISJOINT, STEPS
+from tests.marks import slow_but
 
 
 def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):
@@ -66,7 +67,16 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        [
+            *("auto, SGD, losses", "grouped, losses", "accumulated", "frozen, no fusion", "present ones detached"),
+            *("clipped", "sequences and context", "experts that mix their rows", "frozen for a while", "in a network"),
+        ],
+        JOBS,
+    ),
+)
 def test_ranks_train_as_one_process(two, name):
     job = JOBS[name]
     histories = two.run(train_with_experts_spread, job)
@@ -190,8 +200,14 @@ def test_a_group_without_samples_beside_one_with_some(four):
     assert all(assert_as_alone(job, histories).values())
 
 
-@pytest.mark.parametrize("engine", ["looped", "grouped"])
-@pytest.mark.parametrize("names", [("data", "expert"), ("expert", "data")], ids=["data first", "experts first"])
+@pytest.mark.parametrize(
+    ("names", "engine"),
+    slow_but(
+        [(("data", "expert"), "grouped"), (("expert", "data"), "looped")],
+        [(names, engine) for names in (("data", "expert"), ("expert", "data")) for engine in ("looped", "grouped")],
+    ),
+    ids=["data first-looped", "data first-grouped", "experts first-looped", "experts first-grouped"],
+)
 def test_beside_data_parallel_ranks(four, engine, names):
     job = Job(TWO_BY_TWO, engine=engine, max_norm=0.5)
     histories = four.run(train_with_experts_spread, job, (2, 2), names)

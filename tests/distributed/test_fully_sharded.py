@@ -14,6 +14,7 @@ from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_close, assert_ranks_agree
 from tests.distributed.test_data_parallel import ACCUMULATED, DISJOINT, STEPS, train_with_ddp
 from tests.distributed.test_expert_parallel import TWO_BY_TWO
+from tests.marks import slow_but
 
 
 class Part(NamedTuple):
@@ -109,7 +110,16 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        [
+            *("grouped", "accumulated", "frozen on one rank, no fusion", "present ones detached", "clipped"),
+            *("sequences and context", "gathered once", "frozen for a while", "in a network"),
+        ],
+        JOBS,
+    ),
+)
 def test_ranks_train_as_one_process(two, name):
     job = JOBS[name]
     histories = put_together(two.run(train_with_levels_sharded, job))

@@ -31,6 +31,7 @@ from benchmarks.multilingual.options import parse_options
 from benchmarks.multilingual.words.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
 from benchmarks.multilingual.words.rules import EditRule
 from benchmarks.multilingual.words.vocabulary import NO_RULE, WINDOW, Vocabulary, WordTable
+from tests.marks import slow_but
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0"]
@@ -98,9 +99,13 @@ def assert_like(found, wanted):
     torch.testing.assert_close(found[2], wanted[2], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("max_norm", [0.05, pytest.param(1e3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("levels", [LEVELS, pytest.param((UNIVERSAL,), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "levels", "max_norm"),
+    slow_but(
+        [*((layout, LEVELS, 0.05) for layout in LAYOUTS), ("expert", (UNIVERSAL,), 1e3)],
+        [(layout, levels, norm) for layout in LAYOUTS for levels in (LEVELS, (UNIVERSAL,)) for norm in (0.05, 1e3)],
+    ),
+)
 def test_steps_are_those_of_one_process(two, layout, levels, max_norm, tmp_path):
     wanted = take_steps(None, levels, max_norm, tmp_path)
     for found in two.run(take_steps, layout, levels, max_norm, tmp_path):
@@ -205,6 +210,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows kills no process by a signal")
 def test_who_is_left_says_so_in_time_and_the_checkpoint_is_whole(tmp_path):
     script, report = tmp_path / "dies.py", tmp_path / "report"

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import celmoe
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels, transport
 from celmoe.distributed.remote import stand_ins
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
+from tests.marks import slow_but
 
 # Either rank without samples, both, and neither; all samples at one expert, which only one rank holds.
 BATCHES = [[["ru", "fr"], ["de"]], [[], ["it", "it", "ru"]], [["pl"], []], [[], []], [["it"], ["it", "it"]]]
@@ -63,7 +63,7 @@ def objective(network, job, batch):
 
 def whole(tensor):
     """A copy of the whole tensor, even if this rank holds a part."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return jobs.whole(tensor).clone()
 
 
 def seen(network):
@@ -134,13 +134,21 @@ def make_job(**options):
     return Job([[batch] for batch in BATCHES], has_context=True, **options)
 
 
+TRAININGS = {"attached": ("AdamW", "looped", ()), "a level detached": ("SGD", "grouped", tuple(jobs.FAMILY_OF))}
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "engine", "detached"),
-    [("AdamW", "looped", ()), ("SGD", "grouped", tuple(jobs.FAMILY_OF))],
-    ids=["attached", "a level detached"],
+    ("layout", "training"),
+    slow_but(
+        [
+            *((layout, "attached") for layout in ("ddp", "levels", "experts")),
+            *((layout, "a level detached") for layout in ("replicated", "all experts")),
+        ],
+        [(layout, training) for layout in LAYOUTS for training in TRAININGS],
+    ),
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_train_as_one_process(two, layout, optimizer, engine, detached):
+def test_ranks_train_as_one_process(two, layout, training):
+    optimizer, engine, detached = TRAININGS[training]
     job = make_job(optimizer=optimizer, detached=detached, engine=engine)
     histories = two.run(train, layout, job)
     for step, alone in enumerate(train_alone(optimizer, detached)):

@@ -10,6 +10,7 @@ from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
 from tests.distributed.test_data_parallel import train_with_ddp
 from tests.distributed.test_expert_parallel import train_with_experts_spread
 from tests.distributed.test_fully_sharded import put_together, train_with_levels_sharded
+from tests.marks import slow_after, slow_but
 
 LANGUAGES = list(jobs.FAMILY_OF)
 TRAININGS = [train_with_ddp, train_with_experts_spread, train_with_levels_sharded]
@@ -43,7 +44,7 @@ def draw(seed, *, mixed=False):
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", slow_after(2, range(4)))
 def test_every_layout_trains_as_one_process(two, seed):
     job = draw(seed)
     for training in TRAININGS:
@@ -54,7 +55,7 @@ def test_every_layout_trains_as_one_process(two, seed):
         assert assert_as_alone(job, histories)["gradients"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", slow_but([1], range(3)))
 def test_samples_of_several_experts_or_none_train_as_in_one_process(two, seed):
     job = draw(seed, mixed=True)
     with_losses = replace(job, has_losses=True, objective="all")

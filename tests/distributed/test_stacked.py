@@ -21,6 +21,7 @@ from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import ACCUMULATED, STEPS
 from tests.distributed.test_expert_parallel import TWO_BY_TWO
+from tests.marks import slow_but
 
 OPTIMIZERS = {
     "SGD": lambda parameters: celmoe.optim.SGD(parameters, lr=0.05, momentum=0.9),
@@ -57,6 +58,9 @@ JOBS = {
     "no gradient into the rows": Job(STEPS, hidden_grad=False, engine="auto"),
 }
 
+# What each way of training is shown with by default.
+USUAL = ("grouped", "ten steps with random absences", "clipped", "frozen for a while", "in a network")
+
 
 def stacked_model(job):
     model = jobs.make_model(job)
@@ -70,7 +74,7 @@ def stacked_model(job):
 def values_of(model):
     """The values that are here, by the names that they have without stacks."""
     here, _ = held(model)
-    return {name: (each.full_tensor() if isinstance(each, DTensor) else each).clone() for name, each in here.items()}
+    return {name: jobs.whole(each).clone() for name, each in here.items()}
 
 
 def train_in_step(job, model, optimizer, run, *, backward=None):
@@ -138,13 +142,13 @@ def assert_values_as_alone(job, histories):
                 assert_close(f"ranks, step {step}, {name}", history[step][name], histories[0][step][name], 0.0)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", slow_but([*USUAL, "accumulated", "detached"], JOBS))
 def test_plain_ddp_does_not_search(two, name):
     job = JOBS[name]
     assert_values_as_alone(job, two.run(train_with_plain_ddp, job))
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", slow_but([*USUAL[1:], "no gradient into the rows"], JOBS))
 def test_prepared_ddp(two, name):
     job = JOBS[name]
     assert_values_as_alone(job, two.run(train_with_prepare_ddp, job))
@@ -166,7 +170,9 @@ def by_one_reduction(job):
     return train_in_step(job, model, optimizer, run, backward=lambda _: None)
 
 
-@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if not job.has_network])
+@pytest.mark.parametrize(
+    "name", slow_but(["accumulated", *USUAL[:3]], [name for name, job in JOBS.items() if not job.has_network])
+)
 def test_one_reduction_after_the_backward_passes(two, name):
     job = JOBS[name]
     assert_values_as_alone(job, two.run(by_one_reduction, job))
@@ -204,7 +210,7 @@ def assert_spread_values_as_alone(job, histories):
                 assert_close(f"step {step}, {name}", each, theirs["value"], jobs.TOLERANCE)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", slow_but([*USUAL, "auto, SGD"], JOBS))
 def test_experts_spread(two, name):
     job = JOBS[name]
     assert_spread_values_as_alone(job, two.run(train_with_experts_spread, job))
@@ -277,7 +283,7 @@ def train_with_levels_sharded(job, shape=None, **options):
     return train_in_step(job, model, optimizer, run)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", slow_but([*USUAL, "accumulated", "sequences and context"], JOBS))
 def test_levels_sharded(two, name):
     job = JOBS[name]
     assert_spread_values_as_alone(job, two.run(train_with_levels_sharded, job))

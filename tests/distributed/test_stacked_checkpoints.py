@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import settings
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
@@ -23,6 +22,7 @@ from celmoe.stacked.member import held
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_stacked import OPTIMIZERS, drawn_steps, loss_of
+from tests.marks import slow_but
 
 FIRST, ALL = 4, 8
 STEPS = drawn_steps(4, ALL)
@@ -70,12 +70,8 @@ class Layout:
             if self.reduce is not None:
                 self.reduce()
             self.optimizer.step()
-            history.append({name: _whole(each).clone() for name, each in held(self.model)[0].items()})
+            history.append({name: jobs.whole(each).clone() for name, each in held(self.model)[0].items()})
         return history
-
-
-def _whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 ALONE = ["alone", "alone, stacked"]
@@ -122,7 +118,16 @@ CASES = [(name, "AdamW") for name in [*ALONE, *TOGETHER]]
 CASES += [(name, "SGD") for name in ("alone, stacked", "levels, stacked")]
 
 
-@pytest.mark.parametrize(("name", "optimizer"), CASES)
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    slow_but(
+        [
+            *((f"{layout}, stacked", "AdamW") for layout in ("alone", "copies", "ddp", "experts", "levels")),
+            *(("experts", "AdamW"), ("levels", "AdamW"), ("alone, stacked", "SGD")),
+        ],
+        CASES,
+    ),
+)
 def test_from_each_layout_to_each(two, name, optimizer, tmp_path):
     job = Job(STEPS, optimizer=optimizer, engine="auto")
     if name in ALONE:

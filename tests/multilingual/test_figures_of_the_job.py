@@ -29,6 +29,7 @@ from benchmarks.multilingual.words.rules import decode
 from benchmarks.multilingual.words.suffix_table import table_rules
 from benchmarks.multilingual.words.vocabulary import NO_RULE, encode_forms
 from tests.interrupting import interrupt_at
+from tests.marks import slow_after
 
 LANGUAGES = ["id", "ms"]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0", "--seed", "5"]
@@ -82,7 +83,7 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("system", [EXPERTS, pytest.param(UNIVERSAL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("system", slow_after(1, [EXPERTS, UNIVERSAL]))
 def test_the_accuracy_is_of_the_test_words(system: str, uninterrupted: Path, data: Data) -> None:
     told = {each["language"]: each for each in json.loads((uninterrupted / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
@@ -121,7 +122,7 @@ def test_examples_are_test_words(uninterrupted: Path, data: Data) -> None:
         assert (sample.split[place], sample.lemmas[place]) == (TEST, row["true_lemma"])
 
 
-@pytest.mark.parametrize("system", [EXPERTS, pytest.param(UNIVERSAL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("system", slow_after(1, [EXPERTS, UNIVERSAL]))
 def test_the_validation_is_of_validation_words(system: str, uninterrupted: Path, data: Data) -> None:
     last = [point for point in saved(uninterrupted)["progress"]["curve"] if point["contender"] == system][-1]
     assert last["step"] == STEPS
@@ -226,7 +227,7 @@ def one_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_second_a_step")
-@pytest.mark.parametrize("stopped_after", [4, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (None, 2))])
+@pytest.mark.parametrize("stopped_after", slow_after(1, [4, None, 2]))
 def test_the_seconds_are_of_all_steps_and_of_the_network_s_own(
     stopped_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

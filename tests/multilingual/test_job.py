@@ -21,6 +21,7 @@ from benchmarks.multilingual import job
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.learning.schedule import Deadline
 from tests.interrupting import interrupt_at
+from tests.marks import slow_after
 from tests.multilingual.runs import HERE, ROOT, SMALL, check_facts, parameters
 
 FIGURES = ["accuracy_by_language", "expert_load", "samples_by_language", "training_curves"]
@@ -215,9 +216,7 @@ def test_a_bounded_run_ends_with_a_table(tmp_path: Path, capsys: pytest.CaptureF
     assert "mean over 1 languages" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("read_for", "is_little"), [(10, False), pytest.param(400, True, marks=pytest.mark.slow), (600, True)]
-)
+@pytest.mark.parametrize(("read_for", "is_little"), slow_after(2, [(10, False), (600, True), (400, True)]))
 def test_a_run_that_read_for_long_still_ends_in_time(
     read_for: float,
     is_little: bool,
