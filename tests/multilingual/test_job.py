@@ -155,9 +155,7 @@ def test_a_compiled_run_tells_what_compiling_took(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(
-    ("first", "then"), [([], ["--no-stacked"]), pytest.param(["--no-stacked"], ["--stacked"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("first", "then"), slow_after(1, [([], ["--no-stacked"]), (["--no-stacked"], ["--stacked"])]))
 def test_a_run_goes_on_stacked_or_not(
     first: list[str], then: list[str], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
