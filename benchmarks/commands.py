@@ -48,9 +48,9 @@ MEASUREMENTS: Mapping[str, Command] = {
 }
 JOB: Mapping[str, Command] = {
     "": Command("benchmarks.multilingual.cli", "train, evaluate and report"),
-    "ablation": Command("benchmarks.multilingual.ablation", "levels taken out, and families shuffled"),
+    "ablation": Command("benchmarks.multilingual.studies.ablation", "levels taken out, and families shuffled"),
     "lemmatize": Command("benchmarks.multilingual.lemmatize", "lemmas of words by a run's checkpoint"),
-    "newcomers": Command("benchmarks.multilingual.newcomers", "how much a warm start helps a new language"),
+    "newcomers": Command("benchmarks.multilingual.studies.newcomers", "how much a warm start helps a new language"),
 }
 
 

@@ -29,9 +29,9 @@ def ratio_columns(timings: Timings, slower: str, faster: str) -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """A CSV file with the first row's keys for its header."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    """A CSV file with the first row's keys for its header; ``None`` is an empty cell, and no row an empty file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from benchmarks.harness.arguments import OptionError, nearest
 from benchmarks.harness.interrupts import InterruptGuard
-from benchmarks.multilingual import newcomer_report
-from benchmarks.multilingual.batches import TrainingSteps
-from benchmarks.multilingual.checkpoint import (
+from benchmarks.multilingual.console import Reporter
+from benchmarks.multilingual.job import INTERRUPTED, make_contenders, report_seconds, validation_batches
+from benchmarks.multilingual.learning.batches import TrainingSteps
+from benchmarks.multilingual.learning.checkpoint import (
     CheckpointError,
     RunIdentity,
     identity_of,
@@ -21,16 +22,10 @@ from benchmarks.multilingual.checkpoint import (
     restore,
     save_checkpoint,
 )
-from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, TRAIN
-from benchmarks.multilingual.data import prepare_data, read_words
-from benchmarks.multilingual.evaluation import rule_accuracy
-from benchmarks.multilingual.facts import measurement_facts
-from benchmarks.multilingual.growth import grow
-from benchmarks.multilingual.job import INTERRUPTED, make_contenders, report_seconds, validation_batches
-from benchmarks.multilingual.losses import LossWeights
-from benchmarks.multilingual.network import NetworkSettings
-from benchmarks.multilingual.newcomer import (
+from benchmarks.multilingual.learning.growth import grow
+from benchmarks.multilingual.learning.hierarchy import NetworkSettings
+from benchmarks.multilingual.learning.losses import LossWeights
+from benchmarks.multilingual.learning.newcomer import (
     ADDED,
     SCRATCH,
     Learner,
@@ -40,11 +35,16 @@ from benchmarks.multilingual.newcomer import (
     learner_from_scratch,
     learner_in_network,
 )
-from benchmarks.multilingual.newcomer_report import NewcomerResult
+from benchmarks.multilingual.learning.schedule import Deadline
+from benchmarks.multilingual.learning.training import Progress
 from benchmarks.multilingual.options import ADDED_BATCH_SIZE, ADDED_STEPS, Options
-from benchmarks.multilingual.schedule import Deadline
-from benchmarks.multilingual.training import Progress
-from benchmarks.multilingual.words import Vocabulary
+from benchmarks.multilingual.results import newcomer_report
+from benchmarks.multilingual.results.evaluation import rule_accuracy
+from benchmarks.multilingual.results.facts import measurement_facts
+from benchmarks.multilingual.results.newcomer_report import NewcomerResult
+from benchmarks.multilingual.words.corpus import TEST, TRAIN
+from benchmarks.multilingual.words.data import prepare_data, read_words
+from benchmarks.multilingual.words.vocabulary import Vocabulary
 from benchmarks.workloads.languages import FAMILY_OF, NAME_OF
 
 

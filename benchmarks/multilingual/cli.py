@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.harness.arguments import OptionError
 from benchmarks.multilingual.adding import add
-from benchmarks.multilingual.checkpoint import CheckpointError
-from benchmarks.multilingual.compare import compare
 from benchmarks.multilingual.console import Reporter
 from benchmarks.multilingual.job import INTERRUPTED, run
+from benchmarks.multilingual.learning.checkpoint import CheckpointError
+from benchmarks.multilingual.learning.ranks import RANK_LOST, RankLostError, joined_ranks, launched_rank
 from benchmarks.multilingual.options import parse_options
-from benchmarks.multilingual.ranks import RANK_LOST, RankLostError, joined_ranks, launched_rank
+from benchmarks.multilingual.studies.compare import compare
 from celmoe.errors import CELMoEError
 
 REFUSED = 2
@@ -42,12 +41,22 @@ def answered(work: Callable[[], int], reporter: Reporter) -> int:
         return INTERRUPTED
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def command(work: Callable[[Sequence[str], Reporter], int]) -> Callable[[Sequence[str]], int]:
+    """A command's ``main``: its arguments to its exit code."""
+
+    def main(arguments: Sequence[str]) -> int:
+        reporter = Reporter()
+        return answered(lambda: work(arguments, reporter), reporter)
+
+    return main
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run the job; returns the exit code."""
     reporter = Reporter(rank=launched_rank())
 
     def work() -> int:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        options = parse_options(arguments)
         if options.compare:
             return compare(options, reporter)
         if options.add is not None:

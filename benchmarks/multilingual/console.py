@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from benchmarks.multilingual.training import StepResult
+from benchmarks.multilingual.learning.training import StepResult
 
 
 class Bar:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.multilingual.batches import TrainingSteps
-from benchmarks.multilingual.checkpoint import CheckpointError, RunIdentity
 from benchmarks.multilingual.console import Reporter
+from benchmarks.multilingual.learning.batches import TrainingSteps
+from benchmarks.multilingual.learning.checkpoint import CheckpointError, RunIdentity
+from benchmarks.multilingual.learning.schedule import MOST_EPOCHS, plan_pairs, plan_steps
+from benchmarks.multilingual.learning.training import Progress
 from benchmarks.multilingual.options import Options
-from benchmarks.multilingual.schedule import MOST_EPOCHS, plan_pairs, plan_steps
-from benchmarks.multilingual.training import Progress
 
 
 def check_steps(progress: Progress, options: Options) -> None:

@@ -15,9 +15,10 @@ import celmoe
 from benchmarks.harness.arguments import OptionError
 from benchmarks.harness.interrupts import InterruptGuard
 from benchmarks.harness.setting import prepare_folder
-from benchmarks.multilingual import figures, page, report
-from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
-from benchmarks.multilingual.checkpoint import (
+from benchmarks.multilingual.console import Reporter, step_figures
+from benchmarks.multilingual.further import check_steps, go_on, nothing_left, reading_more
+from benchmarks.multilingual.learning.batches import Batch, Collator, TrainingSteps, all_batches, training_batches
+from benchmarks.multilingual.learning.checkpoint import (
     CheckpointError,
     RunIdentity,
     identity_of,
@@ -26,10 +27,26 @@ from benchmarks.multilingual.checkpoint import (
     save_checkpoint,
     vocabulary_of,
 )
-from benchmarks.multilingual.console import Reporter, step_figures
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, known_languages
-from benchmarks.multilingual.data import Data, compiler_for, make_compiler, prepare_data
-from benchmarks.multilingual.evaluation import (
+from benchmarks.multilingual.learning.growth import relearn
+from benchmarks.multilingual.learning.hierarchy import LEVELS, UNIVERSAL, NetworkSettings
+from benchmarks.multilingual.learning.losses import Losses, LossWeights
+from benchmarks.multilingual.learning.network import Lemmatizer, expert_size, parameter_count
+from benchmarks.multilingual.learning.ranks import ALONE, RankLostError, Ranks
+from benchmarks.multilingual.learning.schedule import Deadline, plan_pairs, plan_steps
+from benchmarks.multilingual.learning.serving import EXPERTS
+from benchmarks.multilingual.learning.training import (
+    Contender,
+    CurvePoint,
+    Progress,
+    Watchers,
+    make_contender,
+    seconds_to_compile,
+    train,
+)
+from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
+from benchmarks.multilingual.results import figures, page
+from benchmarks.multilingual.results import tables as report
+from benchmarks.multilingual.results.evaluation import (
     IDENTITY_BASELINE,
     LanguageScore,
     examples_of,
@@ -41,32 +58,10 @@ from benchmarks.multilingual.evaluation import (
     score_languages,
     table_lemmas,
 )
-from benchmarks.multilingual.facts import engines_by_level, measurement_facts
-from benchmarks.multilingual.further import check_steps, go_on, nothing_left, reading_more
-from benchmarks.multilingual.growth import relearn
-from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import (
-    LEVELS,
-    UNIVERSAL,
-    Lemmatizer,
-    NetworkSettings,
-    expert_size,
-    parameter_count,
-)
-from benchmarks.multilingual.options import DEFAULT_BATCH_SIZE, DEFAULT_SEED, Options, resume_command
-from benchmarks.multilingual.ranks import ALONE, RankLostError, Ranks
-from benchmarks.multilingual.schedule import Deadline, plan_pairs, plan_steps
-from benchmarks.multilingual.serving import EXPERTS
-from benchmarks.multilingual.training import (
-    Contender,
-    CurvePoint,
-    Progress,
-    Watchers,
-    make_contender,
-    seconds_to_compile,
-    train,
-)
-from benchmarks.multilingual.words import Vocabulary
+from benchmarks.multilingual.results.facts import engines_by_level, measurement_facts
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION, known_languages
+from benchmarks.multilingual.words.data import Data, prepare_data
+from benchmarks.multilingual.words.vocabulary import Vocabulary
 
 WIDE = "wide"
 TABLE = "table"
@@ -290,7 +285,7 @@ def _prepare(
             relearn(each, known, data.vocabulary)
         reporter.say(f"resumed at step {progress.step} of {progress.total_steps}")
     if options.parallel is not None:
-        from benchmarks.multilingual.layouts import spread  # noqa: PLC0415  # one process needs no such PyTorch
+        from benchmarks.multilingual.learning.layouts import spread  # noqa: PLC0415  # one process needs no such PyTorch
 
         contenders = [spread(options.parallel, each, ranks, options.report) for each in contenders]
     return Run(
@@ -327,8 +322,7 @@ def _train(job: Run, begun: float) -> bool:
     deadline = _deadline(job, begun)
     collator = Collator(
         data.tables[TRAIN].share_memory() if options.workers else data.tables[TRAIN],
-        data.vocabulary.languages,
-        make_compiler(data),
+        data.vocabulary,
         rank=job.ranks.rank,
         num_ranks=job.ranks.size,
     )
@@ -386,7 +380,7 @@ def validation_batches(data: Data, device: torch.device, vocabulary: Vocabulary 
     vocabulary = vocabulary or data.vocabulary
     table = data.tables[VALIDATION]
     chosen = torch.from_numpy(np.random.default_rng(0).permutation(len(table))[:VALIDATION_WORDS])
-    collator = Collator(table, vocabulary.languages, compiler_for(vocabulary))
+    collator = Collator(table, vocabulary)
     return [collator(rows).to(device) for rows in chosen.split(DEFAULT_BATCH_SIZE)]
 
 
@@ -406,7 +400,7 @@ def _evaluate(job: Run) -> None:
     if not job.ranks.is_first:
         return
     table = data.tables[TEST]
-    collator = Collator(table, data.vocabulary.languages, make_compiler(data))
+    collator = Collator(table, data.vocabulary)
     lemmas = {
         each.name: lemmas_of(
             data.samples,
@@ -436,19 +430,23 @@ def _evaluate(job: Run) -> None:
     }
     report.write_scores(folder, scores, systems)
     examples = examples_of(data.samples, table, lemmas, pick_rows(table, EXAMPLES, job.identity.seed))
-    report.write_examples(folder, "examples", examples, list(lemmas))
+    report.write_examples(folder, "examples", examples)
     everything = examples_of(data.samples, table, {EXPERTS: lemmas[EXPERTS]}, range(len(table)))
     wrong = [each.predicted[EXPERTS] != each.lemma for each in everything]
     errors = examples_of(data.samples, table, lemmas, pick_rows(table, ERRORS, job.identity.seed, wrong))
-    report.write_examples(folder, "errors", errors, list(lemmas))
-    figures.draw_training_curves(folder, progress.curve, progress.ended)
-    figures.draw_accuracy(folder, scores, systems)
-    figures.draw_samples(folder, scores, {each.language: each.dictionary_size for each in data.samples})
-    figures.draw_expert_load(folder, progress.expert_load, progress.step)
+    report.write_examples(folder, "errors", errors)
+    drawings = [
+        figures.draw_training_curves(progress.curve, progress.ended),
+        figures.draw_accuracy(scores, systems),
+        figures.draw_samples(scores, {each.language: each.dictionary_size for each in data.samples}),
+        figures.draw_expert_load(progress.expert_load, progress.step),
+    ]
+    for drawing in drawings:
+        drawing.save(folder)
     report.write_costs(folder, scores, systems, run_facts)
     # The last files, which tell that the others are there.
     report.write_run(folder, scores, systems, run_facts)
-    page.write_page(folder, scores, systems, run_facts, progress.curve, errors)
+    page.write_page(folder, scores, systems, run_facts, progress.curve, errors, drawings)
     reporter.say(report.accuracy_table(scores, systems))
     reporter.say(report.cost_table(scores, systems, run_facts))
     means = ", ".join(f"{system} {macro_mean(scores, system):.1%}" for system in systems)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,18 @@ import numpy as np
 import torch
 
 from benchmarks.harness.arguments import OptionError, make_parser, one_of, read_arguments
-from benchmarks.multilingual.batches import Collator, all_batches
-from benchmarks.multilingual.checkpoint import identity_of, read_checkpoint
-from benchmarks.multilingual.cli import answered
+from benchmarks.multilingual.cli import command
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, LanguageSample, fewer
-from benchmarks.multilingual.data import compiler_for, read_samples
-from benchmarks.multilingual.evaluation import predict
-from benchmarks.multilingual.evidence import gather_evidence
+from benchmarks.multilingual.learning.batches import Collator, all_batches
+from benchmarks.multilingual.learning.checkpoint import identity_of, read_checkpoint
+from benchmarks.multilingual.learning.serving import network_of
 from benchmarks.multilingual.options import DEFAULT_REPORT
-from benchmarks.multilingual.rules import decode
-from benchmarks.multilingual.serving import network_of
-from benchmarks.multilingual.words import NO_RULE, WordTable, encode_forms
+from benchmarks.multilingual.results.evaluation import predict
+from benchmarks.multilingual.words.corpus import TEST, LanguageSample, fewer
+from benchmarks.multilingual.words.data import read_samples
+from benchmarks.multilingual.words.evidence import gather_evidence
+from benchmarks.multilingual.words.rules import decode
+from benchmarks.multilingual.words.vocabulary import NO_RULE, WordTable, encode_forms
 
 CPU = torch.device("cpu")
 
@@ -51,7 +50,7 @@ def lemmatize(state: Mapping[str, Any], sample: LanguageSample, forms: Sequence[
         counts=torch.from_numpy(evidence.counts[-size:]),
         totals=torch.from_numpy(evidence.totals[-size:]),
     )
-    collator = Collator(table, vocabulary.languages, compiler_for(vocabulary))
+    collator = Collator(table, vocabulary)
     found = predict(network, all_batches(table, collator, size, CPU))
     rules = vocabulary.rules
     return [decode(form, None if best == NO_RULE else rules[best]) for form, best in zip(forms, found, strict=True)]
@@ -88,7 +87,4 @@ def run(arguments: Sequence[str], reporter: Reporter) -> int:
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    reporter = Reporter()
-    return answered(lambda: run(sys.argv[1:] if arguments is None else arguments, reporter), reporter)
+main = command(run)

@@ -10,12 +10,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.arguments import OptionError, above_zero, make_parser, one_of, read_arguments, whole_number
+from benchmarks.harness.arguments import (
+    OptionError,
+    above_zero,
+    make_parser,
+    nearest,
+    one_of,
+    read_arguments,
+    whole_number,
+)
 from benchmarks.harness.devices import open_device
-from benchmarks.multilingual.arguments import language_code, language_codes
-from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
-from benchmarks.multilingual.ranks import launched_ranks
-from benchmarks.multilingual.schedule import MINUTES_OF_FEW_PAIRS, MOST_EPOCHS, MOST_PAIRS, WORDS_PER_MINUTE
+from benchmarks.multilingual.learning.ranks import LAYOUTS, launched_ranks
+from benchmarks.multilingual.learning.schedule import MINUTES_OF_FEW_PAIRS, MOST_EPOCHS, MOST_PAIRS, WORDS_PER_MINUTE
+from benchmarks.multilingual.words.corpus import FORMS_PER_LANGUAGE, known_languages
 from celmoe.engines.registry import AUTO, ENGINES
 
 MODULE = "benchmarks.multilingual"
@@ -31,8 +38,6 @@ DEFAULT_SEED = 0
 DEFAULT_WORKERS = 0
 DEFAULT_DEVICE = "cpu"
 LARGEST_SEED = 2**63 - 1
-DDP, FSDP, EXPERT = "ddp", "fsdp", "expert"
-LAYOUTS = (DDP, FSDP, EXPERT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,32 @@ class Options:
     warm_start: str | None
     freeze: bool
     words: int | None
+
+
+def language_code(option: str, text: str) -> str:
+    """The value of an option that names one language."""
+    known = known_languages()
+    if text not in known:
+        raise OptionError(
+            f"'{option}' must be the code of one of simplemma's {len(known)} languages (got {text!r}; "
+            f"{nearest(text, known)})"
+        )
+    return text
+
+
+def language_codes(text: str) -> tuple[str, ...]:
+    """The value of ``--languages``: codes separated by commas, sorted."""
+    known = known_languages()
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise OptionError(
+                f"'--languages' must be codes of simplemma's {len(known)} languages, separated by commas "
+                f"(got {name!r}; {nearest(name, known)})"
+            )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"'--languages' must name each language once (got {twice[0]!r} more than once)")
+    return tuple(sorted(names))
 
 
 def _parallel(text: str | None) -> str | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import celmoe
-from benchmarks.multilingual.losses import mean
+from benchmarks.multilingual.learning.losses import mean
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard_experts, shard_levels
 from tests.distributed import jobs
 

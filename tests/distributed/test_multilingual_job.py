@@ -13,24 +13,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import celmoe
 from benchmarks.harness.arguments import OptionError
-from benchmarks.multilingual import layouts, training
-from benchmarks.multilingual.batches import Collator
-from benchmarks.multilingual.checkpoint import FILE_NAME
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Bar, Reporter
-from benchmarks.multilingual.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
 from benchmarks.multilingual.job import run
-from benchmarks.multilingual.layouts import spread
-from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, hierarchy_config
-from benchmarks.multilingual.options import LAYOUTS, parse_options
-from benchmarks.multilingual.ranks import ALONE, TIMEOUT, Ranks, joined_ranks
-from benchmarks.multilingual.rules import EditRule
-from benchmarks.multilingual.schedule import Deadline
-from benchmarks.multilingual.training import make_contender, train_step
-from benchmarks.multilingual.words import NO_RULE, WINDOW, Vocabulary, WordTable
+from benchmarks.multilingual.learning import layouts, training
+from benchmarks.multilingual.learning.batches import Collator
+from benchmarks.multilingual.learning.checkpoint import FILE_NAME
+from benchmarks.multilingual.learning.hierarchy import LEVELS, UNIVERSAL, NetworkSettings
+from benchmarks.multilingual.learning.layouts import spread
+from benchmarks.multilingual.learning.losses import Losses, LossWeights
+from benchmarks.multilingual.learning.network import Lemmatizer
+from benchmarks.multilingual.learning.ranks import ALONE, LAYOUTS, TIMEOUT, Ranks, joined_ranks
+from benchmarks.multilingual.learning.schedule import Deadline
+from benchmarks.multilingual.learning.training import make_contender, train_step
+from benchmarks.multilingual.options import parse_options
+from benchmarks.multilingual.words.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
+from benchmarks.multilingual.words.rules import EditRule
+from benchmarks.multilingual.words.vocabulary import NO_RULE, WINDOW, Vocabulary, WordTable
 from tests.marks import slow_but
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +70,7 @@ def take_steps(layout, levels, max_norm, folder):
     network = Lemmatizer(vocabulary, SETTINGS, levels=levels).double()
     contender = make_contender("experts", network, Losses(network, LossWeights()))
     ranks = ALONE if layout is None else Ranks(dist.get_rank(), dist.get_world_size())
-    compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, LANGUAGES, LEVELS, SETTINGS))
-    collator = Collator(words(), LANGUAGES, compiler, rank=ranks.rank, num_ranks=ranks.size)
+    collator = Collator(words(), vocabulary, rank=ranks.rank, num_ranks=ranks.size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "CLIP_NORM", max_norm)
         patch.setattr(layouts, "CLIP_NORM", max_norm)
@@ -207,7 +206,7 @@ def die(bar, done, *rest):
 
 Bar.move_to = die
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
 """
 
 

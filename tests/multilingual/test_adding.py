@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.multilingual import adding, lemmatize, network, newcomers
-from benchmarks.multilingual.batches import Collator, all_batches
-from benchmarks.multilingual.checkpoint import identity_of, read_checkpoint, vocabulary_of
+from benchmarks.multilingual import adding, lemmatize
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST
-from benchmarks.multilingual.data import compiler_for, prepare_data
-from benchmarks.multilingual.evaluation import lemmas_of, predict
-from benchmarks.multilingual.network import Lemmatizer, LemmatizingExpert, NetworkSettings
-from benchmarks.multilingual.serving import network_of
+from benchmarks.multilingual.learning import network
+from benchmarks.multilingual.learning.batches import Collator, all_batches
+from benchmarks.multilingual.learning.checkpoint import identity_of, read_checkpoint, vocabulary_of
+from benchmarks.multilingual.learning.hierarchy import NetworkSettings, compiler_for
+from benchmarks.multilingual.learning.network import Lemmatizer, LemmatizingExpert
+from benchmarks.multilingual.learning.serving import network_of
+from benchmarks.multilingual.results.evaluation import lemmas_of, predict
+from benchmarks.multilingual.studies import newcomers
+from benchmarks.multilingual.words.corpus import TEST
+from benchmarks.multilingual.words.data import prepare_data
 from tests.interrupting import interrupt_at
 
 BASE = ["--languages", "id,tl", "--batch-size", "256", "--seed", "5"]
@@ -93,7 +97,7 @@ def test_test_accuracy_is_that_of_the_checkpoint(grown: Path) -> None:
     trained = Lemmatizer(data.vocabulary, NetworkSettings(), engine="looped")
     trained.load_state_dict(state["contenders"]["experts"]["network"])
     table = data.tables[TEST].take(data.tables[TEST].language_ids == 2)
-    collator = Collator(table, data.vocabulary.languages, compiler_for(data.vocabulary))
+    collator = Collator(table, data.vocabulary)
     found = predict(trained, all_batches(table, collator, 1_000, torch.device("cpu")))
     made = lemmas_of(data.samples, table, data.vocabulary, found)
     wanted = [data.samples[2].lemmas[each] for each in table.positions.tolist()]
@@ -141,8 +145,8 @@ def test_one_languages_network_answers_like_the_whole_one(language: str, grown: 
     alone, vocabulary = network_of(state, language)
     table = data.tables[TEST].take(data.tables[TEST].language_ids == place).take(torch.arange(50))
     rows = torch.arange(50)
-    one = Collator(table, data.vocabulary.languages, compiler_for(data.vocabulary))(rows)
-    other = Collator(table, [language] * 3, compiler_for(vocabulary))(rows)
+    one = Collator(table, data.vocabulary)(rows)
+    other = Collator(table, replace(vocabulary, languages=[language] * 3), compiler_for(vocabulary))(rows)
     with torch.no_grad():
         (wanted,) = whole.logits(whole(one), one)
         (found,) = alone.eval().logits(alone(other), other)
@@ -174,12 +178,14 @@ def test_a_run_with_an_added_language_is_finished_and_can_go_on(
     assert "ספרים -> " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_run_tells_nothing_of_languages_added_to_the_last_one(grown: Path, tmp_path: Path) -> None:
     shutil.copytree(grown, tmp_path, dirs_exist_ok=True)
     assert main([*BASE, "--steps", "1", "--report", str(tmp_path)]) == 0
     assert "Malay" not in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_frozen_are_told_to_be_as_they_were(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     assert main([*ADD, "--freeze", "--report", str(tmp_path)]) == 0

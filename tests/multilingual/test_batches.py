@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import pytest
 import torch
 
-from benchmarks.multilingual.batches import TrainingSteps, training_batches
+from benchmarks.multilingual.learning.batches import TrainingSteps, training_batches
 
 
 class Endless:

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.multilingual.console import Reporter, step_figures
-from benchmarks.multilingual.training import StepResult
+from benchmarks.multilingual.learning.training import StepResult
 
 FIGURES = "loss 1.235  61.2%  128,100 words/s"
 

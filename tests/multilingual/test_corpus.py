@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.multilingual import corpus, data
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, LanguageSample
-from benchmarks.multilingual.data import EVIDENCE, read_evidence, read_samples
+from benchmarks.multilingual.words import corpus, data
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION, LanguageSample
+from benchmarks.multilingual.words.data import EVIDENCE, read_evidence, read_samples
 
 CAP = 3_000
 LANGUAGES = ["id", "ms"]
@@ -154,10 +154,10 @@ def evidence_files(folder: Path) -> dict[str, bytes]:
 def test_evidence_is_gathered_once_and_again_where_its_file_is_damaged(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data, "in_builders", lambda build, languages, on_built: [build(each) for each in languages])
     (first, _) = read_evidence(LANGUAGES, Reporter(), CAP)
     files = evidence_files(cache)
     assert len(files) == 2
-    monkeypatch.setattr(data, "in_builders", lambda build, languages, on_built: [build(each) for each in languages])
     path = corpus.cache_path(cache, "id", CAP, EVIDENCE)
     path.write_bytes(path.read_bytes()[:1_000])
     (again, _) = read_evidence(LANGUAGES, Reporter(), CAP)

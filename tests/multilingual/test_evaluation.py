@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import celmoe
-from benchmarks.multilingual.batches import Batch, Collator
-from benchmarks.multilingual.corpus import TEST, TRAIN, LanguageSample
-from benchmarks.multilingual.evaluation import (
+from benchmarks.multilingual.learning.batches import Batch, Collator
+from benchmarks.multilingual.learning.hierarchy import NetworkSettings
+from benchmarks.multilingual.learning.network import Lemmatizer
+from benchmarks.multilingual.results.evaluation import (
     Example,
     LanguageScore,
     ends_in,
@@ -22,10 +22,10 @@ from benchmarks.multilingual.evaluation import (
     score_languages,
     table_lemmas,
 )
-from benchmarks.multilingual.evidence import Evidence, gather_evidence
-from benchmarks.multilingual.network import LEVELS, Lemmatizer, NetworkSettings, hierarchy_config
-from benchmarks.multilingual.rules import IDENTITY, EditRule, decode
-from benchmarks.multilingual.words import NO_RULE, Vocabulary, WordTable, build_table, build_vocabulary
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, LanguageSample
+from benchmarks.multilingual.words.evidence import Evidence, gather_evidence
+from benchmarks.multilingual.words.rules import IDENTITY, EditRule, decode
+from benchmarks.multilingual.words.vocabulary import NO_RULE, Vocabulary, WordTable, build_table, build_vocabulary
 
 DROP_LAST = EditRule(0, "", 1, "")
 DROP_FIRST = EditRule(1, "", 0, "")
@@ -102,8 +102,7 @@ def table(vocabulary: Vocabulary, evidence: list[Evidence]) -> WordTable:
 
 
 def batch_of(table: WordTable, vocabulary: Vocabulary, rows: list[int]) -> Batch:
-    config = hierarchy_config(celmoe, vocabulary.languages, LEVELS, NetworkSettings())
-    return Collator(table, vocabulary.languages, celmoe.RoutingCompiler(config))(torch.tensor(rows))
+    return Collator(table, vocabulary)(torch.tensor(rows))
 
 
 class OneHot(torch.nn.Module):

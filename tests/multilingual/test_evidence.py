@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.multilingual import evidence as gathering
-from benchmarks.multilingual.affixes import ABSENT, affix_hashes, joined, proper_hashes, windows, without_case
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, LanguageSample
-from benchmarks.multilingual.counts import AffixCounts
-from benchmarks.multilingual.evidence import (
+from benchmarks.multilingual.words import evidence as gathering
+from benchmarks.multilingual.words.affixes import ABSENT, affix_hashes, joined, proper_hashes, windows, without_case
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION, LanguageSample
+from benchmarks.multilingual.words.counts import AffixCounts
+from benchmarks.multilingual.words.evidence import (
     BEGINNINGS,
     ENDINGS,
     FORM_COUNTS,
@@ -24,7 +24,7 @@ from benchmarks.multilingual.evidence import (
     SCALE,
     gather_evidence,
 )
-from benchmarks.multilingual.rules import EditRule, find_rule
+from benchmarks.multilingual.words.rules import EditRule, find_rule
 
 Triple = tuple[str, str, int]
 

@@ -10,22 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.multilingual import ablation, job, training
-from benchmarks.multilingual.ablation import VARIANTS, validation_accuracy
-from benchmarks.multilingual.batches import Batch, Collator
+from benchmarks.multilingual import job
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION
-from benchmarks.multilingual.data import Data, make_compiler, prepare_data
-from benchmarks.multilingual.evaluation import LanguageScore, rule_accuracy
-from benchmarks.multilingual.evidence import gather_evidence
 from benchmarks.multilingual.job import EXPERTS, TABLE, WIDE, make_contenders, verdict_on
-from benchmarks.multilingual.network import LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings, parameter_count
+from benchmarks.multilingual.learning import training
+from benchmarks.multilingual.learning.batches import Batch, Collator
+from benchmarks.multilingual.learning.hierarchy import LEVELS, UNIVERSAL, NetworkSettings, compiler_for
+from benchmarks.multilingual.learning.network import Lemmatizer, parameter_count
 from benchmarks.multilingual.options import parse_options
-from benchmarks.multilingual.rules import decode
-from benchmarks.multilingual.suffix_table import table_rules
-from benchmarks.multilingual.words import NO_RULE, encode_forms
+from benchmarks.multilingual.results.evaluation import LanguageScore, rule_accuracy
+from benchmarks.multilingual.studies import ablation
+from benchmarks.multilingual.studies.ablation import VARIANTS, validation_accuracy
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION
+from benchmarks.multilingual.words.data import Data, prepare_data
+from benchmarks.multilingual.words.evidence import gather_evidence
+from benchmarks.multilingual.words.rules import decode
+from benchmarks.multilingual.words.suffix_table import table_rules
+from benchmarks.multilingual.words.vocabulary import NO_RULE, encode_forms
 from tests.interrupting import interrupt_at
+from tests.marks import slow_after
 
 LANGUAGES = ["id", "ms"]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0", "--seed", "5"]
@@ -37,13 +41,6 @@ SETTINGS_OF = {EXPERTS: NetworkSettings(), UNIVERSAL: NetworkSettings().universa
 @pytest.fixture(scope="module")
 def data() -> Data:
     return prepare_data(LANGUAGES, Reporter())
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
-    assert main([*SMALL, "--steps", str(STEPS), "--report", str(folder)]) == 0
-    return folder
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
     """
     network = Lemmatizer(data.vocabulary, SETTINGS_OF[system], levels=LEVELS_OF[system], engine="looped").eval()
     network.load_state_dict(saved(folder)["contenders"][system]["network"])
-    compiler = make_compiler(data)
+    compiler = compiler_for(data.vocabulary)
     found = {}
     for place, sample in enumerate(data.samples):
         evidence = gather_evidence(sample)
@@ -86,11 +83,11 @@ def found_rules(data: Data, folder: Path, system: str, split: int) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize("system", [EXPERTS, UNIVERSAL])
-def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data) -> None:
-    told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
+@pytest.mark.parametrize("system", slow_after(1, [EXPERTS, UNIVERSAL]))
+def test_the_accuracy_is_of_the_test_words(system: str, uninterrupted: Path, data: Data) -> None:
+    told = {each["language"]: each for each in json.loads((uninterrupted / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
-        words = found_rules(data, report, system, TEST)[sample.language]
+        words = found_rules(data, uninterrupted, system, TEST)[sample.language]
         right = [decode(sample.forms[row], data.vocabulary.rules[best]) == sample.lemmas[row] for row, _, best in words]
         score = told[sample.language]
         assert score["accuracy"][system] == pytest.approx(sum(right) / len(right), abs=1e-9)
@@ -101,11 +98,11 @@ def test_the_accuracy_is_of_the_test_words(system: str, report: Path, data: Data
         assert score["accuracy"]["identity"] == pytest.approx(sum(same) / len(same))
 
 
-def test_every_file_of_the_report_tells_the_same_accuracy(report: Path) -> None:
-    told = json.loads((report / "accuracy.json").read_text())
+def test_every_file_of_the_report_tells_the_same_accuracy(uninterrupted: Path) -> None:
+    told = json.loads((uninterrupted / "accuracy.json").read_text())
     accuracy = {each["language"]: each["accuracy"] for each in told["languages"]}
     for name, digits in (("accuracy.csv", 4), ("accuracy_by_language.csv", 12)):
-        with (report / name).open() as file:
+        with (uninterrupted / name).open() as file:
             rows = {row["language"]: row for row in csv.DictReader(file)}
         for language, by_system in accuracy.items():
             assert {system: float(rows[language][system]) for system in by_system} == pytest.approx(
@@ -115,8 +112,8 @@ def test_every_file_of_the_report_tells_the_same_accuracy(report: Path) -> None:
         assert mean == pytest.approx(sum(each[system] for each in accuracy.values()) / 2)
 
 
-def test_examples_are_test_words(report: Path, data: Data) -> None:
-    with (report / "examples.csv").open() as file:
+def test_examples_are_test_words(uninterrupted: Path, data: Data) -> None:
+    with (uninterrupted / "examples.csv").open() as file:
         rows = list(csv.DictReader(file))
     samples = {sample.language: sample for sample in data.samples}
     for row in rows:
@@ -125,11 +122,11 @@ def test_examples_are_test_words(report: Path, data: Data) -> None:
         assert (sample.split[place], sample.lemmas[place]) == (TEST, row["true_lemma"])
 
 
-@pytest.mark.parametrize("system", [EXPERTS, UNIVERSAL])
-def test_the_validation_is_of_validation_words(system: str, report: Path, data: Data) -> None:
-    last = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system][-1]
+@pytest.mark.parametrize("system", slow_after(1, [EXPERTS, UNIVERSAL]))
+def test_the_validation_is_of_validation_words(system: str, uninterrupted: Path, data: Data) -> None:
+    last = [point for point in saved(uninterrupted)["progress"]["curve"] if point["contender"] == system][-1]
     assert last["step"] == STEPS
-    words = [word for found in found_rules(data, report, system, VALIDATION).values() for word in found]
+    words = [word for found in found_rules(data, uninterrupted, system, VALIDATION).values() for word in found]
     # All validation words take part, since they are few.
     assert 1_000 < len(words) <= job.VALIDATION_WORDS
     assert last["validation_accuracy"] == pytest.approx(sum(rule == best for _, rule, best in words) / len(words))
@@ -156,20 +153,20 @@ def test_the_quick_measure_counts_words_not_batches(data: Data) -> None:
             counts=torch.zeros(size, 0, 0, dtype=torch.uint8),
             totals=torch.zeros(size, 0, dtype=torch.uint8),
             languages=names,
-            plan=make_compiler(data)({"language": names}),
+            plan=compiler_for(data.vocabulary)({"language": names}),
         )
 
     network: Any = Answers()
     assert rule_accuracy(network, iter([batch_of(5), batch_of(2), batch_of(1)])) == 5 / 8
 
 
-def test_all_networks_take_every_step_of_theirs(report: Path) -> None:
-    told = json.loads((report / "accuracy.json").read_text())["run"]
-    for system, each in saved(report)["contenders"].items():
+def test_all_networks_take_every_step_of_theirs(uninterrupted: Path) -> None:
+    told = json.loads((uninterrupted / "accuracy.json").read_text())["run"]
+    for system, each in saved(uninterrupted)["contenders"].items():
         state = each["optimizer"]["state"]
         steps = round(told["words_trained"][system] / 256)
         assert {int(each["step"]) for each in state.values()} == {steps}, system
-        points = [point for point in saved(report)["progress"]["curve"] if point["contender"] == system]
+        points = [point for point in saved(uninterrupted)["progress"]["curve"] if point["contender"] == system]
         assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
     assert told["words_trained"][EXPERTS] == told["words_trained"][UNIVERSAL] == told["steps"] * 256 == STEPS * 256
 
@@ -198,15 +195,15 @@ def test_multiplications_are_those_of_the_matrices_that_a_word_passes(levels: tu
     network.hierarchy.engine = "looped"
     sample = data.samples[0]
     table = data.tables[TEST]
-    batch = Collator(table, data.vocabulary.languages, make_compiler(data))(torch.tensor([0]))
+    batch = Collator(table, data.vocabulary)(torch.tensor([0]))
     network(batch)
     rules = sum(map(len, data.vocabulary.candidates)) // len(data.samples)
     assert sample.language == "id"
     assert network.multiply_adds == passed + rules * network.width
 
 
-def test_the_table_is_right_as_often_as_its_rules_are(report: Path, data: Data) -> None:
-    told = {each["language"]: each for each in json.loads((report / "accuracy.json").read_text())["languages"]}
+def test_the_table_is_right_as_often_as_its_rules_are(uninterrupted: Path, data: Data) -> None:
+    told = {each["language"]: each for each in json.loads((uninterrupted / "accuracy.json").read_text())["languages"]}
     for sample in data.samples:
         rules = table_rules(sample)
         test = np.flatnonzero(sample.split == TEST).tolist()
@@ -230,7 +227,7 @@ def one_second_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_second_a_step")
-@pytest.mark.parametrize("stopped_after", [None, 2, 4])
+@pytest.mark.parametrize("stopped_after", slow_after(1, [4, None, 2]))
 def test_the_seconds_are_of_all_steps_and_of_the_network_s_own(
     stopped_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,8 +306,8 @@ def test_the_ablation_reads_validation_words(variant: str, data: Data, monkeypat
     assert torch.equal(torch.cat([batch.targets for batch in seen]), table.targets.long())
 
 
-def test_a_word_without_a_known_rule_is_never_right(report: Path, data: Data) -> None:
+def test_a_word_without_a_known_rule_is_never_right(uninterrupted: Path, data: Data) -> None:
     missing = int((data.tables[TEST].targets == NO_RULE).sum())
-    told = json.loads((report / "accuracy.json").read_text())["languages"]
+    told = json.loads((uninterrupted / "accuracy.json").read_text())["languages"]
     assert missing == sum(round(each["test_words"] * (1 - each["coverage"])) for each in told)
     assert missing > 0

@@ -13,13 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.multilingual import further, job, training
-from benchmarks.multilingual.batches import TrainingSteps
-from benchmarks.multilingual.checkpoint import RunIdentity
+from benchmarks.multilingual import further, job
 from benchmarks.multilingual.cli import main
+from benchmarks.multilingual.learning import training
+from benchmarks.multilingual.learning.batches import TrainingSteps
+from benchmarks.multilingual.learning.checkpoint import RunIdentity
+from benchmarks.multilingual.learning.schedule import (
+    FURTHER_PEAK,
+    LEARNING_RATE,
+    MOST_EPOCHS,
+    WARM_UP_STEPS,
+    learning_rate,
+)
+from benchmarks.multilingual.learning.training import Progress
 from benchmarks.multilingual.options import Options, parse_options
-from benchmarks.multilingual.schedule import FURTHER_PEAK, LEARNING_RATE, MOST_EPOCHS, WARM_UP_STEPS, learning_rate
-from benchmarks.multilingual.training import Progress
 from tests.interrupting import interrupt_at
 
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--seed", "5"]

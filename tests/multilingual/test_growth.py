@@ -12,19 +12,20 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.multilingual import newcomer
-from benchmarks.multilingual.batches import Batch, Collator, TrainingSteps
 from benchmarks.multilingual.console import Reporter
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION, fewer
-from benchmarks.multilingual.data import Data, compiler_for, prepare_data, read_words
-from benchmarks.multilingual.evidence import gather_evidence
-from benchmarks.multilingual.growth import grow, place_rows, relearn
-from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, Lemmatizer, NetworkSettings
-from benchmarks.multilingual.newcomer import Newcomer, learn, learner_from_scratch, learner_in_network
-from benchmarks.multilingual.schedule import FURTHER_PEAK, Deadline, learning_rate
-from benchmarks.multilingual.training import Contender, make_contender, train_step
-from benchmarks.multilingual.words import Vocabulary, build_table, build_vocabulary, only
+from benchmarks.multilingual.learning import newcomer
+from benchmarks.multilingual.learning.batches import Batch, Collator, TrainingSteps
+from benchmarks.multilingual.learning.growth import grow, place_rows, relearn
+from benchmarks.multilingual.learning.hierarchy import FAMILY, LANGUAGE, LEVELS, UNIVERSAL, NetworkSettings
+from benchmarks.multilingual.learning.losses import Losses, LossWeights
+from benchmarks.multilingual.learning.network import Lemmatizer
+from benchmarks.multilingual.learning.newcomer import Newcomer, learn, learner_from_scratch, learner_in_network
+from benchmarks.multilingual.learning.schedule import FURTHER_PEAK, Deadline, learning_rate
+from benchmarks.multilingual.learning.training import Contender, make_contender, train_step
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION, fewer
+from benchmarks.multilingual.words.data import Data, prepare_data, read_words
+from benchmarks.multilingual.words.evidence import gather_evidence
+from benchmarks.multilingual.words.vocabulary import Vocabulary, build_table, build_vocabulary, only
 from celmoe.optim import state_by_name
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def newcomers(data: Data) -> dict[str, Newcomer]:
 def batch_of(data: Data, vocabulary: Vocabulary, rows: slice = slice(0, 64)) -> Batch:
     table = data.tables[TRAIN]
     step = len(table) // 64
-    return Collator(table, vocabulary.languages, compiler_for(vocabulary))(torch.arange(len(table))[:: step + 1][rows])
+    return Collator(table, vocabulary)(torch.arange(len(table))[:: step + 1][rows])
 
 
 def trained(data: Data, levels: tuple[str, ...] = LEVELS, *, stacked: bool = True) -> Contender:

@@ -1,4 +1,4 @@
-from benchmarks.multilingual.corpus import known_languages
+from benchmarks.multilingual.words.corpus import known_languages
 from benchmarks.workloads.languages import FAMILY_OF, LANGUAGES_BY_FAMILY, NAME_OF, families_of
 
 

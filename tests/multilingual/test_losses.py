@@ -4,24 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-import celmoe
-from benchmarks.multilingual.ablation import VARIANTS
-from benchmarks.multilingual.batches import Batch, Collator
-from benchmarks.multilingual.corpus import TRAIN, LanguageSample
-from benchmarks.multilingual.evidence import gather_evidence
-from benchmarks.multilingual.losses import Losses, LossWeights
-from benchmarks.multilingual.network import (
+from benchmarks.multilingual.learning.batches import Batch, Collator
+from benchmarks.multilingual.learning.hierarchy import (
     FAMILY,
     LANGUAGE,
     LEVELS,
     UNIVERSAL,
-    Lemmatizer,
-    LemmatizingExpert,
     NetworkSettings,
-    hierarchy_config,
 )
-from benchmarks.multilingual.rules import IDENTITY, EditRule
-from benchmarks.multilingual.words import build_table, build_vocabulary
+from benchmarks.multilingual.learning.losses import Losses, LossWeights
+from benchmarks.multilingual.learning.network import Lemmatizer, LemmatizingExpert
+from benchmarks.multilingual.studies.ablation import VARIANTS
+from benchmarks.multilingual.words.corpus import TRAIN, LanguageSample
+from benchmarks.multilingual.words.evidence import gather_evidence
+from benchmarks.multilingual.words.rules import IDENTITY, EditRule
+from benchmarks.multilingual.words.vocabulary import build_table, build_vocabulary
 from benchmarks.workloads.languages import FAMILY_OF
 
 
@@ -43,7 +40,6 @@ def network_and_batch(levels: tuple[str, ...]) -> tuple[Lemmatizer, Batch]:
     evidence = [gather_evidence(sample) for sample in samples]
     vocabulary = build_vocabulary(samples, evidence)
     settings = NetworkSettings(width=8, universal_width=8, family_width=8, language_width=8)
-    compiler = celmoe.RoutingCompiler(hierarchy_config(celmoe, vocabulary.languages, LEVELS, settings))
     table = build_table(samples, evidence, vocabulary, TRAIN)
     torch.manual_seed(0)
     network = Lemmatizer(vocabulary, settings, levels=levels)
@@ -51,7 +47,7 @@ def network_and_batch(levels: tuple[str, ...]) -> tuple[Lemmatizer, Batch]:
     for module in network.modules():
         if isinstance(module, LemmatizingExpert):
             torch.nn.init.normal_(module.judge.weight)
-    return network, Collator(table, vocabulary.languages, compiler)(torch.tensor([4, 0, 6, 2, 1, 3, 5, 7]))
+    return network, Collator(table, vocabulary)(torch.tensor([4, 0, 6, 2, 1, 3, 5, 7]))
 
 
 @pytest.mark.parametrize(

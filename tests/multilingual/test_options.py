@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from benchmarks.harness.arguments import OptionError
-from benchmarks.multilingual import compare, job, options
-from benchmarks.multilingual.ablation import main as ablation
+from benchmarks.multilingual import job, options
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.console import Reporter
+from benchmarks.multilingual.learning.ranks import Ranks
 from benchmarks.multilingual.options import parse_options, resume_command
-from benchmarks.multilingual.ranks import Ranks
+from benchmarks.multilingual.studies import compare
+from benchmarks.multilingual.studies.ablation import main as ablation
 from celmoe.engines.registry import ENGINES
 from celmoe.errors import UnknownExpertError
 

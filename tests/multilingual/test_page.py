@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from benchmarks.multilingual import newcomer_report
-from benchmarks.multilingual.evaluation import Example, LanguageScore
-from benchmarks.multilingual.newcomer_report import NewcomerResult
-from benchmarks.multilingual.page import EXPLAINED, write_page
-from benchmarks.multilingual.training import CurvePoint
+from benchmarks.harness.canvas import Drawing
+from benchmarks.multilingual.learning.training import CurvePoint
+from benchmarks.multilingual.results import newcomer_report
+from benchmarks.multilingual.results.evaluation import Example, LanguageScore
+from benchmarks.multilingual.results.newcomer_report import NewcomerResult
+from benchmarks.multilingual.results.page import EXPLAINED, write_page
 
 SYSTEMS = list(EXPLAINED)
 TRAINED = SYSTEMS[:3]
@@ -28,6 +30,7 @@ RUN: dict[str, Any] = {
         for name in ("parameters", "multiply_adds", "training_seconds", "words_trained")
     },
 }
+DRAWINGS = [Drawing(name, f"Figure {name}", "All its lines.", Figure(), []) for name in "abcd"]
 CALM = [1000.0, 1010.0, 1020.0, 1030.0, 1040.0]
 
 
@@ -56,7 +59,7 @@ def page_of(folder: Path, points: list[CurvePoint]) -> str:
         accuracy=dict.fromkeys(SYSTEMS, 0.5),
     )
     error = Example(language="id", form="rumahnya", lemma="rumah", predicted=dict.fromkeys(SYSTEMS, "rumahnya"))
-    write_page(folder, [score, replace(score, language="ms", name="Malay")], SYSTEMS, RUN, points, [error])
+    write_page(folder, [score, replace(score, language="ms", name="Malay")], SYSTEMS, RUN, points, [error], DRAWINGS)
     newcomer = NewcomerResult(
         language="ms", family="austronesian", warm_start="id", frozen=False, train_words=400, test_words=100,
         batch_size=64, seed=0, curve=[(0, "added", 0.1), (1, "added", 0.2)],

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.multilingual.rules import IDENTITY, EditRule, find_rule
+from benchmarks.multilingual.words.rules import IDENTITY, EditRule, find_rule
 
 # Few letters, so that form and lemma often share something, and a few that are hard on string code.
 words = st.text(alphabet="abcéßİ'-", max_size=12)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from benchmarks.multilingual.corpus import TEST, TRAIN, VALIDATION
-from benchmarks.multilingual.rules import decode
-from benchmarks.multilingual.suffix_table import table_rules
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, VALIDATION
+from benchmarks.multilingual.words.rules import decode
+from benchmarks.multilingual.words.suffix_table import table_rules
 from tests.multilingual.test_evidence import Triple, sample_of
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import celmoe
-from benchmarks.multilingual import training
-from benchmarks.multilingual.batches import Batch
-from benchmarks.multilingual.corpus import FORMS_PER_LANGUAGE
-from benchmarks.multilingual.schedule import (
+from benchmarks.multilingual.learning import training
+from benchmarks.multilingual.learning.batches import Batch
+from benchmarks.multilingual.learning.schedule import (
     LEARNING_RATE,
     MOST_EPOCHS,
     Deadline,
@@ -17,7 +16,15 @@ from benchmarks.multilingual.schedule import (
     plan_pairs,
     plan_steps,
 )
-from benchmarks.multilingual.training import REVISION_INTERVAL, Contender, Progress, StepResult, Watchers, train
+from benchmarks.multilingual.learning.training import (
+    REVISION_INTERVAL,
+    Contender,
+    Progress,
+    StepResult,
+    Watchers,
+    train,
+)
+from benchmarks.multilingual.words.corpus import FORMS_PER_LANGUAGE
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 50, 500])
@@ -80,7 +87,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return StepResult(1.0, {"global.rule": 1.0}, 0.5)
 
     monkeypatch.setattr(training, "train_step", step)
-    monkeypatch.setattr(training, "wait_for", lambda device: events.append("wait"))
+    monkeypatch.setattr(training, "finish", lambda device: events.append("wait"))
     return events
 
 
@@ -153,11 +160,3 @@ def test_the_clock_shortens_the_plan_and_never_lengthens_it(
     deadline = Deadline(1.0, clock=lambda: 0.0)
     assert train([contender("a")], iter([batch] * (2 * planned)), progress, deadline, watchers(log))
     assert progress.step == progress.total_steps == REVISION_INTERVAL + more
-
-
-def test_waiting_is_for_the_device_that_works_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    training.wait_for(torch.device("cpu"))
-    training.wait_for(torch.device("cuda:1"))
-    assert waited == [torch.device("cuda:1")]

@@ -1,12 +1,12 @@
 import numpy as np
 import torch
 
-from benchmarks.multilingual import words
-from benchmarks.multilingual.batches import TrainingSteps
-from benchmarks.multilingual.corpus import TEST, TRAIN, LanguageSample
-from benchmarks.multilingual.evidence import gather_evidence
-from benchmarks.multilingual.rules import IDENTITY, EditRule
-from benchmarks.multilingual.words import (
+from benchmarks.multilingual.learning.batches import TrainingSteps
+from benchmarks.multilingual.words import vocabulary as words
+from benchmarks.multilingual.words.corpus import TEST, TRAIN, LanguageSample
+from benchmarks.multilingual.words.evidence import gather_evidence
+from benchmarks.multilingual.words.rules import IDENTITY, EditRule
+from benchmarks.multilingual.words.vocabulary import (
     FIRST_CHARACTER_ID,
     HEAD_CHARACTERS,
     NO_RULE,
