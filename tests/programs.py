@@ -48,7 +48,8 @@ from celmoe import (
     HierarchicalCELMoE,
     HierarchyLevelConfig,
 )
-from tests.program_pieces import PYTHON, TENSORS, TRAPS
+from tests.program_pieces import PYTHON, TENSORS
+from tests.program_traps import TRAPS
 from tests.traps import auto_groups_all, seed_all
 
 WIDTH = 4
