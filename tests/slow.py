@@ -1,4 +1,4 @@
-"""The cases that the default run leaves out, by test, and what stays.
+"""The cases that the default run leaves out: by a table, or where a test lists its cases.
 
 A default run has every test, with one case of each kind at least; another dtype, engine or mode of a kind that has run
 is slow. ``pytest -m slow`` runs what is left out, ``pytest -m ""`` all.
@@ -7,7 +7,8 @@ is slow. ``pytest -m slow`` runs what is left out, ``pytest -m ""`` all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -81,3 +82,24 @@ def mark_slow(items: Iterable[pytest.Item]) -> None:
         seen[test] = seen.get(test, -1) + 1
         if seen[test] % stays if isinstance(stays, int) else not re.search(stays, case):
             item.add_marker(pytest.mark.slow)
+
+
+def slow_after(first: int, params: Sequence[Any]) -> list[Any]:
+    """The cases, all but the first of them slow. A tuple is a case of several arguments."""
+    return [*params[:first], *(_slow(each) for each in params[first:])]
+
+
+def slow_but(kept: Collection[Any], params: Iterable[Any]) -> list[Any]:
+    """The cases, all but those to keep slow.
+
+    Raises:
+        ValueError: A case to keep is none of the cases.
+    """
+    cases = list(params)
+    if unknown := [each for each in kept if each not in cases]:
+        raise ValueError(f"'kept' must be some of the cases (got {unknown})")
+    return [each if each in kept else _slow(each) for each in cases]
+
+
+def _slow(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)

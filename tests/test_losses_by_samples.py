@@ -31,8 +31,8 @@ from celmoe.names import name_key
 from celmoe.reference import reference_forward
 from tests.compiled import WIDTH, Dense, built, routed
 from tests.experts import KINDS
-from tests.marks import slow_after
 from tests.parity import Closeness, equal
+from tests.slow import slow_after
 from tests.strategies import IRREGULAR, Case, cases, examples, of_siblings
 from tests.test_compiled_changes import Lossy
 from tests.test_exported import exported

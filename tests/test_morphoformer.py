@@ -16,8 +16,8 @@ import torch
 import celmoe
 from benchmarks.harness import peers
 from tests import peer
-from tests.marks import slow_but
 from tests.morphoformer_client import CASES
+from tests.slow import slow_but
 
 PEER_OF = {"4.7.7": peer.FIRST, "6.0.0": peer.THIRD}
 PROGRAM = Path(__file__).with_name("morphoformer_client.py")

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import extras
 from benchmarks.commands import JOB, MEASUREMENTS
 from benchmarks.extras import missing_extra
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

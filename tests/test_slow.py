@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.slow import STAY, mark_slow
+import pytest
+
+from tests.slow import STAY, mark_slow, slow_after, slow_but
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,3 +42,14 @@ def test_every_test_in_it_has_cases_of_both_kinds():
         file, _, rest = test.partition("::")
         name = f"tests/{file.replace('.', '/')}.py::{rest}"
         assert [name in each for each in counts] == [True, True], test
+
+
+def slow_ones(cases):
+    return [case.values for case in cases if hasattr(case, "marks")]
+
+
+def test_cases_that_are_marked_where_they_are_listed():
+    assert slow_ones(slow_after(1, ["a", ("b", 2)])) == [("b", 2)]
+    assert slow_ones(slow_but([("b", 2)], ["a", ("b", 2)])) == [("a",)]
+    with pytest.raises(ValueError, match="'kept' must be some of the cases"):
+        slow_but(["c"], ["a"])

@@ -11,7 +11,7 @@ from torch import nn
 
 import celmoe
 from tests.bridges.hosts import LowRank, attached, bert, planned, stirred, words
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -24,7 +24,7 @@ from tests.bridges.hosts import (
     stirred,
     words,
 )
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,8 +18,8 @@ from celmoe.engines.registry import ENGINES
 from celmoe.reference import reference_forward
 from tests.directml.standin import FallbackError, Tally, install, tallied
 from tests.experts import KINDS
-from tests.marks import slow_after, slow_but
 from tests.parity import Evidence, assert_parity
+from tests.slow import slow_after, slow_but
 from tests.strategies import (
     CONTEXTS,
     FUSIONS,

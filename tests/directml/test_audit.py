@@ -29,7 +29,7 @@ from celmoe.grouped.ops.product import _patches
 from tests.directml.audit import WIDTH, Audit, audit, build, differentiated, inputs, require_clean
 from tests.directml.masquerade import DEVICE, masquerade
 from tests.experts import KINDS
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 # Checkpoints ask PyTorch for a module of the device's name; the others make rows of dtypes that it does not have.
 _NOT_FOR_THE_DEVICE = {"checkpointed", "double", "brain"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.directml.standin_backend import why_not
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 HERE = Path(__file__).parent
 TIME_LIMIT_SECONDS = 240

@@ -19,7 +19,7 @@ from celmoe.distributed import (
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import STEPS
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 JOB = Job(STEPS[:4])
 LAYOUTS = ["alone", "experts", "levels"]

@@ -24,7 +24,7 @@ from celmoe.distributed.checkpoints import manifest, pieces, saving
 from tests.distributed.jobs import Job, whole
 from tests.distributed.test_checkpoints import build
 from tests.distributed.test_data_parallel import STEPS
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 JOB = Job(STEPS[:1], optimizer="SGD")
 # Seconds in which who is left has to say so; a hang would last for minutes.

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import celmoe
 from celmoe import CELMoEConfig, ExpertConfig, ExpertResult, HierarchicalCELMoE, HierarchyLevelConfig
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 WIDTH, POSITIONS = 4, 3
 

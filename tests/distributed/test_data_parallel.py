@@ -10,7 +10,7 @@ import celmoe
 from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
-from tests.marks import slow_after, slow_but
+from tests.slow import slow_after, slow_but
 
 DISJOINT = [[["ru", "ru", "pl"], ["fr", "de", "it"]]]  # one step of one micro-batch
 # Every trap at once, one after another: the same experts, disjoint ones, uneven batches, none on one rank, one of them

@@ -12,7 +12,7 @@ from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import DISJOINT, STEPS
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 # All languages but 'zh.Hant', then the traps: experts that one rank has samples of, and a rank without samples.
 ALL = [[["ru", "pl", "fr"], ["it", "de", "ru"]]]

@@ -13,7 +13,7 @@ from celmoe.distributed.placement import balanced
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
 from tests.distributed.test_data_parallel import ACCUMULATED, DISJOINT, STEPS
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 
 def train_with_experts_spread(job, shape=(2,), names=("expert",), **options):

@@ -14,7 +14,7 @@ from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_as_alone, assert_close, assert_ranks_agree
 from tests.distributed.test_data_parallel import ACCUMULATED, DISJOINT, STEPS, train_with_ddp
 from tests.distributed.test_expert_parallel import TWO_BY_TWO
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 
 class Part(NamedTuple):

@@ -31,7 +31,7 @@ from benchmarks.multilingual.options import parse_options
 from benchmarks.multilingual.words.evidence import FORM_COUNTS, LEMMA_COUNTS, PROPOSALS
 from benchmarks.multilingual.words.rules import EditRule
 from benchmarks.multilingual.words.vocabulary import NO_RULE, WINDOW, Vocabulary, WordTable
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0"]

@@ -13,7 +13,7 @@ from celmoe.distributed import joined_mean, prepare_ddp, reduce_gradients, shard
 from celmoe.distributed.remote import stand_ins
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 # Either rank without samples, both, and neither; all samples at one expert, which only one rank holds.
 BATCHES = [[["ru", "fr"], ["de"]], [[], ["it", "it", "ru"]], [["pl"], []], [[], []], [["it"], ["it", "it"]]]

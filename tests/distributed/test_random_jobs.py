@@ -10,7 +10,7 @@ from tests.distributed.jobs import Job, assert_as_alone, assert_ranks_agree
 from tests.distributed.test_data_parallel import train_with_ddp
 from tests.distributed.test_expert_parallel import train_with_experts_spread
 from tests.distributed.test_fully_sharded import put_together, train_with_levels_sharded
-from tests.marks import slow_after, slow_but
+from tests.slow import slow_after, slow_but
 
 LANGUAGES = list(jobs.FAMILY_OF)
 TRAININGS = [train_with_ddp, train_with_experts_spread, train_with_levels_sharded]

@@ -21,7 +21,7 @@ from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_data_parallel import ACCUMULATED, STEPS
 from tests.distributed.test_expert_parallel import TWO_BY_TWO
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 OPTIMIZERS = {
     "SGD": lambda parameters: celmoe.optim.SGD(parameters, lr=0.05, momentum=0.9),

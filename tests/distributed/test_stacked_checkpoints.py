@@ -22,7 +22,7 @@ from celmoe.stacked.member import held
 from tests.distributed import jobs
 from tests.distributed.jobs import Job, assert_close
 from tests.distributed.test_stacked import OPTIMIZERS, drawn_steps, loss_of
-from tests.marks import slow_but
+from tests.slow import slow_but
 
 FIRST, ALL = 4, 8
 STEPS = drawn_steps(4, ALL)

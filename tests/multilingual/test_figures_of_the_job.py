@@ -29,7 +29,7 @@ from benchmarks.multilingual.words.rules import decode
 from benchmarks.multilingual.words.suffix_table import table_rules
 from benchmarks.multilingual.words.vocabulary import NO_RULE, encode_forms
 from tests.interrupting import interrupt_at
-from tests.marks import slow_after
+from tests.slow import slow_after
 
 LANGUAGES = ["id", "ms"]
 SMALL = ["--languages", "id,ms", "--batch-size", "256", "--workers", "0", "--seed", "5"]

@@ -21,8 +21,8 @@ from benchmarks.multilingual import job
 from benchmarks.multilingual.cli import main
 from benchmarks.multilingual.learning.schedule import Deadline
 from tests.interrupting import interrupt_at
-from tests.marks import slow_after
 from tests.multilingual.runs import HERE, ROOT, SMALL, check_facts, parameters
+from tests.slow import slow_after
 
 FIGURES = ["accuracy_by_language", "expert_load", "samples_by_language", "training_curves"]
 
