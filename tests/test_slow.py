@@ -22,9 +22,12 @@ def marked(*names):
 def test_what_stays(monkeypatch):
     monkeypatch.setitem(STAY, "test_a::test_b", "one|two")
     monkeypatch.setitem(STAY, "distributed.test_a::TestC::test_b", 2)
+    monkeypatch.setitem(STAY, "test_a::test_c", (2, 1))
     named = [f"tests/test_a.py::test_b[{case}]" for case in ("one", "three", "two-x")]
     numbered = [f"tests/distributed/test_a.py::TestC::test_b[{case}]" for case in "abc"]
+    others = [f"tests/test_a.py::test_c[{case}]" for case in "abc"]
     assert marked(*named, *numbered, "tests/test_a.py::test_other[three]") == [named[1], numbered[1]]
+    assert marked(*others) == [others[0], others[2]]
 
 
 def test_every_test_in_it_has_cases_of_both_kinds():
