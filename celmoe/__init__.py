@@ -1,4 +1,21 @@
-"""A vectorized routing engine for hierarchies of named experts: the drop-in faster ``HierarchicalCELMoE``."""
+"""A vectorized routing engine for hierarchies of named experts: celmoe-vp's ``HierarchicalCELMoE``, made fast.
+
+From the bottom to the top; each package's docstring is a map of its own:
+
+- `config`, `experts`, `outputs`, `fusion`, `loss`, `errors`: what users write, get and catch
+- `torch_internals`: the only file that names PyTorch's inner parts
+- `routing`: names to index tensors; `load_tracker` and `load_figure` count and draw them; `collator` makes batches
+- `stacked`, `optim`: one parameter for many experts, and optimizers that leave absent experts as they are
+- `rows`: into expert order, and back
+- `grouped`: many experts, one run
+- `engines`: looped or grouped, and the decision; `explain` tells it
+- `level`, `hierarchy`: one level, and the model; `lifecycle`: experts come and go; `traced`: compiled models
+- `stacking`, `loading`, `groups`, `norms`: functions of whole models; `reference`: the oracle; `zoo`: ready experts
+- `attached`, `bridges`, `distributed`: in other people's models, under their trainers, on several ranks
+- `devices`: which devices work here, and where one is added; ``python -m celmoe`` prints it
+
+`names`, `patterns`, `files`, `json_values`, `based`, `directml`, `reference_context` and `version` serve these.
+"""
 
 from . import optim, reference, zoo
 from .attached.adapters import Adapters, adapters, freeze_host

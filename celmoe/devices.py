@@ -1,7 +1,8 @@
 """Find out which devices work, in child processes: a broken driver stack ends the process that asks it.
 
 `open_device` serves programs that take a device's name; ``python -m celmoe`` prints each `report`. A new device is one
-more name here, and the way to find it.
+more name in `DEVICES`, and the way to open it in `_open`; the benchmarks have its title and how to get it in
+``benchmarks/harness``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Who is timed. A new contender is a file here, which documents its computation, and a name in `models`.
+"""Who is timed. A new contender is a file here, which documents its computation.
+
+Its name goes into `contender`, its maker into `models`, or into the file of its stage; ``report/roster.py`` has its
+colour and its meaning.
 
 - `contender`: the names, and the terms of a contest.
 - `models`: those that run whole hierarchies, by name.

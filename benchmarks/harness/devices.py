@@ -17,7 +17,7 @@ import torch
 from benchmarks.harness.arguments import OptionError
 from celmoe.devices import DEVICES, FAILS, WORKS, report
 
-CPU, CUDA, DIRECTML = DEVICES
+CPU, CUDA, DIRECTML = "cpu", "cuda", "directml"
 HOW_TO_GET = {
     CUDA: "install a PyTorch build with CUDA, on a machine with an NVIDIA card and its driver",
     DIRECTML: 'on Windows or WSL with Python 3.11 or 3.12: pip install -e ".[directml]"',

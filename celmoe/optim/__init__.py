@@ -1,6 +1,6 @@
 """Optimizers that treat each expert of a stack as an expert of its own, and any optimizer's state by expert.
 
-- `per_expert`: steps over runs of present experts: absent ones stay as they are
+- `per_expert`: a step of present experts alone, so that absent ones stay as they are
 - `optimizers`: `AdamW`, `Adam` and `SGD` that step so
 - `members`: a stack's state, cut by expert and put together
 - `by_name`: any optimizer's state by the experts' own names

@@ -1,7 +1,7 @@
 """Encode a user's routes, in any form, as integer codes; and celmoe-vp's three routing helpers.
 
-A code is an expert's rank among its level's sorted names: the order in which experts run. This file handles one level
-at a time and sorts no samples; `plan` does both.
+A code is an expert's rank among its level's sorted names: the order in which experts run. An id is its position in the
+config. This file takes one level at a time; `planner` sorts the samples of all levels by their codes.
 
 A sample's route is a name or an id; a mapping of several to their weights; or ``None``, for no expert at this level.
 """
