@@ -107,7 +107,7 @@ def _code_bytes(codes: SampleCodes, batch_size: int) -> bytes | bytearray:
     assert not isinstance(codes, Memberships)
     if isinstance(codes, bytearray):
         return codes
-    return bytes([codes]) * batch_size if isinstance(codes, int) else codes.tobytes()
+    return bytes([codes]) * batch_size if isinstance(codes, int) else codes.astype(np.uint8, copy=False).tobytes()
 
 
 def _sort_many(tables: Sequence[RouteTable], codes: Sequence[SampleCodes], batch_size: int) -> Indices:
